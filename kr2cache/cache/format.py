@@ -1,0 +1,208 @@
+"""The cache format, version 1.
+
+A cache is a folder of shards ``shard-00000-of-00001.h5``; each is one HDF5 file that stands alone::
+
+    /hidden               (R, D)   float16 | float32 | int8 | uint16 (bfloat16 bits)     chunks (C, D), no filter
+    /hidden_scale         (R,)     float32           only for int8: state = value * scale of its row
+    /examples/id          (n,)     fixed-length UTF-8 sequence ids, unique within the cache
+    /examples/first_row   (n+1,)   int64             rows of sequence i = first_row[i] .. first_row[i+1]
+    /examples/n_tokens    (n,)     int32             T of sequence i, special tokens included
+    /examples/text_xxh3   (n,)     uint64            XXH3-64 of the input text: words or segments, joined by U+001F
+    /examples/xxh3        (n,)     uint64            XXH3-64 of the sequence's stored bytes, then of its scales if any
+    /examples/complete    (n,)     uint8             1 once its bytes are on disk
+    /tokens/input_id      (t,)     int32             the resource's token ids, all sequences in order
+    /tokens/word_index    (t,)     int32             the input word of each token, -1 for special tokens
+    attributes            format "kr2cache", format_version 1, dtype, layers (stored layer numbers), model_layers (L+1),
+                          fingerprint, provenance (JSON), batch_plan (JSON), index_xxh3,
+                          fusion (absent, or JSON {"layers", "weights"}: then one fused layer is stored)
+
+    states of sequence i  =  hidden[first_row[i] : first_row[i+1]].reshape(L, T_i, D)
+
+``hidden`` is chunked with fixed dimensions, allocated early, never filled and never filtered, in the file format of
+HDF5 1.10: HDF5 then keeps no chunk index, the chunks lie in order in one block, and the block can be memory-mapped as a
+plain array. Chunks of about 8 MiB keep the walk that checks this short. Sequences lie in data-set order, unpadded,
+layer by layer, so that all layers, the last four, or one layer of a sequence are each one contiguous range of the file.
+
+``index_xxh3`` is the XXH3-64 of the bytes of id, first_row, n_tokens, text_xxh3, input_id and word_index, in that
+order. No times are stored, so equal content is equal bytes. A reader refuses a ``format_version`` it does not know.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from kr2cache.errors import CacheError, ConfigError
+
+FORMAT = "kr2cache"
+FORMAT_VERSION = 1
+CHUNK_BYTES = 8 * 2**20
+SEPARATOR = "\x1f"
+"""Joins the words or segments of a text before it is hashed."""
+
+StoredDtype = Literal["float16", "float32", "bfloat16", "int8"]
+DTYPES: tuple[StoredDtype, ...] = get_args(StoredDtype)
+ON_DISK: dict[str, np.dtype[Any]] = {
+    "float16": np.dtype("<f2"),
+    "float32": np.dtype("<f4"),
+    "bfloat16": np.dtype("<u2"),
+    "int8": np.dtype("|i1"),
+}
+SCALE_BYTES = 4
+
+
+def row_bytes(width: int, dtype: str) -> int:
+    """Bytes of one row: one layer of one token (its scale included)."""
+    return width * ON_DISK[dtype].itemsize + (SCALE_BYTES if dtype == "int8" else 0)
+
+
+def chunk_rows(rows: int, width: int, dtype: str) -> int:
+    """C: rows of a chunk of about 8 MiB, at most ``rows``, at least 1."""
+    return max(1, min(rows, CHUNK_BYTES // (width * ON_DISK[dtype].itemsize)))
+
+
+def shard_name(number: int, shards: int) -> str:
+    """``shard-00000-of-00001.h5``"""
+    return f"shard-{number:05d}-of-{shards:05d}.h5"
+
+
+def text_xxh3(parts: Sequence[str]) -> int:
+    """XXH3-64 of one input text: its words or segments in UTF-8, joined by U+001F."""
+    return xxhash.xxh3_64_intdigest(SEPARATOR.join(parts).encode("utf-8"))
+
+
+def canonical_json(value: object) -> str:
+    """JSON that is the same bytes for the same value: sorted keys, no spaces."""
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequenceIndex:
+    """What is known of the sequences before the first forward pass. Shapes: n sequences, t tokens in all."""
+
+    ids: NDArray[np.bytes_]
+    """(n,) UTF-8, fixed length."""
+    n_tokens: NDArray[np.int32]
+    """(n,) T of each sequence, special tokens included."""
+    text_xxh3: NDArray[np.uint64]
+    """(n,)"""
+    input_id: NDArray[np.int32]
+    """(t,)"""
+    word_index: NDArray[np.int32]
+    """(t,) input word of each token, -1 for special tokens."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def first_token(self) -> NDArray[np.int64]:
+        """(n+1,) where each sequence's tokens begin."""
+        return offsets(self.n_tokens)
+
+    def part(self, start: int, stop: int) -> SequenceIndex:
+        """Sequences ``start`` to ``stop`` (exclusive), as an index of their own."""
+        first, last = self.first_token[start], self.first_token[stop]
+        return SequenceIndex(
+            ids=self.ids[start:stop],
+            n_tokens=self.n_tokens[start:stop],
+            text_xxh3=self.text_xxh3[start:stop],
+            input_id=self.input_id[first:last],
+            word_index=self.word_index[first:last],
+        )
+
+    def xxh3(self, layers: int) -> int:
+        """``index_xxh3`` of a shard that stores ``layers`` layers of these sequences."""
+        digest = xxhash.xxh3_64()
+        for array in (self.ids, self.first_row(layers), *self._rest()):
+            digest.update(np.ascontiguousarray(array).view(np.uint8).data)
+        return digest.intdigest()
+
+    def first_row(self, layers: int) -> NDArray[np.int64]:
+        """(n+1,) the sequence's first row in ``hidden``."""
+        return offsets(self.n_tokens) * layers
+
+    def _rest(self) -> tuple[NDArray[Any], ...]:
+        return (self.n_tokens, self.text_xxh3, self.input_id, self.word_index)
+
+
+def offsets(lengths: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
+    """``[0, l0, l0+l1, ...]``, int64, one longer than ``lengths``."""
+    result = np.zeros(len(lengths) + 1, dtype=np.int64)
+    np.cumsum(lengths, out=result[1:])
+    return result
+
+
+def encode_ids(ids: Sequence[str]) -> NDArray[np.bytes_]:
+    """Ids as a fixed-length UTF-8 array.
+
+    Raises:
+        CacheError: For an empty id, or one with a NUL, which fixed-length strings cannot keep.
+    """
+    encoded = [name.encode("utf-8") for name in ids]
+    for name, raw in zip(ids, encoded, strict=True):
+        if not raw or b"\0" in raw:
+            raise CacheError(f"{name!r} cannot be the id of a sequence: it is empty or holds a NUL character.")
+    return np.array(encoded, dtype=f"S{max(map(len, encoded), default=1)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardHeader:
+    """The attributes of one shard, checked."""
+
+    dtype: str
+    layers: tuple[int, ...]
+    model_layers: int
+    width: int
+    fingerprint: str
+    provenance: dict[str, Any]
+    batch_plan: dict[str, Any]
+    fusion: dict[str, Any] | None = None
+    format_version: int = field(default=FORMAT_VERSION)
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ON_DISK:
+            raise ConfigError(f"Unknown dtype {self.dtype!r}.", f"Known: {', '.join(DTYPES)}.")
+        if self.fusion is not None and len(self.layers) != 1:
+            raise CacheError(f"A fused cache stores one layer, this one says {len(self.layers)}.")
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row, without its scale."""
+        return self.width * ON_DISK[self.dtype].itemsize
+
+    def attributes(self) -> dict[str, Any]:
+        """As they are stored; ``index_xxh3`` is added by whoever knows the index."""
+        stored: dict[str, Any] = {
+            "format": FORMAT,
+            "format_version": np.int64(self.format_version),
+            "dtype": self.dtype,
+            "layers": np.array(self.layers, dtype=np.int64),
+            "model_layers": np.int64(self.model_layers),
+            "fingerprint": self.fingerprint,
+            "provenance": canonical_json(self.provenance),
+            "batch_plan": canonical_json(self.batch_plan),
+        }
+        if self.fusion is not None:
+            stored["fusion"] = canonical_json(self.fusion)
+        return stored
+
+
+def decode(raw: NDArray[Any], scale: NDArray[np.float32] | None, dtype: str) -> NDArray[np.floating]:
+    """Stored values as floating-point states: float16 and float32 as they are, the others as a float32 copy.
+
+    Args:
+        raw: Stored values, shape ``(..., D)``.
+        scale: For int8, one scale a row, shape ``(...,)``.
+    """
+    if dtype == "bfloat16":
+        return (raw.astype(np.uint32) << 16).view(np.float32)
+    if dtype == "int8":
+        assert scale is not None, "int8 rows have scales"
+        return raw.astype(np.float32) * scale[..., None]
+    return raw

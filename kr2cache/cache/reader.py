@@ -1,0 +1,303 @@
+"""Read a cache: every sequence a view of memory-mapped states.
+
+>>> cache = FeatureCache.open(".kr2cache/udpos-de/train/gottbert-1f3a9c2e")     # doctest: +SKIP
+>>> cache["train-s1"].shape                                                     # doctest: +SKIP
+(13, 21, 768)
+
+Shape letters: L layers, T tokens of one sequence, D width. Nothing here holds an HDF5 handle, so a cache may be forked,
+and pickled to a spawned worker, which maps the files again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kr2cache.cache.format import ON_DISK, SequenceIndex, decode, offsets, row_bytes
+from kr2cache.cache.shard import Shard, open_hdf5, open_shard, shard_paths
+from kr2cache.errors import CacheError, ConfigError, SequenceNotFoundError
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """Several sequences, one after the other and without padding; ``batch[i]`` is one of them, (L, T_i, D)."""
+
+    states: NDArray[np.floating]
+    """(rows, D), rows = L * sum of T_i"""
+    n_tokens: NDArray[np.int32]
+    """(B,)"""
+    layers: tuple[int, ...]
+    """The model's layer numbers, in the order of the L axis."""
+
+    @cached_property
+    def first_row(self) -> NDArray[np.int64]:
+        """(B+1,)"""
+        return offsets(self.n_tokens) * len(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.n_tokens)
+
+    def __getitem__(self, i: int) -> NDArray[np.floating]:
+        rows = self.states[self.first_row[i] : self.first_row[i + 1]]
+        return rows.reshape(len(self.layers), int(self.n_tokens[i]), -1)
+
+
+class FeatureCache:
+    """The stored states of one resource on one split, by sequence id.
+
+    Only complete sequences are shown: a cache that is still being written can be read, and shows what was there when it
+    was opened.
+    """
+
+    def __init__(self, folder: Path, shards: Sequence[Shard]) -> None:
+        self.folder = folder
+        self._shards = list(shards)
+        self._first_of_shard = offsets(np.array([len(shard.ids) for shard in shards]))
+        self._hidden = [_map_rows(shard) for shard in shards]
+        self._scale = [_map_scales(shard) for shard in shards]
+        self.n_tokens: NDArray[np.int32] = np.concatenate([shard.n_tokens for shard in shards])
+        """(n,) T of each sequence, by position."""
+        self.text_xxh3: NDArray[np.uint64] = np.concatenate([shard.text_xxh3 for shard in shards])
+        """(n,) XXH3-64 of each input text, by position."""
+        self.complete: NDArray[np.bool_] = np.concatenate([shard.complete for shard in shards])
+        """(n,) whether the sequence's states are there, by position."""
+
+    @classmethod
+    def open(cls, folder: str | Path) -> FeatureCache:
+        """Open a cache folder: check every shard's header, sizes and offsets, then map it.
+
+        Raises:
+            CacheError: If a shard is missing, damaged, cut off, of another version, or of another cache.
+        """
+        folder = Path(folder)
+        shards = [open_shard(path) for path in shard_paths(folder)]
+        first = shards[0].header
+        for shard in shards[1:]:
+            if (shard.header.fingerprint, shard.header.width) != (first.fingerprint, first.width):
+                raise CacheError(
+                    f"{shard.path} belongs to another cache than {shards[0].path.name} (fingerprint "
+                    f"{shard.header.fingerprint[:8]}, not {first.fingerprint[:8]}).",
+                    "Keep the shards of one cache in a folder of their own.",
+                )
+        return cls(folder, shards)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_reopen, (self.folder, self.fingerprint))
+
+    # What it is ---------------------------------------------------------------------------------------------------
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The stored layer numbers; 0 = embedding output."""
+        return self._shards[0].header.layers
+
+    @property
+    def model_layers(self) -> int:
+        """L + 1 of the model, whether stored or not."""
+        return self._shards[0].header.model_layers
+
+    @property
+    def width(self) -> int:
+        """D"""
+        return self._shards[0].header.width
+
+    @property
+    def dtype(self) -> str:
+        """As stored: float16, float32, bfloat16 or int8."""
+        return self._shards[0].header.dtype
+
+    @property
+    def fusion(self) -> dict[str, Any] | None:
+        """``{"layers", "weights"}`` where one fused layer is stored, else None."""
+        return self._shards[0].header.fusion
+
+    @property
+    def fingerprint(self) -> str:
+        return self._shards[0].header.fingerprint
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What the cache was made from: chosen, found and recorded fields."""
+        return self._shards[0].header.provenance
+
+    @property
+    def mapped(self) -> bool:
+        """Whether every shard is memory-mapped (else some are read through HDF5, slower, with the same results)."""
+        return all(rows is not None for rows in self._hidden)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the states (and scales)."""
+        return sum(shard.rows for shard in self._shards) * row_bytes(self.width, self.dtype)
+
+    @property
+    def states_dtype(self) -> np.dtype[Any]:
+        """The dtype that reading gives: float16 as stored, else float32."""
+        return ON_DISK["float16"] if self.dtype == "float16" else ON_DISK["float32"]
+
+    # Which sequences ----------------------------------------------------------------------------------------------
+
+    @cached_property
+    def all_ids(self) -> list[str]:
+        """Ids by position, incomplete sequences included."""
+        return [raw.decode("utf-8") for shard in self._shards for raw in shard.ids.tolist()]
+
+    @property
+    def ids(self) -> list[str]:
+        """Ids of the complete sequences, in data-set order."""
+        if self.complete.all():
+            return self.all_ids
+        return [name for name, done in zip(self.all_ids, self.complete.tolist(), strict=True) if done]
+
+    @cached_property
+    def _positions(self) -> dict[str, int]:
+        return {name: position for position, name in enumerate(self.all_ids)}
+
+    def __len__(self) -> int:
+        return int(self.complete.sum())
+
+    def __contains__(self, sequence_id: object) -> bool:
+        position = self._positions.get(sequence_id) if isinstance(sequence_id, str) else None
+        return position is not None and bool(self.complete[position])
+
+    def positions(self, ids: Iterable[str]) -> NDArray[np.int64]:
+        """Where these sequences are, complete ones only.
+
+        Raises:
+            SequenceNotFoundError: For the first id that is not there, or not complete.
+        """
+        found = []
+        for sequence_id in ids:
+            position = self._positions.get(sequence_id)
+            if position is None:
+                raise SequenceNotFoundError(
+                    f"No sequence {sequence_id!r} in {self.folder}.", f"It holds {self.all_ids[0]!r} and so on."
+                )
+            if not self.complete[position]:
+                raise SequenceNotFoundError(
+                    f"The states of {sequence_id!r} in {self.folder} are not written yet.",
+                    "Run the kr2cache extract that made it again: it goes on where it stopped.",
+                )
+            found.append(position)
+        return np.array(found, dtype=np.int64)
+
+    def tokens(self) -> SequenceIndex:
+        """Token ids and word alignment of all sequences, by position (read from the files anew)."""
+        parts = [shard.tokens() for shard in self._shards]
+        return SequenceIndex(
+            ids=np.concatenate([part.ids for part in parts]),
+            n_tokens=self.n_tokens,
+            text_xxh3=self.text_xxh3,
+            input_id=np.concatenate([part.input_id for part in parts]),
+            word_index=np.concatenate([part.word_index for part in parts]),
+        )
+
+    # States -------------------------------------------------------------------------------------------------------
+
+    def __getitem__(self, sequence_id: str) -> NDArray[np.floating]:
+        """All stored layers of one sequence, shape (L, T, D).
+
+        For float16 and float32 on regular chunks a read-only view of the map, else a float32 copy.
+
+        Raises:
+            SequenceNotFoundError: If it is not there, or not complete.
+        """
+        return self.states(int(self.positions([sequence_id])[0]))
+
+    def states(self, position: int, layers: Sequence[int] | None = None) -> NDArray[np.floating]:
+        """The states of the sequence at ``position``; the caller knows it is complete.
+
+        Args:
+            position: As ``positions`` gives it.
+            layers: Model layer numbers to return, in this order; None for all stored ones.
+
+        Returns:
+            Shape (L, T, D), L = len(layers). A view where the layers are neighbours in the file, else a copy.
+
+        Raises:
+            ConfigError: For a layer that is not stored.
+        """
+        number = int(np.searchsorted(self._first_of_shard, position, side="right")) - 1
+        shard, local = self._shards[number], position - int(self._first_of_shard[number])
+        start, tokens = int(shard.first_row[local]), int(shard.n_tokens[local])
+        stored = self._stored_positions(layers)
+        # Neighbouring layers are one contiguous range of rows: narrow it before anything is touched.
+        if stored == list(range(stored[0], stored[0] + len(stored))):
+            start, stored = start + stored[0] * tokens, [number - stored[0] for number in stored]
+            stop = start + len(stored) * tokens
+        else:
+            stop = start + len(shard.header.layers) * tokens
+        rows = self._rows(number, start, stop).reshape(-1, tokens, self.width)
+        return rows if len(rows) == len(stored) else rows[stored]
+
+    def batch(self, ids: Iterable[str], layers: Sequence[int] | None = None) -> PackedBatch:
+        """Several sequences, packed in the order asked for, repeats allowed, only ``layers`` read.
+
+        Raises:
+            SequenceNotFoundError: For an id that is not there, or not complete.
+            ConfigError: For a layer that is not stored.
+        """
+        positions = self.positions(ids)
+        wanted = self.layers if layers is None else tuple(layers)
+        n_tokens = self.n_tokens[positions]
+        packed = PackedBatch(
+            np.empty((int(n_tokens.sum()) * len(wanted), self.width), dtype=self.states_dtype), n_tokens, wanted
+        )
+        for i, position in enumerate(positions.tolist()):
+            packed[i][...] = self.states(position, layers)
+        return packed
+
+    def _stored_positions(self, layers: Sequence[int] | None) -> list[int]:
+        if layers is None:
+            return list(range(len(self.layers)))
+        missing = sorted(set(layers) - set(self.layers))
+        if missing or not layers:
+            raise ConfigError(
+                f"{self.folder} does not hold layer {', '.join(map(str, missing)) or '(none asked for)'}; "
+                f"it holds {', '.join(map(str, self.layers))}.",
+                "Extract again with --layers all.",
+            )
+        return [self.layers.index(layer) for layer in layers]
+
+    def _rows(self, number: int, start: int, stop: int) -> NDArray[np.floating]:
+        hidden, scale = self._hidden[number], self._scale[number]
+        if hidden is not None:
+            return decode(hidden[start:stop], None if scale is None else scale[start:stop], self.dtype)
+        with open_hdf5(self._shards[number].path) as file:
+            scale = file["hidden_scale"][start:stop] if self.dtype == "int8" else None
+            rows = decode(file["hidden"][start:stop], scale, self.dtype)
+        return rows.astype(np.float32, copy=False)
+
+    def __repr__(self) -> str:
+        return (
+            f"FeatureCache({str(self.folder)!r}: {len(self):,} of {len(self.n_tokens):,} sequences, layers "
+            f"{', '.join(map(str, self.layers))}, width {self.width}, {self.dtype})"
+        )
+
+
+def _reopen(folder: Path, fingerprint: str) -> FeatureCache:
+    cache = FeatureCache.open(folder)
+    if cache.fingerprint != fingerprint:
+        raise CacheError(f"{folder} was replaced by another cache meanwhile.", "Start the run again.")
+    return cache
+
+
+def _map_rows(shard: Shard) -> NDArray[Any] | None:
+    """(R, D) of the file, read-only; None where the chunks are not one plain array."""
+    if shard.hidden_offset is None:
+        return None
+    shape = (shard.rows, shard.header.width)
+    dtype = ON_DISK[shard.header.dtype]
+    return np.asarray(np.memmap(shard.path, dtype=dtype, mode="r", offset=shard.hidden_offset, shape=shape))
+
+
+def _map_scales(shard: Shard) -> NDArray[np.float32] | None:
+    if shard.scale_offset is None or shard.hidden_offset is None:
+        return None
+    return np.asarray(np.memmap(shard.path, dtype=np.float32, mode="r", offset=shard.scale_offset, shape=(shard.rows,)))

@@ -1,0 +1,295 @@
+"""Write a cache so that at any instant every ``shard-*.h5`` on disk is valid HDF5.
+
+A shard is built under a temporary name, with all HDF5 metadata and the whole index; its space is reserved, it is
+synced, and only then renamed. From then on HDF5 is not involved: states are written in place with ``pwrite`` (a full
+disk is then an error, where a store into a map would be a signal), synced, and only then marked complete. A machine
+that loses power between two steps has lost work, never bytes that a mark vouches for.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import queue
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import h5py
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from kr2cache.cache.format import ON_DISK, SequenceIndex, ShardHeader, chunk_rows, row_bytes, shard_name
+from kr2cache.cache.shard import open_shard, shard_paths
+from kr2cache.errors import CacheError, DiskSpaceError
+
+PAGE = 4096
+SYNC_EVERY_S = 5.0
+"""At most this much computing is lost with the power."""
+PENDING_BATCHES = 4
+"""Batches that may wait for the disk; bounds memory when the disk is slower than the model."""
+
+
+def shard_cuts(n_tokens: NDArray[np.int32], token_bytes: int, shard_bytes: int) -> list[int]:
+    """Where to cut the sequences into shards of at most ``shard_bytes`` of states: ``[0, ..., n]``.
+
+    A sequence larger than a shard gets one of its own.
+    """
+    cuts, held = [0], 0
+    for i, tokens in enumerate(n_tokens.tolist()):
+        wanted = tokens * token_bytes
+        if held and held + wanted > shard_bytes:
+            cuts.append(i)
+            held = 0
+        held += wanted
+    return [*cuts, len(n_tokens)]
+
+
+def create_shards(folder: Path, header: ShardHeader, index: SequenceIndex, shard_bytes: int) -> list[Path]:
+    """Make the shards of a cache, space reserved and nothing complete; those that are there already are kept.
+
+    Raises:
+        DiskSpaceError: If the space cannot be reserved; no unfinished file stays.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    token_bytes = row_bytes(header.width, header.dtype) * len(header.layers)
+    cuts = shard_cuts(index.n_tokens, token_bytes, shard_bytes)
+    paths = [folder / shard_name(number, len(cuts) - 1) for number in range(len(cuts) - 1)]
+    for path, start, stop in zip(paths, cuts[:-1], cuts[1:], strict=True):
+        if not path.exists():
+            create_shard(path, header, index.part(start, stop))
+    return paths
+
+
+def create_shard(path: Path, header: ShardHeader, index: SequenceIndex) -> None:
+    """Build one shard under a temporary name, reserve its space, sync it, rename it."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        _build(partial, header, index)
+        descriptor = os.open(partial, os.O_RDWR)
+        try:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(descriptor, 0, os.fstat(descriptor).st_size)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        partial.rename(path)
+        sync_folder(path.parent)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise disk_error(error, path) from error
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in ``folder`` survive a loss of power."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def disk_error(error: OSError, path: Path) -> Exception:
+    """``error`` as the project's own where it says that the disk is full, else itself."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return DiskSpaceError(
+            f"No space left for {path}: {os.strerror(error.errno)}.",
+            "Make room (or give another --cache-dir) and run the same command again: what is complete is kept.",
+        )
+    return error
+
+
+def _build(path: Path, header: ShardHeader, index: SequenceIndex) -> None:
+    layers = len(header.layers)
+    first_row = index.first_row(layers)
+    rows = int(first_row[-1])
+    dtype = ON_DISK[header.dtype]
+    creation = h5py.h5p.create(h5py.h5p.FILE_CREATE)
+    creation.set_obj_track_times(False)
+    access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
+    access.set_libver_bounds(h5py.h5f.LIBVER_V110, h5py.h5f.LIBVER_V110)
+    access.set_alignment(PAGE, PAGE)
+    access.set_fclose_degree(h5py.h5f.CLOSE_STRONG)
+    with h5py.File(h5py.h5f.create(os.fsencode(path), h5py.h5f.ACC_TRUNC, creation, access)) as file:
+        for group in ("examples", "tokens"):
+            properties = h5py.h5p.create(h5py.h5p.GROUP_CREATE)
+            properties.set_obj_track_times(False)
+            h5py.h5g.create(file.id, group.encode(), gcpl=properties)
+        _dataset(
+            file,
+            "hidden",
+            (rows, header.width),
+            dtype,
+            chunks=(chunk_rows(rows, header.width, header.dtype), header.width),
+        )
+        if header.dtype == "int8":
+            _dataset(file, "hidden_scale", (rows,), np.dtype("<f4"))
+        string = h5py.string_dtype("utf-8", index.ids.dtype.itemsize)
+        n = len(index)
+        fixed: dict[str, NDArray[Any]] = {
+            "examples/id": index.ids.astype(string),
+            "examples/first_row": first_row,
+            "examples/n_tokens": index.n_tokens,
+            "examples/text_xxh3": index.text_xxh3,
+            "examples/xxh3": np.zeros(n, dtype=np.uint64),
+            "examples/complete": np.zeros(n, dtype=np.uint8),
+            "tokens/input_id": index.input_id,
+            "tokens/word_index": index.word_index,
+        }
+        for name, array in fixed.items():
+            _dataset(file, name, array.shape, array.dtype)[...] = array
+        for name, value in header.attributes().items():
+            file.attrs[name] = value
+        file.attrs["index_xxh3"] = np.uint64(index.xxh3(layers))
+
+
+def _dataset(
+    file: h5py.File, name: str, shape: tuple[int, ...], dtype: np.dtype[Any], chunks: tuple[int, int] | None = None
+) -> h5py.Dataset:
+    """A data set with its space allocated at once, never filled, without times."""
+    properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    properties.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    properties.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    properties.set_obj_track_times(False)
+    if chunks:
+        properties.set_chunk(chunks)
+    space = h5py.h5s.create_simple(shape)
+    kind = h5py.h5t.py_create(dtype, logical=True)
+    return h5py.Dataset(h5py.h5d.create(file.id, name.encode(), kind, space, properties))
+
+
+@dataclass(frozen=True)
+class PackedStates:
+    """Sequences of one shard, ready to be written."""
+
+    shard: int
+    sequences: Sequence[int]
+    """Positions within the shard."""
+    raw: NDArray[Any]
+    """Stored values, shape (rows, D): the sequences one after the other, each layer by layer."""
+    scale: NDArray[np.float32] | None
+    """(rows,) for int8."""
+
+
+class CacheWriter:
+    """Fills the shards of one cache from a thread of its own, so that the model never waits for the disk.
+
+    Leaving the ``with`` block, in whatever way, writes, syncs and marks what was handed over.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.shards = [open_shard(path) for path in shard_paths(folder)]
+        for shard in self.shards:
+            if shard.hidden_offset is None or shard.xxh3_offset is None or shard.complete_offset is None:
+                raise CacheError(
+                    f"{shard.path} was rewritten by another tool, so it cannot be completed in place.",
+                    "Remove its folder and run kr2cache extract again.",
+                )
+        self.bytes_written = 0
+        self._files = [os.open(shard.path, os.O_RDWR) for shard in self.shards]
+        self._queue: queue.Queue[PackedStates | None] = queue.Queue(PENDING_BATCHES)
+        self._unmarked: list[tuple[int, int]] = []
+        self._failure: BaseException | None = None
+        self._synced_at = time.monotonic()
+        self._thread = threading.Thread(target=self._work, name="cache-writer", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._queue.put(None)
+        self._thread.join()
+        for descriptor in self._files:
+            os.close(descriptor)
+        if error is None:
+            self._raise_failure()
+
+    def unfinished(self, shard: int) -> NDArray[np.bool_]:
+        """(n,) which sequences of a shard were incomplete when it was opened."""
+        return ~self.shards[shard].complete
+
+    def write(self, states: PackedStates) -> None:
+        """Hand over a batch; returns at once unless ``PENDING_BATCHES`` wait already.
+
+        Raises:
+            DiskSpaceError: If an earlier batch did not fit on the disk.
+        """
+        self._raise_failure()
+        self._queue.put(states)
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
+
+    def _work(self) -> None:
+        while (states := self._queue.get()) is not None:
+            if self._failure is not None:
+                continue  # keep taking, so that the model's thread is not left waiting for room
+            try:
+                self._write(states)
+                if time.monotonic() - self._synced_at > SYNC_EVERY_S:
+                    self._mark()
+            except BaseException as error:
+                self._fail(error)
+        try:
+            self._mark()
+        except BaseException as error:
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        if self._failure is None:
+            path = self.shards[0].path.parent
+            self._failure = disk_error(error, path) if isinstance(error, OSError) else error
+
+    def _write(self, states: PackedStates) -> None:
+        shard, descriptor = self.shards[states.shard], self._files[states.shard]
+        row = 0
+        for i in states.sequences:
+            first, rows = int(shard.first_row[i]), int(shard.first_row[i + 1] - shard.first_row[i])
+            raw = states.raw[row : row + rows]
+            digest = xxhash.xxh3_64(raw.data)
+            self._pwrite(descriptor, raw, _at(shard.hidden_offset) + first * shard.header.row_bytes)
+            if states.scale is not None:
+                scale = states.scale[row : row + rows]
+                digest.update(scale.data)
+                self._pwrite(descriptor, scale, _at(shard.scale_offset) + first * scale.itemsize)
+            digest_bytes = np.array([digest.intdigest()], dtype="<u8")
+            self._pwrite(descriptor, digest_bytes, _at(shard.xxh3_offset) + i * digest_bytes.itemsize)
+            self._unmarked.append((states.shard, i))
+            row += rows
+
+    def _pwrite(self, descriptor: int, array: NDArray[Any], offset: int) -> None:
+        view = array.data.cast("B")
+        while view:
+            done = os.pwrite(descriptor, view, offset)
+            view, offset = view[done:], offset + done
+            self.bytes_written += done
+
+    def _mark(self) -> None:
+        """Sync the states, and only then the marks that vouch for them."""
+        touched = sorted({shard for shard, _ in self._unmarked})
+        for shard in touched:
+            os.fdatasync(self._files[shard])
+        for shard, i in self._unmarked:
+            os.pwrite(self._files[shard], b"\x01", _at(self.shards[shard].complete_offset) + i)
+        for shard in touched:
+            os.fdatasync(self._files[shard])
+        self._unmarked.clear()
+        self._synced_at = time.monotonic()
+
+
+def _at(offset: int | None) -> int:
+    assert offset is not None, "checked when the shard was opened"
+    return offset

@@ -1,0 +1,202 @@
+"""Settings: one frozen dataclass a stage, and ``kr2cache.toml``.
+
+An option that is not given comes from ``[defaults]`` of ``kr2cache.toml`` in the working folder, then from the registry
+(a resource knows its language), then from what the cache holds, then from the defaults written here.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from kr2cache.errors import ConfigError, unknown_name
+
+TOML = "kr2cache.toml"
+
+Method = Literal["kr2", "kreader", "kresource", "kreader2"]
+METHODS: tuple[Method, ...] = get_args(Method)
+Projection = Literal["auto", "none", "mlp", "direct"]
+PROJECTIONS: tuple[Projection, ...] = get_args(Projection)
+ComputeDtype = Literal["float32", "bfloat16", "float16"]
+COMPUTE_DTYPES: tuple[ComputeDtype, ...] = get_args(ComputeDtype)
+
+DEFAULT_READER = "xlm-r"
+DEFAULT_MAX_LENGTH = 128
+DEFAULT_DTYPE = "float16"
+DEFAULT_COMPUTE_DTYPE: ComputeDtype = "float32"
+DEFAULT_FUSION = "last4"
+
+
+def default_cache_dir() -> Path:
+    """``$KR2CACHE_DIR``, else ``.kr2cache`` in the working folder."""
+    return Path(os.environ.get("KR2CACHE_DIR") or ".kr2cache")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractConfig:
+    """One call of stage one."""
+
+    resource: str
+    """A registered name, a hub id or a folder."""
+    split: str
+    task: str
+    data: str | None = None
+    """A folder in the task's original format, or a hub data set id; None for the task's own."""
+    max_length: int = DEFAULT_MAX_LENGTH
+    """Tokens kept of each sequence, special tokens included."""
+    layers: str = "all"
+    """``all``, ``lastN`` or a list such as ``0,3,5``."""
+    dtype: str = DEFAULT_DTYPE
+    """On disk: float16, float32, bfloat16 or int8."""
+    compute_dtype: ComputeDtype = DEFAULT_COMPUTE_DTYPE
+    """What the forward pass computes in; bfloat16 and float16 are autocast."""
+    device: str = "auto"
+    """Where it runs; never part of what a cache was made from."""
+    tokens_per_batch: int | None = None
+    """Positions in one forward pass, padding included; None for what suits the device. Recorded, never compared."""
+    shard_gb: float = 16.0
+    """A shard holds at most so many GiB of states."""
+    limit: int | None = None
+    """Only the first so many examples of the split."""
+    cache_dir: Path = field(default_factory=default_cache_dir)
+    models: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """``[models]`` of ``kr2cache.toml``."""
+
+    def __post_init__(self) -> None:
+        _positive("--max-length", self.max_length)
+        _positive("--tokens-per-batch", self.tokens_per_batch)
+        _positive("--limit", self.limit)
+        if not self.shard_gb > 0:
+            raise ConfigError(f"--shard-gb {self.shard_gb} makes no sense.", "Give a number above 0.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One call of stage two: one reader, one method, several seeds."""
+
+    task: str
+    reader: str = DEFAULT_READER
+    resource: str | None = None
+    """None for methods that need none."""
+    data: str | None = None
+    fusion: str = DEFAULT_FUSION
+    method: Method = "kr2"
+    projection: Projection = "auto"
+    seeds: tuple[int, ...] = (1, 2, 3)
+    epochs: float = 10
+    batch_size: int = 32
+    learning_rate: float = 2e-5
+    fusion_learning_rate: float | None = None
+    """Of the trainable weights w; None for the common one, as in the paper."""
+    max_length: int = DEFAULT_MAX_LENGTH
+    """Of the reader's sequences."""
+    resource_max_length: int | None = None
+    """Of the resource's sequences; None for what the cache holds, else 128."""
+    limit: int | None = None
+    device: str = "auto"
+    run_dir: Path = Path("runs")
+    cache_dir: Path = field(default_factory=default_cache_dir)
+    extract: bool = True
+    """Whether missing caches are made."""
+    dtype: str | None = None
+    """Of the cache to use or make; None for what the cache holds, else float16. From ``[defaults]``, like the next
+    one."""
+    compute_dtype: ComputeDtype | None = None
+    models: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    training: Mapping[str, Any] = field(default_factory=dict)
+    """``[training]`` of ``kr2cache.toml``: passed on to transformers.TrainingArguments."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "max_length", "resource_max_length", "limit", "epochs", "learning_rate"):
+            _positive(f"--{name.replace('_', '-')}", getattr(self, name))
+        _positive("--fusion-learning-rate", self.fusion_learning_rate)
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
+            raise ConfigError(
+                f"--seeds {','.join(map(str, self.seeds))} makes no sense.", "Give different numbers: --seeds 1,2,3"
+            )
+        own = sorted(set(self.training) & set(OWN_TRAINING))
+        if own:
+            raise ConfigError(
+                f"[training] in kr2cache.toml sets {own[0]}, which has an option of its own.",
+                f"Use {OWN_TRAINING[own[0]]} instead.",
+            )
+
+
+OWN_TRAINING = {
+    "output_dir": "--run-dir",
+    "num_train_epochs": "--epochs",
+    "per_device_train_batch_size": "--batch-size",
+    "learning_rate": "--learning-rate",
+    "seed": "--seeds",
+    "use_cpu": "--device",
+}
+"""Arguments of TrainingArguments that options of ours decide."""
+
+
+def _positive(option: str, value: float | None) -> None:
+    if value is not None and not value > 0:
+        raise ConfigError(f"{option} {value} makes no sense.", "Give a number above 0.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Toml:
+    """``kr2cache.toml`` of the working folder; empty where there is none."""
+
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """Options by their long names, dashes turned to underscores."""
+    models: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    training: Mapping[str, Any] = field(default_factory=dict)
+
+
+def read_toml(folder: Path, options: Mapping[str, type]) -> Toml:
+    """Read ``kr2cache.toml``; it only sets values, it runs nothing.
+
+    Args:
+        folder: Where to look.
+        options: The long option names that ``[defaults]`` may give, without dashes in front, and their types.
+
+    Raises:
+        ConfigError: If it is not TOML, or a section or value is not what it should be.
+        UnknownNameError: For a section or option that does not exist.
+    """
+    path = folder / TOML
+    if not path.is_file():
+        return Toml()
+    try:
+        content = tomllib.loads(path.read_text("utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}.", "Correct the file.") from error
+    for section, value in content.items():
+        if section not in ("defaults", "models", "training"):
+            raise unknown_name(f"section in {TOML}:", section, ("defaults", "models", "training"))
+        if not isinstance(value, dict):
+            raise ConfigError(f"{section} in {TOML} is not a section.", f"Write [{section}].")
+    defaults = {}
+    for name, value in content.get("defaults", {}).items():
+        key = name.replace("_", "-")
+        if key not in options:
+            raise unknown_name(f"option under [defaults] in {TOML}:", name, options)
+        defaults[key.replace("-", "_")] = _typed(key, value, options[key])
+    models = content.get("models", {})
+    for name, value in models.items():
+        if not isinstance(value, dict):
+            raise ConfigError(f"models.{name} in {TOML} is not a section.", f'Write [models.{name}] and path = "..."')
+    return Toml(defaults=defaults, models=models, training=content.get("training", {}))
+
+
+def _typed(key: str, value: Any, kind: type) -> Any:
+    if key == "seeds" and isinstance(value, list):
+        value = ",".join(map(str, value))
+    if key == "layers" and isinstance(value, list):
+        value = ",".join(map(str, value))
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if kind is Path and isinstance(value, str):
+        value = Path(value).expanduser()
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise ConfigError(f"{key} = {value!r} under [defaults] in {TOML} should be {kind.__name__}.", "Correct it.")
+    return value

@@ -1,0 +1,73 @@
+"""What people read: one console, tables, progress, and numbers in a readable form."""
+
+from __future__ import annotations
+
+import sys
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, SpinnerColumn, TextColumn
+from rich.progress import Task as ProgressTask
+from rich.text import Text
+
+PIPE_WIDTH = 120
+"""Columns where the output is not a terminal, so that a log keeps its tables whole."""
+
+console = Console(highlight=False, width=None if sys.stderr.isatty() and sys.stdout.isatty() else PIPE_WIDTH)
+"""Everything for people goes here; with ``--json`` it is turned to standard error."""
+
+
+def to_stderr() -> None:
+    """Keep standard output free for one JSON document."""
+    console.stderr = True
+
+
+def bytes_text(count: float) -> str:
+    """``512 B``, ``8.4 MB``, ``21.6 GB`` (powers of 1000, as disks are sold)."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.5:
+            return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def seconds_text(seconds: float) -> str:
+    """``0.4 s``, ``38 s``, ``4 min 10 s``, ``2 h 05 min``."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes == 0:
+        return f"{rest} s"
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def count_text(count: int, noun: str, plural: str = "") -> str:
+    """``1 sequence``, ``12,544 sequences``"""
+    return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
+
+
+class TimeLeft(ProgressColumn):
+    """Time left by the work done so far, in words."""
+
+    def render(self, task: ProgressTask) -> Text:
+        if task.finished:
+            return Text(f"in {seconds_text(task.finished_time or 0)}", style="green")
+        if not task.completed or task.total is None or task.elapsed is None:
+            return Text("")
+        return Text(f"{seconds_text(task.elapsed / task.completed * (task.total - task.completed))} left", style="cyan")
+
+
+def work_progress(unit: str) -> Progress:
+    """A progress bar: what, bar, done / total ``unit``, a free field ``note``, time left."""
+    return Progress(
+        SpinnerColumn(finished_text="[green]✓"),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        TextColumn("{task.fields[note]}"),
+        TimeLeft(),
+        console=console,
+        refresh_per_second=4,
+    )

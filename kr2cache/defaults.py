@@ -1,0 +1,85 @@
+"""Options that were not given: from ``kr2cache.toml``, then the registry, then what the cache holds.
+
+Each answer is the only one there is, or an error lists the choices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kr2cache import models
+from kr2cache.errors import ConfigError
+from kr2cache.tasks import task_names
+
+OPTIONS: dict[str, type] = {
+    "resource": str,
+    "split": str,
+    "task": str,
+    "data": str,
+    "max-length": int,
+    "layers": str,
+    "dtype": str,
+    "compute-dtype": str,
+    "device": str,
+    "tokens-per-batch": int,
+    "shard-gb": float,
+    "limit": int,
+    "cache-dir": Path,
+    "reader": str,
+    "fusion": str,
+    "method": str,
+    "projection": str,
+    "seeds": str,
+    "epochs": float,
+    "batch-size": int,
+    "learning-rate": float,
+    "fusion-learning-rate": float,
+    "resource-max-length": int,
+    "run-dir": Path,
+}
+"""What ``[defaults]`` may give, by the long names of the options."""
+
+
+def choose_resource(cache_dir: Path, task: str | None, overrides: Mapping[str, Mapping[str, Any]]) -> str:
+    """The one resource that has caches (of ``task``, if that is known).
+
+    Raises:
+        ConfigError: If there is none, or there are several.
+    """
+    held = sorted({resource for name, resource in _held(cache_dir) if task in (None, name)})
+    if len(held) == 1:
+        return held[0]
+    if held:
+        raise ConfigError(f"Which resource? {cache_dir} holds {', '.join(held)}.", "Give --resource.")
+    raise ConfigError(
+        f"Which resource? None was given, and {cache_dir} holds no cache yet.",
+        f"Give --resource: {', '.join(models.known_models(overrides))}, a hub id or a folder.",
+    )
+
+
+def choose_task(resource: str | None, cache_dir: Path, overrides: Mapping[str, Mapping[str, Any]]) -> str:
+    """The task of the resource's language, else the one task that has caches.
+
+    Raises:
+        ConfigError: If there is none, or there are several.
+    """
+    if resource is not None:
+        language = models.find_model(resource, overrides).language
+        if language is not None:
+            return f"udpos-{language}"
+    held = sorted({name for name, _ in _held(cache_dir)})
+    if len(held) == 1:
+        return held[0]
+    choices = ", ".join(held or task_names())
+    why = f"{resource!r} is of no single language" if resource else "no resource was given"
+    raise ConfigError(
+        f"Which task? {why}, and {cache_dir} holds {'several' if held else 'no cache'}.", f"Give --task: {choices}"
+    )
+
+
+def _held(cache_dir: Path) -> list[tuple[str, str]]:
+    """(task, resource) of every cache, by the folders' names (which say both)."""
+    folders = {path.parent for path in cache_dir.glob("*/*/*/shard-*.h5")}
+    return sorted({(folder.parent.parent.name, folder.name.rpartition("-")[0]) for folder in folders})

@@ -1,0 +1,36 @@
+"""Which device the work runs on."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kr2cache.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def choose_device(name: str) -> torch.device:
+    """``auto`` is the first CUDA GPU, else Apple's, else the CPU; any other name is torch's own.
+
+    Raises:
+        ConfigError: If the device does not exist here.
+    """
+    import torch
+
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", torch.cuda.current_device())
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"--device {name!r} is not a device.", "Give auto, cpu, cuda, cuda:1 or mps.") from None
+    available = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if not available.get(device.type, False):
+        raise ConfigError(f"--device {name}: there is no such device on this machine.", "Give --device auto or cpu.")
+    return device

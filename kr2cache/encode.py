@@ -1,0 +1,178 @@
+"""Text to token ids: the one place for word alignment and for length-sorted batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kr2cache.cache.format import SequenceIndex, encode_ids, text_xxh3
+from kr2cache.errors import ConfigError, DataError
+from kr2cache.tasks import Example, Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TEXTS_AT_ONCE = 1_000
+"""Texts given to the tokenizer together; its objects are large, so memory stays flat however many there are."""
+SPECIAL = -1
+"""``word_index`` of a special token."""
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase,
+    ids: Sequence[str],
+    texts: Sequence[tuple[str, ...]],
+    *,
+    words: bool,
+    max_length: int,
+) -> SequenceIndex:
+    """Tokenise ``texts`` and align tokens with words.
+
+    Args:
+        ids: One id a sequence.
+        texts: Words (``words=True``), or one or two segments of plain text.
+        words: Whether a text is a list of words. Otherwise ``word_index`` counts within the segments, as the tokenizer
+            splits them.
+        max_length: Tokens kept of each sequence, special tokens included; the longer segment is cut first.
+
+    Raises:
+        ConfigError: If ``max_length`` leaves no room beside the special tokens.
+    """
+    special = tokenizer.num_special_tokens_to_add(pair=not words and any(len(text) > 1 for text in texts))
+    if max_length <= special:
+        raise ConfigError(
+            f"A maximal length of {max_length} leaves no room for text: {special} tokens are special.",
+            f"Give --max-length {special + 1} or more.",
+        )
+    align = _encode_fast if tokenizer.is_fast else _encode_word_by_word
+    input_ids: list[NDArray[np.int32]] = []
+    word_indices: list[NDArray[np.int32]] = []
+    n_tokens = np.empty(len(texts), dtype=np.int32)
+    for start in range(0, len(texts), TEXTS_AT_ONCE):
+        part = texts[start : start + TEXTS_AT_ONCE]
+        for offset, (token_ids, aligned) in enumerate(align(tokenizer, part, words, max_length)):
+            n_tokens[start + offset] = len(token_ids)
+            input_ids.append(np.array(token_ids, dtype=np.int32))
+            word_indices.append(np.array(aligned, dtype=np.int32))
+    return SequenceIndex(
+        ids=encode_ids(ids),
+        n_tokens=n_tokens,
+        text_xxh3=np.array([text_xxh3(text) for text in texts], dtype=np.uint64),
+        input_id=np.concatenate(input_ids),
+        word_index=np.concatenate(word_indices),
+    )
+
+
+def encode_examples(
+    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], task: Task, max_length: int
+) -> SequenceIndex:
+    """All sequences of the examples, in order."""
+    return encode(
+        tokenizer,
+        [name for example in examples for name in example.sequence_ids],
+        [text for example in examples for text in example.texts],
+        words=task.words,
+        max_length=max_length,
+    )
+
+
+Aligned = tuple[Sequence[int], Sequence[int]]
+
+
+def _encode_fast(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[tuple[str, ...]], words: bool, max_length: int
+) -> list[Aligned]:
+    options: dict[str, Any] = {
+        "truncation": True,
+        "max_length": max_length,
+        "return_attention_mask": False,
+        "return_token_type_ids": False,
+        "verbose": False,
+    }
+    if words:
+        encoded = tokenizer([list(text) for text in texts], is_split_into_words=True, **options)
+    elif any(len(text) > 1 for text in texts):
+        encoded = tokenizer([text[0] for text in texts], [text[1] for text in texts], **options)
+    else:
+        encoded = tokenizer([text[0] for text in texts], **options)
+    return [
+        (token_ids, [SPECIAL if word is None else word for word in encoded.word_ids(i)])
+        for i, token_ids in enumerate(encoded["input_ids"])
+    ]
+
+
+def _encode_word_by_word(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[tuple[str, ...]], words: bool, max_length: int
+) -> list[Aligned]:
+    """For tokenizers written in Python (Japanese, KoBERT), which know of no word alignment."""
+    if not words:
+        raise ConfigError(
+            "This model's tokenizer is written in Python; it can encode words (tagging), not yet pairs of segments.",
+            "Choose a model with a fast tokenizer for this task.",
+        )
+    room = max_length - tokenizer.num_special_tokens_to_add()
+    result: list[Aligned] = []
+    for text in texts:
+        pieces: list[int] = []
+        aligned: list[int] = []
+        for number, word in enumerate(text):
+            token_ids: list[int] = np.atleast_1d(tokenizer.convert_tokens_to_ids(tokenizer.tokenize(word))).tolist()
+            pieces.extend(token_ids)
+            aligned.extend([number] * len(token_ids))
+        pieces, aligned = pieces[:room], aligned[:room]
+        special = tokenizer.get_special_tokens_mask(pieces)
+        inner = iter(aligned)
+        whole = tokenizer.build_inputs_with_special_tokens(pieces)
+        result.append((whole, [SPECIAL if mark else next(inner) for mark in special]))
+    return result
+
+
+def check_token_ids(index: SequenceIndex, vocabulary: int, who: str) -> None:
+    """Raise ``DataError`` if the tokenizer gives ids that the model has no embedding for (a mismatched pair)."""
+    highest = int(index.input_id.max(initial=0))
+    if highest >= vocabulary:
+        raise DataError(
+            f"The tokenizer of {who} gives token id {highest}, but the model has {vocabulary} embeddings.",
+            "Tokenizer and weights do not belong together.",
+        )
+
+
+def first_subwords(word_index: NDArray[np.int32]) -> tuple[NDArray[np.intp], NDArray[np.int32]]:
+    """Where each word of one sequence starts.
+
+    Args:
+        word_index: Shape ``(T,)``, as in ``SequenceIndex``.
+
+    Returns:
+        Token positions and the words they start, each of shape (words that are there,).
+    """
+    before = np.concatenate([[np.int32(SPECIAL)], word_index[:-1]])
+    starts = np.flatnonzero((word_index != SPECIAL) & (word_index != before))
+    return starts, word_index[starts]
+
+
+def length_sorted_batches(n_tokens: NDArray[np.integer[Any]], tokens_per_batch: int) -> list[NDArray[np.intp]]:
+    """Batches of like lengths, longest first, of at most ``tokens_per_batch`` positions, padding included.
+
+    Equal lengths stay in their order, so the plan depends on the lengths and the budget alone. A sequence longer than
+    the budget is a batch of its own.
+    """
+    order = np.argsort(-n_tokens.astype(np.int64), kind="stable")
+    batches = []
+    start = 0
+    while start < len(order):
+        size = max(1, tokens_per_batch // int(n_tokens[order[start]]))
+        batches.append(order[start : start + size])
+        start += size
+    return batches
+
+
+def pad(arrays: Sequence[NDArray[Any]], fill: int) -> NDArray[np.int64]:
+    """Shape (B, T): ``arrays`` side by side, filled up to the longest with ``fill``."""
+    result = np.full((len(arrays), max(map(len, arrays))), fill, dtype=np.int64)
+    for row, array in zip(result, arrays, strict=True):
+        row[: len(array)] = array
+    return result

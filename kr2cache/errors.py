@@ -1,0 +1,82 @@
+"""Every failure that the project explains, as one small tree.
+
+Each class also is the built-in that callers already catch (``ValueError``, ``FileNotFoundError``, ...). A message says
+what was wrong and with which value; the remedy, kept apart so that ``--json`` can show it, says what to do.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class KR2CacheError(Exception):
+    """A failure that was foreseen: it has a message for people, and mostly a remedy."""
+
+    def __init__(self, message: str, remedy: str = "") -> None:
+        super().__init__(message, remedy)
+        self.message = message
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.message}\n{self.remedy}" if self.remedy else self.message
+
+
+class UnknownNameError(KR2CacheError, ValueError):
+    """A model, task, fusion, split or option that does not exist."""
+
+
+class ConfigError(KR2CacheError, ValueError):
+    """Settings that contradict each other, or a ``kr2cache.toml`` that cannot be understood."""
+
+
+class DataError(KR2CacheError, ValueError):
+    """A corpus that is missing or malformed; the message names file and line."""
+
+
+class MissingSplitError(DataError):
+    """The corpus has no such split; training goes on without dev or test."""
+
+
+class ModelUnavailableError(KR2CacheError, FileNotFoundError):
+    """A model is neither on this machine nor to be had."""
+
+
+class UnsupportedModelError(KR2CacheError, ValueError):
+    """A model that loads, but cannot serve as what it was asked for."""
+
+
+class CacheError(KR2CacheError, ValueError):
+    """A cache is missing, incomplete, or its files are not what the format says."""
+
+
+class CacheMismatchError(CacheError):
+    """A cache of that name exists, but was made from something else."""
+
+
+class SequenceNotFoundError(KR2CacheError, KeyError):
+    """An id that the cache does not hold, or does not hold completely yet."""
+
+
+class CacheBusyError(CacheError):
+    """Another process is writing this cache."""
+
+
+class DiskSpaceError(KR2CacheError):
+    """The disk cannot hold what has to be written."""
+
+
+class ValueRangeError(KR2CacheError, ValueError):
+    """A state that the stored dtype cannot hold."""
+
+
+class InterruptedWorkError(KR2CacheError):
+    """Ctrl-C; the message says what is kept."""
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str], remedy: str = "") -> UnknownNameError:
+    """Say that ``name`` is not a ``kind``, with the nearest known name and the list of those that exist."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return UnknownNameError(f"Unknown {kind} {name!r}.{hint}", f"Known: {', '.join(known)}. {remedy}".strip())

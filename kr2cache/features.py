@@ -1,0 +1,100 @@
+"""Stage two's data path: from a cache to batches of resource states.
+
+A fixed fusion of several layers is computed once, when training is set up, and kept for every epoch and seed; one layer
+is read straight from the map; only trainable weights and the direct projection need several layers in every batch.
+
+Shape letters: B sequences, T positions (padded), L layers that reach the model, D width.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kr2cache.cache.format import offsets
+from kr2cache.cache.reader import FeatureCache
+from kr2cache.fusion import Fusion
+
+MEMORY_SHARE = 0.25
+"""Of the free memory may go to fused states; more goes to a temporary file that is mapped."""
+SEQUENCES_AT_ONCE = 256
+
+
+class ResourceFeatures:
+    """The resource's states for the examples of one split, as one fusion needs them."""
+
+    def __init__(self, cache: FeatureCache, sequence_ids: Sequence[str], fusion: Fusion, *, keep_layers: bool) -> None:
+        """
+        Args:
+            cache: Holds at least ``sequence_ids`` and the fusion's layers.
+            sequence_ids: In the order of the split's sequences; ``batch`` counts in it.
+            fusion: Which layers.
+            keep_layers: Do not fuse, though the fusion is fixed: the direct projection wants the layers side by side.
+        """
+        self.cache = cache
+        self.fusion = fusion
+        self.sequences_read = 0
+        """How many sequences ``batch`` has given out: so many forward passes of the resource were not needed."""
+        self._positions = cache.positions(sequence_ids)
+        self.n_tokens = cache.n_tokens[self._positions]
+        self._fused: NDArray[np.floating] | None = None
+        if not fusion.trainable and not keep_layers and len(fusion.layers) > 1:
+            self._first_token = offsets(self.n_tokens)
+            self._fused = self._fuse(list(sequence_ids))
+
+    @property
+    def width(self) -> int:
+        return self.cache.width
+
+    def batch(self, sequences: Sequence[int]) -> tuple[NDArray[np.floating], NDArray[np.int64]]:
+        """States and mask of some sequences.
+
+        Returns:
+            States (B, L, T, D), zeros where padded, L = 1 where the layers are fused already; mask (B, T), 1 for
+            states.
+        """
+        self.sequences_read += len(sequences)
+        lengths = self.n_tokens[list(sequences)]
+        layers = 1 if self._fused is not None else len(self.fusion.layers)
+        states_BLTD = np.zeros((len(sequences), layers, int(lengths.max()), self.width), dtype=self.cache.states_dtype)
+        for row, sequence, length in zip(states_BLTD, sequences, lengths.tolist(), strict=True):
+            row[:, :length] = self._layers_of(sequence)
+        return states_BLTD, (np.arange(states_BLTD.shape[2])[None, :] < lengths[:, None]).astype(np.int64)
+
+    def _layers_of(self, sequence: int) -> NDArray[np.floating]:
+        """(L, T, D)"""
+        if self._fused is not None:
+            return self._fused[None, self._first_token[sequence] : self._first_token[sequence + 1]]
+        return self.cache.states(int(self._positions[sequence]), self.fusion.layers)
+
+    def _fuse(self, sequence_ids: list[str]) -> NDArray[np.floating]:
+        """Eq. 1 for every sequence, (tokens, D), in the precision that the states are read in."""
+        fused = _allocate((int(self._first_token[-1]), self.width), self.cache.states_dtype, self.cache.folder)
+        for start in range(0, len(sequence_ids), SEQUENCES_AT_ONCE):
+            packed = self.cache.batch(sequence_ids[start : start + SEQUENCES_AT_ONCE], self.fusion.layers)
+            for i in range(len(packed)):
+                first, last = self._first_token[start + i], self._first_token[start + i + 1]
+                fused[first:last] = self.fusion.apply(packed[i])
+        return fused
+
+
+def _allocate(shape: tuple[int, int], dtype: np.dtype[Any], beside: Path) -> NDArray[Any]:
+    """An array in memory, or in a mapped temporary file beside the cache where memory is short."""
+    if shape[0] * shape[1] * dtype.itemsize <= MEMORY_SHARE * _free_memory():
+        return np.empty(shape, dtype=dtype)
+    with tempfile.TemporaryFile(dir=beside.parent, prefix="fused-") as file:
+        file.truncate(shape[0] * shape[1] * dtype.itemsize)
+        return np.memmap(file, dtype=dtype, mode="r+", shape=shape)
+
+
+def _free_memory() -> int:
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):  # not told on macOS
+        return 4 * 2**30

@@ -1,0 +1,105 @@
+"""Layer fusion: names to layers and weights (NumPy only).
+
+KR2, eq. 1: ``H^_res = sum_{i=0..L} w_i H_res^i``. The weights ``w`` are trainable (``fuse``), uniform over all layers
+(``all``) or the last N (``lastN``; ``last4`` is Table 2's "average of the last 4", an average, not a concatenation), or
+one-hot (``layerN``; ``layer0`` is the embedding output).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kr2cache.errors import ConfigError, unknown_name
+
+FUSION_EXAMPLES = ("fuse", "all", "last1", "last4", "layer0", "layer11")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fusion:
+    """One way to collapse the layer axis."""
+
+    name: str
+    """As on the command line: ``fuse``, ``all``, ``lastN`` or ``layerN``."""
+    layers: tuple[int, ...]
+    """The model's layer numbers that take part; 0 = embedding output."""
+    trainable: bool
+    """Whether the weights are learned (``fuse``); they start uniform."""
+
+    @property
+    def weights(self) -> NDArray[np.float32]:
+        """The fixed weights, or where the trainable ones start: uniform. Shape ``(len(layers),)``."""
+        return np.full(len(self.layers), 1 / len(self.layers), dtype=np.float32)
+
+    def apply(self, states_LTD: NDArray[np.floating]) -> NDArray[np.float32]:
+        """Eq. 1 on one sequence.
+
+        Args:
+            states_LTD: The layers of ``self.layers`` in that order, shape ``(len(layers), T, D)``.
+
+        Returns:
+            float32, shape ``(T, D)``.
+        """
+        fused: NDArray[np.float32] = np.einsum("l,ltd->td", self.weights, states_LTD.astype(np.float32, copy=False))
+        return fused
+
+
+def check_fusion_name(name: str) -> None:
+    """Raise ``UnknownNameError`` for a name that no model could make sense of; costs nothing, so it can come first."""
+    if name not in ("fuse", "all") and not re.fullmatch(r"(last[1-9]\d*|layer\d+)", name):
+        raise unknown_name("fusion", name, FUSION_EXAMPLES, "lastN averages the last N layers, layerN takes layer N.")
+
+
+def parse_fusion(name: str, model_layers: int) -> Fusion:
+    """The fusion called ``name`` for a model that has ``model_layers`` = L + 1 layers, embedding output included.
+
+    Raises:
+        UnknownNameError: For a name that is none of the four forms.
+        ConfigError: For more layers than there are, or a layer the model does not have.
+    """
+    check_fusion_name(name)
+    if name in ("fuse", "all"):
+        return Fusion(name=name, layers=tuple(range(model_layers)), trainable=name == "fuse")
+    number = int(name.removeprefix("last").removeprefix("layer"))
+    if name.startswith("last"):
+        return Fusion(name=name, layers=last_layers(number, model_layers, f"Fusion {name!r}"), trainable=False)
+    if number >= model_layers:
+        raise ConfigError(
+            f"Fusion {name!r} asks for layer {number}, but this resource has layers 0 to {model_layers - 1}.",
+            "Layer 0 is the embedding output.",
+        )
+    return Fusion(name=name, layers=(number,), trainable=False)
+
+
+def parse_layers(text: str, model_layers: int) -> tuple[int, ...]:
+    """The layers that ``--layers`` names: ``all``, ``lastN`` or a list such as ``0,3,5``; ascending, without repeats.
+
+    Raises:
+        ConfigError: For anything else, or a layer the model does not have.
+    """
+    if text == "all":
+        return tuple(range(model_layers))
+    if re.fullmatch(r"last[1-9]\d*", text):
+        return last_layers(int(text.removeprefix("last")), model_layers, f"--layers {text}")
+    if not re.fullmatch(r"\d+(\s*,\s*\d+)*", text):
+        raise ConfigError(f"--layers {text!r} is not understood.", "Give all, lastN (last4) or a list such as 0,3,5.")
+    layers = tuple(sorted({int(part) for part in text.split(",")}))
+    if layers[-1] >= model_layers:
+        raise ConfigError(
+            f"--layers {text} asks for layer {layers[-1]}, but this model has layers 0 to {model_layers - 1}.",
+            "Layer 0 is the embedding output.",
+        )
+    return layers
+
+
+def last_layers(number: int, model_layers: int, who: str) -> tuple[int, ...]:
+    """The last ``number`` layers, as layer numbers."""
+    if number > model_layers:
+        raise ConfigError(
+            f"{who} asks for {number} layers, but this model has {model_layers} (embeddings included).",
+            f"last{model_layers} averages all of them, the same as all.",
+        )
+    return tuple(range(model_layers - number, model_layers))

@@ -1,0 +1,149 @@
+"""Padded layers of a batch to packed rows in the stored dtype.
+
+Shape letters: B sequences, T positions (padded), L stored layers, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kr2cache.cache.format import SequenceIndex
+from kr2cache.cache.writer import PackedStates
+from kr2cache.errors import ValueRangeError
+
+
+class Packer:
+    """Padded layers of a batch to packed rows in the stored dtype, ready for the disk.
+
+    On a GPU the valid tokens are gathered and cast there, and copied out asynchronously through two pinned buffers:
+    while one batch travels, the next one computes, so ``__call__`` hands out the batch before.
+    """
+
+    def __init__(self, index: SequenceIndex, layers: Sequence[int], dtype: str, device: torch.device) -> None:
+        """
+        Args:
+            index: All sequences of the cache.
+            layers: The model's layer numbers that are stored.
+            dtype: As stored.
+            device: Where the states come from.
+        """
+        self.index = index
+        self.layers = layers
+        self.dtype = dtype
+        self.device = device
+        self._waiting: list[tuple[Any, Callable[[], PackedStates]]] = []
+        self._pinned: list[dict[str, torch.Tensor]] = [{}, {}]
+        self._turn = 0
+
+    def __call__(
+        self, shard: int, batch: NDArray[np.intp], shard_start: int, layers_BTD: tuple[torch.Tensor, ...]
+    ) -> Iterator[PackedStates]:
+        """Take a batch, give what has become ready: this batch on a CPU, the one before on a GPU."""
+        lengths = self.index.n_tokens[batch]
+        raw, scale = self._encode(self._gather(layers_BTD, lengths))
+        sequences = (batch - shard_start).tolist()
+        if self.device.type != "cuda":
+            raw, scale = raw.cpu(), None if scale is None else scale.cpu()
+            self._check(raw, scale, batch, lengths)
+            yield PackedStates(shard, sequences, self._numpy(raw), None if scale is None else scale.numpy())
+            return
+        self._waiting.append(self._start_copy(shard, sequences, batch, lengths, raw, scale))
+        if len(self._waiting) > 1:
+            yield self._finish_copy()
+
+    def rest(self) -> Iterator[PackedStates]:
+        """What is still on its way."""
+        while self._waiting:
+            yield self._finish_copy()
+
+    def _gather(self, layers_BTD: tuple[torch.Tensor, ...], lengths: NDArray[np.int32]) -> torch.Tensor:
+        """(rows, D): the valid positions of each sequence, layer by layer."""
+        T = layers_BTD[0].shape[1]
+        wanted = [layers_BTD[layer] for layer in self.layers]
+        if (lengths == T).all():
+            return torch.stack(wanted, dim=1).flatten(0, 2)
+        L = len(wanted)
+        stacked = torch.stack(wanted, dim=1).flatten(0, 2)
+        grid = np.arange(len(lengths) * L * T).reshape(len(lengths), L, T)
+        rows = np.concatenate([grid[i, :, :length].ravel() for i, length in enumerate(lengths.tolist())])
+        index = torch.from_numpy(rows)
+        if self.device.type == "cuda":
+            index = index.pin_memory().to(self.device, non_blocking=True)
+        return stacked.index_select(0, index)
+
+    def _encode(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Stored values and, for int8, each row's scale (largest magnitude / 127)."""
+        dtype = self.dtype
+        if dtype == "int8":
+            states = states.float()
+            scale = states.abs().amax(dim=1) / 127
+            safe = torch.where(scale > 0, scale, torch.ones_like(scale))
+            return torch.round(states / safe[:, None]).to(torch.int8), scale
+        return states.to(getattr(torch, dtype)), None
+
+    def _numpy(self, raw: torch.Tensor) -> NDArray[Any]:
+        return (raw.view(torch.int16) if raw.dtype == torch.bfloat16 else raw).numpy()
+
+    def _check(
+        self, raw: torch.Tensor, scale: torch.Tensor | None, batch: NDArray[np.intp], lengths: NDArray[np.int32]
+    ) -> None:
+        """Raise ``ValueRangeError`` naming example and layer for a value the stored dtype cannot hold."""
+        finite = torch.isfinite(scale if scale is not None else raw)
+        if bool(finite.all()):
+            return
+        bad_row = int((~finite).reshape(len(raw), -1).any(dim=1).nonzero()[0])
+        ends = np.cumsum(lengths.astype(np.int64) * len(self.layers))
+        i = int(np.searchsorted(ends, bad_row, side="right"))
+        inside = bad_row - (int(ends[i - 1]) if i else 0)
+        layer = self.layers[inside // int(lengths[i])]
+        name = self.index.ids[batch[i]].decode("utf-8")
+        raise ValueRangeError(
+            f"A state of {name!r} at layer {layer} is not a finite {self.dtype} value.",
+            "float16 ends at 65,504: --dtype bfloat16 or float32 holds larger values. If it is nan there too, the "
+            "model itself gives nan. What is complete is kept.",
+        )
+
+    # CUDA only ------------------------------------------------------------------------------------------------------
+
+    def _start_copy(
+        self,
+        shard: int,
+        sequences: list[int],
+        batch: NDArray[np.intp],
+        lengths: NDArray[np.int32],
+        raw: torch.Tensor,
+        scale: torch.Tensor | None,
+    ) -> tuple[Any, Callable[[], PackedStates]]:
+        self._turn ^= 1
+        finite = torch.isfinite(scale if scale is not None else raw).all()
+        parts = {"raw": raw, "finite": finite[None], **({"scale": scale} if scale is not None else {})}
+        host = {name: self._to_pinned(name, tensor) for name, tensor in parts.items()}
+        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        done.record()
+
+        def ready() -> PackedStates:
+            if not bool(host["finite"][0]):
+                self._check(raw.cpu(), None if scale is None else scale.cpu(), batch, lengths)
+            # The buffer is used again two batches later, the writer may be slower: it gets a copy of its own.
+            stored = self._numpy(host["raw"]).copy()
+            return PackedStates(shard, sequences, stored, host["scale"].numpy().copy() if "scale" in host else None)
+
+        return done, ready
+
+    def _to_pinned(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        buffers = self._pinned[self._turn]
+        if name not in buffers or buffers[name].numel() < tensor.numel():
+            buffers[name] = torch.empty(tensor.numel(), dtype=tensor.dtype, pin_memory=True)
+        view = buffers[name][: tensor.numel()].view(tensor.shape)
+        view.copy_(tensor, non_blocking=True)
+        return view
+
+    def _finish_copy(self) -> PackedStates:
+        done, ready = self._waiting.pop(0)
+        done.synchronize()
+        return ready()

@@ -1,0 +1,172 @@
+"""The resource of a run: its caches, found or made.
+
+A cache is taken when it fits (``provenance``); where none was made by these names it is extracted; where one was, from
+something else, that is an error that says what changed.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from kr2cache import models, provenance
+from kr2cache.cache.format import SequenceIndex, text_xxh3
+from kr2cache.cache.reader import FeatureCache
+from kr2cache.config import DEFAULT_COMPUTE_DTYPE, DEFAULT_DTYPE, DEFAULT_MAX_LENGTH, ExtractConfig, TrainConfig
+from kr2cache.encode import encode_examples
+from kr2cache.errors import CacheError, CacheMismatchError
+from kr2cache.extract import describe, describe_result, extract, plan_extraction
+from kr2cache.tasks import Example, Task
+
+
+class Resource:
+    """The resource of a run: its caches by split, found or made."""
+
+    def __init__(self, config: TrainConfig, spec: models.ModelSpec, task: Task) -> None:
+        self.config = config
+        self.spec = spec
+        self.task = task
+        self.computed = 0
+        self.notes: list[str] = []
+        self.on_this_machine = models.local_folder(spec) is not None
+        self.weights: str | None = None
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        if self.on_this_machine:
+            self.weights = models.weights_digest(models.load_encoder(spec))
+            self._tokenizer = models.load_tokenizer(spec, words=task.words)
+        else:
+            self.notes.append(
+                f"The weights of {spec.name} are not on this machine: its caches are trusted, not compared with them."
+            )
+
+    def cache(self, split: str, examples: Sequence[Example]) -> FeatureCache:
+        """The cache that fits, or a new one.
+
+        Raises:
+            CacheMismatchError: If one was made by these names, but from something else.
+            CacheError: If there is none and ``--no-extract`` was given, or several fit and differ.
+        """
+        wanted = provenance.Wanted(
+            resource=self.spec.name,
+            task=self.task.name,
+            corpus=self.task.corpus(self.config.data),
+            split=split,
+            max_length=self.config.resource_max_length,
+            dtype=self.config.dtype,
+            compute_dtype=self.config.compute_dtype,
+            fusion=self.config.fusion,
+            weights=self.weights,
+            template=self.task.template,
+            ids=tuple(name for example in examples for name in example.sequence_ids),
+            text_xxh3=np.array([text_xxh3(text) for example in examples for text in example.texts], dtype=np.uint64),
+        )
+        fits, stale, other = self._sort(wanted, examples)
+        if fits:
+            return self._choose(fits)
+        if stale:
+            cache, differences = stale[0]
+            raise CacheMismatchError(
+                f"The cache of {wanted.resource} on {wanted.task}/{split} ({cache.folder}) was made from something "
+                f"else: {'; '.join(difference.text for difference in differences)}.",
+                f"Make one that fits:  {self._command(split)}",
+            )
+        if not self.config.extract:
+            detail = f" {'; '.join(other)}." if other else ""
+            raise CacheError(
+                f"No cache of {wanted.resource} on {wanted.task}/{split} fits, and --no-extract was given.{detail}",
+                f"Make one:  {self._command(split)}",
+            )
+        return self._extract(split, examples)
+
+    def _sort(
+        self, wanted: provenance.Wanted, examples: Sequence[Example]
+    ) -> tuple[list[FeatureCache], list[tuple[FeatureCache, list[provenance.Difference]]], list[str]]:
+        """Caches that fit, those of the same names that went stale, and why others do not serve."""
+        fits, stale, other = [], [], []
+        indices: dict[int, SequenceIndex | None] = {}
+        for cache in provenance.caches_of(self.config.cache_dir, self.task.name, wanted.split):
+            chosen = cache.provenance["chosen"]
+            same_resource = chosen["resource"] == wanted.resource
+            settings = provenance.chosen_differences(cache, wanted)
+            if settings or not (same_resource or self.on_this_machine):
+                if same_resource:
+                    other.append(f"{cache.folder}: {', '.join(difference.text for difference in settings)}")
+                continue
+            length = int(chosen["max_length"])
+            if length not in indices:
+                indices[length] = self._encode(examples, length)
+            differences = provenance.found_differences(cache, wanted, indices[length])
+            if not differences:
+                if all(name in cache for name in wanted.ids):
+                    fits.append(cache)
+                elif same_resource:
+                    other.append(f"{cache.folder}: it is not complete")
+            elif same_resource and chosen["corpus"] == wanted.corpus:
+                # Examples that a cache lacks are no contradiction: it was made of fewer.
+                if {difference.field for difference in differences} == {"examples"}:
+                    other.append(f"{cache.folder}: {differences[0].text}")
+                else:
+                    stale.append((cache, differences))
+        return fits, stale, other
+
+    def _encode(self, examples: Sequence[Example], max_length: int) -> SequenceIndex | None:
+        if self._tokenizer is None:
+            return None
+        return encode_examples(self._tokenizer, examples, self.task, max_length)
+
+    def _choose(self, fits: list[FeatureCache]) -> FeatureCache:
+        """The fitting cache by the default settings, or the only kind there is."""
+        by_settings: dict[tuple[Any, ...], FeatureCache] = {}
+        for cache in fits:
+            chosen = cache.provenance["chosen"]
+            by_settings.setdefault((chosen["max_length"], chosen["dtype"], chosen["compute_dtype"]), cache)
+        default = (DEFAULT_MAX_LENGTH, DEFAULT_DTYPE, DEFAULT_COMPUTE_DTYPE)
+        if len(by_settings) == 1:
+            return fits[0]
+        if default in by_settings:
+            return by_settings[default]
+        kinds = "; ".join(
+            f"max length {length}, {dtype}, computed in {compute}" for length, dtype, compute in by_settings
+        )
+        raise CacheError(
+            f"Several caches of {self.spec.name} fit and differ: {kinds}.",
+            "Say which: --resource-max-length, or dtype and compute_dtype under [defaults] in kr2cache.toml.",
+        )
+
+    def _extract(self, split: str, examples: Sequence[Example]) -> FeatureCache:
+        plan = plan_extraction(
+            ExtractConfig(
+                resource=self.config.resource or self.spec.name,
+                split=split,
+                task=self.task.name,
+                data=self.config.data,
+                max_length=self.config.resource_max_length or DEFAULT_MAX_LENGTH,
+                dtype=self.config.dtype or DEFAULT_DTYPE,
+                compute_dtype=self.config.compute_dtype or DEFAULT_COMPUTE_DTYPE,
+                device=self.config.device,
+                limit=self.config.limit,
+                cache_dir=self.config.cache_dir,
+                models=self.config.models,
+            ),
+            examples,
+        )
+        describe(plan)
+        result = extract(plan)
+        describe_result(result)
+        self.computed += result.computed
+        return FeatureCache.open(result.cache)
+
+    def _command(self, split: str) -> str:
+        words = ["kr2cache", "extract", "--resource", self.config.resource or self.spec.name, "--split", split]
+        words += ["--task", self.task.name]
+        if self.config.data is not None:
+            words += ["--data", self.config.data]
+        if self.config.resource_max_length is not None:
+            words += ["--max-length", str(self.config.resource_max_length)]
+        if self.config.limit is not None:
+            words += ["--limit", str(self.config.limit)]
+        return shlex.join(words)

@@ -1,0 +1,104 @@
+"""The run folder: one training with one seed, written by train, read by whoever reports on it.
+
+    runs/udpos-de/kr2-xlm-r-gottbert-last4-6b1d0f42/seed-1/    config.json  metrics.json  history.json
+                                                                predictions-dev.jsonl  predictions-test.jsonl
+                                                                fusion.json (the weights w)  reader/ (the trained model)
+
+The eight digits are of a hash over everything that can change the result, so a folder that is there holds the run that
+was asked for. A folder gets its name only when it is complete; until then it is called ``seed-1.partial``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from kr2cache.cache.format import canonical_json
+from kr2cache.errors import CacheError
+
+Metrics = dict[str, dict[str, float]]
+"""Split to metric to fraction."""
+
+
+def runs_folder(run_dir: Path, task: str, parts: Sequence[str], deciding: Mapping[str, Any]) -> Path:
+    """The folder that holds the seeds of one configuration.
+
+    Args:
+        parts: What the folder is called by: method, reader, resource, fusion.
+        deciding: Everything that can change the result, the seed aside.
+    """
+    digest = hashlib.sha256(canonical_json(deciding).encode()).hexdigest()
+    return run_dir / task / f"{'-'.join(parts)}-{digest[:8]}"
+
+
+def seed_folder(folder: Path, seed: int) -> Path:
+    return folder / f"seed-{seed}"
+
+
+def start_run(folder: Path) -> Path:
+    """A fresh, empty folder to build the run in; ``finish_run`` gives it its name."""
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    return partial
+
+
+def finish_run(partial: Path) -> Path:
+    """The complete run, under its name."""
+    return partial.rename(partial.with_name(partial.name.removesuffix(".partial")))
+
+
+def is_finished(folder: Path) -> bool:
+    return (folder / "metrics.json").is_file()
+
+
+def read_metrics(folder: Path) -> Metrics:
+    """``metrics.json`` of a finished run.
+
+    Raises:
+        CacheError: If it is not there or not JSON.
+    """
+    try:
+        metrics: Metrics = json.loads((folder / "metrics.json").read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise CacheError(f"{folder} holds no readable metrics.json: {error}", "Remove it and train again.") from error
+    return metrics
+
+
+def read_fusion(folder: Path) -> dict[str, Any] | None:
+    """``fusion.json`` of a run, None for methods without a fusion."""
+    path = folder / "fusion.json"
+    if not path.is_file():
+        return None
+    content: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    return content
+
+
+def write_json(path: Path, value: object) -> None:
+    """Readable JSON with a final newline."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + os.linesep, "utf-8")
+
+
+def write_predictions(path: Path, rows: Iterable[tuple[str, Any, Any]]) -> None:
+    """One line an example: ``{"id": ..., "gold": ..., "predicted": ...}``, label names."""
+    with path.open("w", encoding="utf-8") as file:
+        for name, gold, predicted in rows:
+            file.write(json.dumps({"id": name, "gold": gold, "predicted": predicted}, ensure_ascii=False) + "\n")
+
+
+def mean_and_std(runs: Sequence[Metrics]) -> tuple[Metrics, dict[str, dict[str, float | None]]]:
+    """Over seeds, by split and metric: mean, and sample standard deviation (None for a single run)."""
+    mean: Metrics = {}
+    std: dict[str, dict[str, float | None]] = {}
+    for split, metrics in runs[0].items():
+        for name in metrics:
+            values = [run[split][name] for run in runs]
+            mean.setdefault(split, {})[name] = statistics.fmean(values)
+            std.setdefault(split, {})[name] = statistics.stdev(values) if len(values) > 1 else None
+    return mean, std

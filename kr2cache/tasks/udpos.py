@@ -1,0 +1,197 @@
+"""Part-of-speech tagging with Universal Dependencies' UPOS tags: XTREME's ``udpos`` (the data of the paper's tables).
+
+Only lines whose id is a plain integer are words: ``4-5`` is a multiword token, ``8.1`` an empty node (with a real UPOS,
+so looking at the tag would let it through). The first subword of a word carries its label. The score is XTREME's,
+seqeval F1 on the raw tags, and word accuracy; a word that the maximal length cut off counts as wrong in both.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from kr2cache.errors import DataError, MissingSplitError
+from kr2cache.tasks.base import Example, Task, accuracy, check_unique
+
+UPOS = (
+    "ADJ", "ADP", "ADV", "AUX", "CCONJ", "DET", "INTJ", "NOUN", "NUM", "PART", "PRON", "PROPN", "PUNCT", "SCONJ", "SYM",
+    "VERB", "X",
+)  # fmt: skip
+"""All 17, whether or not a file shows them: several treebanks lack some."""
+
+LANGUAGES = {
+    "af": "Afrikaans", "ar": "Arabic", "bg": "Bulgarian", "de": "German", "el": "Greek", "en": "English",
+    "es": "Spanish", "et": "Estonian", "eu": "Basque", "fa": "Persian", "fi": "Finnish", "fr": "French", "he": "Hebrew",
+    "hi": "Hindi", "hu": "Hungarian", "id": "Indonesian", "it": "Italian", "ja": "Japanese", "kk": "Kazakh",
+    "ko": "Korean", "mr": "Marathi", "nl": "Dutch", "pt": "Portuguese", "ru": "Russian", "ta": "Tamil", "te": "Telugu",
+    "th": "Thai", "tl": "Tagalog", "tr": "Turkish", "ur": "Urdu", "vi": "Vietnamese", "yo": "Yoruba", "zh": "Chinese",
+}  # fmt: skip
+"""Language code to the name of XTREME's configuration, ``udpos.German``."""
+
+HUB_SPLITS = {"train": "train", "dev": "validation", "test": "test"}
+LABEL_NUMBER = {tag: number for number, tag in enumerate(UPOS)}
+CUT_OFF = "O"
+"""What seqeval is given for a word without a prediction: a tag that is never right."""
+
+
+class UdPos(Task):
+    """``udpos-LANG``; ``udpos`` for data of one's own in any language."""
+
+    head = "token"
+    labels = UPOS
+    words = True
+    template = "words"
+    metric = "f1"
+    suffixes = (".conllu",)
+
+    def __init__(self, language: str | None) -> None:
+        self.language = language
+        self.name = f"udpos-{language}" if language else "udpos"
+
+    @property
+    def default_data(self) -> str | None:
+        return "google/xtreme" if self.language else None
+
+    def read_file(self, path: Path, split: str) -> list[Example]:
+        examples: list[Example] = []
+        places: list[str] = []
+        for line, sentence_id, forms, tags in read_conllu(path):
+            examples.append(
+                Example(sentence_id or f"{split}-{len(examples)}", (tuple(forms),), _labels(tags, path, line))
+            )
+            places.append(f"{path}:{line}")
+        check_unique([example.id for example in examples], places)
+        return examples
+
+    def read_hub(self, hub_id: str, split: str) -> list[Example]:
+        import datasets
+
+        configuration = f"udpos.{LANGUAGES[self.language]}" if self.language else None
+        what = f"{hub_id}, configuration {configuration}, split {HUB_SPLITS[split]}"
+        datasets.disable_progress_bars()
+        try:
+            rows = datasets.load_dataset(hub_id, configuration, split=HUB_SPLITS[split])
+        except Exception as error:  # datasets and the hub's client raise a dozen unrelated classes
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            if reason.startswith("Unknown split"):
+                raise MissingSplitError(f"{hub_id} has no {split} split: {reason}", "Check --split.") from error
+            raise DataError(
+                f"The data set {what} cannot be loaded: {reason}",
+                "Without a network: load it once where there is one and copy the cache ($HF_HOME) here, or give --data "
+                "a folder with train.conllu, dev.conllu and test.conllu (universaldependencies.org).",
+            ) from error
+        missing = {"tokens", "pos_tags"} - set(rows.column_names)
+        if missing:
+            raise DataError(f"{what} has no column {' and '.join(sorted(missing))}.", "Expected XTREME's columns.")
+        tags = rows.features["pos_tags"].feature
+        numbers = [_label_number(tag, f"{what}, labels") for tag in tags.names] if hasattr(tags, "names") else None
+        examples = []
+        for number, row in enumerate(rows):
+            place = f"{what}, row {number}"
+            marks = row["pos_tags"]
+            label = tuple(_label_number(tag, place) if numbers is None else numbers[tag] for tag in marks)
+            words = tuple(str(word) for word in row["tokens"])
+            if len(words) != len(label) or not words:
+                raise DataError(f"{place}: {len(words)} tokens, {len(label)} tags.", "Check the data set.")
+            examples.append(Example(f"{split}-{number}", (words,), label))
+        return examples
+
+    def score(self, gold: Sequence[Any], predicted: Sequence[Any]) -> dict[str, float]:
+        from seqeval.metrics import f1_score
+
+        words = right = cut_off = 0
+        for gold_tags, tags in zip(gold, predicted, strict=True):
+            words += len(gold_tags)
+            cut_off += sum(tag is None for tag in tags)
+            right += sum(a == b for a, b in zip(gold_tags, tags, strict=True))
+        with warnings.catch_warnings():
+            # seqeval remarks that NOUN is no IOB tag; XTREME scores the raw tags all the same.
+            warnings.simplefilter("ignore")
+            f1 = f1_score(
+                [[UPOS[tag] for tag in tags] for tags in gold],
+                [[CUT_OFF if tag is None else UPOS[tag] for tag in tags] for tags in predicted],
+            )
+        return {"accuracy": accuracy(right, words), "f1": float(f1), "cut_off_words": cut_off}
+
+
+def read_conllu(path: Path) -> list[tuple[int, str | None, list[str], list[str]]]:
+    """The sentences of a CoNLL-U file: (line of its first word, sent_id or None, forms, UPOS tags).
+
+    Raises:
+        DataError: For a line without its ten columns, an empty form, a sentence of empty nodes alone, or bytes that are
+        not
+            UTF-8; naming file and line.
+    """
+    sentences: list[tuple[int, str | None, list[str], list[str]]] = []
+    forms: list[str] = []
+    tags: list[str] = []
+    sentence_id: str | None = None
+    first_line = 0
+    shared: dict[str, str] = {}  # each form once in memory, however often it occurs
+
+    def finish() -> None:
+        nonlocal forms, tags, sentence_id, first_line
+        if first_line and not forms:
+            raise DataError(f"{path}:{first_line}: a sentence without a single word.", "Check the file.")
+        if forms:
+            sentences.append((first_line, sentence_id, forms, tags))
+        forms, tags, sentence_id, first_line = [], [], None, 0
+
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, 1):
+            try:
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+            except UnicodeDecodeError as error:
+                raise DataError(f"{path}:{number}: not UTF-8 ({error.reason}).", "Save the file as UTF-8.") from error
+            if not line.strip():
+                finish()
+            elif line.startswith("#"):
+                key, equals, value = line[1:].partition("=")
+                if equals and key.strip() == "sent_id":
+                    sentence_id = value.strip() or None
+            else:
+                columns = line.split("\t")
+                if len(columns) != 10:
+                    raise DataError(
+                        f"{path}:{number}: {len(columns)} columns where CoNLL-U has 10, split by tabs: {line[:60]!r}",
+                        "Check the line.",
+                    )
+                first_line = first_line or number
+                if columns[0].isascii() and columns[0].isdigit():
+                    if not columns[1].strip():
+                        raise DataError(f"{path}:{number}: word {columns[0]} has no form.", "Check the line.")
+                    forms.append(shared.setdefault(columns[1], columns[1]))
+                    tags.append(shared.setdefault(columns[3], columns[3]))
+                elif not _is_range_or_empty_node(columns[0]):
+                    raise DataError(
+                        f"{path}:{number}: {columns[0]!r} is not an id of CoNLL-U (7, 4-5 or 8.1).", "Check the line."
+                    )
+    finish()
+    return sentences
+
+
+def _is_range_or_empty_node(text: str) -> bool:
+    for mark in "-.":
+        left, found, right = text.partition(mark)
+        if found and left.isdigit() and right.isdigit():
+            return True
+    return False
+
+
+def _labels(tags: Sequence[str], path: Path, line: int) -> tuple[int, ...] | None:
+    """Label numbers; None where the whole sentence is untagged (``_``), as in a blind test file."""
+    if all(tag == "_" for tag in tags):
+        return None
+    return tuple(
+        _label_number(tag, f"{os.fspath(path)}, sentence at line {line}, word {i}") for i, tag in enumerate(tags, 1)
+    )
+
+
+def _label_number(tag: str, place: str) -> int:
+    number = LABEL_NUMBER.get(tag)
+    if number is None:
+        raise DataError(f"{place}: unknown tag {tag!r}.", f"The UPOS tags are {' '.join(UPOS)}.")
+    return number

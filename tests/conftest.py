@@ -1,0 +1,34 @@
+"""What every test may use."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Before anything of Hugging Face is imported: tests never ask the network.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.pop("KR2CACHE_DIR", None)
+
+import tiny
+
+
+@pytest.fixture
+def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder: no kr2cache.toml, no caches."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny BERT, 4 layers of width 16, so 5 stored ones. Read only."""
+    return tiny.save_model(tmp_path_factory.mktemp("models") / "tiny-bert", layers=4)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """12 train, 5 dev, 6 test sentences. Read only."""
+    return tiny.save_corpus(tmp_path_factory.mktemp("data") / "corpus")

@@ -1,0 +1,104 @@
+"""Tiny models, tokenizers and corpora, made in memory or in a test's own folder; nothing is downloaded."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+from kr2cache.tasks.udpos import UPOS
+
+SPECIAL = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
+"""In RoBERTa's order, so that the padding id is 1 as its position counting expects."""
+PAD_ID = 1
+PIECES = (*"abcdefghijklmnopqrstuvwxyzäöüß.,!?0123456789", "th", "er", "en", "ein", "das", "ich", "und", "the")
+VOCABULARY = SPECIAL + PIECES + tuple(f"##{piece}" for piece in PIECES)
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """WordPiece over letters and a few longer pieces, ``<s> ... </s>`` around a text."""
+    numbers = {piece: number for number, piece in enumerate(VOCABULARY)}
+    backend = Tokenizer(models.WordPiece(numbers, unk_token="<unk>", max_input_chars_per_word=200))
+    backend.normalizer = normalizers.Lowercase()
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece()
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> $B:1 </s>:1", special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<s>",
+        cls_token="<s>",
+        pad_token="<pad>",
+        eos_token="</s>",
+        sep_token="</s>",
+        unk_token="<unk>",
+        mask_token="<mask>",
+    )
+
+
+def config(model_type: str, *, layers: int = 2, width: int = 16, positions: int = 600, **more: Any) -> PretrainedConfig:
+    """A tiny configuration of any BERT-like architecture."""
+    values: dict[str, Any] = {
+        "vocab_size": len(VOCABULARY),
+        "num_hidden_layers": layers,
+        "hidden_size": width,
+        "num_attention_heads": 2,
+        "intermediate_size": 2 * width,
+        "max_position_embeddings": positions,
+        "pad_token_id": PAD_ID,
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+    }
+    if model_type == "electra":
+        values["embedding_size"] = width
+    if model_type == "distilbert":
+        values |= {"n_layers": layers, "dim": width, "n_heads": 2, "hidden_dim": 2 * width}
+    return AutoConfig.for_model(model_type, **(values | more))
+
+
+def save_model(folder: Path, model_type: str = "bert", *, seed: int = 0, **settings: Any) -> Path:
+    """A tiny model with random weights and its tokenizer, as a folder that transformers loads."""
+    torch.manual_seed(seed)
+    model: PreTrainedModel = AutoModel.from_config(config(model_type, **settings))
+    model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+WORDS = ("das", "ich", "und", "ein", "haus", "the", "dog", "ran", "über", "schön", "zwölf", "7", "nebenan", "there")
+
+
+def sentences(count: int, *, seed: int = 0, longest: int = 12) -> list[list[tuple[str, str]]]:
+    """Random sentences of (form, tag); the tag depends on the form, so there is something to learn."""
+    draw = random.Random(seed)
+    tags = {word: UPOS[number % len(UPOS)] for number, word in enumerate(WORDS)}
+    return [
+        [(word, tags[word]) for word in draw.choices(WORDS, k=draw.randint(1, longest))] + [(".", "PUNCT")]
+        for _ in range(count)
+    ]
+
+
+def conllu(words: Sequence[Sequence[tuple[str, str]]], *, prefix: str | None = "s") -> str:
+    """CoNLL-U text; sentence ids ``s1``, ``s2``, ... or none."""
+    blocks = []
+    for number, sentence in enumerate(words, 1):
+        lines = [f"# sent_id = {prefix}{number}"] if prefix is not None else []
+        lines += [f"{i}\t{form}\t_\t{tag}\t_\t_\t_\t_\t_\t_" for i, (form, tag) in enumerate(sentence, 1)]
+        blocks.append("\n".join(lines) + "\n\n")
+    return "".join(blocks)
+
+
+def save_corpus(folder: Path, *, train: int = 12, dev: int = 5, test: int = 6) -> Path:
+    """A folder with train.conllu, dev.conllu and test.conllu; a count of 0 leaves the file out."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for seed, (split, count) in enumerate({"train": train, "dev": dev, "test": test}.items()):
+        if count:
+            text = conllu(sentences(count, seed=seed), prefix=f"{split}-s")
+            (folder / f"{split}.conllu").write_text(text, "utf-8")
+    return folder
