@@ -401,6 +401,8 @@ def _seeds(text: str) -> tuple[int, ...]:
 
 
 def _print_json(document: Any) -> None:
+    if console.quiet:
+        return
     sys.stdout.write(json.dumps(document, ensure_ascii=False, indent=2) + "\n")
     sys.stdout.flush()
 
@@ -428,6 +430,7 @@ def run(arguments: list[str]) -> int:
     """Run one command line; returns the exit code."""
     as_json, debug = "--json" in arguments, "--debug" in arguments
     console.stderr = as_json
+    console.quiet = os.environ.get("RANK", "0") != "0"  # under torchrun the first process speaks for all
     try:
         with _quiet_libraries():
             code = app(args=arguments, prog_name="kr2cache", standalone_mode=False)

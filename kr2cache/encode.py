@@ -154,19 +154,30 @@ def first_subwords(word_index: NDArray[np.int32]) -> tuple[NDArray[np.intp], NDA
     return starts, word_index[starts]
 
 
-def length_sorted_batches(n_tokens: NDArray[np.integer[Any]], tokens_per_batch: int) -> list[NDArray[np.intp]]:
+def length_sorted_batches(
+    n_tokens: NDArray[np.integer[Any]], tokens_per_batch: int, *, padded: bool = True
+) -> list[NDArray[np.intp]]:
     """Batches of like lengths, longest first, of at most ``tokens_per_batch`` positions, padding included.
+
+    Args:
+        n_tokens: Length of each sequence.
+        tokens_per_batch: The budget.
+        padded: Whether lengths may differ within a batch.
 
     Equal lengths stay in their order, so the plan depends on the lengths and the budget alone. A sequence longer than
     the budget is a batch of its own.
     """
-    order = np.argsort(-n_tokens.astype(np.int64), kind="stable")
+    lengths = -n_tokens.astype(np.int64)
+    order = np.argsort(lengths, kind="stable")
     batches = []
     start = 0
     while start < len(order):
         size = max(1, tokens_per_batch // int(n_tokens[order[start]]))
-        batches.append(order[start : start + size])
-        start += size
+        stop = start + size
+        if not padded:
+            stop = min(stop, int(np.searchsorted(lengths[order], lengths[order[start]], side="right")))
+        batches.append(order[start:stop])
+        start = stop
     return batches
 
 

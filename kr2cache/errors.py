@@ -58,10 +58,6 @@ class SequenceNotFoundError(KR2CacheError, KeyError):
     """An id that the cache does not hold, or does not hold completely yet."""
 
 
-class CacheBusyError(CacheError):
-    """Another process is writing this cache."""
-
-
 class DiskSpaceError(KR2CacheError):
     """The disk cannot hold what has to be written."""
 

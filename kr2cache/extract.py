@@ -12,6 +12,8 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -24,15 +26,15 @@ from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from kr2cache import models, provenance
-from kr2cache.cache.format import DTYPES, SequenceIndex, ShardHeader, row_bytes
+from kr2cache.cache.format import DTYPES, SequenceIndex, ShardHeader, canonical_json, row_bytes
 from kr2cache.cache.reader import FeatureCache
 from kr2cache.cache.shard import open_shard
 from kr2cache.cache.writer import CacheWriter, create_shards, shard_cuts
 from kr2cache.config import COMPUTE_DTYPES, ExtractConfig
 from kr2cache.console import bytes_text, console, count_text, seconds_text, work_progress
+from kr2cache.device import choose_device
 from kr2cache.encode import check_token_ids, encode_examples, length_sorted_batches, pad
 from kr2cache.errors import (
-    CacheBusyError,
     CacheError,
     ConfigError,
     DiskSpaceError,
@@ -162,6 +164,7 @@ def _check_choices(config: ExtractConfig) -> None:
         raise unknown_name("dtype", config.dtype, DTYPES)
     if config.compute_dtype not in COMPUTE_DTYPES:
         raise unknown_name("compute dtype", config.compute_dtype, COMPUTE_DTYPES)
+    choose_device(config.device)
 
 
 def extract(plan: ExtractPlan) -> ExtractResult:
@@ -203,8 +206,8 @@ def check_disk(plan: ExtractPlan) -> None:
     """
     wanted = plan.chosen
     for cache in provenance.caches_of(plan.config.cache_dir, wanted.task, wanted.split):
-        made = cache.provenance["chosen"]
-        if made["resource"] == wanted.resource and cache.stored_bytes == plan.state_bytes:
+        same = canonical_json(cache.provenance["chosen"]) == canonical_json(asdict(wanted))
+        if same and cache.stored_bytes == plan.state_bytes:
             return
     free = free_bytes(plan.config.cache_dir)
     if plan.state_bytes > free:
@@ -247,17 +250,15 @@ def _shards_missing(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def _only_writer(folder: Path) -> Iterator[None]:
-    """One extraction at a time on one cache. The lock is the operating system's, so a dead process holds none."""
+    """One extraction at a time on one cache; a second one waits. A dead process holds no lock: it is the system's."""
     path = folder.with_name(folder.name + ".lock")
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path)
     try:
         lock.acquire(timeout=LOCK_WAIT_S)
     except Timeout:
-        raise CacheBusyError(
-            f"Another process is writing {folder}.",
-            "Wait until it is done, then run this again: the finished cache is found at once.",
-        ) from None
+        console.print(f"[yellow]![/] Another process is writing {folder}; waiting for it.", soft_wrap=True)
+        lock.acquire()
     try:
         yield
     finally:
@@ -267,14 +268,15 @@ def _only_writer(folder: Path) -> Iterator[None]:
 
 def _fill(plan: ExtractPlan, encoder: PreTrainedModel, folder: Path, digest: str, what: provenance.Found) -> int:
     """Create what is missing of the cache, then run the planned batches that hold something incomplete."""
-    from kr2cache.device import choose_device
+    import torch
 
     device = choose_device(plan.config.device)
     encoder.to(device)  # type: ignore[arg-type]  # transformers annotates it for itself alone
-    _check_shape(plan, encoder)
+    padded = _check_states(plan, encoder)
     budget = plan.config.tokens_per_batch or TOKENS_PER_BATCH.get(device.type, TOKENS_PER_BATCH["cpu"])
     batch_plan: dict[str, Any] = {
         "order": "longest first",
+        "padded": padded,
         "tokens_per_batch": budget,
         "shard_bytes": int(plan.config.shard_gb * 2**30),
     }
@@ -285,7 +287,7 @@ def _fill(plan: ExtractPlan, encoder: PreTrainedModel, folder: Path, digest: str
         header = open_shard(existing[0]).header
         if header.fingerprint != digest:
             raise CacheError(f"{folder} holds another cache.", "Move it away.")
-        budget, batch_plan = int(header.batch_plan["tokens_per_batch"]), header.batch_plan
+        batch_plan = header.batch_plan
     else:
         origin = {"hub_id": plan.spec.hub_id, "revision": plan.spec.revision, "type": encoder.config.model_type}
         header = ShardHeader(
@@ -297,12 +299,26 @@ def _fill(plan: ExtractPlan, encoder: PreTrainedModel, folder: Path, digest: str
             provenance={
                 "chosen": asdict(plan.chosen),
                 "found": asdict(what),
-                "recorded": provenance.recorded(device_name(device), origin),
+                "recorded": provenance.recorded(device_name(device), torch.get_num_threads(), origin),
             },
             batch_plan=batch_plan,
         )
     create_shards(folder, header, plan.index, int(batch_plan["shard_bytes"]))
-    return _compute(plan, encoder, device, folder, budget, int(batch_plan["shard_bytes"]))
+    # The number of threads changes last bits: an interrupted cache is finished with as many as it was begun with.
+    with _threads(header.provenance["recorded"]["threads"]):
+        return _compute(plan, encoder, device, folder, batch_plan)
+
+
+@contextlib.contextmanager
+def _threads(number: int) -> Iterator[None]:
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def device_name(device: torch.device) -> str:
@@ -312,18 +328,40 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def _check_shape(plan: ExtractPlan, encoder: PreTrainedModel) -> None:
-    """Run the shortest sequence alone: does the model emit L + 1 layers of T x D, as its configuration says?"""
-    shortest = int(np.argmin(plan.index.n_tokens))
-    layers_BTD = hidden_states(encoder, plan, [shortest])
-    expected = (1, int(plan.index.n_tokens[shortest]), plan.width)
-    shapes = {tuple(layer.shape) for layer in layers_BTD}
-    if len(layers_BTD) != plan.model_layers or shapes != {expected}:
+PADDING_TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2, "float16": 1e-2}
+"""Of the largest state: how far rounding may move a state when its sequence runs beside another one."""
+
+
+def _check_states(plan: ExtractPlan, encoder: PreTrainedModel) -> bool:
+    """Does the model emit L + 1 layers of T x D, as its configuration says; and may its batches be padded?
+
+    Some architectures (FNet, ConvBERT, Nystromformer, YOSO) let padding into the states whatever the mask says. Seen by
+    running the shortest sequence alone and beside the longest one; such a model gets batches of equal lengths.
+
+    Raises:
+        UnsupportedModelError: If layers or shapes are not what the configuration says.
+    """
+    shortest, longest = int(np.argmin(plan.index.n_tokens)), int(np.argmax(plan.index.n_tokens))
+    alone = hidden_states(encoder, plan, [shortest])
+    T = int(plan.index.n_tokens[shortest])
+    expected = (1, T, plan.width)
+    shapes = {tuple(layer.shape) for layer in alone}
+    if len(alone) != plan.model_layers or shapes != {expected}:
         raise UnsupportedModelError(
-            f"{plan.spec.name!r} ({encoder.config.model_type}) gives {len(layers_BTD)} layers of shapes "
+            f"{plan.spec.name!r} ({encoder.config.model_type}) gives {len(alone)} layers of shapes "
             f"{sorted(shapes)} where {plan.model_layers} of {expected} were expected.",
             "A resource has one state of the same width per token in every layer.",
         )
+    beside = hidden_states(encoder, plan, [shortest, longest])
+    if beside[0].shape[1] < int(plan.index.n_tokens[longest]):
+        return False
+    tolerance = PADDING_TOLERANCE[plan.config.compute_dtype]
+    for one, other in zip(alone, beside, strict=True):
+        largest = float(one.float().abs().max())
+        # Written so that nan, which the writer will name, passes here.
+        if float((one.float() - other[:1, :T].float()).abs().max()) > tolerance * largest:
+            return False
+    return True
 
 
 def hidden_states(
@@ -346,21 +384,22 @@ def hidden_states(
 
 
 def _compute(
-    plan: ExtractPlan, encoder: PreTrainedModel, device: torch.device, folder: Path, budget: int, shard_bytes: int
+    plan: ExtractPlan, encoder: PreTrainedModel, device: torch.device, folder: Path, batch_plan: dict[str, Any]
 ) -> int:
     pack = Packer(plan.index, plan.layers, plan.config.dtype, device)
-    cuts = shard_cuts(plan.index.n_tokens, plan.token_bytes, shard_bytes)
+    cuts = shard_cuts(plan.index.n_tokens, plan.token_bytes, int(batch_plan["shard_bytes"]))
     computed = 0
     with work_progress("sequences") as progress:
         bar = progress.add_task(f"{plan.spec.name} on {plan.config.task}/{plan.config.split}", total=None, note="")
         try:
-            with CacheWriter(folder) as writer:
-                batches = list(_unfinished_batches(plan.index.n_tokens, cuts, writer.unfinished, budget))
+            with _interrupted_between_batches() as check_interrupt, CacheWriter(folder) as writer:
+                batches = list(_unfinished_batches(plan.index.n_tokens, cuts, writer.unfinished, batch_plan))
                 progress.update(bar, total=sum(len(batch) for _, batch in batches))
-                started, tokens = time.monotonic(), 0
+                started, tokens, speed = time.monotonic(), 0, 0.0
                 for shard, batch in batches:
                     for ready in pack(shard, batch, cuts[shard], hidden_states(encoder, plan, batch)):
                         writer.write(ready)
+                    check_interrupt()
                     computed += len(batch)
                     tokens += int(plan.index.n_tokens[batch].sum())
                     speed = tokens / (time.monotonic() - started)
@@ -371,9 +410,39 @@ def _compute(
                     )
                 for ready in pack.rest():
                     writer.write(ready)
+            progress.update(bar, note=f"{speed:,.0f} tokens/s, {bytes_text(writer.bytes_written)} written")
         except KeyboardInterrupt:
             raise _interrupted(folder) from None
     return computed
+
+
+@contextlib.contextmanager
+def _interrupted_between_batches() -> Iterator[Callable[[], None]]:
+    """Gives a function that raises KeyboardInterrupt once Ctrl-C was pressed.
+
+    Raised anywhere else it could fall into the writer's queue while that holds its lock, and the command would hang. A
+    second Ctrl-C does not wait.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
+    pressed = False
+
+    def remember(signum: int, frame: object) -> None:
+        nonlocal pressed
+        if pressed:
+            raise KeyboardInterrupt
+        pressed = True
+
+    def check() -> None:
+        if pressed:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, remember)
+    try:
+        yield check
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _interrupted(folder: Path) -> InterruptedWorkError:
@@ -385,14 +454,18 @@ def _interrupted(folder: Path) -> InterruptedWorkError:
 
 
 def _unfinished_batches(
-    n_tokens: NDArray[np.int32], cuts: Sequence[int], unfinished: Callable[[int], NDArray[np.bool_]], budget: int
+    n_tokens: NDArray[np.int32],
+    cuts: Sequence[int],
+    unfinished: Callable[[int], NDArray[np.bool_]],
+    batch_plan: dict[str, Any],
 ) -> Iterator[tuple[int, NDArray[np.intp]]]:
     """(shard, sequences) of the planned batches that hold something incomplete, whole: a sequence's last bits depend on
     the batch it runs in.
     """
     for shard, (start, stop) in enumerate(pairwise(cuts)):
         todo = unfinished(shard)
-        for batch in length_sorted_batches(n_tokens[start:stop], budget):
+        budget, padded = int(batch_plan["tokens_per_batch"]), bool(batch_plan["padded"])
+        for batch in length_sorted_batches(n_tokens[start:stop], budget, padded=padded):
             if todo[batch].any():
                 yield shard, batch + start
 

@@ -118,6 +118,7 @@ class KReader(nn.Module):
         self.resource_width = resource_width
         self._appended: Tensor | None = None
         self._positions = 0
+        """Of the encoder's output in the last forward pass; 0 before the states were appended."""
         if fusion is not None:
             check_admitted(model.config, type(model).__name__)
             weights = torch.from_numpy(fusion.weights)
@@ -190,15 +191,15 @@ class KReader(nn.Module):
             self._positions = 0
         try:
             logits = self.model(**inputs).logits
+        except RuntimeError as error:
+            if self.fusion is not None and not self._positions:
+                raise _states_lost(T, T, expected) from error
+            raise
         finally:
             self._appended = None
-        # A model accepts a longer mask over fewer positions without a word, so look at what it computed.
+        # A model may accept a longer mask over fewer positions without a word, so look at what it computed.
         if self.fusion is not None and self._positions != expected:
-            raise UnsupportedModelError(
-                f"The encoder saw {self._positions} positions instead of {expected} (reader {T} + resource "
-                f"{expected - T}): the resource's states did not reach it.",
-                "Several GPUs go through torchrun; torch.nn.DataParallel loses the hook that appends them.",
-            )
+            raise _states_lost(self._positions or T, T, expected)
         if self.head == "token":
             logits = logits[:, :T]
         if labels is None:
@@ -212,7 +213,9 @@ class KReader(nn.Module):
         """Eq. 3 along the sequence: (B, T, H) to (B, T + R, H)."""
         if self._appended is None:
             return embeddings
-        return torch.cat([embeddings, self._appended.to(embeddings.dtype)], dim=1)
+        whole = torch.cat([embeddings, self._appended.to(embeddings.dtype)], dim=1)
+        self._positions = whole.shape[1]
+        return whole
 
     def _count_positions(self, module: nn.Module, inputs: Any, output: Any) -> None:
         self._positions = output[0].shape[1]
@@ -258,8 +261,23 @@ class KReader(nn.Module):
             projection=about["projection"],
             resource_width=about["resource_width"],
         )
-        reader.load_state_dict(load_file(folder / EXTRAS), strict=False)
+        extras = load_file(folder / EXTRAS)
+        result = reader.load_state_dict(extras, strict=False)
+        missing = [name for name in result.missing_keys if not name.startswith("model.")]
+        if missing or result.unexpected_keys:
+            raise CacheError(
+                f"{folder / EXTRAS} does not fit {EXTRAS_CONFIG}: {', '.join(missing + result.unexpected_keys)}.",
+                "The reader is incomplete; train it again.",
+            )
         return reader.eval()
+
+
+def _states_lost(seen: int, reader: int, expected: int) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"The encoder saw {seen} positions instead of {expected} (reader {reader} + resource {expected - reader}): the "
+        "resource's states did not reach it.",
+        "Several GPUs go through torchrun; torch.nn.DataParallel loses the hook that appends them.",
+    )
 
 
 def load_task_model(spec: models.ModelSpec, head: Head, labels: tuple[str, ...]) -> PreTrainedModel:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from kr2cache.errors import ConfigError, ModelUnavailableError, UnsupportedModelError, unknown_name
+from kr2cache.errors import ConfigError, KR2CacheError, ModelUnavailableError, UnsupportedModelError, unknown_name
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -97,6 +97,13 @@ def known_models(overrides: Mapping[str, Mapping[str, Any]]) -> dict[str, ModelS
         unknown = sorted(set(values) - set(TOML_FIELDS))
         if unknown:
             raise unknown_name(f"field in [models.{name}] of kr2cache.toml:", unknown[0], TOML_FIELDS)
+        for key, value in values.items():
+            kind = bool if key == "trust_remote_code" else str
+            if not isinstance(value, kind):
+                raise ConfigError(
+                    f"{key} = {value!r} under [models.{name}] in kr2cache.toml should be {kind.__name__}.",
+                    "Correct it.",
+                )
         given = dict(values)
         if "path" in given:
             given["path"] = Path(given["path"]).expanduser()
@@ -235,7 +242,9 @@ def _explained(spec: ModelSpec, what: str) -> Iterator[None]:
     try:
         with _quiet():
             yield
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+    except KR2CacheError:
+        raise
+    except Exception as error:  # a damaged or foreign file makes these libraries raise almost anything
         lines = [line for line in str(error).strip().splitlines() if line.strip()] or [type(error).__name__]
         raise ModelUnavailableError(
             f"The {what} of model {spec.name!r} cannot be loaded: {lines[0]}",
@@ -262,14 +271,19 @@ def encoder_shape(config: PretrainedConfig) -> tuple[int, int]:
     return int(config.num_hidden_layers) + 1, int(config.hidden_size)
 
 
+ROBERTA_POSITIONS = (
+    "camembert", "data2vec-text", "esm", "ibert", "lilt", "longformer", "luke", "markuplm", "mpnet", "roberta",
+    "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
+)  # fmt: skip
+"""Architectures that count positions from the padding id + 1 on: that many embeddings are never used by a token."""
+
+
 def max_positions(config: PretrainedConfig) -> int | None:
     """The most tokens that the model's position embeddings admit, special tokens included; None where unlimited."""
     positions = getattr(config, "max_position_embeddings", None)
     if positions is None or getattr(config, "position_embedding_type", "absolute") != "absolute":
         return None
-    # RoBERTa counts positions from padding_idx + 1 on, so its first two embeddings are never used by a token.
-    roberta_like = config.model_type in ("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl", "longformer")
-    return int(positions) - (int(config.pad_token_id) + 1 if roberta_like else 0)
+    return int(positions) - (int(config.pad_token_id) + 1 if config.model_type in ROBERTA_POSITIONS else 0)
 
 
 def load_tokenizer(spec: ModelSpec, *, words: bool) -> PreTrainedTokenizerBase:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import gc
+import os
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import xxhash
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
@@ -227,6 +230,7 @@ def _deciding(job: Job, resource: Resource | None, caches: dict[str, FeatureCach
         "reader": {
             "name": job.reader.name,
             "weights": models.weights_digest(models.load_encoder(job.reader)),
+            "tokens": {split: provenance.tokens_digest(data.index) for split, data in job.splits.items()},
             "max_length": config.max_length,
         },
         "epochs": config.epochs,
@@ -240,6 +244,7 @@ def _deciding(job: Job, resource: Resource | None, caches: dict[str, FeatureCach
         content["resource"] = {
             "name": resource.spec.name,
             "weights": sorted({cache.provenance["found"]["weights"] for cache in caches.values()}),
+            "tokens": {split: _resource_tokens(cache, job.splits[split].examples) for split, cache in caches.items()},
             "max_length": chosen["max_length"],
             "dtype": chosen["dtype"],
             "compute_dtype": chosen["compute_dtype"],
@@ -248,6 +253,12 @@ def _deciding(job: Job, resource: Resource | None, caches: dict[str, FeatureCach
         content["projection"] = job.projection
         content["fusion_learning_rate"] = config.fusion_learning_rate if job.fusion.trainable else None
     return content
+
+
+def _resource_tokens(cache: FeatureCache, examples: Sequence[Example]) -> str:
+    """Of the sequences that are used: that a cache holds more of them changes no result."""
+    positions = cache.positions(name for example in examples for name in example.sequence_ids)
+    return provenance.tokens_digest(cache.tokens().select(positions))
 
 
 def _data_digest(examples: Sequence[Example]) -> str:
@@ -259,6 +270,8 @@ def _data_digest(examples: Sequence[Example]) -> str:
 
 def _train_seeds(job: Job, deciding: dict[str, Any], caches: dict[str, FeatureCache], folder: Path) -> list[Run]:
     done: list[Run] = []
+    # Under torchrun every process trains, and the first one writes.
+    writes = int(os.environ.get("RANK", "0")) == 0
     device = str(choose_device(job.config.device))
     for seed in job.config.seeds:
         target = runs.seed_folder(folder, seed)
@@ -267,22 +280,27 @@ def _train_seeds(job: Job, deciding: dict[str, Any], caches: dict[str, FeatureCa
             done.append(Run(seed=seed, folder=target, metrics=runs.read_metrics(target), seconds=None))
             continue
         started = time.monotonic()
-        partial = runs.start_run(target)
+        partial = runs.start_run(target) if writes else runs.partial_folder(target)
         try:
             trained = train_seed(job, seed, partial, f"{folder.name.rpartition('-')[0]} seed {seed}")
         except KeyboardInterrupt:
+            shutil.rmtree(partial, ignore_errors=True)
             raise InterruptedWorkError(
                 f"Interrupted in seed {seed}. Caches and {count_text(len(done), 'finished run')} are kept in {folder}.",
                 "Run the same command again: it trains the seeds that are missing.",
             ) from None
+        done.append(Run(seed=seed, folder=target, metrics=trained.metrics, seconds=time.monotonic() - started))
+        if not writes:
+            continue
         write_trained(job, trained, partial)
-        recorded = provenance.recorded(device, {"reader": job.reader.hub_id or str(job.reader.path)})
+        recorded = provenance.recorded(
+            device, torch.get_num_threads(), {"reader": job.reader.hub_id or str(job.reader.path)}
+        )
         recorded["caches"] = {
             split: {"folder": str(cache.folder), "fingerprint": cache.fingerprint} for split, cache in caches.items()
         }
         runs.write_json(partial / "config.json", {"config": {**deciding, "seed": seed}, "recorded": recorded})
-        runs.finish_run(partial)
-        done.append(Run(seed=seed, folder=target, metrics=trained.metrics, seconds=time.monotonic() - started))
+        runs.finish_run(partial, target)
         del trained
         gc.collect()
     return done

@@ -64,16 +64,21 @@ def found(index: SequenceIndex, weights: str, template: str) -> Found:
     texts = xxhash.xxh3_128()
     for name, text in zip(index.ids.tolist(), index.text_xxh3.tolist(), strict=True):
         texts.update(name + b"\0" + text.to_bytes(8, "little"))
-    tokens = xxhash.xxh3_128()
-    for array in (index.n_tokens, index.input_id, index.word_index):
-        tokens.update(np.ascontiguousarray(array).data)
     return Found(
         weights=weights,
-        tokens=tokens.hexdigest(),
+        tokens=tokens_digest(index),
         template=template,
         texts=texts.hexdigest(),
         sequences=len(index),
     )
+
+
+def tokens_digest(index: SequenceIndex) -> str:
+    """XXH3-128 of the lengths, token ids and word alignment of all sequences."""
+    digest = xxhash.xxh3_128()
+    for array in (index.n_tokens, index.input_id, index.word_index):
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
 
 
 def fingerprint(chosen: Chosen, what: Found) -> str:
@@ -84,11 +89,12 @@ def fingerprint(chosen: Chosen, what: Found) -> str:
     return hashlib.sha256(canonical_json({"chosen": deciding, "found": asdict(what)}).encode()).hexdigest()
 
 
-def recorded(device: str, model: dict[str, Any]) -> dict[str, Any]:
+def recorded(device: str, threads: int, model: dict[str, Any]) -> dict[str, Any]:
     """Worth knowing later, and never compared: machine, versions, where the model came from. No times."""
     packages = ("kr2cache", "torch", "transformers", "tokenizers", "h5py", "numpy")
     return {
         "device": device,
+        "threads": threads,
         "platform": platform.platform(),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in packages},

@@ -41,17 +41,22 @@ def seed_folder(folder: Path, seed: int) -> Path:
     return folder / f"seed-{seed}"
 
 
+def partial_folder(folder: Path) -> Path:
+    """What a run's folder is called until it is complete."""
+    return folder.with_name(folder.name + ".partial")
+
+
 def start_run(folder: Path) -> Path:
     """A fresh, empty folder to build the run in; ``finish_run`` gives it its name."""
-    partial = folder.with_name(folder.name + ".partial")
+    partial = partial_folder(folder)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     return partial
 
 
-def finish_run(partial: Path) -> Path:
-    """The complete run, under its name."""
-    return partial.rename(partial.with_name(partial.name.removesuffix(".partial")))
+def finish_run(partial: Path, folder: Path) -> None:
+    """Give the complete run its name."""
+    partial.rename(folder)
 
 
 def is_finished(folder: Path) -> bool:

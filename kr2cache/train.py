@@ -284,7 +284,8 @@ class _Progress(TrainerCallback):
 def train_seed(job: Job, seed: int, folder: Path, title: str) -> Trained:
     """Train one reader.
 
-    With a dev split the best epoch on it is kept, else the last one. ``dev`` and ``test`` are scored where they are.
+    With dev and test the best epoch on dev is kept and scored on both. With one of them alone the last epoch is scored
+    on it: a split that chooses the epoch is no measure of it.
 
     Args:
         folder: Where transformers may leave files ([training] can ask for checkpoints).
@@ -315,7 +316,8 @@ def train_seed(job: Job, seed: int, folder: Path, title: str) -> Trained:
     def score(split: str) -> dict[str, float]:
         return job.task.score(*_gold_and_predicted(job, split, reader))
 
-    keep_best = _KeepBest(score=lambda: score("dev"), metric=job.task.metric) if "dev" in job.splits else None
+    choose_epoch = "dev" in job.splits and "test" in job.splits
+    keep_best = _KeepBest(score=lambda: score("dev"), metric=job.task.metric) if choose_epoch else None
     if keep_best is not None:
         trainer.add_callback(keep_best)
     try:

@@ -11,8 +11,13 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.pop("KR2CACHE_DIR", None)
+# Models this small lose time to a second thread; child processes take the same.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import tiny
+import torch
+
+torch.set_num_threads(1)
 
 
 @pytest.fixture

@@ -116,6 +116,20 @@ class SequenceIndex:
             word_index=self.word_index[first:last],
         )
 
+    def select(self, positions: NDArray[np.int64]) -> SequenceIndex:
+        """The sequences at ``positions``, in that order."""
+        first = self.first_token
+        lengths = self.n_tokens[positions]
+        inside = np.arange(int(lengths.sum())) - np.repeat(offsets(lengths)[:-1], lengths)
+        tokens = np.repeat(first[positions], lengths) + inside
+        return SequenceIndex(
+            ids=self.ids[positions],
+            n_tokens=lengths,
+            text_xxh3=self.text_xxh3[positions],
+            input_id=self.input_id[tokens],
+            word_index=self.word_index[tokens],
+        )
+
     def xxh3(self, layers: int) -> int:
         """``index_xxh3`` of a shard that stores ``layers`` layers of these sequences."""
         digest = xxhash.xxh3_64()
@@ -144,7 +158,10 @@ def encode_ids(ids: Sequence[str]) -> NDArray[np.bytes_]:
     Raises:
         CacheError: For an empty id, or one with a NUL, which fixed-length strings cannot keep.
     """
-    encoded = [name.encode("utf-8") for name in ids]
+    try:
+        encoded = [name.encode("utf-8") for name in ids]
+    except UnicodeEncodeError as error:
+        raise CacheError(f"{error.object!r} cannot be the id of a sequence: it is no Unicode text.") from error
     for name, raw in zip(ids, encoded, strict=True):
         if not raw or b"\0" in raw:
             raise CacheError(f"{name!r} cannot be the id of a sequence: it is empty or holds a NUL character.")

@@ -79,7 +79,7 @@ class FeatureCache:
         shards = [open_shard(path) for path in shard_paths(folder)]
         first = shards[0].header
         for shard in shards[1:]:
-            if (shard.header.fingerprint, shard.header.width) != (first.fingerprint, first.width):
+            if shard.header != first:
                 raise CacheError(
                     f"{shard.path} belongs to another cache than {shards[0].path.name} (fingerprint "
                     f"{shard.header.fingerprint[:8]}, not {first.fingerprint[:8]}).",
@@ -157,7 +157,10 @@ class FeatureCache:
 
     @cached_property
     def _positions(self) -> dict[str, int]:
-        return {name: position for position, name in enumerate(self.all_ids)}
+        found = {name: position for position, name in enumerate(self.all_ids)}
+        if len(found) != len(self.all_ids):
+            raise CacheError(f"{self.folder} holds an id twice.", "Extract again; ids are unique within a cache.")
+        return found
 
     def __len__(self) -> int:
         return int(self.complete.sum())
@@ -229,12 +232,10 @@ class FeatureCache:
         stored = self._stored_positions(layers)
         # Neighbouring layers are one contiguous range of rows: narrow it before anything is touched.
         if stored == list(range(stored[0], stored[0] + len(stored))):
-            start, stored = start + stored[0] * tokens, [number - stored[0] for number in stored]
-            stop = start + len(stored) * tokens
-        else:
-            stop = start + len(shard.header.layers) * tokens
-        rows = self._rows(number, start, stop).reshape(-1, tokens, self.width)
-        return rows if len(rows) == len(stored) else rows[stored]
+            start += stored[0] * tokens
+            return self._rows(number, start, start + len(stored) * tokens).reshape(-1, tokens, self.width)
+        stop = start + len(shard.header.layers) * tokens
+        return self._rows(number, start, stop).reshape(-1, tokens, self.width)[stored]
 
     def batch(self, ids: Iterable[str], layers: Sequence[int] | None = None) -> PackedBatch:
         """Several sequences, packed in the order asked for, repeats allowed, only ``layers`` read.

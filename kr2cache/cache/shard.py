@@ -80,9 +80,19 @@ def open_hdf5(path: Path) -> Iterator[h5py.File]:
     try:
         with h5py.File(path, "r", locking=False) as file:
             yield file
-    except (OSError, KeyError, ValueError, TypeError, RuntimeError, UnicodeDecodeError, OverflowError) as error:
-        if isinstance(error, CacheError):
-            raise
+    except CacheError:
+        raise
+    # What h5py and we stumble over in a damaged file; MemoryError is an absurd size that the file claims.
+    except (
+        OSError,
+        LookupError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        RuntimeError,
+        OverflowError,
+        MemoryError,
+    ) as error:
         reason = str(error).strip("'\"") or type(error).__name__
         raise CacheError(
             f"{path} cannot be read as a kr2cache shard: {reason}.",
@@ -97,13 +107,14 @@ def open_shard(path: Path) -> Shard:
         CacheError: If the file is not a shard of a known version, or its sizes, types or offsets contradict each other
             or the file's real size.
     """
-    size = path.stat().st_size
     with open_hdf5(path) as file:
+        size = path.stat().st_size
         header = _header(file, path)
         for name, dtype in INDEX_DATASETS.items():
             _check_dataset(file, name, dtype, 1, path, size)
         hidden = _check_dataset(file, "hidden", ON_DISK[header.dtype], 2, path, size)
         index = {name.rpartition("/")[2]: file[name][...] for name in INDEX_DATASETS if name.startswith("examples/")}
+        b"".join(index["id"].tolist()).decode("utf-8")  # once, so that no later use of an id can fail
         ids, n_tokens, first_row = index["id"], index["n_tokens"], index["first_row"]
         n = len(ids)
         lengths = {name: len(array) - (name == "first_row") for name, array in index.items()}
@@ -154,6 +165,8 @@ def _header(file: h5py.File, path: Path) -> ShardHeader:
             "Install the kr2cache that wrote it, or extract again.",
         )
     layers = tuple(int(layer) for layer in attributes["layers"])
+    if "fusion" in attributes and len(layers) != 1:
+        raise CacheError(f"{path}: a fused cache stores one layer, this one says {len(layers)}.", _REMAKE)
     header = ShardHeader(
         dtype=str(attributes["dtype"]),
         layers=layers,
@@ -184,7 +197,10 @@ def _check_dataset(
 ) -> h5py.Dataset:
     """The data set, if it lies in this file, has the type and rank of the format, and fits into the file."""
     group, _, leaf = name.rpartition("/")
-    parent = file[group] if group else file
+    inside = not group or isinstance(file.get(group, getlink=True), h5py.HardLink)
+    parent = file[group] if group and inside else file
+    if not inside or not isinstance(parent, h5py.Group):
+        raise CacheError(f"{path}: /{group} is missing or lies outside the file.", _REMAKE)
     link = parent.get(leaf, getlink=True)
     dataset = parent.get(leaf) if isinstance(link, h5py.HardLink) else None
     if not isinstance(dataset, h5py.Dataset):
@@ -205,7 +221,7 @@ def plain_array_offset(dataset: h5py.Dataset, size: int) -> int | None:
     A file that another tool rewrote (compressed, re-chunked, moved) is then read through HDF5 instead.
     """
     chunks = dataset.chunks
-    if chunks is None or chunks[1] != dataset.shape[1] or dataset.compression is not None:
+    if chunks is None or chunks[1] != dataset.shape[1] or dataset.id.get_create_plist().get_nfilters():
         return None
     chunk_bytes = chunks[0] * chunks[1] * dataset.dtype.itemsize
     count = -(-dataset.shape[0] // chunks[0])
@@ -236,14 +252,16 @@ def shard_paths(folder: Path) -> list[Path]:
     Raises:
         CacheError: If the folder holds none, some are missing, or shards of different cuts are mixed.
     """
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # noqa: PTH112 (Path.is_dir raises for a name that is too long)
         raise CacheError(f"{folder} is not a folder.", "kr2cache extract makes caches; by default below .kr2cache.")
     paths = sorted(Path(entry.path) for entry in os.scandir(folder) if entry.name.endswith(".h5"))
     if not paths:
         raise CacheError(f"{folder} holds no shard (shard-00000-of-....h5).", "kr2cache extract makes caches.")
     total = paths[0].stem.rpartition("-")[2]
     names = {path.name for path in paths}
-    if not total.isdigit() or names != {f"shard-{number:05d}-of-{total}.h5" for number in range(int(total))}:
+    # The count is compared first: a hostile name could ask for a set of any size.
+    counted = total.isascii() and total.isdigit() and len(paths) == int(total)
+    if not counted or names != {f"shard-{number:05d}-of-{total}.h5" for number in range(len(paths))}:
         raise CacheError(
             f"{folder} should hold {total} shards, but holds {len(paths)}: {', '.join(sorted(names)[:4])} ...",
             "Run the kr2cache extract that made it again: it goes on where it stopped.",

@@ -70,11 +70,13 @@ def create_shard(path: Path, header: ShardHeader, index: SequenceIndex) -> None:
     """Build one shard under a temporary name, reserve its space, sync it, rename it."""
     partial = path.with_name(path.name + ".partial")
     try:
+        # Twice: a disk that fills while HDF5 builds the file leaves HDF5 unable to close it, and the process dies.
+        with partial.open("wb") as file:
+            _reserve(file.fileno(), _size(header, index))
         _build(partial, header, index)
         descriptor = os.open(partial, os.O_RDWR)
         try:
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(descriptor, 0, os.fstat(descriptor).st_size)
+            _reserve(descriptor, os.fstat(descriptor).st_size)
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
@@ -86,6 +88,28 @@ def create_shard(path: Path, header: ShardHeader, index: SequenceIndex) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    """Reserve space where the platform can; elsewhere a full disk is noticed when it is written to."""
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(descriptor, 0, size)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                raise
+
+
+def _size(header: ShardHeader, index: SequenceIndex) -> int:
+    """Bytes of a shard, within a few pages: states, index (29 bytes a sequence beside its id), tokens, HDF5's own."""
+    rows = int(index.n_tokens.sum(dtype=np.int64)) * len(header.layers)
+    states = rows * row_bytes(header.width, header.dtype)
+    return states + len(index) * (index.ids.dtype.itemsize + 29) + 8 * len(index.input_id) + 16 * PAGE
+
+
+def _sync(descriptor: int) -> None:
+    """The bytes on disk; macOS knows no fdatasync."""
+    (os.fdatasync if hasattr(os, "fdatasync") else os.fsync)(descriptor)
 
 
 def sync_folder(folder: Path) -> None:
@@ -116,7 +140,7 @@ def _build(path: Path, header: ShardHeader, index: SequenceIndex) -> None:
     creation.set_obj_track_times(False)
     access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
     access.set_libver_bounds(h5py.h5f.LIBVER_V110, h5py.h5f.LIBVER_V110)
-    access.set_alignment(PAGE, PAGE)
+    access.set_alignment(1, PAGE)  # however small: a mapped array should start on a page
     access.set_fclose_degree(h5py.h5f.CLOSE_STRONG)
     with h5py.File(h5py.h5f.create(os.fsencode(path), h5py.h5f.ACC_TRUNC, creation, access)) as file:
         for group in ("examples", "tokens"):
@@ -279,14 +303,15 @@ class CacheWriter:
 
     def _mark(self) -> None:
         """Sync the states, and only then the marks that vouch for them."""
-        touched = sorted({shard for shard, _ in self._unmarked})
+        # Taken out first: what a failed sync may have lost must never be marked by a later one.
+        unmarked, self._unmarked = self._unmarked, []
+        touched = sorted({shard for shard, _ in unmarked})
         for shard in touched:
-            os.fdatasync(self._files[shard])
-        for shard, i in self._unmarked:
+            _sync(self._files[shard])
+        for shard, i in unmarked:
             os.pwrite(self._files[shard], b"\x01", _at(self.shards[shard].complete_offset) + i)
         for shard in touched:
-            os.fdatasync(self._files[shard])
-        self._unmarked.clear()
+            _sync(self._files[shard])
         self._synced_at = time.monotonic()
 
 

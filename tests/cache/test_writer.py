@@ -1,0 +1,494 @@
+"""Whatever stops the writer, what is marked complete is right, and going on gives the same bytes."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+import tiny_cache
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from kr2cache.cache import writer as writer_module
+from kr2cache.cache.reader import FeatureCache
+from kr2cache.cache.writer import CacheWriter, create_shard, create_shards, shard_cuts
+from kr2cache.errors import CacheError, DiskSpaceError, KR2CacheError
+
+HERE = Path(__file__).parent
+
+# Writes a cache, and kills itself without warning at the Nth write, half of which reaches the file.
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import tiny_cache
+from kr2cache.cache import writer
+
+left = int(sys.argv[3])
+pwrite = os.pwrite
+
+def dying_pwrite(descriptor, data, offset):
+    global left
+    left -= 1
+    if left == 0:
+        pwrite(descriptor, memoryview(data)[: len(data) // 2], offset)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return pwrite(descriptor, data, offset)
+
+os.pwrite = dying_pwrite
+writer.SYNC_EVERY_S = 0.0
+truth = tiny_cache.make((3, 1, 5, 2, 4, 6), dtype=sys.argv[4], width=5)
+tiny_cache.store(Path(sys.argv[2]), truth, shard_bytes=400, positions=(4, 2, 5, 0, 3, 1))
+"""
+
+
+def run_python(program: str, *arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", program, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, **options)
+
+
+def assert_valid_hdf5(folder: Path) -> None:
+    for path in tiny_cache.shards(folder):
+        with h5py.File(path, "r") as file:
+            for name in tiny_cache.DATASETS:
+                file[name][...]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+@pytest.mark.parametrize("at", [1, 5, 16])
+def test_a_writer_killed_in_the_middle_leaves_only_right_sequences(tmp_path: Path, at: int, dtype: str) -> None:
+    truth = tiny_cache.make((3, 1, 5, 2, 4, 6), dtype=dtype, width=5)
+    whole = tiny_cache.store(tmp_path / "whole", truth, shard_bytes=400)
+    folder = tmp_path / "killed"
+
+    done = run_python(KILLED, HERE, folder, at, dtype)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert len(tiny_cache.shards(folder)) > 1
+    assert_valid_hdf5(folder)
+    marked = tiny_cache.marked_sequences(folder, truth)
+    writes = 2 if dtype == "float16" else 3  # of a sequence: states, scales, checksum; then one mark each
+    assert len(marked) == (at - 1) // (writes + 1)
+    cache = FeatureCache.open(folder)
+    assert cache.ids == [truth.ids[i] for i in marked]
+    for i in marked:
+        np.testing.assert_array_equal(cache[truth.ids[i]], truth.states(i))
+
+    tiny_cache.write(folder, truth, [i for i in range(6) if i not in marked])
+    assert tiny_cache.folder_bytes(folder) == tiny_cache.folder_bytes(whole)
+
+
+def test_a_writer_killed_from_outside_leaves_only_right_sequences(tmp_path: Path) -> None:
+    truth = tiny_cache.make((5,) * 300, width=64)
+    folder = tmp_path / "cache"
+    program = (
+        "import sys, time\nfrom pathlib import Path\nsys.path.insert(0, sys.argv[1])\n"
+        "import tiny_cache\nfrom kr2cache.cache import writer\n"
+        "writer.SYNC_EVERY_S = 0.01\n"
+        "truth = tiny_cache.make((5,) * 300, width=64)\n"
+        "writer.create_shards(Path(sys.argv[2]), truth.header, truth.index, 2**20)\n"
+        "with writer.CacheWriter(Path(sys.argv[2])) as out:\n"
+        "    for number, batch in enumerate(tiny_cache.batches(truth, out, range(300))):\n"
+        "        out.write(batch)\n"
+        "        time.sleep(0.002)\n"
+        "        if number == 100:\n"
+        "            print('on the way', flush=True)\n"
+    )
+    command = [sys.executable, "-c", program, str(HERE), str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "on the way\n"
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    marked = tiny_cache.marked_sequences(folder, truth)
+    assert 0 < len(marked) < 300
+    tiny_cache.write(folder, truth, [i for i in range(300) if i not in marked])
+    whole = tiny_cache.store(tmp_path / "whole", truth, shard_bytes=2**20)
+    assert tiny_cache.folder_bytes(folder) == tiny_cache.folder_bytes(whole)
+
+
+@pytest.mark.parametrize("call", ["posix_fallocate", "fsync"])
+def test_killed_while_creating_a_shard_nothing_bears_its_name(tmp_path: Path, call: str) -> None:
+    program = (
+        "import os, signal, sys\nfrom pathlib import Path\nsys.path.insert(0, sys.argv[1])\n"
+        "import tiny_cache\n"
+        f"os.{call} = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "tiny_cache.store(Path(sys.argv[2]), tiny_cache.make())\n"
+    )
+    folder = tmp_path / "cache"
+    done = run_python(program, HERE, folder)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert [path.name for path in folder.iterdir()] == ["shard-00000-of-00001.h5.partial"]
+    with pytest.raises(CacheError, match="holds no shard"):
+        FeatureCache.open(folder)
+
+    whole = tiny_cache.store(tmp_path / "whole", tiny_cache.make())
+    tiny_cache.store(folder, tiny_cache.make())
+    assert tiny_cache.folder_bytes(folder) == tiny_cache.folder_bytes(whole)
+
+
+def test_what_a_killed_run_left_under_the_temporary_name_is_not_trusted(tmp_path: Path) -> None:
+    whole = tiny_cache.store(tmp_path / "whole", tiny_cache.make())
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    (folder / "shard-00000-of-00001.h5.partial").write_bytes(b"\xff" * 300_000)
+    tiny_cache.store(folder, tiny_cache.make())
+    assert tiny_cache.folder_bytes(folder) == tiny_cache.folder_bytes(whole)
+
+
+def traced(monkeypatch: pytest.MonkeyPatch, *names: str) -> list[tuple[Any, ...]]:
+    """The calls of these functions of ``os``, with their arguments; they still do their work."""
+    calls: list[tuple[Any, ...]] = []
+
+    def follow(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            calls.append((name, *(bytes(a) if isinstance(a, memoryview) else a for a in arguments)))
+            return real(*arguments, **options)
+
+        return call
+
+    for name in names:
+        monkeypatch.setattr(os, name, follow(name, getattr(os, name)))
+    return calls
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+@pytest.mark.parametrize("sync_every_s", [0.0, 100.0])
+def test_a_sequence_is_marked_only_after_its_bytes_were_synced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, sync_every_s: float
+) -> None:
+    truth = tiny_cache.make((3, 1, 5, 2), dtype=dtype)
+    folder = tmp_path / "cache"
+    create_shards(folder, truth.header, truth.index, 60)
+    assert len(tiny_cache.shards(folder)) > 1
+    at = {path.name: tiny_cache.byte_offset(path, "examples/complete") for path in tiny_cache.shards(folder)}
+    counts = {path.name: len(FeatureCache.open(folder).all_ids) for path in tiny_cache.shards(folder)}
+    monkeypatch.setattr(writer_module, "SYNC_EVERY_S", sync_every_s)
+    names: dict[int, str] = {}
+    with CacheWriter(folder) as out:
+        for entry in Path("/proc/self/fd").iterdir():
+            target = entry.resolve()
+            if target.parent == folder.resolve() and target.suffix == ".h5" and os.access(entry, os.W_OK):
+                names[int(entry.name)] = target.name
+        calls = traced(monkeypatch, "pwrite", "fdatasync", "fsync")
+        for batch in tiny_cache.batches(truth, out, (2, 0, 3, 1)):
+            out.write(batch)
+
+    unsynced, marks = dict.fromkeys(at, False), 0
+    for name, descriptor, *rest in calls:
+        shard = names[descriptor]
+        if name != "pwrite":
+            unsynced[shard] = False
+        elif at[shard] <= rest[1] < at[shard] + counts[shard]:
+            assert rest[0] == b"\x01"
+            assert not unsynced[shard], "marked before its bytes were on disk"
+            marks += 1
+        else:
+            unsynced[shard] = True
+    assert marks == 4
+    assert calls[-1][0] != "pwrite", "the marks themselves are synced too"
+    assert tiny_cache.marked_sequences(folder, truth) == [0, 1, 2, 3]
+
+
+def test_a_sync_that_failed_once_is_not_taken_back_by_one_that_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a failed fdatasync the kernel has dropped the pages; the next one says nothing of them."""
+    truth = tiny_cache.make()
+    folder = tmp_path / "cache"
+    create_shards(folder, truth.header, truth.index, 2**30)
+    monkeypatch.setattr(writer_module, "SYNC_EVERY_S", 0.0)
+    real, failed = os.fdatasync, threading.Event()
+
+    def fdatasync(descriptor: int) -> None:
+        if not failed.is_set():
+            failed.set()
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fdatasync", fdatasync)
+    with pytest.raises(OSError, match="Input/output error"), CacheWriter(folder) as out:
+        (batch,) = tiny_cache.batches(truth, out, [0])
+        out.write(batch)
+    assert tiny_cache.marked_sequences(folder, truth) == []
+
+
+def test_a_shard_gets_its_name_only_when_all_of_it_is_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = traced(monkeypatch, "posix_fallocate", "fsync", "rename", "open")
+    truth = tiny_cache.make()
+    path = tmp_path / "shard-00000-of-00001.h5"
+    create_shard(path, truth.header, truth.index)
+    assert [name for name, *_ in calls[-6:]] == ["open", "posix_fallocate", "fsync", "rename", "open", "fsync"]
+    assert [name for name, *_ in calls].count("rename") == 1
+    synced, folder = calls[-6], calls[-2]
+    assert str(synced[1]) == f"{path}.partial"
+    assert calls[-4][1] == calls[-5][1], "what is reserved is what is synced"
+    assert str(folder[1]) == str(tmp_path), "the folder is synced after the renaming"
+
+
+def test_the_space_of_a_shard_is_reserved(tmp_path: Path) -> None:
+    truth = tiny_cache.make((400,), width=1024)  # 2.4 MB, nothing of it written
+    create_shards(tmp_path / "cache", truth.header, truth.index, 2**30)
+    (path,) = tiny_cache.shards(tmp_path / "cache")
+    assert path.stat().st_blocks * 512 >= path.stat().st_size > 1200 * 1024 * 2
+
+
+# A full disk -----------------------------------------------------------------------------------------------------
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import tiny_cache
+from kr2cache.cache import writer
+from kr2cache.errors import DiskSpaceError
+
+folder, limit, created = Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "created"
+truth = tiny_cache.make((40, 60, 50), width=64)
+if created:
+    writer.create_shards(folder, truth.header, truth.index, 2**30)
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+try:
+    tiny_cache.store(folder, truth)
+except DiskSpaceError as error:
+    print("DiskSpaceError", error)
+else:
+    print("written")
+"""
+
+
+@pytest.mark.parametrize("limit", [0, 100, 3000, 60_000])
+def test_a_disk_too_small_for_the_file_leaves_nothing(tmp_path: Path, limit: int) -> None:
+    done = run_python(LIMITED, HERE, tmp_path / "cache", limit, "new")
+    assert done.stdout.startswith("DiskSpaceError No space left for "), done.stderr
+    assert str(tmp_path / "cache" / "shard-00000-of-00001.h5") in done.stdout
+    assert "Make room" in done.stdout
+    assert done.returncode == 0, done.stderr
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_disk_that_fills_while_writing_keeps_what_is_complete(tmp_path: Path) -> None:
+    truth = tiny_cache.make((40, 60, 50), width=64)
+    folder = tmp_path / "cache"
+    probe = tiny_cache.store(tmp_path / "whole", truth)
+    # The states of the first sequence fit; whether its mark does depends on where the index lies.
+    limit = tiny_cache.byte_offset(tiny_cache.shards(probe)[0], "hidden") + 40 * 3 * 64 * 2
+    done = run_python(LIMITED, HERE, folder, limit, "created")
+    assert done.stdout.startswith("DiskSpaceError"), done.stderr
+    assert_valid_hdf5(folder)
+    marked = tiny_cache.marked_sequences(folder, truth)
+    assert marked in ([], [0])
+    tiny_cache.write(folder, truth, [i for i in range(3) if i not in marked])
+    assert tiny_cache.folder_bytes(folder) == tiny_cache.folder_bytes(probe)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_no_space_to_reserve_is_a_disk_space_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    truth = tiny_cache.make()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", full)
+        with pytest.raises(DiskSpaceError, match=r"No space left for .*shard-00000-of-00001\.h5"):
+            create_shards(tmp_path / "cache", truth.header, truth.index, 2**30)
+    assert list((tmp_path / "cache").iterdir()) == []
+    tiny_cache.store(tmp_path / "cache", truth)
+    assert tiny_cache.marked_sequences(tmp_path / "cache", truth) == [0, 1, 2, 3]
+
+
+def test_shards_that_fitted_before_the_disk_was_full_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.posix_fallocate
+    truth = tiny_cache.make()
+    folder = tmp_path / "cache"
+
+    def fills_up(*arguments: int) -> None:
+        if tiny_cache.shards(folder):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", fills_up)
+        with pytest.raises(DiskSpaceError):
+            create_shards(folder, truth.header, truth.index, 60)
+    (first,) = folder.iterdir()
+    inode = first.stat().st_ino
+    with pytest.raises(CacheError, match="should hold 00004 shards, but holds 1"):
+        FeatureCache.open(folder)
+    tiny_cache.store(folder, truth, shard_bytes=60)
+    assert first.stat().st_ino == inode
+    assert tiny_cache.marked_sequences(folder, truth) == [0, 1, 2, 3]
+
+
+def test_a_full_disk_stops_the_writer_and_keeps_what_came_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    truth = tiny_cache.make((3, 1, 5, 2))
+    folder = tmp_path / "cache"
+    create_shards(folder, truth.header, truth.index, 2**30)
+    (path,) = tiny_cache.shards(folder)
+    third = tiny_cache.byte_offset(path, "hidden") + (3 + 1) * 3 * 8
+    real = os.pwrite
+
+    def full(descriptor: int, data: bytes, offset: int) -> int:
+        if offset == third:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(descriptor, data, offset)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        with pytest.raises(DiskSpaceError, match="what is complete is kept"):
+            tiny_cache.write(folder, truth)
+    assert tiny_cache.marked_sequences(folder, truth) == [0, 1]
+
+
+def test_a_write_that_the_system_cuts_short_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.pwrite
+    whole = tiny_cache.store(tmp_path / "whole", tiny_cache.make(dtype="int8"))
+    monkeypatch.setattr(os, "pwrite", lambda descriptor, data, offset: real(descriptor, bytes(data)[:7], offset))
+    folder = tiny_cache.store(tmp_path / "cache", tiny_cache.make(dtype="int8"))
+    assert tiny_cache.folder_bytes(folder) == tiny_cache.folder_bytes(whole)
+
+
+# Ordinary use ----------------------------------------------------------------------------------------------------
+
+
+def test_an_error_of_the_caller_keeps_what_was_handed_over_and_is_not_hidden(tmp_path: Path) -> None:
+    truth = tiny_cache.make()
+    folder = tmp_path / "cache"
+    create_shards(folder, truth.header, truth.index, 2**30)
+    with pytest.raises(ZeroDivisionError), CacheWriter(folder) as out:
+        for batch in tiny_cache.batches(truth, out, [3, 0]):
+            out.write(batch)
+        raise ZeroDivisionError
+    assert tiny_cache.marked_sequences(folder, truth) == [0, 3]
+    with CacheWriter(folder) as out:
+        assert out.unfinished(0).tolist() == [False, True, True, False]
+
+
+def test_the_writer_counts_its_bytes_and_leaves_no_thread_or_file_open(tmp_path: Path) -> None:
+    truth = tiny_cache.make(dtype="int8")
+    folder = tmp_path / "cache"
+    create_shards(folder, truth.header, truth.index, 60)
+    threads, files = threading.active_count(), len(list(Path("/proc/self/fd").iterdir()))
+    with CacheWriter(folder) as out:
+        for batch in tiny_cache.batches(truth, out, range(4)):
+            out.write(batch)
+    assert out.bytes_written == 3 * 11 * (4 + 4) + 4 * 8  # values and scales of 11 tokens, 4 checksums
+    assert (threading.active_count(), len(list(Path("/proc/self/fd").iterdir()))) == (threads, files)
+
+
+def test_creating_again_touches_no_shard_that_is_there(tmp_path: Path) -> None:
+    truth = tiny_cache.make()
+    folder = tiny_cache.store(tmp_path / "cache", truth, shard_bytes=60, positions=[1, 2])
+    before = tiny_cache.folder_bytes(folder)
+    paths = create_shards(folder, truth.header, truth.index, 60)
+    assert paths == tiny_cache.shards(folder)
+    assert tiny_cache.folder_bytes(folder) == before
+
+
+def test_writing_a_sequence_again_replaces_it(tmp_path: Path) -> None:
+    truth = tiny_cache.make()
+    folder = tiny_cache.store(tmp_path / "cache", tiny_cache.make(seed=1), positions=[0])
+    with h5py.File(tiny_cache.shards(folder)[0], "r") as file:
+        assert file["examples/complete"][...].tolist() == [1, 0, 0, 0]
+    tiny_cache.write(folder, truth, [0])
+    assert tiny_cache.marked_sequences(folder, truth) == [0]
+
+
+def test_a_file_that_another_tool_rewrote_is_not_written_in_place(tmp_path: Path) -> None:
+    folder = tiny_cache.store(tmp_path / "cache", tiny_cache.make(), positions=[0])
+    (path,) = tiny_cache.shards(folder)
+    with h5py.File(path, "r+") as file:
+        states = file["hidden"][...]
+        del file["hidden"]
+        file.create_dataset("hidden", data=states, chunks=(5, 4), compression="gzip")
+    before = path.read_bytes()
+    with pytest.raises(CacheError, match=f"{path.name} was rewritten by another tool"):
+        CacheWriter(folder)
+    assert path.read_bytes() == before
+
+
+@given(
+    lengths=st.lists(st.integers(1, 600), min_size=1, max_size=40),
+    token_bytes=st.integers(1, 100),
+    shard_bytes=st.integers(1, 30_000),
+)
+@settings(deadline=None, max_examples=40)
+def test_cuts_keep_every_shard_within_its_size(lengths: list[int], token_bytes: int, shard_bytes: int) -> None:
+    cuts = shard_cuts(np.array(lengths, dtype=np.int32), token_bytes, shard_bytes)
+    parts = [lengths[start:stop] for start, stop in pairwise(cuts)]
+    assert [length for part in parts for length in part] == lengths
+    assert all(part for part in parts)
+    assert all(sum(part) * token_bytes <= shard_bytes or len(part) == 1 for part in parts)
+    for part, following in pairwise(parts):  # none was closed early
+        assert (sum(part) + following[0]) * token_bytes > shard_bytes
+
+
+@given(data=st.data(), at_once=st.integers(1, 4), dtype=st.sampled_from(tiny_cache.DTYPES))
+@settings(deadline=None, max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_the_bytes_do_not_depend_on_the_order_nor_on_interruptions(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, at_once: int, dtype: str
+) -> None:
+    lengths = data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=8))
+    truth = tiny_cache.make(lengths, dtype=dtype)
+    shard_bytes = data.draw(st.integers(1, 2000))
+    whole = tiny_cache.store(tmp_path_factory.mktemp("whole"), truth, shard_bytes=shard_bytes)
+    order = data.draw(st.permutations(range(len(lengths))))
+    stop = data.draw(st.integers(0, len(order)))
+    folder = tmp_path_factory.mktemp("parts")
+    tiny_cache.store(folder, truth, shard_bytes=shard_bytes, positions=order[:stop], at_once=at_once)
+    assert tiny_cache.marked_sequences(folder, truth) == sorted(order[:stop])
+    tiny_cache.store(folder, truth, shard_bytes=shard_bytes, positions=order[stop:], at_once=at_once)
+    assert tiny_cache.folder_bytes(folder) == tiny_cache.folder_bytes(whole)
+
+
+def test_memory_is_bounded_when_the_disk_is_slower_than_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    truth = tiny_cache.make((1,) * 20)
+    folder = tmp_path / "cache"
+    create_shards(folder, truth.header, truth.index, 2**30)
+    go_on, real = threading.Event(), os.pwrite
+
+    def stuck(descriptor: int, data: bytes, offset: int) -> int:
+        assert go_on.wait(20)
+        return real(descriptor, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", stuck)
+    handed_over: list[int] = []
+    with CacheWriter(folder) as out:
+
+        def hand_over() -> None:
+            for number, batch in enumerate(tiny_cache.batches(truth, out, range(20))):
+                out.write(batch)
+                handed_over.append(number)
+
+        model = threading.Thread(target=hand_over)
+        model.start()
+        model.join(0.5)
+        waiting = len(handed_over)
+        go_on.set()
+        model.join()
+    assert 0 < waiting <= writer_module.PENDING_BATCHES + 1  # those that wait, and the one being written
+    assert tiny_cache.marked_sequences(folder, truth) == list(range(20))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_may_not_be_written_is_named(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    truth = tiny_cache.make()
+    with pytest.raises((KR2CacheError, PermissionError), match="cache"):
+        create_shards(tmp_path / "cache", truth.header, truth.index, 2**30)

@@ -1,0 +1,511 @@
+"""Part-of-speech tagging: what is read is what the ``conllu`` package reads, what is scored is what seqeval scores."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import conllu
+import datasets
+import numpy as np
+import pytest
+import seqeval.metrics
+import tiny
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.metrics import accuracy_score
+
+from kr2cache.errors import ConfigError, DataError, MissingSplitError, UnknownNameError
+from kr2cache.tasks import find_task, split_name, task_names
+from kr2cache.tasks.udpos import LANGUAGES, UPOS, UdPos, read_conllu
+
+ROOT = Path(__file__).parents[2]
+EVERYDAY = ROOT / "data" / "everyday"
+UD = ROOT.parent / "shared" / "data" / "ud"
+EVERYDAY_FILES = sorted(EVERYDAY.glob("*/*.conllu"))
+UD_FILES = sorted(UD.glob("*/*.conllu"))
+UD_LINES = 20_000
+"""Of each large file; the conllu package is slow."""
+
+
+def word(number: object, form: str, tag: str = "NOUN") -> str:
+    return "\t".join((str(number), form, "_", tag, *"______")) + "\n"
+
+
+def sentence(*forms: str, name: str | None = None, tag: str = "NOUN") -> str:
+    head = f"# sent_id = {name}\n" if name else ""
+    return head + "".join(word(i, form, tag) for i, form in enumerate(forms, 1)) + "\n"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    path = tmp_path / "corpus"
+    path.mkdir()
+    return path
+
+
+def write(path: Path, text: str | bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text.encode("utf-8") if isinstance(text, str) else text)
+    return path
+
+
+def by_conllu_package(text: str) -> list[tuple[str | None, list[str], list[str]]]:
+    """(sent_id, forms, tags) of plain integer ids, by the ``conllu`` package."""
+    result = []
+    for tokens in conllu.parse(text):
+        words = [token for token in tokens if isinstance(token["id"], int)]
+        result.append(
+            (tokens.metadata.get("sent_id"), [token["form"] for token in words], [token["upos"] for token in words])
+        )
+    return result
+
+
+# Agreement with the conllu package -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", EVERYDAY_FILES, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_own_corpus_reads_as_the_conllu_package_reads_it(path: Path) -> None:
+    assert [(name, forms, tags) for _, name, forms, tags in read_conllu(path)] == by_conllu_package(
+        path.read_text("utf-8")
+    )
+
+
+@pytest.mark.skipif(not UD_FILES, reason="no treebanks beside the checkout")
+@pytest.mark.parametrize("path", UD_FILES, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_treebanks_read_as_the_conllu_package_reads_them(path: Path, tmp_path: Path) -> None:
+    lines = path.read_text("utf-8").splitlines(keepends=True)[:UD_LINES]
+    while lines[-1].strip():
+        lines.pop()
+    part = write(tmp_path / path.name, "".join(lines))
+    ours = [(name, forms, tags) for _, name, forms, tags in read_conllu(part)]
+    assert ours == by_conllu_package("".join(lines))
+    assert len(ours) > 500
+
+
+@pytest.mark.skipif(not UD_FILES, reason="no treebanks beside the checkout")
+@pytest.mark.parametrize(
+    ("name", "sentences", "words"),
+    [
+        ("en/dev", 2_001, 25_147),
+        ("en/test", 2_077, 25_094),
+        ("de/dev", 799, 12_480),
+        ("de/test", 977, 16_499),
+        ("ko/dev", 950, 11_958),
+        ("ko/test", 989, 11_677),
+    ],
+)
+def test_treebanks_have_their_published_counts(name: str, sentences: int, words: int) -> None:
+    language, split = name.split("/")
+    examples = UdPos(language).read(split, str(UD / language))
+    assert (len(examples), sum(len(example.texts[0]) for example in examples)) == (sentences, words)
+
+
+FORMS = st.text("aä中 -'", min_size=1, max_size=5).filter(lambda form: form.strip() == form and "  " not in form)
+"""Without two spaces in a row, which the conllu package takes for a tab."""
+WORDS = st.tuples(FORMS, st.sampled_from(UPOS))
+
+
+@given(sentences=st.lists(st.lists(WORDS, min_size=1, max_size=5), min_size=1, max_size=5), data=st.data())
+def test_ranges_and_empty_nodes_anywhere_change_nothing(
+    tmp_path_factory: pytest.TempPathFactory, sentences: list[list[tuple[str, str]]], data: st.DataObject
+) -> None:
+    text = ""
+    for words in sentences:
+        for number, (form, tag) in enumerate(words, 1):
+            if data.draw(st.booleans()):
+                text += word(f"{number}-{number + 1}", form + "range", "_")
+            text += word(number, form, tag)
+            if data.draw(st.booleans()):
+                text += word(f"{number}.1", "empty", "VERB")  # an empty node has a real tag
+        text += "\n"
+    path = write(tmp_path_factory.mktemp("conllu") / "train.conllu", text)
+    ours = [(forms, tags) for _, _, forms, tags in read_conllu(path)]
+    assert ours == [([form for form, _ in words], [tag for _, tag in words]) for words in sentences]
+    assert ours == [(forms, tags) for _, forms, tags in by_conllu_package(text)]
+
+
+# Shapes of a file ----------------------------------------------------------------------------------------------------
+
+
+def test_a_form_may_contain_a_space(folder: Path) -> None:
+    write(folder / "train.conllu", sentence("10 000", "vingt et un"))
+    assert UdPos(None).read("train", str(folder))[0].texts == (("10 000", "vingt et un"),)
+
+
+def test_without_sent_id_ids_count_every_sentence_from_0(folder: Path) -> None:
+    write(folder / "dev.conllu", sentence("a") + sentence("b", name="named") + sentence("c"))
+    assert [example.id for example in UdPos(None).read("dev", str(folder))] == ["dev-0", "named", "dev-2"]
+
+
+def test_a_sent_id_belongs_to_its_own_sentence_alone(folder: Path) -> None:
+    write(folder / "dev.conllu", "# sent_id = x\n# text = a\n" + sentence("a") + "# newdoc\n" + sentence("b"))
+    assert [example.id for example in UdPos(None).read("dev", str(folder))] == ["x", "dev-1"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\ufeff# sent_id = s1\n" + sentence("ä", "b") + sentence("c", name="s2"),
+        ("# sent_id = s1\n" + sentence("ä", "b") + sentence("c", name="s2")).replace("\n", "\r\n"),
+        ("# sent_id = s1\n" + sentence("ä", "b") + sentence("c", name="s2")).rstrip("\n"),
+        "\n\n# sent_id = s1\n" + sentence("ä", "b") + "\n\n\n" + sentence("c", name="s2") + "\n\n",
+        "# sent_id=s1\n" + sentence("ä", "b") + "#sent_id =   s2  \n" + sentence("c"),
+    ],
+    ids=["byte order mark", "CRLF", "no final line end", "more blank lines", "sent_id spelled otherwise"],
+)
+def test_every_way_to_write_the_same_file_gives_the_same_examples(folder: Path, text: str) -> None:
+    write(folder / "test.conllu", text)
+    examples = UdPos(None).read("test", str(folder))
+    noun = UPOS.index("NOUN")
+    assert [(e.id, e.texts, e.label) for e in examples] == [
+        ("s1", (("ä", "b"),), (noun, noun)),
+        ("s2", (("c",),), (noun,)),
+    ]
+
+
+def test_labels_are_numbers_of_the_seventeen_tags(folder: Path) -> None:
+    text = "".join(word(i, tag.lower(), tag) for i, tag in enumerate(UPOS, 1)) + "\n"
+    write(folder / "train.conllu", text)
+    assert UdPos(None).read("train", str(folder))[0].label == tuple(range(17))
+    universal = "ADJ ADP ADV AUX CCONJ DET INTJ NOUN NUM PART PRON PROPN PUNCT SCONJ SYM VERB X"
+    assert " ".join(UPOS) == universal
+
+
+def test_a_sentence_without_any_tag_is_unlabelled(folder: Path) -> None:
+    write(folder / "test.conllu", sentence("a", "b", tag="_") + sentence("c"))
+    assert [example.label for example in UdPos(None).read("test", str(folder))] == [None, (UPOS.index("NOUN"),)]
+
+
+def test_limit_takes_the_first(folder: Path) -> None:
+    write(folder / "train.conllu", "".join(sentence("a", name=f"s{i}") for i in range(9)))
+    assert [example.id for example in UdPos(None).read("train", str(folder), 3)] == ["s0", "s1", "s2"]
+
+
+# What is wrong with a file -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (sentence("a", name="s1") + sentence("b") + sentence("c", name="s1"), r"'s1'.*conllu:2 and .*conllu:7"),
+        (sentence("a") + "1\tb\t_\tNOUN\n\n", r"train\.conllu:3: 4 columns where CoNLL-U has 10"),
+        (sentence("a") + "1 b _ NOUN _ _ _ _ _ _\n\n", r"train\.conllu:3: 1 columns"),
+        (sentence("a", "b").replace("\n", "\t_\n", 1), r"train\.conllu:1: 11 columns"),
+        (sentence("a", "b") + sentence("c", tag="NOUNS"), r"train\.conllu.*line 4, word 1: unknown tag 'NOUNS'"),
+        (word(1, "a") + word(2, "b", "_") + "\n", r"train\.conllu.*word 2: unknown tag '_'"),
+        (word("1a", "a") + "\n", r"train\.conllu:1: '1a' is not an id"),
+        (word("1-", "a") + "\n", r"train\.conllu:1: '1-' is not an id"),
+        (word(1, "") + "\n", r"train\.conllu:1: word 1 has no form"),
+        (word("1.1", "a") + "\n" + sentence("b"), r"train\.conllu:1: a sentence without a single word"),
+        (sentence("a").encode() + sentence("größe").encode("latin-1"), r"train\.conllu:3: not UTF-8"),
+        ("", r"train split of corpus holds no example"),
+        ("\n\n# only a comment\n\n", r"train split of corpus holds no example"),
+    ],
+)
+def test_malformed_files_are_refused_with_file_and_line(folder: Path, text: str | bytes, message: str) -> None:
+    write(folder / "train.conllu", text)
+    with pytest.raises(DataError, match=message):
+        UdPos(None).read("train", str(folder))
+
+
+def test_unknown_tag_lists_the_tags(folder: Path) -> None:
+    write(folder / "train.conllu", sentence("a", tag="N"))
+    with pytest.raises(DataError) as caught:
+        UdPos(None).read("train", str(folder))
+    assert " ".join(UPOS) in caught.value.remedy
+
+
+# Where a split lies --------------------------------------------------------------------------------------------------
+
+
+def test_missing_split_says_what_it_looked_for_and_what_is_there(folder: Path) -> None:
+    write(folder / "train.conllu", sentence("a"))
+    with pytest.raises(MissingSplitError) as caught:
+        UdPos(None).read("dev", str(folder))
+    for text in (str(folder), "dev.conllu", "valid.conllu", "validation.conllu", "*-ud-dev.conllu", "train.conllu"):
+        assert text in caught.value.message
+
+
+@pytest.mark.parametrize("name", ["dev", "valid", "validation"])
+@pytest.mark.parametrize("as_folder", [False, True])
+def test_dev_goes_by_three_names(folder: Path, name: str, as_folder: bool) -> None:
+    write(folder / name / "a.conllu" if as_folder else folder / f"{name}.conllu", sentence("x", name="s1"))
+    assert split_name(name) == "dev"
+    ids = [example.id for example in UdPos(None).read(split_name(name), str(folder))]
+    assert ids == (["a.conllu/s1"] if as_folder else ["s1"])
+
+
+def test_unknown_split_names_the_three() -> None:
+    with pytest.raises(UnknownNameError, match=r"Unknown split 'trian'\. Did you mean 'train'") as caught:
+        split_name("trian")
+    assert "dev, test, train" in caught.value.remedy
+
+
+def test_a_folder_of_files_is_joined_and_ids_carry_the_file(folder: Path) -> None:
+    write(folder / "train" / "b.conllu", sentence("x", name="s1") + sentence("y"))
+    write(folder / "train" / "a.conllu", sentence("z", name="s1"))
+    write(folder / "train" / "README.txt", "not data")
+    examples = UdPos(None).read("train", str(folder))
+    assert [(e.id, e.texts[0]) for e in examples] == [
+        ("a.conllu/s1", ("z",)),
+        ("b.conllu/s1", ("x",)),
+        ("b.conllu/train-1", ("y",)),
+    ]
+
+
+def test_files_named_as_ud_releases_name_them(folder: Path) -> None:
+    write(folder / "de_gsd-ud-dev.conllu", sentence("x", name="s1"))
+    write(folder / "de_gsd-ud-train.conllu", sentence("y", name="s2"))
+    assert [e.texts[0] for e in UdPos(None).read("dev", str(folder))] == [("x",)]
+    assert [e.texts[0] for e in UdPos(None).read("train", str(folder))] == [("y",)]
+    write(folder / "de_hdt-ud-dev.conllu", sentence("z", name="s1"))
+    assert [e.id for e in UdPos(None).read("dev", str(folder))] == [
+        "de_gsd-ud-dev.conllu/s1",
+        "de_hdt-ud-dev.conllu/s1",
+    ]
+
+
+def test_a_duplicate_in_one_file_of_several_is_still_an_error(folder: Path) -> None:
+    write(folder / "train" / "a.conllu", sentence("z", name="s1") + sentence("y", name="s1"))
+    with pytest.raises(DataError, match=r"a\.conllu:2 and .*a\.conllu:5"):
+        UdPos(None).read("train", str(folder))
+
+
+def test_a_file_given_as_data_is_answered_with_its_folder(folder: Path) -> None:
+    path = write(folder / "train.conllu", sentence("a"))
+    with pytest.raises(DataError, match="is a file") as caught:
+        UdPos(None).read("train", str(path))
+    assert str(folder) in caught.value.remedy
+
+
+@pytest.mark.parametrize("data", ["./nothing", "/nowhere/at/all", "a/b/c", "~/no-such-kr2cache-data"])
+def test_a_data_folder_that_is_not_there(workdir: Path, data: str) -> None:
+    with pytest.raises(DataError, match="There is no data folder"):
+        UdPos("de").read("train", data)
+
+
+def test_udpos_of_no_language_needs_data() -> None:
+    with pytest.raises(ConfigError, match="needs --data"):
+        UdPos(None).read("train", None)
+
+
+# Tasks by name -------------------------------------------------------------------------------------------------------
+
+
+def test_every_listed_task_is_found_and_knows_its_data() -> None:
+    assert {f"udpos-{language}" for language in LANGUAGES} | {"udpos"} == set(task_names())
+    for name in task_names():
+        assert find_task(name).name == name
+    assert find_task("udpos-de").default_data == "google/xtreme"
+    assert find_task("udpos").default_data is None
+
+
+def test_an_unknown_task_gives_the_nearest() -> None:
+    with pytest.raises(UnknownNameError, match="Did you mean 'udpos-de'"):
+        find_task("udpos_de")
+
+
+# Score ---------------------------------------------------------------------------------------------------------------
+
+TAG = st.integers(0, len(UPOS) - 1)
+PAIRS = st.lists(st.lists(st.tuples(TAG, st.none() | TAG), min_size=1, max_size=8), min_size=1, max_size=6)
+
+
+def reference_scores(gold: Sequence[Sequence[int]], predicted: Sequence[Sequence[int | None]]) -> tuple[float, float]:
+    """(accuracy by scikit-learn, F1 by seqeval); a word without a prediction gets a tag outside the tag set."""
+    gold_names = [[UPOS[tag] for tag in tags] for tags in gold]
+    names = [["O" if tag is None else UPOS[tag] for tag in tags] for tags in predicted]
+    accuracy = accuracy_score(np.concatenate(gold_names), np.concatenate(names))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return float(accuracy), float(seqeval.metrics.f1_score(gold_names, names))
+
+
+@given(PAIRS)
+def test_score_is_seqeval_f1_and_word_accuracy(pairs: list[list[tuple[int, int | None]]]) -> None:
+    gold = [tuple(a for a, _ in row) for row in pairs]
+    predicted = [[b for _, b in row] for row in pairs]
+    score = UdPos("de").score(gold, predicted)
+    accuracy, f1 = reference_scores(gold, predicted)
+    assert score["accuracy"] == pytest.approx(accuracy)
+    assert score["f1"] == pytest.approx(f1)
+    assert score["cut_off_words"] == sum(b is None for row in predicted for b in row)
+    assert set(score) == {"accuracy", "f1", "cut_off_words"}
+
+
+# seqeval does not see an X at the end of a sentence, so a perfect prediction of one scores 0 there.
+@given(
+    st.lists(st.lists(st.integers(0, UPOS.index("X") - 1), min_size=1, max_size=8), min_size=1, max_size=6), st.data()
+)
+def test_cutting_words_off_a_perfect_prediction_loses_exactly_their_share(
+    gold: list[list[int]], data: st.DataObject
+) -> None:
+    cut = [[None if data.draw(st.booleans()) else a for a in row] for row in gold]
+    lost = sum(tag is None for row in cut for tag in row)
+    score = UdPos(None).score(gold, cut)
+    assert score["accuracy"] == pytest.approx(1 - lost / sum(map(len, gold)))
+    assert (score["f1"] < 1) == (lost > 0)
+
+
+def test_f1_counts_runs_of_equal_tags_as_xtreme_does() -> None:
+    """seqeval joins neighbours of one tag: NOUN NOUN VERB is two entities, and half of one right is wrong."""
+    noun, verb = UPOS.index("NOUN"), UPOS.index("VERB")
+    score = UdPos("de").score([(noun, noun, verb)], [[noun, verb, verb]])
+    assert score["accuracy"] == pytest.approx(2 / 3)
+    assert score["f1"] == 0.0
+    assert UdPos("de").score([(noun, noun, verb)], [[noun, noun, verb]])["f1"] == 1.0
+
+
+# Hub -----------------------------------------------------------------------------------------------------------------
+
+ORDER_ON_HUB = tuple(reversed(UPOS))
+"""Not ours, so that taking numbers for labels would show."""
+ROWS = [(["Das", "Haus", "."], ["DET", "NOUN", "PUNCT"]), (["ja"], ["INTJ"]), (["10 000", "Euro"], ["NUM", "NOUN"])]
+
+
+def hub_rows(named: bool = True) -> datasets.Dataset:
+    """Rows with XTREME's columns; tags as class labels, as on the hub, or as plain text."""
+    tag = datasets.ClassLabel(names=list(ORDER_ON_HUB)) if named else datasets.Value("string")
+    features = datasets.Features({"tokens": datasets.List(datasets.Value("string")), "pos_tags": datasets.List(tag)})
+    rows = {
+        "tokens": [words for words, _ in ROWS],
+        "pos_tags": [[ORDER_ON_HUB.index(name) if named else name for name in tags] for _, tags in ROWS],
+    }
+    return datasets.Dataset.from_dict(rows, features=features)
+
+
+@pytest.fixture
+def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """google/xtreme, udpos.German, as the datasets library leaves it in its cache: train and validation."""
+    repository = tmp_path / "repository" / "google" / "xtreme"
+    for split in ("train", "validation"):
+        path = repository / "udpos.German" / f"{split}-00000-of-00001.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        hub_rows().to_parquet(path)
+    cache = tmp_path / "datasets-cache"
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+    builder = datasets.load_dataset_builder(
+        "parquet",
+        data_files={
+            split: str(repository / "udpos.German" / f"{split}-*.parquet") for split in ("train", "validation")
+        },
+    )
+    revision = "ec5f1f46e9af79639a90684a7a70a956c4998f84"
+    builder.download_and_prepare(str(cache / "google___xtreme" / "udpos.German" / "0.0.0" / revision))
+    made = cache / "google___xtreme" / "udpos.German" / "0.0.0" / revision
+    for path in made.glob("parquet-*.arrow"):
+        path.rename(path.with_name(path.name.replace("parquet-", "xtreme-")))
+    info = made / "dataset_info.json"
+    text = info.read_text("utf-8")
+    info.write_text(
+        text.replace(f'"config_name": "{builder.config.name}"', '"config_name": "udpos.German"').replace(
+            '"dataset_name": "parquet"', '"dataset_name": "xtreme"'
+        ),
+        "utf-8",
+    )
+    return cache
+
+
+def expected_hub_examples(split: str) -> list[tuple[str, tuple[tuple[str, ...], ...], tuple[int, ...]]]:
+    return [
+        (f"{split}-{i}", (tuple(words),), tuple(UPOS.index(tag) for tag in tags))
+        for i, (words, tags) in enumerate(ROWS)
+    ]
+
+
+@pytest.mark.parametrize("split", ["train", "dev"])
+def test_xtreme_is_read_from_the_offline_cache_with_labels_by_name(hub_cache: Path, workdir: Path, split: str) -> None:
+    examples = UdPos("de").read(split, None)
+    assert [(e.id, e.texts, e.label) for e in examples] == expected_hub_examples(split)
+    assert UdPos("de").corpus(None) == "google/xtreme"
+
+
+def test_a_split_that_the_hub_data_lacks_is_missing(hub_cache: Path, workdir: Path) -> None:
+    with pytest.raises(MissingSplitError, match="google/xtreme has no test split"):
+        UdPos("de").read("test", None)
+
+
+def test_another_language_than_the_one_cached_is_not_taken_for_it(hub_cache: Path, workdir: Path) -> None:
+    with pytest.raises(DataError, match=r"google/xtreme, configuration udpos\.Spanish, split train"):
+        UdPos("es").read("train", None)
+
+
+def test_tags_as_text_are_read_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets-cache")
+    made = tmp_path / "datasets-cache" / "me___pos" / "default" / "0.0.0" / ("0" * 40)
+    parquet = tmp_path / "train.parquet"
+    hub_rows(named=False).to_parquet(parquet)
+    builder = datasets.load_dataset_builder("parquet", data_files={"train": str(parquet)})
+    builder.download_and_prepare(str(made))
+    for path in made.glob("parquet-*.arrow"):
+        path.rename(path.with_name(path.name.replace("parquet-", "pos-")))
+    monkeypatch.chdir(tmp_path)
+    (made / "dataset_info.json").write_text(
+        (made / "dataset_info.json")
+        .read_text("utf-8")
+        .replace(f'"config_name": "{builder.config.name}"', '"config_name": "default"')
+        .replace('"dataset_name": "parquet"', '"dataset_name": "pos"'),
+        "utf-8",
+    )
+    examples = UdPos(None).read("train", "me/pos")
+    assert [(e.id, e.texts, e.label) for e in examples] == expected_hub_examples("train")
+
+
+def test_hub_data_that_is_not_here_says_so_quickly(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", workdir / "empty")
+    started = time.monotonic()
+    with pytest.raises(DataError) as caught:
+        UdPos("de").read("train", None)
+    assert time.monotonic() - started < 5
+    assert "google/xtreme" in caught.value.message
+    assert "udpos.German" in caught.value.message
+    assert "HF_HOME" in caught.value.remedy
+    assert "--data" in caught.value.remedy
+
+
+# The project's own corpus --------------------------------------------------------------------------------------------
+
+
+def test_own_corpus_is_large_enough_bilingual_and_unique() -> None:
+    task = UdPos(None)
+    splits = {split: task.read(split, str(EVERYDAY)) for split in ("train", "dev", "test")}
+    examples = [example for part in splits.values() for example in part]
+    assert len(examples) >= 240
+    for part in splits.values():
+        assert {example.id.split("/")[0] for example in part} == {"de.conllu", "en.conllu"}
+    ids = [example.id for example in examples]
+    assert len(set(ids)) == len(ids)
+    texts = [example.texts for example in examples]
+    assert len(set(texts)) == len(texts), "no sentence is in two splits"
+
+
+@pytest.mark.parametrize("split", ["train", "dev", "test"])
+def test_own_corpus_shows_all_tags_in_every_split(split: str) -> None:
+    seen = {tag for example in UdPos(None).read(split, str(EVERYDAY)) for tag in example.label or ()}
+    assert {UPOS[tag] for tag in seen} == set(UPOS)
+
+
+@pytest.mark.parametrize("path", EVERYDAY_FILES, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_own_corpus_forms_give_its_text(path: Path) -> None:
+    for tokens in conllu.parse(path.read_text("utf-8")):
+        text, covered = "", 0
+        for token in tokens:
+            if isinstance(token["id"], tuple):
+                if token["id"][1] == ".":
+                    continue  # an empty node is not written
+                covered = token["id"][2]  # a range is written as one word: im for in dem
+            elif token["id"] <= covered:
+                continue
+            glued = (token["misc"] or {}).get("SpaceAfter") == "No"
+            text += token["form"] + ("" if glued else " ")
+        assert text.strip() == tokens.metadata["text"], tokens.metadata["sent_id"]
+
+
+def test_tiny_corpora_are_what_other_tests_take_them_for(tmp_path: Path) -> None:
+    examples = UdPos(None).read("train", str(tiny.save_corpus(tmp_path / "corpus")))
+    expected = tiny.sentences(12, seed=0)
+    assert [example.texts[0] for example in examples] == [tuple(form for form, _ in words) for words in expected]
+    assert [example.label for example in examples] == [tuple(UPOS.index(tag) for _, tag in words) for words in expected]

@@ -1,0 +1,481 @@
+"""The command line as people and scripts meet it: what it prints, where, with which exit code, and what it leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+from kr2cache import FeatureCache, __version__
+from kr2cache.cli import run
+from kr2cache.errors import KR2CacheError
+
+torch.set_num_threads(1)  # models this small only wait for other threads
+TOML = """
+[defaults]
+data = "corpus"
+{defaults}
+
+[models.gottbert]
+path = "models/gottbert"
+
+[models.xlm-r]
+path = "models/xlm-r"
+"""
+QUICK = "epochs = 1\nseeds = [1, 2]\nbatch-size = 6"
+
+
+@pytest.fixture(scope="session")
+def xlmr(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save_model(tmp_path_factory.mktemp("cli-models") / "xlm-r", "xlm-roberta", seed=3)
+
+
+@pytest.fixture
+def place(workdir: Path, bert: Path, xlmr: Path, corpus: Path) -> Path:
+    """A working folder as a new user has it: two models, a corpus, and a kr2cache.toml that says where they are."""
+    shutil.copytree(bert, workdir / "models" / "gottbert")
+    shutil.copytree(xlmr, workdir / "models" / "xlm-r")
+    shutil.copytree(corpus, workdir / "corpus")
+    (workdir / "kr2cache.toml").write_text(TOML.format(defaults=QUICK))
+    return workdir
+
+
+def files(folder: Path) -> set[Path]:
+    return {path.relative_to(folder) for path in folder.rglob("*")}
+
+
+def command(line: str) -> int:
+    return run(shlex.split(line))
+
+
+class Answer:
+    """One call with --json: the document on standard output, and what people see."""
+
+    def __init__(self, line: str, capsys: pytest.CaptureFixture[str]) -> None:
+        capsys.readouterr()
+        self.code = command(f"{line} --json")
+        captured = capsys.readouterr()
+        self.document: Any = json.loads(captured.out)
+        self.people = captured.err
+
+
+# The two commands ----------------------------------------------------------------------------------------------------
+
+
+def test_the_two_commands_of_the_issue_word_for_word(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("kr2cache extract --resource gottbert --split train".removeprefix("kr2cache ")) == 0
+    shown = capsys.readouterr().out
+    folder = next((place / ".kr2cache" / "udpos-de" / "train").iterdir())
+    assert folder.name.startswith("gottbert-")
+    assert len(FeatureCache.open(folder)) == 12
+    assert "12 sequences" in shown
+    assert folder.name in shown
+    assert command("train --fusion last4") == 0
+    shown = capsys.readouterr().out
+    (runs,) = (place / "runs" / "udpos-de").iterdir()
+    assert runs.name.startswith("kr2-xlm-r-gottbert-last4-")
+    assert {path.name for path in runs.iterdir()} == {"seed-1", "seed-2"}
+    for seed in (1, 2):
+        metrics = json.loads((runs / f"seed-{seed}" / "metrics.json").read_text())
+        assert f"{100 * metrics['test']['accuracy']:.1f}" in shown
+    assert "mean" in shown
+    assert "11 sequences now" in shown, "dev and test were extracted by train"
+
+
+def test_extract_prints_one_document(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = Answer("extract --resource gottbert --split validation", capsys)
+    assert first.code == 0
+    assert set(first.document) == {"cache", "sequences", "tokens", "bytes", "seconds", "computed"}
+    cache = FeatureCache.open(first.document["cache"])
+    assert first.document["sequences"] == first.document["computed"] == len(cache) == 5
+    assert first.document["tokens"] == int(cache.n_tokens.sum())
+    assert first.document["bytes"] == sum(path.stat().st_size for path in Path(first.document["cache"]).glob("*.h5"))
+    assert cache.provenance["chosen"]["split"] == "dev"
+    assert "gottbert" in first.people
+    again = Answer("extract --resource gottbert --split dev", capsys)
+    assert again.document["computed"] == 0
+    assert again.document["cache"] == first.document["cache"]
+    assert "Already complete" in again.people
+
+
+def test_train_prints_one_document(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    answer = Answer("train --resource gottbert --fusion fuse --seeds 3", capsys)
+    assert answer.code == 0
+    assert {"runs", "mean", "std"} <= set(answer.document)
+    (one,) = answer.document["runs"]
+    assert set(one) == {"seed", "folder", "metrics"}
+    assert one["seed"] == 3
+    assert one["metrics"] == json.loads((Path(one["folder"]) / "metrics.json").read_text())
+    assert answer.document["mean"]["test"]["f1"] == one["metrics"]["test"]["f1"]
+    assert answer.document["std"]["test"]["f1"] is None
+    assert "learned w by layer" in answer.people
+
+
+def test_people_get_their_text_on_standard_output_again_after_json(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Answer("extract --resource gottbert --split dev", capsys)
+    assert command("extract --resource gottbert --split dev") == 0
+    captured = capsys.readouterr()
+    assert "Already complete" in captured.out
+    assert captured.err == ""
+
+
+def test_options_go_before_toml_and_toml_before_what_is_written_down(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "kr2cache.toml").write_text(
+        TOML.format(defaults='resource = "gottbert"\nsplit = "dev"\nmax-length = 20\nlayers = [0, 3]\nlimit = 3')
+    )
+    cache = FeatureCache.open(Answer("extract", capsys).document["cache"])
+    assert (cache.layers, len(cache)) == ((0, 3), 3)
+    assert cache.provenance["chosen"]["max_length"] == 20
+    assert cache.dtype == "float16"
+    answer = Answer("extract --max-length 30 --layers all --limit 2 --dtype int8", capsys)
+    cache = FeatureCache.open(answer.document["cache"])
+    assert (cache.layers, len(cache), cache.dtype) == ((0, 1, 2, 3, 4), 2, "int8")
+    assert cache.provenance["chosen"]["max_length"] == 30
+
+
+def test_the_cache_folder_comes_from_the_environment(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("KR2CACHE_DIR", str(place / "elsewhere"))
+    assert Path(Answer("extract --resource gottbert --split dev", capsys).document["cache"]).is_relative_to(
+        place / "elsewhere"
+    )
+    assert not (place / ".kr2cache").exists()
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_dry_run_writes_nothing_and_tells_sizes(
+    place: Path, capsys: pytest.CaptureFixture[str], as_json: bool
+) -> None:
+    before = files(place)
+    line = "extract --resource gottbert --split train --dry-run"
+    if as_json:
+        document = Answer(line, capsys).document
+        tokens = document["tokens"]
+        assert document["bytes_by_choice"]["float16"] == {
+            "all": tokens * 5 * 16 * 2,
+            "last4": tokens * 4 * 16 * 2,
+            "one layer": tokens * 16 * 2,
+        }
+        assert document["bytes_by_choice"]["int8"]["all"] == tokens * 5 * (16 + 4)
+        assert document["computed"] == 0
+    else:
+        assert command(line) == 0
+        shown = capsys.readouterr().out
+        assert all(dtype in shown for dtype in ("float16", "float32", "bfloat16", "int8"))
+    assert files(place) == before
+
+
+def test_models_and_tasks_are_listed(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    models = {entry["name"]: entry for entry in Answer("models", capsys).document}
+    assert models["gottbert"]["folder"] == "models/gottbert"
+    assert models["gottbert"]["language"] == "de"
+    assert models["beto"]["folder"] is None
+    assert "sentencepiece" in models["kobert"]["needs"]
+    tasks = {entry["name"]: entry for entry in Answer("tasks", capsys).document}
+    assert tasks["udpos-de"]["data"] == "google/xtreme"
+    assert len(tasks["udpos-de"]["labels"]) == 17
+    assert command("models") == 0
+    shown = capsys.readouterr().out
+    assert "gottbert" in shown
+    assert "models/gottbert" in shown
+    assert command("tasks") == 0
+    assert "de (German)" in " ".join(capsys.readouterr().out.split())
+
+
+def test_version_and_help(workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("--version") == 0
+    assert capsys.readouterr().out.strip() == __version__
+    assert command("--help") == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in ("extract", "train", "models", "tasks", "demo"))
+    for name, options in {
+        "extract": "resource split task data max-length layers dtype compute-dtype device tokens-per-batch shard-gb "
+        "limit cache-dir dry-run json debug",
+        "train": "reader resource task data fusion method projection seeds epochs batch-size learning-rate "
+        "fusion-learning-rate max-length resource-max-length limit device run-dir cache-dir no-extract json debug",
+    }.items():
+        assert command(f"{name} --help") == 0
+        shown = capsys.readouterr().out
+        for option in options.split():
+            assert f"--{option}" in shown, option
+
+
+def test_no_arguments_is_wrong_usage_and_shows_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([]) == 2
+    captured = capsys.readouterr()
+    assert "extract" in captured.err + captured.out
+
+
+def test_the_module_runs_as_a_program(workdir: Path) -> None:
+    def program(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "kr2cache.cli", *arguments], capture_output=True, text=True, check=False
+        )
+
+    done = program("--version")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{__version__}\n", "")
+    wrong = program("extract", "--no-such-option", "--json")
+    assert wrong.returncode == 2
+    assert json.loads(wrong.stdout)["error"]["type"] == "UsageError"
+    failed = program("extract")
+    assert failed.returncode == 1
+    assert failed.stdout == ""
+    assert "Which resource?" in failed.stderr
+    assert "Traceback" not in failed.stderr
+
+
+# What goes wrong -----------------------------------------------------------------------------------------------------
+
+
+def write_train(text: str) -> Callable[[Path], object]:
+    return lambda place: (place / "corpus" / "train.conllu").write_text(text, "utf-8")
+
+
+def write_toml(text: str) -> Callable[[Path], object]:
+    return lambda place: (place / "kr2cache.toml").write_text(text)
+
+
+def toml_with(section: str) -> Callable[[Path], object]:
+    return write_toml(TOML.format(defaults=QUICK) + section)
+
+
+def remove(name: str) -> Callable[[Path], object]:
+    return lambda place: (place / name).unlink()
+
+
+def too_wide(place: Path) -> None:
+    """A model whose states no disk can hold; its weights are never looked at."""
+    path = place / "models" / "gottbert" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"hidden_size": 10**13}))
+
+
+def nothing(place: Path) -> None:
+    pass
+
+
+WORD = "1\ta\t_\tNOUN" + "\t_" * 6 + "\n\n"
+EXTRACT = "extract --resource gottbert --split train"
+TRAIN = "train --resource gottbert"
+WRONG: dict[str, tuple[Callable[[Path], object], str, int, tuple[str, ...]]] = {
+    "model": (nothing, "extract --resource gotbert", 1, ("'gotbert'", "'gottbert'", "beto")),
+    "reader": (nothing, f"{TRAIN} --reader xlmr", 1, ("'xlmr'", "'xlm-r'")),
+    "task": (nothing, f"{EXTRACT} --task udpos-dee", 1, ("'udpos-dee'", "'udpos-de'")),
+    "fusion": (nothing, f"{TRAIN} --fusion lst4", 1, ("'lst4'", "'last4'", "layerN")),
+    "split": (nothing, "extract --resource gottbert --split tarin", 1, ("'tarin'", "'train'")),
+    "option": (nothing, f"{EXTRACT} --resourc x", 2, ("--resourc", "--resource")),
+    "command": (nothing, "extrct", 2, ("extrct", "extract")),
+    "value of an option": (nothing, f"{EXTRACT} --max-length ten", 2, ("--max-length", "integer")),
+    "method": (nothing, f"{TRAIN} --method kr22", 1, ("'kr22'", "'kr2'", "kreader2")),
+    "projection": (nothing, f"{TRAIN} --projection mpl", 1, ("'mpl'", "'mlp'", "direct")),
+    "dtype": (nothing, f"{EXTRACT} --dtype float61", 1, ("'float61'", "'float16'", "bfloat16")),
+    "compute dtype": (nothing, f"{EXTRACT} --compute-dtype float61", 1, ("'float61'", "'float16'")),
+    "device": (nothing, f"{EXTRACT} --device cdua", 1, ("cdua", "auto")),
+    "device of train": (nothing, f"{TRAIN} --device cdua", 1, ("cdua", "auto")),
+    "layers": (nothing, f"{EXTRACT} --layers some", 1, ("some",)),
+    "layer it lacks": (nothing, f"{EXTRACT} --layers 0,9", 1, ("9", "0 to 4")),
+    "layer of a fusion": (nothing, f"{TRAIN} --fusion layer9", 1, ("9",)),
+    "missing split": (
+        remove("corpus/train.conllu"), EXTRACT, 1, ("no train split", "train.conllu", "dev.conllu, test.conllu")
+    ),
+    "missing split of train": (remove("corpus/train.conllu"), TRAIN, 1, ("no train split", "train.conllu")),
+    "data folder": (nothing, f"{EXTRACT} --data ./nowhere", 1, ("./nowhere",)),
+    "columns": (write_train("1\ta\tNOUN\n\n"), EXTRACT, 1, ("train.conllu:1", "3 columns")),
+    "tag": (write_train(WORD.replace("NOUN", "NUON")), EXTRACT, 1, ("train.conllu", "'NUON'", "NOUN")),
+    "duplicate id": (
+        write_train(f"# sent_id = s\n{WORD}# sent_id = s\n{WORD}"), EXTRACT, 1,
+        ("'s'", "train.conllu:2", "train.conllu:5"),
+    ),
+    "empty split": (write_train(""), EXTRACT, 1, ("train", "no example")),
+    "no dev, no test": (
+        lambda place: [(place / "corpus" / f"{name}.conllu").unlink() for name in ("dev", "test")], TRAIN, 1,
+        ("neither a dev nor a test",),
+    ),
+    "disk": (too_wide, EXTRACT, 1, ("free", "--layers last4", "--dtype int8")),
+    "max length": (nothing, f"{EXTRACT} --max-length 9999", 1, ("9999", "--max-length 600")),
+    "tiny max length": (nothing, f"{EXTRACT} --max-length 2", 1, ("--max-length 3",)),
+    "limit 0": (nothing, f"{EXTRACT} --limit 0", 1, ("--limit 0",)),
+    "limit 0 of train": (nothing, f"{TRAIN} --limit 0", 1, ("--limit 0",)),
+    "equal seeds": (nothing, f"{TRAIN} --seeds 1,1", 1, ("--seeds 1,1", "different")),
+    "seeds": (nothing, f"{TRAIN} --seeds x", 1, ("'x'", "--seeds 1,2,3")),
+    "no seeds": (nothing, f"{TRAIN} --seeds ''", 1, ("--seeds",)),
+    "epochs": (nothing, f"{TRAIN} --epochs 0", 1, ("--epochs 0",)),
+    "no-extract": (
+        nothing, f"{TRAIN} --no-extract", 1, ("No cache of gottbert", "kr2cache extract --resource gottbert")
+    ),
+    "no resource": (nothing, "extract", 1, ("Which resource?", "gottbert")),
+    "no cache to choose": (nothing, "train", 1, ("Which resource?", "gottbert")),
+    "no task": (nothing, "extract --resource xlm-r", 1, ("Which task?", "--task")),
+    "model not here": (
+        nothing, "extract --resource beto", 1, ("dccuchile/bert-base-spanish-wwm-cased", "hf download", "path =")
+    ),
+    "toml syntax": (write_toml("[defaults\n"), EXTRACT, 1, ("kr2cache.toml", "not valid TOML", "line 1")),
+    "toml bytes": (lambda place: (place / "kr2cache.toml").write_bytes(b"\xff"), EXTRACT, 1, ("kr2cache.toml",)),
+    "toml section": (toml_with("[defalts]\n"), EXTRACT, 1, ("'defalts'", "'defaults'")),
+    "toml no section": (write_toml("training = 3\n"), EXTRACT, 1, ("training", "[training]")),
+    "toml option": (write_toml(TOML.format(defaults="fuson = 'all'")), EXTRACT, 1, ("'fuson'", "'fusion'")),
+    "toml type": (write_toml(TOML.format(defaults="epochs = 'ten'")), TRAIN, 1, ("epochs", "'ten'", "float")),
+    "toml true for a number": (write_toml(TOML.format(defaults="limit = true")), TRAIN, 1, ("limit", "True", "int")),
+    "toml model": (toml_with("[models.x]\npaht = 'y'\n"), EXTRACT, 1, ("models.x", "'paht'", "'path'")),
+    "toml model type": (toml_with("[models.x]\npath = 3\n"), EXTRACT, 1, ("models.x", "path", "3")),
+    "training argument": (toml_with("[training]\nwarmup_step = 3\n"), TRAIN, 1, ("'warmup_step'", "warmup_steps")),
+    "training value": (toml_with("[training]\nlr_scheduler_type = 'up'\n"), TRAIN, 1, ("up", "[training]")),
+    "training seed": (toml_with("[training]\nseed = 3\n"), TRAIN, 1, ("seed", "--seeds")),
+    "training rate": (toml_with("[training]\nlearning_rate = 3\n"), TRAIN, 1, ("learning_rate", "--learning-rate")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_wrong_is_one_clear_message_and_leaves_nothing(
+    place: Path, capsys: pytest.CaptureFixture[str], case: str
+) -> None:
+    prepare, line, code, parts = WRONG[case]
+    prepare(place)
+    before = files(place)
+    assert command(line) == code
+    captured = capsys.readouterr()
+    shown = " ".join(captured.err.split())
+    for part in parts:
+        assert part in shown
+    assert "Traceback" not in shown
+    assert "not foreseen" not in shown
+    assert files(place) == before
+    assert captured.out == "" or "gottbert" in captured.out, "at most what it was about to do"
+
+
+@pytest.mark.parametrize("case", ["model", "option", "tag", "disk", "seeds", "toml syntax"])
+def test_failures_under_json(place: Path, capsys: pytest.CaptureFixture[str], case: str) -> None:
+    prepare, line, code, parts = WRONG[case]
+    prepare(place)
+    answer = Answer(line, capsys)
+    assert answer.code == code
+    assert set(answer.document) == {"error"}
+    error = answer.document["error"]
+    assert set(error) == {"type", "message", "remedy"}
+    said = " ".join(f"{error['message']} {error['remedy']}".split())
+    assert all(part in said for part in parts)
+    names = {kind.__name__ for kind in KR2CacheError.__subclasses__()} | {"UsageError"}
+    assert error["type"] in names
+
+
+def test_debug_shows_the_traceback(place: Path) -> None:
+    with pytest.raises(KR2CacheError, match="gotbert"):
+        command("extract --resource gotbert --debug")
+
+
+def test_other_settings_with_no_extract_name_the_field(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(f"{EXTRACT} --max-length 20") == 0
+    capsys.readouterr()
+    assert command(f"{TRAIN} --no-extract --resource-max-length 30") == 1
+    shown = " ".join(capsys.readouterr().err.split())
+    assert "max_length is 20 there, 30 was asked for" in shown
+    assert "kr2cache extract --resource gottbert --split train" in shown
+    assert "--max-length 30" in shown
+    assert not (place / "runs").exists()
+
+
+def test_several_resources_in_the_cache_are_a_question(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("extract --resource gottbert --split dev") == 0
+    assert command("extract --resource xlm-r --split dev --task udpos-de") == 0
+    capsys.readouterr()
+    assert command("train") == 1
+    shown = " ".join(capsys.readouterr().err.split())
+    assert "holds gottbert, xlm-r" in shown
+    assert "--resource" in shown
+
+
+# Ctrl-C --------------------------------------------------------------------------------------------------------------
+
+
+def interrupt(arguments: str, ready: Callable[[], bool]) -> tuple[int, str, str]:
+    """Run a real process, send it SIGINT once it is ``ready``; its exit code, output and errors."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    with subprocess.Popen(
+        [sys.executable, "-X", "faulthandler", "-m", "kr2cache.cli", *shlex.split(arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    ) as process:
+        deadline = time.monotonic() + 120
+        while not ready():
+            assert process.poll() is None, process.communicate()
+            if time.monotonic() > deadline:
+                process.kill()
+                pytest.fail("it never came so far")
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        try:
+            out, err = process.communicate(timeout=20)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGABRT)  # faulthandler then shows where every thread is
+            pytest.fail(f"Ctrl-C did not end it within 20 s:\n{process.communicate()[1]}")
+    return process.returncode, out, err
+
+
+def test_ctrl_c_in_extraction_keeps_what_is_complete_and_goes_on(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    count = 4_000
+    (place / "corpus" / "train.conllu").write_text(tiny.conllu(tiny.sentences(count, longest=3)), "utf-8")
+    root = place / ".kr2cache" / "udpos-de" / "train"
+
+    def some_written() -> bool:
+        shards = list(root.glob("*/shard-*.h5"))
+        if not shards:
+            return False
+        cache = FeatureCache.open(shards[0].parent)
+        return bool(cache.states(int(cache.n_tokens.argmax())).any())  # the longest sequence runs first
+
+    code, out, err = interrupt(f"{EXTRACT} --tokens-per-batch 24 --json", some_written)
+    assert code == 1, (out, err)
+    error = json.loads(out)["error"]
+    assert error["type"] == "InterruptedWorkError"
+    assert "Traceback" not in err
+    (folder,) = (path for path in root.iterdir() if path.is_dir())
+    cache = FeatureCache.open(folder)
+    kept = len(cache)
+    assert 0 < kept < count
+    assert f"{kept:,} of {count:,} sequences are complete" in error["message"]
+    assert folder.name in error["message"]
+    assert "same command again" in error["remedy"]
+    assert not list(place.rglob("*.partial"))
+    rest = Answer(f"{EXTRACT} --tokens-per-batch 24", capsys)
+    assert rest.code == 0
+    assert rest.document["cache"].endswith(folder.name)
+    # Batches that hold something incomplete run whole.
+    assert count - kept <= rest.document["computed"] < count
+    assert FeatureCache.open(folder).complete.all()
+
+
+def test_ctrl_c_in_training_keeps_the_caches_and_no_half_run(place: Path) -> None:
+    runs = place / "runs" / "udpos-de"
+    code, out, err = interrupt(
+        f"{TRAIN} --seeds 1,2 --epochs 100000 --limit 2 --json",
+        lambda: any(time.time() - path.stat().st_mtime > 1 for path in runs.glob("*/seed-1.partial")),
+    )
+    assert code == 1, (out, err)
+    error = json.loads(out)["error"]
+    assert error["type"] == "InterruptedWorkError"
+    assert "Interrupted in seed 1" in error["message"]
+    assert "same command again" in error["remedy"]
+    assert "Traceback" not in err
+    assert not list(runs.glob("*/seed-?"))
+    assert not list(place.rglob("*.partial")), "nothing half-written is left"
+    assert {path.name for path in (place / ".kr2cache" / "udpos-de").iterdir()} == {"train", "dev", "test"}

@@ -1,0 +1,344 @@
+"""Token ids and word alignment, against the tokenizer's own answer; batches by length; padding."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import models as tokenizer_models
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertJapaneseTokenizer,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaTokenizer,
+)
+
+from kr2cache.cache.format import SequenceIndex, text_xxh3
+from kr2cache.encode import (
+    SPECIAL,
+    TEXTS_AT_ONCE,
+    check_token_ids,
+    encode,
+    encode_examples,
+    first_subwords,
+    length_sorted_batches,
+    pad,
+)
+from kr2cache.errors import ConfigError, DataError, ModelUnavailableError
+from kr2cache.models import ModelSpec, load_tokenizer
+from kr2cache.tasks import Example, find_task
+
+WORD = st.text("abthenxyzäß7.", min_size=1, max_size=6)
+SENTENCES = st.lists(st.lists(WORD, min_size=1, max_size=8), min_size=1, max_size=5)
+
+
+def names(count: int) -> list[str]:
+    return [f"s{i}" for i in range(count)]
+
+
+def by_sequence(index: SequenceIndex) -> list[tuple[list[int], list[int]]]:
+    """(token ids, word index) of each sequence."""
+    first = index.first_token
+    return [
+        (index.input_id[first[i] : first[i + 1]].tolist(), index.word_index[first[i] : first[i + 1]].tolist())
+        for i in range(len(index))
+    ]
+
+
+def encode_words(
+    tokenizer: PreTrainedTokenizerBase, sentences: Sequence[Sequence[str]], max_length: int = 128
+) -> list[tuple[list[int], list[int]]]:
+    texts = [tuple(words) for words in sentences]
+    return by_sequence(encode(tokenizer, names(len(texts)), texts, words=True, max_length=max_length))
+
+
+# Fast tokenizers -----------------------------------------------------------------------------------------------------
+
+TOKENIZER = tiny.tokenizer()
+
+
+@given(sentences=SENTENCES, max_length=st.integers(3, 20))
+def test_words_and_ids_are_the_tokenizers_own(sentences: list[list[str]], max_length: int) -> None:
+    ours = encode_words(TOKENIZER, sentences, max_length)
+    for (ids, words), sentence in zip(ours, sentences, strict=True):
+        alone = TOKENIZER(sentence, is_split_into_words=True, truncation=True, max_length=max_length)
+        assert ids == alone["input_ids"]
+        assert words == [SPECIAL if word is None else word for word in alone.word_ids()]
+        assert len(ids) <= max_length
+
+
+@given(sentence=st.lists(WORD, min_size=1, max_size=8))
+def test_pieces_of_a_word_spell_that_word(sentence: list[str]) -> None:
+    ((ids, words),) = encode_words(TOKENIZER, [sentence])
+    spelled = ["" for _ in sentence]
+    for piece, word in zip(TOKENIZER.convert_ids_to_tokens(ids), words, strict=True):
+        if word != SPECIAL:
+            spelled[word] += piece.removeprefix("##")
+    assert spelled == sentence
+
+
+def test_more_texts_than_are_tokenised_at_once_stay_in_order() -> None:
+    count = TEXTS_AT_ONCE + 7
+    sentences = [[tiny.WORDS[i % len(tiny.WORDS)]] * (1 + i % 3) for i in range(count)]
+    index = encode(TOKENIZER, names(count), [tuple(words) for words in sentences], words=True, max_length=128)
+    assert [raw.decode() for raw in index.ids.tolist()] == names(count)
+    for i in (0, 1, TEXTS_AT_ONCE - 1, TEXTS_AT_ONCE, count - 1):
+        assert by_sequence(index.part(i, i + 1))[0][0] == TOKENIZER(sentences[i], is_split_into_words=True)["input_ids"]
+    assert index.n_tokens.sum() == len(index.input_id) == len(index.word_index)
+
+
+def test_texts_are_hashed_whole_though_tokens_are_cut_off() -> None:
+    texts = [("das", "haus") * 20, ("das", "haus") * 21]
+    index = encode(TOKENIZER, names(2), texts, words=True, max_length=5)
+    assert index.n_tokens.tolist() == [5, 5]
+    assert index.text_xxh3.tolist() == [text_xxh3(text) for text in texts]
+    assert len(set(index.text_xxh3.tolist())) == 2
+
+
+def test_pairs_of_segments_are_cut_longest_first() -> None:
+    texts = [("das haus", "ein"), ("das haus und das haus und das haus", "ein")]
+    index = encode(TOKENIZER, names(2), texts, words=False, max_length=10)
+    for (ids, _), (first, second) in zip(by_sequence(index), texts, strict=True):
+        assert ids == TOKENIZER(first, second, truncation="longest_first", max_length=10)["input_ids"]
+
+
+def test_examples_are_encoded_by_sequence() -> None:
+    examples = [Example("a", (("das", "haus"),), (0, 1)), Example("b", (("ein",),), None)]
+    index = encode_examples(TOKENIZER, examples, find_task("udpos"), 128)
+    assert [raw.decode() for raw in index.ids.tolist()] == ["a", "b"]
+    assert by_sequence(index)[1][0] == TOKENIZER(["ein"], is_split_into_words=True)["input_ids"]
+
+
+def test_words_without_a_token_shift_no_other_word() -> None:
+    tokenizer = tiny.tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    sentence = ["das", "\u200b", "haus", "\ufeff\u200d", "ein"]
+    ((ids, words),) = encode_words(tokenizer, [sentence])
+    assert sorted(set(words)) == [SPECIAL, 0, 2, 4]
+    starts, started = first_subwords(np.array(words, dtype=np.int32))
+    assert started.tolist() == [0, 2, 4]
+    first_pieces = [tokenizer.tokenize(word)[0] for word in ("das", "haus", "ein")]
+    assert tokenizer.convert_ids_to_tokens([ids[start] for start in starts]) == first_pieces
+
+
+@pytest.mark.parametrize("max_length", [0, 1, 2])
+def test_no_room_beside_the_special_tokens(max_length: int) -> None:
+    with pytest.raises(ConfigError, match=f"maximal length of {max_length} leaves no room") as caught:
+        encode_words(TOKENIZER, [["das"]], max_length)
+    assert "--max-length 3" in caught.value.remedy
+    assert len(encode_words(TOKENIZER, [["das"]], 3)[0][0]) == 3
+
+
+def test_token_ids_beyond_the_vocabulary_are_refused() -> None:
+    index = encode(TOKENIZER, ["a"], [("##nonsense",)], words=True, max_length=128)
+    highest = int(index.input_id.max())
+    check_token_ids(index, highest + 1, "'me'")
+    with pytest.raises(DataError, match=f"tokenizer of 'me' gives token id {highest}, but .* {highest} embeddings"):
+        check_token_ids(index, highest, "'me'")
+
+
+# Tokenizers written in Python ----------------------------------------------------------------------------------------
+
+JAPANESE = "猫犬はがいる東京都走"
+JAPANESE_VOCABULARY = [
+    "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *JAPANESE, *(f"##{c}" for c in JAPANESE), "東京", "##いる",
+]  # fmt: skip
+JAPANESE_WORD = st.text(JAPANESE, min_size=1, max_size=4)
+
+
+def japanese_folder(folder: Path, **settings: object) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.txt").write_text("\n".join(JAPANESE_VOCABULARY) + "\n", "utf-8")
+    BertJapaneseTokenizer(
+        str(folder / "vocab.txt"), subword_tokenizer_type="wordpiece", **({"word_tokenizer_type": "basic"} | settings)
+    ).save_pretrained(folder)
+    BertConfig(vocab_size=len(JAPANESE_VOCABULARY)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def japanese(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
+    folder = japanese_folder(tmp_path_factory.mktemp("japanese"))
+    tokenizer = load_tokenizer(ModelSpec(name="japanese", path=folder), words=True)
+    assert not tokenizer.is_fast, "the point of it"
+    with pytest.raises(ValueError, match="word_ids"):
+        tokenizer("猫").word_ids()
+    return tokenizer
+
+
+def wordpiece(word: str) -> list[int]:
+    """Greedy longest match, as BERT's WordPiece is defined."""
+    numbers = {piece: number for number, piece in enumerate(JAPANESE_VOCABULARY)}
+    pieces: list[int] = []
+    while word:
+        for end in range(len(word), 0, -1):
+            piece = ("##" if pieces else "") + word[:end]
+            if piece in numbers:
+                pieces.append(numbers[piece])
+                word = word[end:]
+                break
+        else:
+            return [numbers["[UNK]"]]
+    return pieces
+
+
+@given(
+    sentences=st.lists(st.lists(JAPANESE_WORD, min_size=1, max_size=6), min_size=1, max_size=3), room=st.integers(1, 9)
+)
+def test_python_tokenizers_are_aligned_word_by_word(
+    japanese: PreTrainedTokenizerBase, sentences: list[list[str]], room: int
+) -> None:
+    ours = encode_words(japanese, sentences, room + 2)
+    for (ids, words), sentence in zip(ours, sentences, strict=True):
+        pieces = [(number, i) for i, word in enumerate(sentence) for number in wordpiece(word)][:room]
+        assert ids == [2, *(number for number, _ in pieces), 3]
+        assert words == [SPECIAL, *(word for _, word in pieces), SPECIAL]
+
+
+def test_python_tokenizers_and_words_without_a_token(japanese: PreTrainedTokenizerBase) -> None:
+    ((ids, words),) = encode_words(japanese, [["猫", "\u200b", "いる"]])
+    assert words[0] == words[-1] == SPECIAL
+    assert sorted(set(words[1:-1])) == [0, 2]
+    assert ids[1] == JAPANESE_VOCABULARY.index("猫")
+
+
+def test_python_tokenizers_leave_no_room_either(japanese: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(ConfigError, match="leaves no room"):
+        encode_words(japanese, [["猫"]], 2)
+
+
+def test_python_tokenizers_are_not_asked_for_segments(japanese: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(ConfigError, match="written in Python"):
+        encode(japanese, ["a"], [("猫 犬",)], words=False, max_length=16)
+
+
+@pytest.mark.skipif(
+    not (importlib.util.find_spec("fugashi") and importlib.util.find_spec("ipadic")),
+    reason="the extra japanese is not installed",
+)
+def test_mecab_with_ipadic_is_aligned_word_by_word(tmp_path: Path) -> None:
+    folder = japanese_folder(tmp_path / "mecab", word_tokenizer_type="mecab", mecab_kwargs={"mecab_dic": "ipadic"})
+    spec = ModelSpec(name="wwm", path=folder, tokenizer={"mecab_kwargs": {"mecab_dic": "ipadic"}})
+    tokenizer = load_tokenizer(spec, words=True)
+    sentence = ["東京", "都", "は", "猫", "がいる"]
+    ((ids, words),) = encode_words(tokenizer, [sentence])
+    pieces = [number for word in sentence for number in tokenizer.convert_tokens_to_ids(tokenizer.tokenize(word))]
+    assert ids == [2, *pieces, 3]
+    assert sorted(set(words)) == [SPECIAL, 0, 1, 2, 3, 4]
+
+
+# Byte-level BPE ------------------------------------------------------------------------------------------------------
+
+SPACED = ["das haus ist schön und das ist gut", "ich gehe heute nach haus und das ist gut", "zwölf hunde gehen"]
+
+
+def byte_level(folder: Path, *, as_roberta: bool) -> Path:
+    """A tiny byte-level BPE as gottbert's is stored: vocab and merges of RoBERTa, or a bare tokenizer.json."""
+    backend = Tokenizer(tokenizer_models.BPE(unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=340,
+        special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(SPACED * 20, trainer)
+    folder.mkdir(parents=True)
+    RobertaConfig(vocab_size=backend.get_vocab_size()).save_pretrained(folder)
+    if as_roberta:
+        backend.model.save(str(folder))
+        RobertaTokenizer.from_pretrained(folder).save_pretrained(folder)
+        return folder
+    backend.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), add_prefix_space=False)
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("as_roberta", [True, False], ids=["RobertaTokenizer", "PreTrainedTokenizerFast"])
+def test_byte_level_bpe_gets_its_space_before_every_word(tmp_path: Path, as_roberta: bool) -> None:
+    folder = byte_level(tmp_path / "gottbert", as_roberta=as_roberta)
+    plain = AutoTokenizer.from_pretrained(folder)
+    try:
+        tokenizer = load_tokenizer(ModelSpec(name="gottbert", path=folder), words=True)
+    except ModelUnavailableError as error:
+        assert not as_roberta, "gottbert's own kind must load"
+        assert "add_prefix_space" in error.message
+        return
+    for text in SPACED:
+        ((ids, words),) = encode_words(tokenizer, [text.split(" ")])
+        inside = plain(". " + text, add_special_tokens=False)["input_ids"]
+        dot = plain(".", add_special_tokens=False)["input_ids"]
+        assert ids == [0, *inside[len(dot) :], 2], "as the words stand inside a text"
+        assert [w for w in dict.fromkeys(words) if w != SPECIAL] == list(range(len(text.split(" "))))
+        without = plain(text.split(" "), is_split_into_words=True)["input_ids"]
+        assert ids != without, "a test that cannot see the missing space proves nothing"
+
+
+def test_plain_text_keeps_the_tokenizer_as_it_is(tmp_path: Path) -> None:
+    folder = byte_level(tmp_path / "gottbert", as_roberta=True)
+    tokenizer = load_tokenizer(ModelSpec(name="gottbert", path=folder), words=False)
+    assert tokenizer(SPACED[0])["input_ids"] == AutoTokenizer.from_pretrained(folder)(SPACED[0])["input_ids"]
+
+
+# Where words start ---------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(0, 3), max_size=8), st.booleans())
+def test_first_subwords_by_a_plain_loop(counts: list[int], specials: bool) -> None:
+    inner = [word for word, count in enumerate(counts) for _ in range(count)]
+    word_index = [SPECIAL, *inner, SPECIAL] if specials else inner
+    expected = [(i, word) for i, word in enumerate(word_index) if word >= 0 and word not in word_index[:i]]
+    starts, words = first_subwords(np.array(word_index, dtype=np.int32))
+    assert list(zip(starts.tolist(), words.tolist(), strict=True)) == expected
+
+
+# Batches -------------------------------------------------------------------------------------------------------------
+
+LENGTHS = st.lists(st.integers(1, 60), max_size=60)
+
+
+@given(lengths=LENGTHS, budget=st.integers(1, 200))
+def test_batches_hold_everything_once_within_the_budget(lengths: list[int], budget: int) -> None:
+    n_tokens = np.array(lengths, dtype=np.int32)
+    batches = length_sorted_batches(n_tokens, budget)
+    assert sorted(i for batch in batches for i in batch.tolist()) == list(range(len(lengths)))
+    for batch in batches:
+        assert len(batch) >= 1
+        assert len(batch) == 1 or len(batch) * n_tokens[batch].max() <= budget
+    order = [(-lengths[i], i) for batch in batches for i in batch.tolist()]
+    assert order == sorted(order), "longest first, equal lengths in their order"
+
+
+@given(lengths=LENGTHS, budget=st.integers(1, 200))
+def test_no_batch_could_take_one_more(lengths: list[int], budget: int) -> None:
+    n_tokens = np.array(lengths, dtype=np.int32)
+    for batch in length_sorted_batches(n_tokens, budget)[:-1]:
+        assert (len(batch) + 1) * n_tokens[batch].max() > budget
+
+
+@given(lengths=LENGTHS, budget=st.integers(1, 200))
+def test_the_plan_depends_on_lengths_and_budget_alone(lengths: list[int], budget: int) -> None:
+    one = length_sorted_batches(np.array(lengths, dtype=np.int32), budget)
+    two = length_sorted_batches(np.array(lengths, dtype=np.int64), budget)
+    assert [batch.tolist() for batch in one] == [batch.tolist() for batch in two]
+
+
+@given(st.lists(st.lists(st.integers(-5, 5), max_size=7), min_size=1, max_size=6), st.integers(-9, 9))
+def test_pad_fills_every_row_to_the_longest(rows: list[list[int]], fill: int) -> None:
+    width = max(map(len, rows))
+    padded = pad([np.array(row, dtype=np.int64) for row in rows], fill)
+    assert padded.dtype == np.int64
+    assert padded.tolist() == [row + [fill] * (width - len(row)) for row in rows]

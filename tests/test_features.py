@@ -1,0 +1,181 @@
+"""Stage two's data path against NumPy on what the cache gives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from kr2cache import features
+from kr2cache.cache.reader import FeatureCache
+from kr2cache.config import ExtractConfig
+from kr2cache.errors import ConfigError, SequenceNotFoundError
+from kr2cache.extract import extract, plan_extraction
+from kr2cache.features import ResourceFeatures
+from kr2cache.fusion import parse_fusion
+
+DTYPES = ("float16", "float32", "bfloat16", "int8")
+MODEL_LAYERS = 5
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Models this small are slower on several threads, most of all on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def caches(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> dict[str, FeatureCache]:
+    """The 12 training sentences in every dtype, float16 in several shards; and in ``last4`` four layers alone."""
+    folder = tmp_path_factory.mktemp("features")
+    model = tiny.save_model(folder / "model", layers=MODEL_LAYERS - 1, initializer_range=0.4)
+
+    def made(**settings: Any) -> FeatureCache:
+        config = ExtractConfig(
+            resource=str(model),
+            split="train",
+            task="udpos",
+            data=str(corpus),
+            device="cpu",
+            cache_dir=folder / "cache",
+            **settings,
+        )
+        return FeatureCache.open(extract(plan_extraction(config)).cache)
+
+    result = {dtype: made(dtype=dtype, shard_gb=1e-5 if dtype == "float16" else 16) for dtype in DTYPES}
+    return {**result, "last4": made(layers="last4", dtype="float32")}
+
+
+FUSIONS = {
+    "all": (0, 1, 2, 3, 4),
+    "last1": (4,),
+    "last2": (3, 4),
+    "last4": (1, 2, 3, 4),
+    "layer0": (0,),
+    "layer3": (3,),
+}
+"""The layers that each is the average of."""
+
+FUSION_ROUNDING = {"float16": 2**-11, "float32": 1e-6, "bfloat16": 1e-6, "int8": 1e-6}
+"""Fused states are kept in the precision they are read in: float16, else float32."""
+
+BATCHES = ([0], [3, 1, 2], [5, 5, 0, 11], list(range(12))[::-1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", FUSIONS)
+def test_a_batch_is_the_average_of_its_layers_padded_with_zeros(
+    name: str, dtype: str, caches: dict[str, FeatureCache]
+) -> None:
+    cache = caches[dtype]
+    found = ResourceFeatures(cache, cache.ids, parse_fusion(name, MODEL_LAYERS), keep_layers=False)
+    assert found.width == cache.width == 16
+    for sequences in BATCHES:
+        states, mask = found.batch(sequences)
+        expected = [cache[cache.ids[i]][list(FUSIONS[name])].astype(np.float64).mean(axis=0) for i in sequences]
+        lengths = [len(one) for one in expected]
+        assert states.shape == (len(sequences), 1, max(lengths), 16)
+        assert states.dtype == (np.float16 if dtype == "float16" else np.float32)
+        assert mask.tolist() == [[1] * length + [0] * (max(lengths) - length) for length in lengths]
+        for row, one in zip(states, expected, strict=True):
+            atol = 1e-7 if dtype == "float16" else 1e-6
+            np.testing.assert_allclose(row[0, : len(one)], one, rtol=FUSION_ROUNDING[dtype], atol=atol)
+            assert (row[0, len(one) :] == 0).all()
+
+
+@pytest.mark.parametrize("name", ["last1", "layer0", "layer3"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_layer_is_given_exactly(dtype: str, name: str, caches: dict[str, FeatureCache]) -> None:
+    cache = caches[dtype]
+    states, _ = ResourceFeatures(cache, cache.ids, parse_fusion(name, MODEL_LAYERS), keep_layers=False).batch([7])
+    np.testing.assert_array_equal(states[0, 0], cache[cache.ids[7]][FUSIONS[name][0]])
+
+
+@pytest.mark.parametrize("name", ["fuse", "all", "last2"])
+def test_layers_that_are_kept_are_given_exactly(name: str, caches: dict[str, FeatureCache]) -> None:
+    cache = caches["float16"]
+    fusion = parse_fusion(name, MODEL_LAYERS)
+    # Trainable weights need the layers in any case.
+    found = ResourceFeatures(cache, cache.ids, fusion, keep_layers=name != "fuse")
+    sequences = [4, 0, 9]
+    states, mask = found.batch(sequences)
+    for row, marks, i in zip(states, mask, sequences, strict=True):
+        expected = cache[cache.ids[i]][list(fusion.layers)]
+        assert int(marks.sum()) == expected.shape[1]
+        np.testing.assert_array_equal(row[:, : expected.shape[1]], expected)
+        assert (row[:, expected.shape[1] :] == 0).all()
+
+
+def test_sequences_are_those_asked_for_in_their_order(caches: dict[str, FeatureCache]) -> None:
+    cache = caches["float16"]
+    chosen = ["train-s9", "train-s2", "train-s11"]
+    for name in ("all", "layer2", "fuse"):
+        fusion = parse_fusion(name, MODEL_LAYERS)
+        found = ResourceFeatures(cache, chosen, fusion, keep_layers=False)
+        assert found.n_tokens.tolist() == [cache[one].shape[1] for one in chosen]
+        states, mask = found.batch([2, 0])
+        for row, marks, one in zip(states, mask, ("train-s11", "train-s9"), strict=True):
+            layers = cache[one][list(fusion.layers)].astype(np.float32)
+            expected = layers if name == "fuse" else layers.mean(axis=0, keepdims=True)
+            np.testing.assert_allclose(row[:, : int(marks.sum())], expected, rtol=1e-3, atol=1e-6)
+
+
+def test_what_batches_gave_out_is_counted(caches: dict[str, FeatureCache]) -> None:
+    cache = caches["float32"]
+    for name in ("fuse", "last4", "layer1"):
+        found = ResourceFeatures(cache, cache.ids, parse_fusion(name, MODEL_LAYERS), keep_layers=False)
+        assert found.sequences_read == 0, "fusing in advance gives nothing out"
+        found.batch([1, 2, 3])
+        found.batch([1, 1])
+        assert found.sequences_read == 5
+
+
+def test_a_cache_of_the_last_four_layers(caches: dict[str, FeatureCache]) -> None:
+    few, all_layers = caches["last4"], caches["float32"]
+    fusion = parse_fusion("last2", MODEL_LAYERS)
+    one, _ = ResourceFeatures(few, few.ids, fusion, keep_layers=False).batch([3])
+    other, _ = ResourceFeatures(all_layers, few.ids, fusion, keep_layers=False).batch([3])
+    np.testing.assert_allclose(one, other, atol=1e-6)
+    with pytest.raises(ConfigError, match="does not hold layer 0"):
+        ResourceFeatures(few, few.ids, parse_fusion("all", MODEL_LAYERS), keep_layers=False)
+
+
+def test_an_id_that_is_not_there_is_named(caches: dict[str, FeatureCache]) -> None:
+    cache = caches["float32"]
+    with pytest.raises(SequenceNotFoundError, match="train-s99"):
+        ResourceFeatures(cache, ["train-s1", "train-s99"], parse_fusion("all", MODEL_LAYERS), keep_layers=False)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_fused_states_beyond_memory_go_to_a_temporary_file(
+    dtype: str, caches: dict[str, FeatureCache], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = caches[dtype]
+    fusion = parse_fusion("all", MODEL_LAYERS)
+    in_memory = ResourceFeatures(cache, cache.ids, fusion, keep_layers=False)
+    before = sorted(path.name for path in cache.folder.parent.iterdir())
+    monkeypatch.setattr(features, "MEMORY_SHARE", 0)
+    on_disk = ResourceFeatures(cache, cache.ids, fusion, keep_layers=False)
+    assert isinstance(on_disk._fused, np.memmap)
+    assert not isinstance(in_memory._fused, np.memmap)
+    for sequences in BATCHES:
+        for one, other in zip(in_memory.batch(sequences), on_disk.batch(sequences), strict=True):
+            np.testing.assert_array_equal(one, other)
+    assert sorted(path.name for path in cache.folder.parent.iterdir()) == before, "the file has no name"
+
+
+def test_fusing_in_parts_is_fusing(caches: dict[str, FeatureCache], monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = caches["float16"]
+    fusion = parse_fusion("last4", MODEL_LAYERS)
+    at_once, _ = ResourceFeatures(cache, cache.ids, fusion, keep_layers=False).batch(range(12))
+    monkeypatch.setattr(features, "SEQUENCES_AT_ONCE", 5)
+    in_parts, _ = ResourceFeatures(cache, cache.ids, fusion, keep_layers=False).batch(range(12))
+    np.testing.assert_array_equal(at_once, in_parts)

@@ -1,0 +1,72 @@
+"""Who may import whom: the contracts of pyproject.toml, and what ``from kr2cache import FeatureCache`` loads."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from importlinter import cli as import_linter
+
+from kr2cache.config import ExtractConfig
+from kr2cache.extract import extract, plan_extraction
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_contracts_of_pyproject_hold(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(ROOT)
+    kept = import_linter.lint_imports(config_filename=str(ROOT / "pyproject.toml"), no_cache=True)
+    shown = capsys.readouterr().out
+    assert kept == import_linter.EXIT_STATUS_SUCCESS, shown
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["importlinter"]["contracts"]
+    assert f"{len(contracts)} kept, 0 broken" in shown
+    assert len(contracts) >= 4
+
+
+def test_a_broken_contract_would_be_seen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same machinery finds the import that pipeline really makes."""
+    (tmp_path / "lint.toml").write_text(
+        '[tool.importlinter]\nroot_package = "kr2cache"\n[[tool.importlinter.contracts]]\nname = "no"\n'
+        'type = "forbidden"\nsource_modules = ["kr2cache.pipeline"]\nforbidden_modules = ["kr2cache.extract"]\n'
+    )
+    kept = import_linter.lint_imports(config_filename=str(tmp_path / "lint.toml"), no_cache=True)
+    assert kept == import_linter.EXIT_STATUS_ERROR
+    shown = capsys.readouterr().out
+    assert "-   kr2cache.pipeline ->" in shown
+    assert "-> kr2cache.extract" in shown
+
+
+def loaded_by(code: str, *arguments: str) -> set[str]:
+    """Top-level modules that a fresh interpreter has after ``code``."""
+    done = subprocess.run(
+        [sys.executable, "-c", code + "\nimport json, sys; print(json.dumps(sorted(sys.modules)))", *arguments],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return {name.partition(".")[0] for name in json.loads(done.stdout.splitlines()[-1])}
+
+
+HEAVY = {"torch", "transformers", "datasets", "accelerate", "tokenizers", "safetensors", "seqeval", "sklearn", "pandas"}
+
+
+def test_reading_a_cache_loads_neither_torch_nor_transformers(bert: Path, corpus: Path, tmp_path: Path) -> None:
+    config = ExtractConfig(resource=str(bert), split="dev", task="udpos", data=str(corpus), cache_dir=tmp_path)
+    folder = extract(plan_extraction(config)).cache
+    code = (
+        "import sys\nfrom kr2cache import FeatureCache\ncache = FeatureCache.open(sys.argv[1])\n"
+        "assert len(cache.ids) == 5 and cache[cache.ids[0]].shape[0] == 5 and cache.provenance['chosen']\n"
+        "assert cache.batch(cache.ids[:2])[1].shape[2] == 16"
+    )
+    loaded = loaded_by(code, str(folder))
+    assert {"h5py", "numpy", "kr2cache"} <= loaded
+    assert not loaded & HEAVY
+
+
+@pytest.mark.parametrize("module", ["kr2cache", "kr2cache.cache", "kr2cache.config", "kr2cache.models", "kr2cache.cli"])
+def test_modules_that_the_command_line_starts_with_are_light(module: str) -> None:
+    assert not loaded_by(f"import {module}") & HEAVY

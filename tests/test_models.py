@@ -1,0 +1,390 @@
+"""Model names, where models lie, and that what is loaded is what transformers loads."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, BertTokenizer, RobertaConfig
+
+from kr2cache.errors import ConfigError, KR2CacheError, ModelUnavailableError, UnknownNameError, UnsupportedModelError
+from kr2cache.models import (
+    REGISTRY,
+    ModelSpec,
+    encoder_shape,
+    find_model,
+    known_models,
+    load_config,
+    load_encoder,
+    load_tokenizer,
+    local_folder,
+    max_positions,
+    model_folder,
+    weights_digest,
+)
+
+REVISION = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of the hub's client."""
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder))
+    return folder
+
+
+def put_in_hub(hub: Path, hub_id: str, model: Path, revision: str = REVISION, ref: str = "main") -> Path:
+    """The layout that a download leaves: refs/main names a snapshot."""
+    repository = hub / f"models--{hub_id.replace('/', '--')}"
+    (repository / "refs").mkdir(parents=True, exist_ok=True)
+    (repository / "refs" / ref).write_text(revision)
+    return Path(shutil.copytree(model, repository / "snapshots" / revision))
+
+
+# Names ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "language", "hub_id"),
+    [
+        ("gottbert", "de", "uklfr/gottbert-base"),
+        ("beto", "es", "dccuchile/bert-base-spanish-wwm-cased"),
+        ("ernie-1.0", "zh", "nghuyong/ernie-1.0-base-zh"),
+        ("arabic-bert", "ar", "asafaya/bert-base-arabic"),
+        ("kobert", "ko", "monologg/kobert"),
+        ("bert-japanese-wwm", "ja", "tohoku-nlp/bert-base-japanese-whole-word-masking"),
+        ("oscar", "en", None),
+        ("bert", "en", "google-bert/bert-base-uncased"),
+        ("xlm-r", None, "FacebookAI/xlm-roberta-base"),
+    ],
+)
+def test_registered_models(workdir: Path, name: str, language: str | None, hub_id: str | None) -> None:
+    spec = find_model(name, {})
+    assert (spec.name, spec.language, spec.hub_id) == (name, language, hub_id)
+    if hub_id is not None:
+        assert find_model(hub_id, {}) == spec
+
+
+@pytest.mark.parametrize(
+    ("alias", "name"),
+    [
+        ("TUM/GottBERT_base_last", "gottbert"),
+        ("nghuyong/ernie-1.0", "ernie-1.0"),
+        ("cl-tohoku/bert-base-japanese-whole-word-masking", "bert-japanese-wwm"),
+        ("xlm-roberta-base", "xlm-r"),
+        ("bert-base-uncased", "bert"),
+    ],
+)
+def test_aliases_resolve_to_the_registered_model(workdir: Path, alias: str, name: str) -> None:
+    assert find_model(alias, {}) == REGISTRY[name]
+
+
+@pytest.mark.parametrize(("name", "near"), [("gotbert", "gottbert"), ("xlmr", "xlm-r"), ("ernie", "ernie-1.0")])
+def test_an_unknown_name_gives_the_nearest(workdir: Path, name: str, near: str) -> None:
+    with pytest.raises(UnknownNameError, match=rf"Unknown model '{name}'\. Did you mean '{near}'\?") as caught:
+        find_model(name, {})
+    assert "arabic-bert" in caught.value.remedy
+    assert "hub id" in caught.value.remedy
+
+
+def test_any_hub_id_is_a_model(workdir: Path) -> None:
+    spec = find_model("dbmdz/bert-base-german-cased", {})
+    assert spec == ModelSpec(name="dbmdz--bert-base-german-cased", hub_id="dbmdz/bert-base-german-cased")
+
+
+def test_any_folder_is_a_model(bert: Path, workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert find_model(str(bert), {}) == ModelSpec(name="tiny-bert", path=bert)
+    monkeypatch.chdir(bert.parent)
+    spec = find_model("tiny-bert", {})
+    assert spec.name == "tiny-bert"
+    assert model_folder(spec).resolve() == bert
+
+
+@pytest.mark.parametrize("name", ["./nothing", "/no/such/model", "~/no-such-kr2cache-model", "../x"])
+def test_a_folder_that_is_not_there(workdir: Path, name: str) -> None:
+    with pytest.raises(ModelUnavailableError, match="There is no model folder"):
+        find_model(name, {})
+
+
+def test_a_folder_that_holds_no_model(workdir: Path) -> None:
+    (workdir / "empty").mkdir()
+    with pytest.raises(ModelUnavailableError, match=r"empty.* holds no config\.json"):
+        load_config(find_model("./empty", {}))
+
+
+# kr2cache.toml -------------------------------------------------------------------------------------------------------
+
+
+def test_toml_adds_models_and_overrides_fields_of_registered_ones(bert: Path, workdir: Path) -> None:
+    overrides = {
+        "mine": {"path": str(bert), "language": "fi"},
+        "gottbert": {"path": str(bert)},
+        "beto": {"revision": "v2"},
+        "xlm-r": {"hub_id": "me/xlm-r"},
+    }
+    assert find_model("mine", overrides) == ModelSpec(name="mine", path=bert, language="fi")
+    assert find_model("gottbert", overrides) == dataclasses.replace(REGISTRY["gottbert"], path=bert)
+    assert find_model("beto", overrides) == dataclasses.replace(REGISTRY["beto"], revision="v2")
+    assert find_model("xlm-r", overrides).hub_id == "me/xlm-r"
+    assert find_model("kobert", overrides) == REGISTRY["kobert"]
+    assert set(known_models(overrides)) == {*REGISTRY, "mine"}
+    assert local_folder(find_model("gottbert", overrides)) == bert
+
+
+def test_toml_with_a_wrong_field_gives_the_nearest() -> None:
+    with pytest.raises(UnknownNameError, match=r"\[models\.gottbert\].*'pth'.*Did you mean 'path'"):
+        known_models({"gottbert": {"pth": "x"}})
+
+
+@pytest.mark.parametrize("values", [{}, {"language": "de"}, {"revision": "v1"}])
+def test_toml_with_a_new_model_that_is_nowhere(values: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match=r"\[models\.mine\].*neither path nor hub_id"):
+        known_models({"mine": values})
+
+
+@pytest.mark.parametrize(
+    "values", [{"path": 3}, {"path": "x", "language": 3}, {"hub_id": ["a"]}, {"path": "x", "trust_remote_code": "yes"}]
+)
+def test_toml_with_a_value_of_another_type_is_explained(workdir: Path, values: dict[str, object]) -> None:
+    with pytest.raises(KR2CacheError, match=r"models\.mine"):
+        known_models({"mine": values})
+
+
+# On this machine or not ----------------------------------------------------------------------------------------------
+
+
+def test_a_model_in_the_hubs_cache_is_found_and_loads_as_transformers_loads_it(bert: Path, hub: Path) -> None:
+    snapshot = put_in_hub(hub, "uklfr/gottbert-base", bert)
+    spec = find_model("gottbert", {})
+    assert local_folder(spec) == snapshot
+    assert model_folder(spec) == snapshot
+    assert encoder_shape(load_config(spec)) == (5, 16)
+    encoder = load_encoder(spec)
+    reference = AutoModel.from_pretrained(snapshot).eval()
+    ids = load_tokenizer(spec, words=True)(["das", "haus"], is_split_into_words=True, return_tensors="pt")["input_ids"]
+    assert (
+        ids.tolist() == AutoTokenizer.from_pretrained(snapshot)("das haus", return_tensors="pt")["input_ids"].tolist()
+    )
+    with torch.inference_mode():
+        ours = encoder(input_ids=ids, output_hidden_states=True).hidden_states
+        theirs = reference(input_ids=ids, output_hidden_states=True).hidden_states
+    assert len(ours) == len(theirs) == 5
+    for one, other in zip(ours, theirs, strict=True):
+        np.testing.assert_array_equal(one.numpy(), other.numpy())
+
+
+def test_an_alias_in_the_hubs_cache_serves(bert: Path, hub: Path) -> None:
+    snapshot = put_in_hub(hub, "TUM/GottBERT_base_last", bert)
+    assert local_folder(find_model("gottbert", {})) == snapshot
+
+
+def test_a_revision_is_not_taken_for_another(bert: Path, hub: Path) -> None:
+    put_in_hub(hub, "me/model", bert)
+    other = "f" * 40
+    snapshot = put_in_hub(hub, "me/model", bert, other, ref="v2")
+    overrides = {"old": {"hub_id": "me/model", "revision": "v2"}, "none": {"hub_id": "me/model", "revision": "v3"}}
+    assert local_folder(find_model("old", overrides)) == snapshot
+    assert local_folder(find_model("none", overrides)) is None
+
+
+def test_a_download_without_weights_is_not_a_model(bert: Path, hub: Path) -> None:
+    snapshot = put_in_hub(hub, "me/model", bert)
+    (snapshot / "model.safetensors").unlink()
+    assert local_folder(find_model("me/model", {})) is None
+
+
+@pytest.mark.parametrize("name", ["gottbert", "kobert", "nobody/has-this"])
+def test_absent_and_offline_names_the_hub_id_and_both_remedies_quickly(hub: Path, workdir: Path, name: str) -> None:
+    spec = find_model(name, {})
+    started = time.monotonic()
+    with pytest.raises(ModelUnavailableError) as caught:
+        load_encoder(spec)
+    assert time.monotonic() - started < 5
+    assert spec.hub_id is not None
+    assert spec.hub_id in caught.value.message
+    assert f"hf download {spec.hub_id}" in caught.value.remedy
+    assert f"[models.{spec.name}]" in caught.value.remedy
+    assert 'path = "' in caught.value.remedy
+
+
+def test_without_a_network_it_is_as_quick(workdir: Path) -> None:
+    """Not told to be offline, the hub's host cannot be found: no half minute of retries."""
+    environment = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()}
+    environment |= {"HF_HUB_OFFLINE": "0", "HF_HOME": str(workdir), "HF_ENDPOINT": "https://hub.invalid"}
+    code = (
+        "import time; from kr2cache import models; from kr2cache.errors import ModelUnavailableError\n"
+        "started = time.monotonic()\n"
+        "try: models.model_folder(models.find_model('gottbert', {}))\n"
+        "except ModelUnavailableError as error: print(error.message)\n"
+        "print(time.monotonic() - started)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    message, seconds = done.stdout.splitlines()
+    assert "uklfr/gottbert-base" in message
+    assert "no network (cannot find hub.invalid)" in message
+    assert float(seconds) < 10
+
+
+def test_a_model_that_is_on_no_hub_says_what_it_needs(workdir: Path) -> None:
+    with pytest.raises(ModelUnavailableError) as caught:
+        model_folder(find_model("oscar", {}))
+    assert "[models.oscar]" in caught.value.remedy
+
+
+# Loading -------------------------------------------------------------------------------------------------------------
+
+
+def test_an_oscar_checkpoint_loads_by_its_path(tmp_path: Path) -> None:
+    """config.json without model_type, a BERT text encoder beside image parts, vocab.txt, pytorch_model.bin."""
+    config = BertConfig(vocab_size=8, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    torch.manual_seed(1)
+    text = BertModel(config).eval()
+    weights = {f"bert.{name}": tensor for name, tensor in text.state_dict().items()}
+    weights |= {"bert.img_embedding.weight": torch.zeros(16, 3), "bert.LayerNorm.weight": torch.ones(16)}
+    weights |= {"cls.predictions.bias": torch.zeros(8)}
+    folder = tmp_path / "oscar"
+    folder.mkdir()
+    torch.save(weights, folder / "pytorch_model.bin")
+    fields = {
+        **{
+            name: getattr(config, name)
+            for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+        },
+        "img_feature_dim": 2054,
+        "finetuning_task": "image_caption",
+    }
+    (folder / "config.json").write_text(json.dumps(fields))
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "dog", "##s"]))
+    spec = find_model("oscar", {"oscar": {"path": str(folder)}})
+    assert load_config(spec).model_type == "bert"
+    assert encoder_shape(load_config(spec)) == (3, 16)
+    tokenizer = load_tokenizer(spec, words=True)
+    ids = tokenizer(["the", "dogs"], is_split_into_words=True)["input_ids"]
+    assert ids == BertTokenizer(str(folder / "vocab.txt"))("the dogs")["input_ids"] == [2, 5, 6, 7, 3]
+    encoder = load_encoder(spec)
+    with torch.inference_mode():
+        ours = encoder(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states
+        theirs = text(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states
+    for one, other in zip(ours, theirs, strict=True):
+        np.testing.assert_array_equal(one.numpy(), other.numpy())
+
+
+def test_remote_code_runs_only_for_the_model_that_asks_for_it() -> None:
+    assert not any(spec.trust_remote_code for spec in REGISTRY.values())
+    known = known_models({"kobert": {"trust_remote_code": True}})
+    assert [name for name, spec in known.items() if spec.trust_remote_code] == ["kobert"]
+
+
+def test_code_that_comes_with_a_model_does_not_run_by_itself(bert: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(bert, tmp_path / "with-code"))
+    mark = tmp_path / "it-ran"
+    (folder / "modeling_own.py").write_text(f"open({str(mark)!r}, 'w')\nclass OwnConfig: pass\n")
+    fields = json.loads((folder / "config.json").read_text())
+    fields |= {"model_type": "own", "auto_map": {"AutoConfig": "modeling_own.OwnConfig"}}
+    (folder / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(ModelUnavailableError, match="with-code"):
+        load_config(find_model(str(folder), {}))
+    assert not mark.exists()
+
+
+def test_the_encoder_is_frozen_float32_and_without_dropout(tmp_path: Path) -> None:
+    folder = tiny.save_model(tmp_path / "half")
+    weights = {name: tensor.half() for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(fields | {"dtype": "float16"}))
+    encoder = load_encoder(find_model(str(folder), {}))
+    assert {parameter.dtype for parameter in encoder.parameters()} == {torch.float32}
+    assert not any(parameter.requires_grad for parameter in encoder.parameters())
+    assert not encoder.training
+
+
+def test_a_checkpoint_that_lacks_encoder_weights_is_refused(tmp_path: Path) -> None:
+    folder = tiny.save_model(tmp_path / "partly")
+    weights = load_file(folder / "model.safetensors")
+    left = {name: tensor for name, tensor in weights.items() if "layer.1.output" not in name}
+    save_file(left, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        UnsupportedModelError, match=rf"'partly' lacks {len(weights) - len(left)} weights.*layer\.1\.output"
+    ):
+        load_encoder(find_model(str(folder), {}))
+
+
+def test_a_checkpoint_without_a_pooler_is_complete(tmp_path: Path) -> None:
+    folder = tiny.save_model(tmp_path / "no-pooler")
+    weights = load_file(folder / "model.safetensors")
+    whole = weights_digest(load_encoder(find_model(str(folder), {})))
+    left = {name: tensor for name, tensor in weights.items() if "pooler" not in name}
+    assert len(left) < len(weights)
+    save_file(left, folder / "model.safetensors", metadata={"format": "pt"})
+    assert weights_digest(load_encoder(find_model(str(folder), {}))) == whole
+
+
+def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:
+    folder = tiny.save_model(tmp_path / "t5", seed=0)
+    (folder / "config.json").write_text(json.dumps({"model_type": "t5", "d_model": 16, "num_layers": 2}))
+    with pytest.raises(UnsupportedModelError, match=r"t5.*encoder-decoder"):
+        load_encoder(find_model(str(folder), {}))
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+@pytest.mark.parametrize("kept", [0, 40, 0.5], ids=["empty", "start", "half"])
+def test_damaged_files_are_explained(bert: Path, tmp_path: Path, name: str, kept: float) -> None:
+    folder = Path(shutil.copytree(bert, tmp_path / "damaged"))
+    whole = (folder / name).read_bytes()
+    (folder / name).write_bytes(whole[: int(kept * len(whole)) if kept < 1 else int(kept)])
+    with pytest.raises(KR2CacheError, match=r"of model 'damaged' cannot be loaded"):
+        load_encoder(find_model(str(folder), {}))
+
+
+def test_a_damaged_pickle_is_explained(bert: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(bert, tmp_path / "damaged"))
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"not a pickle")
+    with pytest.raises(KR2CacheError, match=r"weights of model 'damaged' cannot be loaded"):
+        load_encoder(find_model(str(folder), {}))
+
+
+def test_positions_that_roberta_never_uses_are_not_counted() -> None:
+    assert max_positions(BertConfig(max_position_embeddings=512)) == 512
+    assert max_positions(RobertaConfig(max_position_embeddings=514, pad_token_id=1)) == 512
+
+
+# Digest of the weights -----------------------------------------------------------------------------------------------
+
+
+def digest_of(folder: Path) -> str:
+    return weights_digest(load_encoder(find_model(str(folder), {})))
+
+
+def test_the_digest_is_of_the_weights_not_of_the_files(bert: Path, tmp_path: Path) -> None:
+    original = digest_of(bert)
+    renamed = Path(shutil.copytree(bert, tmp_path / "another-name"))
+    assert digest_of(renamed) == original
+    weights = load_file(renamed / "model.safetensors")
+    (renamed / "model.safetensors").unlink()
+    torch.save(weights, renamed / "pytorch_model.bin")
+    assert digest_of(renamed) == original
+
+
+def test_the_digest_sees_one_changed_weight(bert: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(bert, tmp_path / "changed"))
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name in weights if "layer.2" in name and name.endswith("weight"))
+    weights[name].view(-1)[0] += 1e-3
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert digest_of(folder) != digest_of(bert)
