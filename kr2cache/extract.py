@@ -10,6 +10,7 @@ Shape letters: B sequences, T positions (padded), L stored layers, D width.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import shutil
 import signal
@@ -53,6 +54,8 @@ if TYPE_CHECKING:
 TOKENS_PER_BATCH = {"cpu": 1_024, "cuda": 16_384, "mps": 4_096}
 """Positions in one forward pass by device. On 2 CPU cores 1,024 ran 8 to 15 % faster than 4,096 to 8,192."""
 LOCK_WAIT_S = 0.5
+TRIM_EVERY_BATCHES = 4
+"""Kept 5,000 sentences at 385 MB of own memory instead of 461 and rising, at no cost in time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -396,10 +399,12 @@ def _compute(
                 batches = list(_unfinished_batches(plan.index.n_tokens, cuts, writer.unfinished, batch_plan))
                 progress.update(bar, total=sum(len(batch) for _, batch in batches))
                 started, tokens, speed = time.monotonic(), 0, 0.0
-                for shard, batch in batches:
+                for number, (shard, batch) in enumerate(batches):
                     for ready in pack(shard, batch, cuts[shard], hidden_states(encoder, plan, batch)):
                         writer.write(ready)
                     check_interrupt()
+                    if number % TRIM_EVERY_BATCHES == 0:
+                        _return_free_memory()
                     computed += len(batch)
                     tokens += int(plan.index.n_tokens[batch].sum())
                     speed = tokens / (time.monotonic() - started)
@@ -414,6 +419,14 @@ def _compute(
         except KeyboardInterrupt:
             raise _interrupted(folder) from None
     return computed
+
+
+def _return_free_memory() -> None:
+    """Give freed blocks back to the system: glibc keeps those of shapes that never come again, and memory would grow
+    with the number of batches. Other C libraries do not have the call, nor the habit.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,15 @@
+"""The benchmark runs, and what it measures holds in small: five times the sentences, the same memory."""
+
+from __future__ import annotations
+
+import pytest
+from memory import peak_mb
+
+from kr2cache import demo
+
+
+def test_memory_does_not_grow_with_the_data() -> None:
+    pytest.importorskip(demo.PACKAGE)
+    few, many = (peak_mb(demo.minilm(), demo.corpus(), "udpos", limit) for limit in (50, 270))
+    assert few > 100, "a real model was loaded"
+    assert many < 1.1 * few
