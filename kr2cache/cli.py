@@ -276,6 +276,8 @@ def train_cli(
     for name in ("dtype", "compute_dtype"):
         if name in toml.defaults:
             given[name] = toml.defaults[name]
+    if "max_length" in toml.defaults:  # of both stages, then
+        given.setdefault("resource_max_length", toml.defaults["max_length"])
     if "seeds" in given:
         given["seeds"] = _seeds(given["seeds"])
     where = given.get("cache_dir", default_cache_dir())
@@ -434,6 +436,8 @@ def run(arguments: list[str]) -> int:
     try:
         with _quiet_libraries():
             code = app(args=arguments, prog_name="kr2cache", standalone_mode=False)
+        if code == 130:  # typer's word for Ctrl-C
+            raise KeyboardInterrupt
         return int(code or 0)
     except UsageError as error:
         message = error.format_message() or str(error)
@@ -448,10 +452,17 @@ def run(arguments: list[str]) -> int:
         _report(type(error).__name__, error.message, error.remedy, as_json)
         return 1
     except (KeyboardInterrupt, typer.Abort):
-        _report("Interrupted", "Interrupted before anything was written.", "Run the same command again.", as_json)
+        _report("Interrupted", "Interrupted. What is complete is kept.", "Run the same command again.", as_json)
         return 1
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        if debug:
+            raise
+        where = f": {error.filename}" if error.filename else ""
+        message = f"{error.strerror or error}{where}"
+        _report(type(error).__name__, message, "Check that folder (--cache-dir, --run-dir) and its rights.", as_json)
         return 1
     except Exception as error:
         if debug:

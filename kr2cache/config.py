@@ -6,6 +6,7 @@ An option that is not given comes from ``[defaults]`` of ``kr2cache.toml`` in th
 
 from __future__ import annotations
 
+import math
 import os
 import tomllib
 from collections.abc import Mapping
@@ -70,8 +71,7 @@ class ExtractConfig:
         _positive("--max-length", self.max_length)
         _positive("--tokens-per-batch", self.tokens_per_batch)
         _positive("--limit", self.limit)
-        if not self.shard_gb > 0:
-            raise ConfigError(f"--shard-gb {self.shard_gb} makes no sense.", "Give a number above 0.")
+        _positive("--shard-gb", self.shard_gb)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +114,7 @@ class TrainConfig:
         for name in ("batch_size", "max_length", "resource_max_length", "limit", "epochs", "learning_rate"):
             _positive(f"--{name.replace('_', '-')}", getattr(self, name))
         _positive("--fusion-learning-rate", self.fusion_learning_rate)
-        if not self.seeds or len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0 or max(self.seeds) >= 2**32:
             raise ConfigError(
                 f"--seeds {','.join(map(str, self.seeds))} makes no sense.", "Give different numbers: --seeds 1,2,3"
             )
@@ -133,12 +133,14 @@ OWN_TRAINING = {
     "learning_rate": "--learning-rate",
     "seed": "--seeds",
     "use_cpu": "--device",
+    "eval_strategy": "a dev and a test split (the best epoch on dev is kept)",
+    "load_best_model_at_end": "a dev and a test split (the best epoch on dev is kept)",
 }
 """Arguments of TrainingArguments that options of ours decide."""
 
 
 def _positive(option: str, value: float | None) -> None:
-    if value is not None and not value > 0:
+    if value is not None and not (value > 0 and math.isfinite(value)):
         raise ConfigError(f"{option} {value} makes no sense.", "Give a number above 0.")
 
 

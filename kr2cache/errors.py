@@ -66,6 +66,10 @@ class ValueRangeError(KR2CacheError, ValueError):
     """A state that the stored dtype cannot hold."""
 
 
+class TrainingError(KR2CacheError):
+    """A training that gave no usable reader."""
+
+
 class InterruptedWorkError(KR2CacheError):
     """Ctrl-C; the message says what is kept."""
 

@@ -137,6 +137,10 @@ class KReader(nn.Module):
         """The task model's; transformers.Trainer asks for it."""
         return self.model.config
 
+    def gradient_checkpointing_enable(self, **options: Any) -> None:
+        """For transformers.Trainer, where [training] asks for it."""
+        self.model.gradient_checkpointing_enable(**options)  # type: ignore[no-untyped-call]
+
     def resource_embeddings(self, states: Tensor) -> Tensor:
         """G^0, eq. 1 and 2.
 

@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import inspect
 import json
-import os
 import re
-import socket
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
+from kr2cache import hub
 from kr2cache.errors import ConfigError, KR2CacheError, ModelUnavailableError, UnsupportedModelError, unknown_name
 
 if TYPE_CHECKING:
@@ -176,7 +175,7 @@ def model_folder(spec: ModelSpec) -> Path:
         )
     if spec.hub_id is None:
         raise ModelUnavailableError(f"Model {spec.name!r} is not on this machine.", f"It needs {spec.needs}.")
-    reason = _hub_unreachable()
+    reason = hub.unreachable()
     if reason is None:
         try:
             return _download(spec.hub_id, spec.revision)
@@ -187,23 +186,6 @@ def model_folder(spec: ModelSpec) -> Path:
         f"Either run `hf download {spec.hub_id}` where there is a network and copy its folder here, or name a folder "
         f'that you have: path = "..." under [models.{spec.name}] in kr2cache.toml.',
     )
-
-
-def _hub_unreachable() -> str | None:
-    """Why the hub cannot be asked, without the half minute of retries that a download would take to find out."""
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE:
-        return "HF_HUB_OFFLINE is set."
-    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY")):
-        return None
-    parts = urlsplit(constants.ENDPOINT)
-    host = parts.hostname or ""
-    try:
-        socket.getaddrinfo(host, parts.port or 443)
-    except OSError:
-        return f"no network (cannot find {host})."
-    return None
 
 
 def _download(hub_id: str, revision: str | None) -> Path:
@@ -381,6 +363,51 @@ def _architecture(config: PretrainedConfig) -> type | None:
 
 def _accepts(architecture: type | None, argument: str) -> bool:
     return architecture is not None and argument in inspect.signature(architecture).parameters
+
+
+NOT_COMPUTED = frozenset(
+    [
+        "_name_or_path",
+        "architectures",
+        "auto_map",
+        "dtype",
+        "torch_dtype",
+        "transformers_version",
+        "id2label",
+        "label2id",
+        "num_labels",
+        "problem_type",
+        "finetuning_task",
+        "use_cache",
+        "output_hidden_states",
+        "output_attentions",
+        "return_dict",
+        "chunk_size_feed_forward",
+        "is_encoder_decoder",
+        "bos_token_id",
+        "eos_token_id",
+        "sep_token_id",
+        "attn_implementation",
+        "_attn_implementation",
+    ]
+)
+"""Fields of a configuration that do not decide what an encoder computes."""
+
+
+def config_digest(config: PretrainedConfig, *, training: bool = False) -> str:
+    """SHA-256 of the configuration's fields that decide what the model computes (heads, activation, epsilon, ...): two
+    models of equal weights may still differ in them.
+
+    Args:
+        training: Whether dropout counts, as it does for a model that is trained.
+    """
+    fields = {
+        name: value
+        for name, value in config.to_dict().items()
+        if name not in NOT_COMPUTED and (training or "drop" not in name)
+    }
+    text = json.dumps(fields, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def weights_digest(encoder: PreTrainedModel) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import gc
 import os
 import shutil
@@ -37,6 +39,7 @@ from kr2cache.errors import (
 from kr2cache.features import ResourceFeatures
 from kr2cache.fusion import check_fusion_name, parse_fusion
 from kr2cache.kreader import check_admitted, projection_kind
+from kr2cache.locks import check_writable, only_writer
 from kr2cache.resource import Resource
 from kr2cache.tasks import Example, Task, find_task
 from kr2cache.train import Job, SplitData, train_seed, training_arguments, write_trained
@@ -82,6 +85,8 @@ def train(config: TrainConfig) -> TrainResult:
     Raises:
         KR2CacheError: One of its kinds, for everything foreseen.
     """
+    if config.method == "kreader2":  # whatever resource was given or found: this one is the reader's own copy
+        config = dataclasses.replace(config, resource=config.reader)
     task = find_task(config.task)
     if config.method not in METHODS:
         raise unknown_name("method", config.method, METHODS)
@@ -100,7 +105,8 @@ def train(config: TrainConfig) -> TrainResult:
             f"A maximal length of {config.max_length} is more than {reader_spec.name!r} has positions ({longest}).",
             f"Give --max-length {longest} or less.",
         )
-    examples = _read_splits(task, config)
+    check_writable(config.run_dir, "--run-dir")
+    examples, notes = _read_splits(task, config)
     tokenizer = models.load_tokenizer(reader_spec, words=task.words)
     splits = {}
     for split, part in examples.items():
@@ -125,7 +131,7 @@ def train(config: TrainConfig) -> TrainResult:
         runs=done,
         computed=resource.computed if resource else 0,
         read=sum(one.sequences_read for one in features),
-        notes=resource.notes if resource else [],
+        notes=notes + (resource.notes if resource else []),
     )
 
 
@@ -143,14 +149,15 @@ def _models(config: TrainConfig) -> tuple[models.ModelSpec, models.ModelSpec | N
     return reader, reader if config.method == "kreader2" else models.find_model(config.resource or "", config.models)
 
 
-def _read_splits(task: Task, config: TrainConfig) -> dict[str, list[Example]]:
-    """train, and dev and test where they exist with gold labels."""
+def _read_splits(task: Task, config: TrainConfig) -> tuple[dict[str, list[Example]], list[str]]:
+    """train, and dev and test where they exist with gold labels; and what is to be said about the others."""
+    notes = []
     splits = {"train": task.read("train", config.data, config.limit)}
     for split in ("dev", "test"):
         try:
             splits[split] = task.read(split, config.data, config.limit)
         except MissingSplitError:
-            continue
+            notes.append(f"There is no {split} split.")
     unlabelled = {split: [e.id for e in part if e.label is None] for split, part in splits.items()}
     if unlabelled["train"]:
         raise DataError(
@@ -158,13 +165,26 @@ def _read_splits(task: Task, config: TrainConfig) -> dict[str, list[Example]]:
             f"{unlabelled['train'][0]!r}).",
             "A reader is trained on labelled examples only.",
         )
-    labelled = {split: part for split, part in splits.items() if not unlabelled[split]}
+    labelled = {}
+    for split, part in splits.items():
+        if not unlabelled[split]:
+            labelled[split] = part
+        elif len(unlabelled[split]) == len(part):
+            notes.append(f"The {split} split has no gold labels; it is not scored.")
+        else:
+            raise DataError(
+                f"{len(unlabelled[split])} of {len(part)} examples of the {split} split have no gold label (first: "
+                f"{unlabelled[split][0]!r}).",
+                "Label them or take them out: a score over part of a split is not the split's.",
+            )
+    if notes and len(labelled) == 2:
+        notes.append(f"The last epoch is scored, on {next(split for split in labelled if split != 'train')}.")
     if len(labelled) == 1:
         raise MissingSplitError(
             f"{task.corpus(config.data)} has neither a dev nor a test split with labels: there is nothing to score on.",
             f"Add dev{task.suffixes[0]} or test{task.suffixes[0]}.",
         )
-    return labelled
+    return labelled, notes
 
 
 def _with_features(
@@ -230,6 +250,7 @@ def _deciding(job: Job, resource: Resource | None, caches: dict[str, FeatureCach
         "reader": {
             "name": job.reader.name,
             "weights": models.weights_digest(models.load_encoder(job.reader)),
+            "config": models.config_digest(models.load_config(job.reader), training=True),
             "tokens": {split: provenance.tokens_digest(data.index) for split, data in job.splits.items()},
             "max_length": config.max_length,
         },
@@ -244,6 +265,7 @@ def _deciding(job: Job, resource: Resource | None, caches: dict[str, FeatureCach
         content["resource"] = {
             "name": resource.spec.name,
             "weights": sorted({cache.provenance["found"]["weights"] for cache in caches.values()}),
+            "config": sorted({cache.provenance["found"]["config"] for cache in caches.values()}),
             "tokens": {split: _resource_tokens(cache, job.splits[split].examples) for split, cache in caches.items()},
             "max_length": chosen["max_length"],
             "dtype": chosen["dtype"],
@@ -275,34 +297,37 @@ def _train_seeds(job: Job, deciding: dict[str, Any], caches: dict[str, FeatureCa
     device = str(choose_device(job.config.device))
     for seed in job.config.seeds:
         target = runs.seed_folder(folder, seed)
-        if runs.is_finished(target):
-            console.print(f"[green]✓[/] seed {seed} is there already: {target}")
-            done.append(Run(seed=seed, folder=target, metrics=runs.read_metrics(target), seconds=None))
-            continue
-        started = time.monotonic()
-        partial = runs.start_run(target) if writes else runs.partial_folder(target)
-        try:
-            trained = train_seed(job, seed, partial, f"{folder.name.rpartition('-')[0]} seed {seed}")
-        except KeyboardInterrupt:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise InterruptedWorkError(
-                f"Interrupted in seed {seed}. Caches and {count_text(len(done), 'finished run')} are kept in {folder}.",
-                "Run the same command again: it trains the seeds that are missing.",
-            ) from None
-        done.append(Run(seed=seed, folder=target, metrics=trained.metrics, seconds=time.monotonic() - started))
-        if not writes:
-            continue
-        write_trained(job, trained, partial)
-        recorded = provenance.recorded(
-            device, torch.get_num_threads(), {"reader": job.reader.hub_id or str(job.reader.path)}
-        )
-        recorded["caches"] = {
-            split: {"folder": str(cache.folder), "fingerprint": cache.fingerprint} for split, cache in caches.items()
-        }
-        runs.write_json(partial / "config.json", {"config": {**deciding, "seed": seed}, "recorded": recorded})
-        runs.finish_run(partial, target)
-        del trained
-        gc.collect()
+        with only_writer(target) if writes else contextlib.nullcontext():
+            if runs.is_finished(target):
+                console.print(f"[green]✓[/] seed {seed} is there already: {target}", soft_wrap=True)
+                done.append(Run(seed=seed, folder=target, metrics=runs.read_metrics(target), seconds=None))
+                continue
+            started = time.monotonic()
+            partial = runs.start_run(target) if writes else runs.partial_folder(target)
+            try:
+                trained = train_seed(job, seed, partial, f"{folder.name.rpartition('-')[0]} seed {seed}")
+            except BaseException as error:
+                shutil.rmtree(partial, ignore_errors=True)
+                if not isinstance(error, KeyboardInterrupt):
+                    raise
+                kept = f"Caches and {count_text(len(done), 'finished run')} are kept"
+                raise InterruptedWorkError(
+                    f"Interrupted in seed {seed}. {kept}: {folder}",
+                    "Run the same command again: it trains the seeds that are missing.",
+                ) from None
+            done.append(Run(seed=seed, folder=target, metrics=trained.metrics, seconds=time.monotonic() - started))
+            if writes:
+                write_trained(job, trained, partial)
+                origin = {"reader": job.reader.hub_id or str(job.reader.path)}
+                recorded = provenance.recorded(device, torch.get_num_threads(), origin)
+                recorded["caches"] = {
+                    split: {"folder": str(cache.folder), "fingerprint": cache.fingerprint}
+                    for split, cache in caches.items()
+                }
+                runs.write_json(partial / "config.json", {"config": {**deciding, "seed": seed}, "recorded": recorded})
+                runs.finish_run(partial, target)
+            del trained
+            gc.collect()
     return done
 
 

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from kr2cache.cache.format import SequenceIndex, canonical_json
 from kr2cache.cache.reader import FeatureCache
 from kr2cache.cache.shard import shard_paths
-from kr2cache.errors import CacheError
+from kr2cache.errors import CacheError, ConfigError
 from kr2cache.fusion import parse_fusion
 
 
@@ -51,6 +51,8 @@ class Found:
 
     weights: str
     """``models.weights_digest``"""
+    config: str
+    """``models.config_digest``"""
     tokens: str
     """XXH3-128 of token ids and word alignment of all sequences."""
     template: str
@@ -59,13 +61,14 @@ class Found:
     sequences: int
 
 
-def found(index: SequenceIndex, weights: str, template: str) -> Found:
+def found(index: SequenceIndex, weights: str, config: str, template: str) -> Found:
     """The found fields of a cache of these sequences."""
     texts = xxhash.xxh3_128()
     for name, text in zip(index.ids.tolist(), index.text_xxh3.tolist(), strict=True):
         texts.update(name + b"\0" + text.to_bytes(8, "little"))
     return Found(
         weights=weights,
+        config=config,
         tokens=tokens_digest(index),
         template=template,
         texts=texts.hexdigest(),
@@ -122,6 +125,8 @@ class Wanted:
     """Its name; which layers it needs follows from how many the cache's model has."""
     weights: str | None
     """None where the resource's weights are not on this machine: they cannot be compared then."""
+    config: str | None
+    """Like ``weights``."""
     template: str
     ids: tuple[str, ...]
     text_xxh3: NDArray[np.uint64]
@@ -160,7 +165,11 @@ def chosen_differences(cache: FeatureCache, wanted: Wanted) -> list[Difference]:
             result.append(Difference(field=name, text=f"{name} is {chosen[name]} there, {asked} was asked for"))
     if cache.fusion is not None:
         return [*result, Difference(field="fusion", text="it stores one fused layer")]
-    missing = sorted(set(parse_fusion(wanted.fusion, cache.model_layers).layers) - set(cache.layers))
+    try:
+        needed = parse_fusion(wanted.fusion, cache.model_layers).layers
+    except ConfigError as error:  # a cache of a shallower model; the run's own resource was checked before
+        return [*result, Difference(field="layers", text=error.message)]
+    missing = sorted(set(needed) - set(cache.layers))
     if missing:
         result.append(Difference(field="layers", text=f"layers {_numbers(missing)} are not stored there"))
     return result
@@ -183,6 +192,8 @@ def found_differences(cache: FeatureCache, wanted: Wanted, index: SequenceIndex 
                 f"{wanted.weights[:8]} now)",
             )
         )
+    if wanted.config is not None and made["config"] != wanted.config:
+        result.append(Difference(field="config", text=f"the configuration (config.json) of {wanted.resource} changed"))
     if made["template"] != wanted.template:
         result.append(
             Difference(field="template", text=f"the template was {made['template']!r}, it is {wanted.template!r} now")

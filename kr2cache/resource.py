@@ -16,7 +16,14 @@ from transformers import PreTrainedTokenizerBase
 from kr2cache import models, provenance
 from kr2cache.cache.format import SequenceIndex, text_xxh3
 from kr2cache.cache.reader import FeatureCache
-from kr2cache.config import DEFAULT_COMPUTE_DTYPE, DEFAULT_DTYPE, DEFAULT_MAX_LENGTH, ExtractConfig, TrainConfig
+from kr2cache.config import (
+    DEFAULT_COMPUTE_DTYPE,
+    DEFAULT_DTYPE,
+    DEFAULT_MAX_LENGTH,
+    ExtractConfig,
+    TrainConfig,
+    default_cache_dir,
+)
 from kr2cache.encode import encode_examples
 from kr2cache.errors import CacheError, CacheMismatchError
 from kr2cache.extract import describe, describe_result, extract, plan_extraction
@@ -34,9 +41,15 @@ class Resource:
         self.notes: list[str] = []
         self.on_this_machine = models.local_folder(spec) is not None
         self.weights: str | None = None
+        self.config_digest: str | None = None
+        # Of the caches; what is not asked for, the train split's cache decides for all splits.
+        self.max_length = config.resource_max_length
+        self.dtype = config.dtype
+        self.compute_dtype = config.compute_dtype
         self._tokenizer: PreTrainedTokenizerBase | None = None
         if self.on_this_machine:
-            self.weights = models.weights_digest(models.load_encoder(spec))
+            encoder = models.load_encoder(spec)
+            self.weights, self.config_digest = models.weights_digest(encoder), models.config_digest(encoder.config)
             self._tokenizer = models.load_tokenizer(spec, words=task.words)
         else:
             self.notes.append(
@@ -55,15 +68,28 @@ class Resource:
             task=self.task.name,
             corpus=self.task.corpus(self.config.data),
             split=split,
-            max_length=self.config.resource_max_length,
-            dtype=self.config.dtype,
-            compute_dtype=self.config.compute_dtype,
+            max_length=self.max_length,
+            dtype=self.dtype,
+            compute_dtype=self.compute_dtype,
             fusion=self.config.fusion,
             weights=self.weights,
+            config=self.config_digest,
             template=self.task.template,
             ids=tuple(name for example in examples for name in example.sequence_ids),
             text_xxh3=np.array([text_xxh3(text) for example in examples for text in example.texts], dtype=np.uint64),
         )
+        cache = self._find(wanted, examples) or self._extract(split, examples)
+        chosen = cache.provenance["chosen"]
+        self.max_length, self.dtype, self.compute_dtype = (
+            chosen["max_length"],
+            chosen["dtype"],
+            chosen["compute_dtype"],
+        )
+        return cache
+
+    def _find(self, wanted: provenance.Wanted, examples: Sequence[Example]) -> FeatureCache | None:
+        """The cache that fits; None where one has to be made and may be."""
+        split = wanted.split
         fits, stale, other = self._sort(wanted, examples)
         if fits:
             return self._choose(fits)
@@ -80,7 +106,7 @@ class Resource:
                 f"No cache of {wanted.resource} on {wanted.task}/{split} fits, and --no-extract was given.{detail}",
                 f"Make one:  {self._command(split)}",
             )
-        return self._extract(split, examples)
+        return None
 
     def _sort(
         self, wanted: provenance.Wanted, examples: Sequence[Example]
@@ -144,9 +170,9 @@ class Resource:
                 split=split,
                 task=self.task.name,
                 data=self.config.data,
-                max_length=self.config.resource_max_length or DEFAULT_MAX_LENGTH,
-                dtype=self.config.dtype or DEFAULT_DTYPE,
-                compute_dtype=self.config.compute_dtype or DEFAULT_COMPUTE_DTYPE,
+                max_length=self.max_length or DEFAULT_MAX_LENGTH,
+                dtype=self.dtype or DEFAULT_DTYPE,
+                compute_dtype=self.compute_dtype or DEFAULT_COMPUTE_DTYPE,
                 device=self.config.device,
                 limit=self.config.limit,
                 cache_dir=self.config.cache_dir,
@@ -158,15 +184,28 @@ class Resource:
         result = extract(plan)
         describe_result(result)
         self.computed += result.computed
-        return FeatureCache.open(result.cache)
+        cache = FeatureCache.open(result.cache)
+        if self.weights is not None and cache.provenance["found"]["weights"] != self.weights:
+            raise CacheError(
+                f"{result.cache} was extracted from other weights than those of {self.spec.name}.",
+                "The model changed while it was read; run the same command again.",
+            )
+        return cache
 
     def _command(self, split: str) -> str:
         words = ["kr2cache", "extract", "--resource", self.config.resource or self.spec.name, "--split", split]
         words += ["--task", self.task.name]
         if self.config.data is not None:
             words += ["--data", self.config.data]
-        if self.config.resource_max_length is not None:
-            words += ["--max-length", str(self.config.resource_max_length)]
+        for option, value in (
+            ("--max-length", self.max_length),
+            ("--dtype", self.dtype),
+            ("--compute-dtype", self.compute_dtype),
+        ):
+            if value is not None:
+                words += [option, str(value)]
+        if self.config.cache_dir != default_cache_dir():
+            words += ["--cache-dir", str(self.config.cache_dir)]
         if self.config.limit is not None:
             words += ["--limit", str(self.config.limit)]
         return shlex.join(words)

@@ -34,7 +34,7 @@ from kr2cache.config import Projection, TrainConfig
 from kr2cache.console import work_progress
 from kr2cache.device import choose_device
 from kr2cache.encode import first_subwords, length_sorted_batches, pad
-from kr2cache.errors import ConfigError, unknown_name
+from kr2cache.errors import ConfigError, TrainingError, unknown_name
 from kr2cache.features import ResourceFeatures
 from kr2cache.fusion import Fusion
 from kr2cache.kreader import IGNORED, KReader, load_task_model
@@ -324,6 +324,11 @@ def train_seed(job: Job, seed: int, folder: Path, title: str) -> Trained:
         trainer.train()
     finally:
         progress.bar.stop()
+    if not all(bool(torch.isfinite(parameter).all()) for parameter in reader.parameters()):
+        raise TrainingError(
+            f"The training of seed {seed} diverged: the reader's weights are no longer finite numbers.",
+            f"Lower the learning rate (now {job.config.learning_rate:g}).",
+        )
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     best_epoch = float(job.config.epochs)
     if keep_best is not None:

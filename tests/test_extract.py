@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
 
-from kr2cache import extract, models
+from kr2cache import extract, locks, models
 from kr2cache.cache.reader import FeatureCache
 from kr2cache.cache.writer import CacheWriter
 from kr2cache.config import ExtractConfig
@@ -549,7 +549,7 @@ def test_one_extraction_at_a_time_the_second_waits_and_finds_it_done(
         return original(encoder, plan, sequences)
 
     monkeypatch.setattr(extract, "hidden_states", started_twice)
-    monkeypatch.setattr(extract, "LOCK_WAIT_S", 0.05)
+    monkeypatch.setattr(locks, "PATIENCE_S", 0.05)
     first = extract.extract(plan)
     second.join(timeout=60)
     assert first.computed == len(TEXTS)
@@ -734,7 +734,7 @@ def test_provenance_is_as_designed(lively: Path, tmp_path: Path) -> None:
         "compute_dtype": "float32",
     }
     found = cache.provenance["found"]
-    assert set(found) == {"weights", "tokens", "template", "texts", "sequences"}
+    assert set(found) == {"weights", "config", "tokens", "template", "texts", "sequences"}
     assert found["weights"] == digest_of(lively)
     assert (found["template"], found["sequences"]) == ("words", len(TEXTS))
     recorded = cache.provenance["recorded"]

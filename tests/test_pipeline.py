@@ -32,10 +32,12 @@ from kr2cache.errors import (
     DataError,
     KR2CacheError,
     MissingSplitError,
+    TrainingError,
     UnknownNameError,
 )
 from kr2cache.extract import ExtractResult, extract, plan_extraction
 from kr2cache.kreader import KReader
+from kr2cache.models import ModelSpec, load_encoder, weights_digest
 from kr2cache.pipeline import TrainResult, train
 from kr2cache.runs import mean_and_std
 from kr2cache.tasks.udpos import UPOS, UdPos
@@ -682,3 +684,56 @@ def test_what_is_wrong_is_said_before_anything_is_made(
         world.train(**changes)
     assert not world.caches.exists()
     assert not (world.folder / "runs").exists()
+
+
+# One run, one resource, one setting ----------------------------------------------------------------------------------
+
+
+def test_kreader2_reads_the_readers_own_states_whatever_resource_is_named(world: World) -> None:
+    world.extract("train")  # of the other model: not what kreader2 is to take
+    result = world.train(method="kreader2", fusion="last2")
+    recorded = json.loads((result.runs[0].folder / "config.json").read_text("utf-8"))["recorded"]["caches"]
+    own = weights_digest(load_encoder(ModelSpec(name="reader", path=world.folder / "models" / "reader")))
+    for cache in recorded.values():
+        assert FeatureCache.open(cache["folder"]).provenance["found"]["weights"] == own
+
+
+def test_what_the_train_cache_was_made_with_holds_for_dev_and_test(world: World) -> None:
+    world.extract("train", max_length=20, dtype="float32")
+    world.train()
+    chosen = [FeatureCache.open(folder).provenance["chosen"] for folder in world.cache_folders()]
+    assert {one["split"] for one in chosen} == {"train", "dev", "test"}
+    assert {(one["max_length"], one["dtype"]) for one in chosen} == {(20, "float32")}
+
+
+def test_a_changed_configuration_is_noticed_though_the_weights_are_the_same(world: World) -> None:
+    world.train()
+    path = world.resource / "config.json"
+    content = json.loads(path.read_text("utf-8"))
+    path.write_text(json.dumps(content | {"num_attention_heads": 4}), "utf-8")
+    with pytest.raises(CacheMismatchError, match=r"config\.json"):
+        world.train()
+
+
+def test_a_shallower_models_cache_does_not_stand_in_the_way(world: World, tmp_path: Path) -> None:
+    shallow = tiny.save_model(tmp_path / "shallow", layers=1)
+    world.extract("train", resource=str(shallow))
+    assert world.train(fusion="layer4").runs
+
+
+def test_a_split_that_is_labelled_in_part_is_refused(world: World) -> None:
+    path = world.data / "test.conllu"
+    first, rest = path.read_text("utf-8").split("\n\n", 1)
+    blank = "\n".join(
+        line if line.startswith("#") else "\t".join([*line.split("\t")[:3], "_", *line.split("\t")[4:]])
+        for line in first.splitlines()
+    )
+    path.write_text(f"{blank}\n\n{rest}", "utf-8")
+    with pytest.raises(DataError, match="1 of 6 examples of the test split"):
+        world.train()
+
+
+def test_a_training_that_diverges_is_no_run(world: World) -> None:
+    with pytest.raises(TrainingError, match="diverged"):
+        world.train(method="kreader", learning_rate=1e38)
+    assert not list((world.folder / "runs").rglob("seed-*"))

@@ -78,7 +78,7 @@ def open_hdf5(path: Path) -> Iterator[h5py.File]:
     HDF5's own file locks are left out: after its creation no writer goes through HDF5, and they fail on some networks.
     """
     try:
-        with h5py.File(path, "r", locking=False) as file:
+        with _open(path) as file:
             yield file
     except CacheError:
         raise
@@ -98,6 +98,16 @@ def open_hdf5(path: Path) -> Iterator[h5py.File]:
             f"{path} cannot be read as a kr2cache shard: {reason}.",
             "If it was cut off or damaged, remove its folder and run kr2cache extract again.",
         ) from error
+
+
+def _open(path: Path) -> h5py.File:
+    try:
+        return h5py.File(path, "r", locking=False)
+    except OSError as error:
+        # This process has it open already, with locks; HDF5 wants both opened alike.
+        if "file locking" not in str(error):
+            raise
+        return h5py.File(path, "r")
 
 
 def open_shard(path: Path) -> Shard:

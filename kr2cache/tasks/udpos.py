@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from kr2cache import hub
 from kr2cache.errors import DataError, MissingSplitError
 from kr2cache.tasks.base import Example, Task, accuracy, check_unique
 
@@ -70,6 +71,8 @@ class UdPos(Task):
         import datasets
 
         configuration = f"udpos.{LANGUAGES[self.language]}" if self.language else None
+        if hub.unreachable() is not None:
+            hub.stay_offline()  # what is in the cache loads at once; what is not is said at once
         what = f"{hub_id}, configuration {configuration}, split {HUB_SPLITS[split]}"
         datasets.disable_progress_bars()
         try:
@@ -79,7 +82,7 @@ class UdPos(Task):
             if reason.startswith("Unknown split"):
                 raise MissingSplitError(f"{hub_id} has no {split} split: {reason}", "Check --split.") from error
             raise DataError(
-                f"The data set {what} cannot be loaded: {reason}",
+                f"There is no folder {hub_id}, and the hub data set {what} cannot be loaded: {reason}",
                 "Without a network: load it once where there is one and copy the cache ($HF_HOME) here, or give --data "
                 "a folder with train.conllu, dev.conllu and test.conllu (universaldependencies.org).",
             ) from error
@@ -151,6 +154,11 @@ def read_conllu(path: Path) -> list[tuple[int, str | None, list[str], list[str]]
             elif line.startswith("#"):
                 key, equals, value = line[1:].partition("=")
                 if equals and key.strip() == "sent_id":
+                    if forms:
+                        raise DataError(
+                            f"{path}:{number}: a sent_id in the middle of a sentence.",
+                            "Sentences end with a blank line.",
+                        )
                     sentence_id = value.strip() or None
             else:
                 columns = line.split("\t")
@@ -161,6 +169,11 @@ def read_conllu(path: Path) -> list[tuple[int, str | None, list[str], list[str]]
                     )
                 first_line = first_line or number
                 if columns[0].isascii() and columns[0].isdigit():
+                    if int(columns[0]) != len(forms) + 1:
+                        raise DataError(
+                            f"{path}:{number}: word {columns[0]} where word {len(forms) + 1} should come.",
+                            "Words are numbered from 1, and sentences end with a blank line.",
+                        )
                     if not columns[1].strip():
                         raise DataError(f"{path}:{number}: word {columns[0]} has no form.", "Check the line.")
                     forms.append(shared.setdefault(columns[1], columns[1]))

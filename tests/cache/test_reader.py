@@ -814,3 +814,8 @@ def test_an_id_in_two_shards_is_refused(folder: Path) -> None:
     with pytest.raises(CacheError) as caught:
         read_everything(folder)
     assert str(folder) in caught.value.message
+
+
+def test_a_file_that_this_process_has_open_already_is_read_all_the_same(shard: Path) -> None:
+    with h5py.File(shard, "r"):
+        assert len(FeatureCache.open(shard.parent)) > 0

@@ -509,3 +509,12 @@ def test_tiny_corpora_are_what_other_tests_take_them_for(tmp_path: Path) -> None
     expected = tiny.sentences(12, seed=0)
     assert [example.texts[0] for example in examples] == [tuple(form for form, _ in words) for words in expected]
     assert [example.label for example in examples] == [tuple(UPOS.index(tag) for _, tag in words) for words in expected]
+
+
+@pytest.mark.parametrize("ids", [True, False])
+def test_sentences_that_no_blank_line_parts_are_an_error(tmp_path: Path, ids: bool) -> None:
+    text = tiny.conllu(tiny.sentences(3), prefix="s" if ids else None).replace("\n\n", "\n")
+    path = tmp_path / "train.conllu"
+    path.write_text(text, "utf-8")
+    with pytest.raises(DataError, match=rf"{path.name}:\d+: .*(middle of a sentence|word 1 where)"):
+        read_conllu(path)
