@@ -13,8 +13,6 @@ import contextlib
 import ctypes
 import os
 import shutil
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -43,6 +41,7 @@ from kr2cache.errors import (
     unknown_name,
 )
 from kr2cache.fusion import parse_layers
+from kr2cache.interrupt import interrupt_between_batches
 from kr2cache.locks import check_writable, only_writer
 from kr2cache.packing import Packer
 from kr2cache.tasks import Example, find_task
@@ -379,7 +378,7 @@ def _compute(
     with work_progress("sequences") as progress:
         bar = progress.add_task(f"{plan.spec.name} on {plan.config.task}/{plan.config.split}", total=None, note="")
         try:
-            with _interrupted_between_batches() as check_interrupt, CacheWriter(folder) as writer:
+            with interrupt_between_batches() as check_interrupt, CacheWriter(folder) as writer:
                 batches = list(_unfinished_batches(plan.index.n_tokens, cuts, writer.unfinished, batch_plan))
                 progress.update(bar, total=sum(len(batch) for _, batch in batches))
                 started, tokens, speed = time.monotonic(), 0, 0.0
@@ -411,35 +410,6 @@ def _return_free_memory() -> None:
     """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
-
-
-@contextlib.contextmanager
-def _interrupted_between_batches() -> Iterator[Callable[[], None]]:
-    """Gives a function that raises KeyboardInterrupt once Ctrl-C was pressed.
-
-    Raised anywhere else it could fall into the writer's queue while that holds its lock, and the command would hang. A
-    second Ctrl-C does not wait.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: None
-        return
-    pressed = False
-
-    def remember(signum: int, frame: object) -> None:
-        nonlocal pressed
-        if pressed:
-            raise KeyboardInterrupt
-        pressed = True
-
-    def check() -> None:
-        if pressed:
-            raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGINT, remember)
-    try:
-        yield check
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _interrupted(folder: Path) -> InterruptedWorkError:

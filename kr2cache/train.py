@@ -37,6 +37,7 @@ from kr2cache.encode import first_subwords, length_sorted_batches, pad
 from kr2cache.errors import ConfigError, TrainingError, unknown_name
 from kr2cache.features import ResourceFeatures
 from kr2cache.fusion import Fusion
+from kr2cache.interrupt import interrupt_between_batches
 from kr2cache.kreader import IGNORED, KReader, load_task_model
 from kr2cache.tasks import Example, Task
 from kr2cache.tasks.base import Prediction
@@ -261,6 +262,16 @@ class _KeepBest(TrainerCallback):
             self.best_weights = {name: tensor.detach().to("cpu", copy=True) for name, tensor in weights.items()}
 
 
+@dataclass
+class _OnStep(TrainerCallback):
+    """Call something after each step."""
+
+    call: Callable[[], None]
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.call()
+
+
 class _Progress(TrainerCallback):
     """One line of progress for one seed."""
 
@@ -321,7 +332,10 @@ def train_seed(job: Job, seed: int, folder: Path, title: str) -> Trained:
     if keep_best is not None:
         trainer.add_callback(keep_best)
     try:
-        trainer.train()
+        with interrupt_between_batches() as check:
+            trainer.add_callback(_OnStep(check))
+            trainer.train()
+            check()
     finally:
         progress.bar.stop()
     if not all(bool(torch.isfinite(parameter).all()) for parameter in reader.parameters()):

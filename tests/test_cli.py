@@ -16,13 +16,11 @@ from typing import Any
 
 import pytest
 import tiny
-import torch
 
 from kr2cache import FeatureCache, __version__
 from kr2cache.cli import run
 from kr2cache.errors import KR2CacheError
 
-torch.set_num_threads(1)  # models this small only wait for other threads
 TOML = """
 [defaults]
 data = "corpus"

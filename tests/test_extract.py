@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,15 +49,6 @@ ROUNDING = {"float32": 0.0, "float16": 2**-11, "bfloat16": 2**-8}
 """Largest relative error of rounding to nearest (bfloat16 has 8 significant bits)."""
 COMPUTED = 2e-5
 """Batched against alone, in float32, relative to the largest state."""
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Models this small are slower on several threads, most of all on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def examples_of(texts: Sequence[str]) -> list[Example]:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import tiny
-import torch
 
 from kr2cache import features
 from kr2cache.cache.reader import FeatureCache
@@ -21,15 +19,6 @@ from kr2cache.fusion import parse_fusion
 
 DTYPES = ("float16", "float32", "bfloat16", "int8")
 MODEL_LAYERS = 5
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Models this small are slower on several threads, most of all on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -42,7 +42,6 @@ from kr2cache.pipeline import TrainResult, train
 from kr2cache.runs import mean_and_std
 from kr2cache.tasks.udpos import UPOS, UdPos
 
-torch.set_num_threads(1)  # models this small only wait for other threads
 SPLITS = {"train": 12, "dev": 5, "test": 6}
 
 

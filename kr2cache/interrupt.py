@@ -1,0 +1,37 @@
+"""Ctrl-C at a place where it does no harm."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
+
+
+@contextlib.contextmanager
+def interrupt_between_batches() -> Iterator[Callable[[], None]]:
+    """Gives a function to call after each batch; it raises KeyboardInterrupt once Ctrl-C was pressed.
+
+    Raised anywhere else it could fall into a queue that holds its lock, and the command would hang, or into code of a
+    library that swallows it, and the work would go on. A second Ctrl-C does not wait.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
+    pressed = False
+
+    def remember(signum: int, frame: object) -> None:
+        nonlocal pressed
+        if pressed:
+            raise KeyboardInterrupt
+        pressed = True
+
+    def check() -> None:
+        if pressed:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, remember)
+    try:
+        yield check
+    finally:
+        signal.signal(signal.SIGINT, before)
