@@ -24,11 +24,13 @@ plain array. Chunks of about 8 MiB keep the walk that checks this short. Sequenc
 layer by layer, so that all layers, the last four, or one layer of a sequence are each one contiguous range of the file.
 
 ``index_xxh3`` is the XXH3-64 of the bytes of id, first_row, n_tokens, text_xxh3, input_id and word_index, in that
-order. No times are stored, so equal content is equal bytes. A reader refuses a ``format_version`` it does not know.
+order. The provenance's field ``header_xxh3``, which may be absent, is that of the other attributes
+(``ShardHeader.xxh3``). No times are stored, so equal content is equal bytes. A reader refuses a ``format_version`` it does not know.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -55,6 +57,7 @@ ON_DISK: dict[str, np.dtype[Any]] = {
     "int8": np.dtype("|i1"),
 }
 SCALE_BYTES = 4
+HEADER_XXH3 = "header_xxh3"
 
 
 def row_bytes(width: int, dtype: str) -> int:
@@ -207,12 +210,16 @@ class ShardHeader:
             "layers": np.array(self.layers, dtype=np.int64),
             "model_layers": np.int64(self.model_layers),
             "fingerprint": self.fingerprint,
-            "provenance": canonical_json(self.provenance),
+            "provenance": canonical_json({**self.provenance, HEADER_XXH3: f"{self.xxh3():016x}"}),
             "batch_plan": canonical_json(self.batch_plan),
         }
         if self.fusion is not None:
             stored["fusion"] = canonical_json(self.fusion)
         return stored
+
+    def xxh3(self) -> int:
+        """Of all attributes but ``index_xxh3``; HDF5 itself keeps strings where nothing guards them."""
+        return xxhash.xxh3_64_intdigest(canonical_json(dataclasses.asdict(self)).encode())
 
 
 def decode(raw: NDArray[Any], scale: NDArray[np.float32] | None, dtype: str) -> NDArray[np.floating]:

@@ -20,7 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kr2cache.cache.format import ON_DISK, SequenceIndex, decode, offsets, row_bytes
-from kr2cache.cache.shard import Shard, open_hdf5, open_shard, shard_paths
+from kr2cache.cache.hdf5 import read_rows
+from kr2cache.cache.shard import Shard, open_shard, shard_paths
 from kr2cache.errors import CacheError, ConfigError, SequenceNotFoundError
 
 
@@ -270,10 +271,9 @@ class FeatureCache:
         hidden, scale = self._hidden[number], self._scale[number]
         if hidden is not None:
             return decode(hidden[start:stop], None if scale is None else scale[start:stop], self.dtype)
-        with open_hdf5(self._shards[number].path) as file:
-            scale = file["hidden_scale"][start:stop] if self.dtype == "int8" else None
-            rows = decode(file["hidden"][start:stop], scale, self.dtype)
-        return rows.astype(np.float32, copy=False)
+        path = self._shards[number].path
+        scale = read_rows(path, "hidden_scale", start, stop) if self.dtype == "int8" else None
+        return decode(read_rows(path, "hidden", start, stop), scale, self.dtype).astype(np.float32, copy=False)
 
     def __repr__(self) -> str:
         return (
@@ -290,15 +290,20 @@ def _reopen(folder: Path, fingerprint: str) -> FeatureCache:
 
 
 def _map_rows(shard: Shard) -> NDArray[Any] | None:
-    """(R, D) of the file, read-only; None where the chunks are not one plain array."""
-    if shard.hidden_offset is None:
+    """(R, D) of the file, read-only; None where the states are not one plain array."""
+    if not shard.mappable:
         return None
-    shape = (shard.rows, shard.header.width)
-    dtype = ON_DISK[shard.header.dtype]
-    return np.asarray(np.memmap(shard.path, dtype=dtype, mode="r", offset=shard.hidden_offset, shape=shape))
+    shape, dtype = (shard.rows, shard.header.width), ON_DISK[shard.header.dtype]
+    return _map(shard, "hidden", dtype, shape)
 
 
 def _map_scales(shard: Shard) -> NDArray[np.float32] | None:
-    if shard.scale_offset is None or shard.hidden_offset is None:
+    if shard.header.dtype != "int8" or not shard.mappable:
         return None
-    return np.asarray(np.memmap(shard.path, dtype=np.float32, mode="r", offset=shard.scale_offset, shape=(shard.rows,)))
+    return _map(shard, "hidden_scale", np.dtype(np.float32), (shard.rows,))
+
+
+def _map(shard: Shard, name: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
+    offset = shard.offset(name)
+    assert offset is not None, "only what is mappable is mapped"
+    return np.asarray(np.memmap(shard.path, dtype=dtype, mode="r", offset=offset, shape=shape))

@@ -25,7 +25,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from kr2cache.cache.format import ON_DISK, SequenceIndex, ShardHeader, chunk_rows, row_bytes, shard_name
-from kr2cache.cache.shard import open_shard, shard_paths
+from kr2cache.cache.shard import Shard, open_shard, shard_paths
 from kr2cache.errors import CacheError, DiskSpaceError
 
 PAGE = 4096
@@ -138,6 +138,7 @@ def _build(path: Path, header: ShardHeader, index: SequenceIndex) -> None:
     dtype = ON_DISK[header.dtype]
     creation = h5py.h5p.create(h5py.h5p.FILE_CREATE)
     creation.set_obj_track_times(False)
+    creation.set_attr_phase_change(32, 16)  # all attributes in the root's header: layout.py looks nowhere else
     access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
     access.set_libver_bounds(h5py.h5f.LIBVER_V110, h5py.h5f.LIBVER_V110)
     access.set_alignment(1, PAGE)  # however small: a mapped array should start on a page
@@ -212,7 +213,7 @@ class CacheWriter:
     def __init__(self, folder: Path) -> None:
         self.shards = [open_shard(path) for path in shard_paths(folder)]
         for shard in self.shards:
-            if shard.hidden_offset is None or shard.xxh3_offset is None or shard.complete_offset is None:
+            if not shard.mappable or shard.offset("examples/xxh3") is None or shard.offset("examples/complete") is None:
                 raise CacheError(
                     f"{shard.path} was rewritten by another tool, so it cannot be completed in place.",
                     "Remove its folder and run kr2cache extract again.",
@@ -284,13 +285,13 @@ class CacheWriter:
             first, rows = int(shard.first_row[i]), int(shard.first_row[i + 1] - shard.first_row[i])
             raw = states.raw[row : row + rows]
             digest = xxhash.xxh3_64(raw.data)
-            self._pwrite(descriptor, raw, _at(shard.hidden_offset) + first * shard.header.row_bytes)
+            self._pwrite(descriptor, raw, _at(shard, "hidden") + first * shard.header.row_bytes)
             if states.scale is not None:
                 scale = states.scale[row : row + rows]
                 digest.update(scale.data)
-                self._pwrite(descriptor, scale, _at(shard.scale_offset) + first * scale.itemsize)
+                self._pwrite(descriptor, scale, _at(shard, "hidden_scale") + first * scale.itemsize)
             digest_bytes = np.array([digest.intdigest()], dtype="<u8")
-            self._pwrite(descriptor, digest_bytes, _at(shard.xxh3_offset) + i * digest_bytes.itemsize)
+            self._pwrite(descriptor, digest_bytes, _at(shard, "examples/xxh3") + i * digest_bytes.itemsize)
             self._unmarked.append((states.shard, i))
             row += rows
 
@@ -309,12 +310,13 @@ class CacheWriter:
         for shard in touched:
             _sync(self._files[shard])
         for shard, i in unmarked:
-            os.pwrite(self._files[shard], b"\x01", _at(self.shards[shard].complete_offset) + i)
+            os.pwrite(self._files[shard], b"\x01", _at(self.shards[shard], "examples/complete") + i)
         for shard in touched:
             _sync(self._files[shard])
         self._synced_at = time.monotonic()
 
 
-def _at(offset: int | None) -> int:
+def _at(shard: Shard, name: str) -> int:
+    offset = shard.offset(name)
     assert offset is not None, "checked when the shard was opened"
     return offset

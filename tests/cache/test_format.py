@@ -154,7 +154,9 @@ def test_attributes_say_what_the_contract_lists(tmp_path: Path) -> None:
     with h5py.File(path, "r") as file:
         attributes = dict(file.attrs)
     assert attributes.pop("layers").tolist() == [0, 4]
-    assert json.loads(attributes.pop("provenance")) == truth.header.provenance
+    provenance = json.loads(attributes.pop("provenance"))
+    assert len(provenance.pop("header_xxh3")) == 16
+    assert provenance == truth.header.provenance
     assert json.loads(attributes.pop("batch_plan")) == truth.header.batch_plan
     assert attributes.pop("index_xxh3").dtype == np.uint64
     assert attributes == {
