@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from kr2cache import __version__
+from kr2cache.commands import cache
 from kr2cache.commands.extract import extract_cli
 from kr2cache.commands.listing import demo_cli, models_cli, tasks_cli
 from kr2cache.commands.options import print_json
@@ -44,6 +45,7 @@ app.command("train")(train_cli)
 app.command("sweep")(sweep_cli)
 app.command("report")(report_cli)
 app.command("predict")(predict_cli)
+app.add_typer(cache.app, name="cache")
 app.command("models")(models_cli)
 app.command("tasks")(tasks_cli)
 app.command("demo")(demo_cli)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, SpinnerColumn, TextColumn
@@ -65,6 +66,13 @@ def seconds_text(seconds: float) -> str:
 def count_text(count: int, noun: str, plural: str = "") -> str:
     """``1 sequence``, ``12,544 sequences``"""
     return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
+
+
+def ranges_text(numbers: Sequence[int]) -> str:
+    """``0-12``, ``9-12``, ``0,3,5``"""
+    if len(numbers) > 2 and list(numbers) == list(range(numbers[0], numbers[-1] + 1)):
+        return f"{numbers[0]}-{numbers[-1]}"
+    return ",".join(map(str, numbers))
 
 
 class TimeLeft(ProgressColumn):

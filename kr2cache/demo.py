@@ -16,8 +16,9 @@ from rich.table import Table
 from kr2cache import runs
 from kr2cache.config import ExtractConfig, Method, TrainConfig
 from kr2cache.console import bytes_text, console, seconds_text
-from kr2cache.extract import describe, describe_result, extract, plan_extraction
+from kr2cache.extract import describe_result, extract
 from kr2cache.pipeline import TrainResult, train
+from kr2cache.planning import describe, plan_extraction
 
 RESOURCE = "minilm"
 READER = "minilm-3"

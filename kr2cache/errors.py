@@ -50,8 +50,16 @@ class CacheError(KR2CacheError, ValueError):
     """A cache is missing, incomplete, or its files are not what the format says."""
 
 
+class CacheVersionError(CacheError):
+    """A cache of another version of the format."""
+
+
 class CacheMismatchError(CacheError):
     """A cache of that name exists, but was made from something else."""
+
+
+class BusyError(KR2CacheError):
+    """Another process is writing what was to be changed."""
 
 
 class SequenceNotFoundError(KR2CacheError, KeyError):

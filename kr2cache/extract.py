@@ -10,43 +10,32 @@ Shape letters: B sequences, T positions (padded), L stored layers, D width.
 from __future__ import annotations
 
 import contextlib
-import os
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.text import Text
 
 from kr2cache import models, provenance
-from kr2cache.cache.format import DTYPES, SequenceIndex, ShardHeader, canonical_json, row_bytes
+from kr2cache.cache.format import SequenceIndex, ShardHeader
 from kr2cache.cache.reader import FeatureCache
-from kr2cache.cache.shard import open_shard
+from kr2cache.cache.shard import headers_left
 from kr2cache.cache.writer import CacheWriter, create_shards, shard_cuts
-from kr2cache.config import COMPUTE_DTYPES, ExtractConfig
-from kr2cache.console import bytes_text, console, count_text, done, note, seconds_text, work_progress
+from kr2cache.console import bytes_text, count_text, done, note, seconds_text, work_progress
+from kr2cache.derive import find_donors, in_ranges, ranges
 from kr2cache.device import choose_device
 from kr2cache.digests import config_digest, weights_digest
-from kr2cache.encode import check_token_ids, encode_examples, length_sorted_batches, pad
-from kr2cache.errors import (
-    CacheError,
-    ConfigError,
-    DiskSpaceError,
-    InterruptedWorkError,
-    UnsupportedModelError,
-    unknown_name,
-)
-from kr2cache.fusion import parse_layers
+from kr2cache.encode import length_sorted_batches, pad
+from kr2cache.errors import CacheError, CacheVersionError, InterruptedWorkError, UnsupportedModelError
 from kr2cache.interrupt import interrupt_between_batches
 from kr2cache.locks import check_writable, only_writer
 from kr2cache.memory import return_free_memory
 from kr2cache.packing import Packer
-from kr2cache.tasks import Example, find_task
+from kr2cache.planning import ExtractPlan, check_disk
 
 if TYPE_CHECKING:
     import torch
@@ -56,57 +45,6 @@ TOKENS_PER_BATCH = {"cpu": 1_024, "cuda": 16_384, "mps": 4_096}
 """Positions in one forward pass by device. On 2 CPU cores 1,024 ran 8 to 15 % faster than 4,096 to 8,192."""
 TRIM_EVERY_BATCHES = 4
 """Kept 5,000 sentences at 385 MB of own memory instead of 461 and rising, at no cost in time."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExtractPlan:
-    """What an extraction will take, known before the model is loaded."""
-
-    config: ExtractConfig
-    spec: models.ModelSpec
-    index: SequenceIndex
-    layers: tuple[int, ...]
-    model_layers: int
-    width: int
-    vocabulary: int
-    pad_id: int
-    template: str
-    corpus: str
-
-    @property
-    def tokens(self) -> int:
-        return len(self.index.input_id)
-
-    @property
-    def token_bytes(self) -> int:
-        """Bytes of one token: all stored layers."""
-        return row_bytes(self.width, self.config.dtype) * len(self.layers)
-
-    @property
-    def state_bytes(self) -> int:
-        return self.tokens * self.token_bytes
-
-    @property
-    def chosen(self) -> provenance.Chosen:
-        return provenance.Chosen(
-            resource=self.spec.name,
-            task=self.config.task,
-            corpus=self.corpus,
-            split=self.config.split,
-            max_length=self.config.max_length,
-            layers=self.layers,
-            fusion=None,
-            dtype=self.config.dtype,
-            compute_dtype=self.config.compute_dtype,
-        )
-
-    def bytes_by_choice(self) -> dict[str, dict[str, int]]:
-        """Bytes for every dtype with all layers, the last four, and one."""
-        choices = {"all": self.model_layers, "last4": min(4, self.model_layers), "one layer": 1}
-        return {
-            dtype: {name: self.tokens * layers * row_bytes(self.width, dtype) for name, layers in choices.items()}
-            for dtype in DTYPES
-        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,58 +58,16 @@ class ExtractResult:
     seconds: float
     computed: int
     """Sequences that went through the model now."""
+    taken_over: int
+    """Sequences that other caches held already."""
 
     def json(self) -> dict[str, Any]:
         return {**asdict(self), "cache": str(self.cache)}
 
 
-def plan_extraction(config: ExtractConfig, examples: Sequence[Example] | None = None) -> ExtractPlan:
-    """Check the settings, read and tokenise the split, and say what it takes. Loads no weights.
-
-    Args:
-        examples: The split, where the caller has read it already.
-    """
-    _check_choices(config)
-    spec = models.find_model(config.resource, config.models)
-    task = find_task(config.task)
-    if examples is None:
-        examples = task.read(config.split, config.data, config.limit)
-    model_config = models.load_config(spec)
-    model_layers, width = models.encoder_shape(model_config)
-    layers = parse_layers(config.layers, model_layers)
-    longest = models.max_positions(model_config)
-    if longest is not None and config.max_length > longest:
-        raise ConfigError(
-            f"A maximal length of {config.max_length} is more than {spec.name!r} has positions ({longest}).",
-            f"Give --max-length {longest} or less.",
-        )
-    tokenizer = models.load_tokenizer(spec, words=task.words)
-    index = encode_examples(tokenizer, examples, task, config.max_length)
-    check_token_ids(index, int(model_config.vocab_size), repr(spec.name))
-    return ExtractPlan(
-        config=config,
-        spec=spec,
-        index=index,
-        layers=layers,
-        model_layers=model_layers,
-        width=width,
-        vocabulary=int(model_config.vocab_size),
-        pad_id=int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0),
-        template=task.template,
-        corpus=task.corpus(config.data),
-    )
-
-
-def _check_choices(config: ExtractConfig) -> None:
-    if config.dtype not in DTYPES:
-        raise unknown_name("dtype", config.dtype, DTYPES)
-    if config.compute_dtype not in COMPUTE_DTYPES:
-        raise unknown_name("compute dtype", config.compute_dtype, COMPUTE_DTYPES)
-    choose_device(config.device)
-
-
 def extract(plan: ExtractPlan) -> ExtractResult:
-    """Make the cache, or find it finished, or go on with an interrupted one.
+    """Make the cache, or find it finished, or go on with an interrupted or damaged one. What other caches of the same
+    split hold, computed alike, is taken over from them.
 
     Raises:
         DiskSpaceError: Before the model is loaded, if the disk cannot hold the cache.
@@ -186,14 +82,13 @@ def extract(plan: ExtractPlan) -> ExtractResult:
     what = provenance.found(plan.index, weights_digest(encoder), config_digest(encoder.config), plan.template)
     digest = provenance.fingerprint(plan.chosen, what)
     folder = provenance.cache_folder(plan.config.cache_dir, plan.chosen, digest)
-    finished = _finished(folder, digest)
-    computed = 0
-    if finished is None:
+    computed = taken = 0
+    if not _is_finished(folder, digest):
         check_writable(plan.config.cache_dir, "--cache-dir")
         with only_writer(folder):
-            finished = _finished(folder, digest)
-            if finished is None:
-                computed = _fill(plan, encoder, folder, digest, what, dropped)
+            if not _is_finished(folder, digest):
+                header = _existing_header(folder, digest) or _new_header(plan, encoder, folder, digest, what, dropped)
+                computed, taken = fill(plan, encoder, folder, header)
     return ExtractResult(
         cache=folder,
         sequences=len(plan.index),
@@ -201,113 +96,105 @@ def extract(plan: ExtractPlan) -> ExtractResult:
         bytes=sum(path.stat().st_size for path in folder.glob("*.h5")),
         seconds=time.monotonic() - started,
         computed=computed,
+        taken_over=taken,
     )
 
 
-def check_disk(plan: ExtractPlan) -> None:
-    """Refuse what the disk cannot hold, unless these sequences have a cache already (finished, or space reserved).
-
-    Raises:
-        DiskSpaceError: With what it needs, what is free, and what would need less.
-    """
-    wanted = plan.chosen
-    for cache in provenance.caches_of(plan.config.cache_dir, wanted.task, wanted.split):
-        same = canonical_json(cache.provenance["chosen"]) == canonical_json(asdict(wanted))
-        if same and cache.stored_bytes == plan.state_bytes:
-            return
-    free = free_bytes(plan.config.cache_dir)
-    if plan.state_bytes > free:
-        last4 = plan.tokens * row_bytes(plan.width, plan.config.dtype) * min(4, len(plan.layers))
-        raise DiskSpaceError(
-            f"The states take {bytes_text(plan.state_bytes)}, but {plan.config.cache_dir} has {bytes_text(free)} free.",
-            f"--layers last4 takes {bytes_text(last4)}, --dtype int8 half of float16; or give another --cache-dir.",
-        )
-
-
-def free_bytes(folder: Path) -> int:
-    """Free disk where ``folder`` is or will be."""
-    folder = folder.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
-
-
-def _finished(folder: Path, digest: str) -> FeatureCache | None:
-    """The cache in ``folder`` if every sequence is complete."""
+def _is_finished(folder: Path, digest: str) -> bool:
+    """Whether every sequence is complete; False too where a shard is missing or cannot be read."""
     if not folder.is_dir() or not any(folder.glob("*.h5")):
-        return None
+        return False
     try:
         cache = FeatureCache.open(folder)
-    except CacheError:
-        if any(folder.glob("*.partial")) or _shards_missing(folder):
-            return None  # stopped while its shards were being made: go on with those that are missing
+    except CacheVersionError:
         raise
+    except CacheError:
+        return False
     if cache.fingerprint != digest:
         raise CacheError(
             f"{folder} holds another cache (fingerprint {cache.fingerprint[:16]}, not {digest[:16]}).", "Move it away."
         )
-    return cache if cache.complete.all() else None
+    return bool(cache.complete.all())
 
 
-def _shards_missing(folder: Path) -> bool:
-    names = [path.name for path in folder.glob("*.h5")]
-    return len(names) != int(names[0].removesuffix(".h5").rpartition("-")[2])
+def _existing_header(folder: Path, digest: str) -> ShardHeader | None:
+    """What the shards that are there say, damaged ones too."""
+    for path in sorted(folder.glob("*.h5")):
+        for header in headers_left(path):
+            if header.fingerprint == digest:
+                return header
+    return None
 
 
-def _fill(
+def _new_header(
     plan: ExtractPlan,
     encoder: PreTrainedModel,
     folder: Path,
     digest: str,
     what: provenance.Found,
     dropped: Sequence[str],
-) -> int:
-    """Create what is missing of the cache, then run the planned batches that hold something incomplete."""
+) -> ShardHeader:
+    """The header of a new cache, its batch plan included."""
     import torch
 
     device = choose_device(plan.config.device)
     encoder.to(device)  # type: ignore[arg-type]  # transformers annotates it for itself alone
-    padded = _check_states(plan, encoder)
-    budget = plan.config.tokens_per_batch or TOKENS_PER_BATCH.get(device.type, TOKENS_PER_BATCH["cpu"])
     batch_plan: dict[str, Any] = {
         "order": "longest first",
-        "padded": padded,
-        "tokens_per_batch": budget,
+        "padded": _check_states(plan, encoder),
+        "tokens_per_batch": plan.config.tokens_per_batch or TOKENS_PER_BATCH.get(device.type, TOKENS_PER_BATCH["cpu"]),
         "shard_bytes": int(plan.config.shard_gb * 2**30),
     }
+    # No folder of this machine: equal content is equal bytes.
+    origin = {
+        "hub_id": plan.spec.hub_id,
+        "revision": plan.spec.revision,
+        "type": encoder.config.model_type,
+        "dropped": dropped,
+    }
+    header = ShardHeader(
+        dtype=plan.config.dtype,
+        layers=plan.layers,
+        model_layers=plan.model_layers,
+        width=plan.width,
+        fingerprint=digest,
+        provenance={
+            "chosen": asdict(plan.chosen),
+            "found": asdict(what),
+            "recorded": provenance.recorded(device_name(device), torch.get_num_threads(), origin),
+        },
+        batch_plan=batch_plan,
+    )
+    covered = find_donors(plan.config.cache_dir, folder, header, plan.index).covered
+    if not covered.any():
+        return header
+    # Which sequences the model runs on is part of the plan: going on after a stop has to form the same batches.
+    return replace(header, batch_plan={**batch_plan, "computed": ranges(~covered)})
+
+
+def fill(plan: ExtractPlan, encoder: PreTrainedModel, folder: Path, header: ShardHeader) -> tuple[int, int]:
+    """Make what is missing of a cache: shards, sequences that other caches hold, and with the model the planned batches
+    that hold something incomplete. The caller holds its lock.
+
+    Returns:
+        Sequences that went through the model, and sequences that were taken over.
+    """
+    device = choose_device(plan.config.device)
+    encoder.to(device)  # type: ignore[arg-type]  # transformers annotates it for itself alone
     for stale in folder.glob("*.partial"):
         stale.unlink()
-    existing = sorted(folder.glob("*.h5"))
-    if existing:
-        header = open_shard(existing[0]).header
-        if header.fingerprint != digest:
-            raise CacheError(f"{folder} holds another cache.", "Move it away.")
-        batch_plan = header.batch_plan
-    else:
-        # No folder of this machine: equal content is equal bytes.
-        origin = {
-            "hub_id": plan.spec.hub_id,
-            "revision": plan.spec.revision,
-            "type": encoder.config.model_type,
-            "dropped": dropped,
-        }
-        header = ShardHeader(
-            dtype=plan.config.dtype,
-            layers=plan.layers,
-            model_layers=plan.model_layers,
-            width=plan.width,
-            fingerprint=digest,
-            provenance={
-                "chosen": asdict(plan.chosen),
-                "found": asdict(what),
-                "recorded": provenance.recorded(device_name(device), torch.get_num_threads(), origin),
-            },
-            batch_plan=batch_plan,
-        )
-    create_shards(folder, header, plan.index, int(batch_plan["shard_bytes"]))
+    for path in create_shards(folder, header, plan.index, int(header.batch_plan["shard_bytes"])):
+        note(f"{path.name} was damaged: it is made again from what is left of it.")
+    planned = in_ranges(header.batch_plan.get("computed"), len(plan.index))
+    taken = 0
+    if not planned.all() and not FeatureCache.open(folder).complete[~planned].all():
+        taken = find_donors(plan.config.cache_dir, folder, header, plan.index).fill(folder, header, ~planned)
+    if FeatureCache.open(folder).complete.all():
+        return 0, taken
     # The number of threads changes last bits: an interrupted cache is finished with as many as it was begun with.
     with _threads(header.provenance["recorded"]["threads"]):
-        return _compute(plan, encoder, device, folder, batch_plan)
+        computed = _compute(plan, encoder, device, folder, header.batch_plan, planned)
+    return computed, taken
 
 
 @contextlib.contextmanager
@@ -414,7 +301,12 @@ def hidden_states(
 
 
 def _compute(
-    plan: ExtractPlan, encoder: PreTrainedModel, device: torch.device, folder: Path, batch_plan: dict[str, Any]
+    plan: ExtractPlan,
+    encoder: PreTrainedModel,
+    device: torch.device,
+    folder: Path,
+    batch_plan: dict[str, Any],
+    planned: NDArray[np.bool_],
 ) -> int:
     pack = Packer(plan.index, plan.layers, plan.config.dtype, device)
     cuts = shard_cuts(plan.index.n_tokens, plan.token_bytes, int(batch_plan["shard_bytes"]))
@@ -423,7 +315,7 @@ def _compute(
         bar = progress.add_task(f"{plan.spec.name} on {plan.config.task}/{plan.config.split}", total=None, note="")
         try:
             with interrupt_between_batches() as check_interrupt, CacheWriter(folder) as writer:
-                batches = list(_unfinished_batches(plan.index.n_tokens, cuts, writer.unfinished, batch_plan))
+                batches = list(_unfinished_batches(plan.index.n_tokens, cuts, writer.unfinished, batch_plan, planned))
                 progress.update(bar, total=sum(len(batch) for _, batch in batches))
                 started, tokens, speed = time.monotonic(), 0, 0.0
                 for number, (shard, batch) in enumerate(batches):
@@ -461,50 +353,32 @@ def _unfinished_batches(
     cuts: Sequence[int],
     unfinished: Callable[[int], NDArray[np.bool_]],
     batch_plan: dict[str, Any],
+    planned: NDArray[np.bool_],
 ) -> Iterator[tuple[int, NDArray[np.intp]]]:
     """(shard, sequences) of the planned batches that hold something incomplete, whole: a sequence's last bits depend on
     the batch it runs in.
+
+    Args:
+        planned: (n,) for which sequences the model was planned. What should have been taken over, but is nowhere any
+            more, gets batches of its own.
     """
+    budget, padded = int(batch_plan["tokens_per_batch"]), bool(batch_plan["padded"])
     for shard, (start, stop) in enumerate(pairwise(cuts)):
-        todo = unfinished(shard)
-        budget, padded = int(batch_plan["tokens_per_batch"]), bool(batch_plan["padded"])
-        for batch in length_sorted_batches(n_tokens[start:stop], budget, padded=padded):
-            if todo[batch].any():
-                yield shard, batch + start
-
-
-def describe(plan: ExtractPlan) -> None:
-    """Say what the extraction will take."""
-    free = free_bytes(plan.config.cache_dir)
-    said = Text.assemble(
-        (plan.spec.name, "bold"),
-        f" on {plan.config.task}/{plan.config.split} ({plan.corpus}): "
-        f"{count_text(len(plan.index), 'sequence')}, {count_text(plan.tokens, 'token')}, layers {_ranges(plan.layers)} "
-        f"of width {plan.width} as {plan.config.dtype}: ",
-        (bytes_text(plan.state_bytes), "bold"),
-        f" ({bytes_text(free)} free in {os.fspath(plan.config.cache_dir)})",
-    )
-    console.print(said, soft_wrap=True)
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """``0-12``, ``9-12``, ``0,3,5``"""
-    if len(numbers) > 2 and list(numbers) == list(range(numbers[0], numbers[-1] + 1)):
-        return f"{numbers[0]}-{numbers[-1]}"
-    return ",".join(map(str, numbers))
+        todo, here = unfinished(shard), planned[start:stop]
+        for members in (np.flatnonzero(here), np.flatnonzero(todo & ~here)):
+            for batch in length_sorted_batches(n_tokens[start + members], budget, padded=padded):
+                if todo[members[batch]].any():
+                    yield shard, members[batch] + start
 
 
 def describe_result(result: ExtractResult) -> None:
     """Say what was done, and where the cache is."""
-    if result.computed == 0:
+    if result.computed == result.taken_over == 0:
         done(f"Already complete: {result.cache} ({bytes_text(result.bytes)})")
-    else:
-        tail = (
-            ""
-            if result.computed == result.sequences
-            else f", {result.sequences - result.computed:,} were there already"
-        )
-        done(
-            f"{count_text(result.computed, 'sequence')} computed{tail}, {bytes_text(result.bytes)} in "
-            f"{seconds_text(result.seconds)}: {result.cache}"
-        )
+        return
+    parts = [f"{count_text(result.computed, 'sequence')} computed"]
+    if result.taken_over:
+        parts.append(f"{result.taken_over:,} taken over from other caches")
+    if there := max(0, result.sequences - result.computed - result.taken_over):
+        parts.append(f"{there:,} were there already")
+    done(f"{', '.join(parts)}, {bytes_text(result.bytes)} in {seconds_text(result.seconds)}: {result.cache}")

@@ -1,7 +1,8 @@
 """Stage two's data path: from a cache to batches of resource states.
 
-A fixed fusion of several layers is computed once, when training is set up, and kept for every epoch and seed; one layer
-is read straight from the map; only trainable weights and the direct projection need several layers in every batch.
+A fixed fusion of several layers is computed once, when training is set up, and kept for every epoch and seed; one
+layer, or a fusion that the cache holds ready, is read straight from the map; only trainable weights and the direct
+projection need several layers in every batch.
 
 Shape letters: B sequences, T positions (padded), L layers that reach the model, D width.
 """
@@ -44,7 +45,7 @@ class ResourceFeatures:
     def __init__(self, cache: FeatureCache, sequence_ids: Sequence[str], fusion: Fusion, *, keep_layers: bool) -> None:
         """
         Args:
-            cache: Holds at least ``sequence_ids`` and the fusion's layers.
+            cache: Holds at least ``sequence_ids``, and the fusion's layers or the fusion itself.
             sequence_ids: In the order of the split's sequences; ``batch`` counts in it.
             fusion: Which layers.
             keep_layers: Do not fuse, though the fusion is fixed: the direct projection wants the layers side by side.
@@ -56,7 +57,8 @@ class ResourceFeatures:
         self._positions = cache.positions(sequence_ids)
         self.n_tokens = cache.n_tokens[self._positions]
         self._fused: NDArray[np.floating] | None = None
-        if not fusion.trainable and not keep_layers and len(fusion.layers) > 1:
+        self._layers_read = fusion.layers if cache.fusion is None else None
+        if not fusion.trainable and not keep_layers and len(fusion.layers) > 1 and cache.fusion is None:
             self._first_token = offsets(self.n_tokens)
             self._fused = self._fuse(list(sequence_ids))
 
@@ -73,7 +75,7 @@ class ResourceFeatures:
         """
         self.sequences_read += len(sequences)
         lengths = self.n_tokens[list(sequences)]
-        layers = 1 if self._fused is not None else len(self.fusion.layers)
+        layers = 1 if self._fused is not None or self._layers_read is None else len(self._layers_read)
         states_BLTD = np.zeros((len(sequences), layers, int(lengths.max()), self.width), dtype=self.cache.states_dtype)
         for row, sequence, length in zip(states_BLTD, sequences, lengths.tolist(), strict=True):
             row[:, :length] = self._layers_of(sequence)
@@ -83,7 +85,7 @@ class ResourceFeatures:
         """(L, T, D)"""
         if self._fused is not None:
             return self._fused[None, self._first_token[sequence] : self._first_token[sequence + 1]]
-        return self.cache.states(int(self._positions[sequence]), self.fusion.layers)
+        return self.cache.states(int(self._positions[sequence]), self._layers_read)
 
     def _fuse(self, sequence_ids: list[str]) -> NDArray[np.floating]:
         """Eq. 1 for every sequence, (tokens, D), in the precision that the states are read in."""

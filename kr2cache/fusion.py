@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +34,24 @@ class Fusion:
     def weights(self) -> NDArray[np.float32]:
         """The fixed weights, or where the trainable ones start: uniform. Shape ``(len(layers),)``."""
         return np.full(len(self.layers), 1 / len(self.layers), dtype=np.float32)
+
+    @property
+    def stored(self) -> dict[str, Any]:
+        """As a cache that holds this fusion alone says so."""
+        return {"layers": list(self.layers), "weights": [float(w) for w in self.weights]}
+
+    def is_stored_as(self, stored: dict[str, Any]) -> bool:
+        """Whether ``stored``, a fused cache's own word, is this fusion."""
+        layers, weights = stored.get("layers"), stored.get("weights")
+        return (
+            not self.trainable
+            and layers == list(self.layers)
+            and isinstance(weights, list)
+            and len(weights) == len(self.weights)
+            and all(
+                isinstance(w, float | int) and abs(w - own) < 1e-6 for w, own in zip(weights, self.weights, strict=True)
+            )
+        )
 
     def apply(self, states_LTD: NDArray[np.floating]) -> NDArray[np.float32]:
         """Eq. 1 on one sequence.

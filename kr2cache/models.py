@@ -374,6 +374,11 @@ def load_tokenizer(spec: ModelSpec, *, words: bool) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that fills a batch; 0 where the tokenizer has none (it is masked whatever it is)."""
+    return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0)
+
+
 def _has_segments(config: PretrainedConfig) -> bool:
     """Whether the model tells the segments of a pair apart; its tokenizer may give segment ids all the same."""
     architecture = _architecture(config)

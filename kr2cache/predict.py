@@ -47,6 +47,7 @@ from kr2cache.models import (
     load_encoder,
     load_tokenizer,
     local_folder,
+    pad_id,
     trained_spec,
 )
 from kr2cache.tasks import Example, Task, find_task
@@ -248,12 +249,11 @@ class OnlineFeatures:
 def _hidden_states(
     resource: OnlineResource, index: SequenceIndex, sequences: Sequence[int] | NDArray[np.intp]
 ) -> tuple[Tensor, ...]:
-    pad_id = resource.tokenizer.pad_token_id
     return hidden_states(
         resource.encoder,
         index,
         sequences,
-        pad_id=int(pad_id if pad_id is not None else 0),
+        pad_id=pad_id(resource.tokenizer),
         compute_dtype=resource.compute_dtype,
     )
 

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,6 @@ from numpy.typing import NDArray
 
 from kr2cache.cache.format import SequenceIndex, canonical_json
 from kr2cache.cache.reader import FeatureCache
-from kr2cache.cache.shard import shard_paths
 from kr2cache.errors import CacheError, ConfigError
 from kr2cache.fusion import parse_fusion
 
@@ -54,10 +53,10 @@ class Found:
     config: str
     """``digests.config_digest``"""
     tokens: str
-    """XXH3-128 of token ids and word alignment of all sequences."""
+    """``tokens_digest``"""
     template: str
     texts: str
-    """XXH3-128 of all ids and text hashes, in order."""
+    """``texts_digest``"""
     sequences: int
     segments: bool
     """Whether the model was told the segments of pairs apart."""
@@ -65,18 +64,23 @@ class Found:
 
 def found(index: SequenceIndex, weights: str, config: str, template: str) -> Found:
     """The found fields of a cache of these sequences."""
-    texts = xxhash.xxh3_128()
-    for name, text in zip(index.ids.tolist(), index.text_xxh3.tolist(), strict=True):
-        texts.update(name + b"\0" + text.to_bytes(8, "little"))
     return Found(
         weights=weights,
         config=config,
         tokens=tokens_digest(index),
         template=template,
-        texts=texts.hexdigest(),
+        texts=texts_digest(index),
         sequences=len(index),
         segments=index.segment_id is not None,
     )
+
+
+def texts_digest(index: SequenceIndex) -> str:
+    """XXH3-128 of all ids and text hashes, in order."""
+    digest = xxhash.xxh3_128()
+    for name, text in zip(index.ids.tolist(), index.text_xxh3.tolist(), strict=True):
+        digest.update(name + b"\0" + text.to_bytes(8, "little"))
+    return digest.hexdigest()
 
 
 def tokens_digest(index: SequenceIndex) -> str:
@@ -126,6 +130,8 @@ class Wanted:
     compute_dtype: str | None
     fusion: str
     """Its name; which layers it needs follows from how many the cache's model has."""
+    layers_apart: bool = False
+    """Whether the layers are needed side by side (the direct projection), so that a fused cache does not serve."""
     weights: str | None
     """None where the resource's weights are not on this machine: they cannot be compared then."""
     config: str | None
@@ -151,11 +157,81 @@ def caches_of(cache_dir: Path, task: str, split: str) -> list[FeatureCache]:
     caches = []
     for folder in sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else ():
         try:
-            shard_paths(folder)
-            caches.append(FeatureCache.open(folder))
+            cache = FeatureCache.open(folder)
+            chosen_of(cache.provenance, folder)
+            caches.append(cache)
         except CacheError:
             continue
     return caches
+
+
+def chosen_of(recorded: Mapping[str, Any], folder: Path) -> Chosen:
+    """What was asked for when a cache was made.
+
+    Args:
+        recorded: Its provenance.
+        folder: Where it is, for errors.
+
+    Raises:
+        CacheError: If its provenance does not say so, as that of another program's file would not.
+    """
+    stored, made = recorded.get("chosen"), recorded.get("found")
+    if isinstance(stored, dict) and isinstance(made, dict) and set(stored) == {f.name for f in fields(Chosen)}:
+        names = ("resource", "task", "corpus", "split", "dtype", "compute_dtype")
+        strings = all(isinstance(stored[name], str) for name in names)
+        numbers = isinstance(stored["max_length"], int) and isinstance(stored["layers"], list)
+        if strings and numbers:
+            return Chosen(**{**stored, "layers": tuple(stored["layers"])})
+    raise CacheError(
+        f"{folder} does not say what it was made from (chosen and found fields of its provenance).",
+        "Another version of kr2cache or another program made it: extract again.",
+    )
+
+
+def found_of(recorded: Mapping[str, Any], folder: Path) -> Found:
+    """What was found when a cache was made; arguments as for ``chosen_of``.
+
+    Raises:
+        CacheError: If its provenance does not say so as this version does.
+    """
+    made = recorded.get("found")
+    if isinstance(made, dict) and set(made) == {f.name for f in fields(Found)}:
+        return Found(**made)
+    raise CacheError(
+        f"{folder} was made by another version of kr2cache, which recorded other things.", "Extract again."
+    )
+
+
+def rounded_again(cache: FeatureCache) -> bool:
+    """Whether its states were rounded a second time on their way from a larger cache, so that they are not quite those
+    that an extraction with its settings gives.
+    """
+    recorded = cache.provenance.get("recorded", {})
+    converted = isinstance(recorded, dict) and "converted_from" in recorded
+    return converted or (cache.fusion is not None and cache.dtype not in EXACT_DTYPES)
+
+
+EXACT_DTYPES = ("float16", "float32")
+"""Read as they are stored: averaging layers before or after storing them as these gives the same bits."""
+
+
+def contradictions(cache: FeatureCache) -> list[str]:
+    """Where the provenance contradicts the cache's own content; empty for a sound one."""
+    chosen, made = chosen_of(cache.provenance, cache.folder), found_of(cache.provenance, cache.folder)
+    index = cache.tokens()
+    result = []
+    if fingerprint(chosen, made) != cache.fingerprint:
+        result.append("its fingerprint is not that of its provenance")
+    if (chosen.dtype, chosen.layers, chosen.fusion) != (cache.dtype, cache.layers, cache.fusion):
+        result.append("its dtype, layers or fusion are not those of its provenance")
+    for name, value in (
+        ("texts", texts_digest(index)),
+        ("tokens", tokens_digest(index)),
+        ("sequences", len(index)),
+    ):
+        if getattr(made, name) != value:
+            result.append(f"its {name} are not those of its provenance")
+    return result
 
 
 def chosen_differences(cache: FeatureCache, wanted: Wanted) -> list[Difference]:
@@ -166,13 +242,16 @@ def chosen_differences(cache: FeatureCache, wanted: Wanted) -> list[Difference]:
         asked = getattr(wanted, name)
         if asked is not None and chosen[name] != asked:
             result.append(Difference(field=name, text=f"{name} is {chosen[name]} there, {asked} was asked for"))
-    if cache.fusion is not None:
-        return [*result, Difference(field="fusion", text="it stores one fused layer")]
     try:
-        needed = parse_fusion(wanted.fusion, cache.model_layers).layers
+        fusion = parse_fusion(wanted.fusion, cache.model_layers)
     except ConfigError as error:  # a cache of a shallower model; the run's own resource was checked before
         return [*result, Difference(field="layers", text=error.message)]
-    missing = sorted(set(needed) - set(cache.layers))
+    if cache.fusion is not None:
+        if wanted.layers_apart or not fusion.is_stored_as(cache.fusion):
+            layers = _numbers(cache.fusion["layers"])
+            result.append(Difference(field="fusion", text=f"it holds the average of layers {layers} alone"))
+        return result
+    missing = sorted(set(fusion.layers) - set(cache.layers))
     if missing:
         result.append(Difference(field="layers", text=f"layers {_numbers(missing)} are not stored there"))
     return result
@@ -195,12 +274,18 @@ def found_differences(cache: FeatureCache, wanted: Wanted, index: SequenceIndex 
         result.append(
             Difference(
                 field="weights",
-                text=f"the weights of {wanted.resource} changed (digest {made['weights'][:8]} then, "
+                text=f"the weights of {wanted.resource} changed (digest {made['weights'][:8]}{_revision(cache)} then, "
                 f"{wanted.weights[:8]} now)",
             )
         )
     if wanted.config is not None and made["config"] != wanted.config:
-        result.append(Difference(field="config", text=f"the configuration (config.json) of {wanted.resource} changed"))
+        result.append(
+            Difference(
+                field="config",
+                text=f"the configuration (config.json) of {wanted.resource} changed (digest {made['config'][:8]} then, "
+                f"{wanted.config[:8]} now)",
+            )
+        )
     if made["template"] != wanted.template:
         result.append(
             Difference(field="template", text=f"the template was {made['template']!r}, it is {wanted.template!r} now")
@@ -220,23 +305,33 @@ def found_differences(cache: FeatureCache, wanted: Wanted, index: SequenceIndex 
     changed[there] = cache.text_xxh3[positions[there]] != wanted.text_xxh3[there]
     if changed.any():
         names = [name for name, other in zip(wanted.ids, changed.tolist(), strict=True) if other]
+        first = int(np.flatnonzero(changed)[0])
+        then, now = int(cache.text_xxh3[positions[first]]), int(wanted.text_xxh3[first])
         result.append(
             Difference(
-                field="texts", text=f"the text of {len(names)} of {len(changed)} examples changed ({_names(names)})"
+                field="texts",
+                text=f"the text of {len(names)} of {len(changed)} examples changed ({_names(names)}; digest of the "
+                f"first {then:016x} then, {now:016x} now)",
             )
         )
     same = there & ~changed
     if index is not None and made.get("segments", False) != (index.segment_id is not None):
-        then, now = ("without", "with") if index.segment_id is not None else ("with", "without")
-        result.append(Difference(field="segments", text=f"it was made {then} segment ids, they go {now} now"))
+        before, after = ("without", "with") if index.segment_id is not None else ("with", "without")
+        result.append(Difference(field="segments", text=f"it was made {before} segment ids, they go {after} now"))
     if index is not None and same.any():
-        names = _other_tokens(cache.tokens(), index, positions, same)
-        if names:
+        then_index = cache.tokens()
+        other = _other_tokens(then_index, index, positions, same)
+        if other:
+            names = [index.ids[i].decode("utf-8") for i in other]
+            then, now = (
+                part.input_id[part.first_token[i] : part.first_token[i + 1]][:8].tolist()
+                for part, i in ((then_index, int(positions[other[0]])), (index, other[0]))
+            )
             result.append(
                 Difference(
                     field="tokens",
                     text=f"the tokenizer of {wanted.resource} gives other tokens for {len(names)} examples "
-                    f"({_names(names)})",
+                    f"({_names(names)}; the first begins {then} then, {now} now)",
                 )
             )
     return result
@@ -244,18 +339,24 @@ def found_differences(cache: FeatureCache, wanted: Wanted, index: SequenceIndex 
 
 def _other_tokens(
     then: SequenceIndex, now: SequenceIndex, positions: NDArray[np.int64], same: NDArray[np.bool_]
-) -> list[str]:
-    """Ids of the sequences whose token ids or word alignment differ."""
+) -> list[int]:
+    """The sequences whose token ids or word alignment differ."""
     first_then, first_now = then.first_token, now.first_token
-    names = []
+    other = []
     for i in np.flatnonzero(same).tolist():
         a = slice(first_then[positions[i]], first_then[positions[i] + 1])
         b = slice(first_now[i], first_now[i + 1])
         if not np.array_equal(then.input_id[a], now.input_id[b]) or not np.array_equal(
             then.word_index[a], now.word_index[b]
         ):
-            names.append(now.ids[i].decode("utf-8"))
-    return names
+            other.append(i)
+    return other
+
+
+def _revision(cache: FeatureCache) -> str:
+    """`` of revision v1``, where one was asked for."""
+    model = cache.provenance.get("recorded", {}).get("model", {})
+    return f" of revision {model['revision']}" if model.get("revision") else ""
 
 
 def _names(names: Sequence[str]) -> str:

@@ -27,7 +27,8 @@ from kr2cache.config import (
 from kr2cache.digests import model_digests
 from kr2cache.encode import encode_examples
 from kr2cache.errors import CacheError, CacheMismatchError
-from kr2cache.extract import describe, describe_result, extract, plan_extraction
+from kr2cache.extract import describe_result, extract
+from kr2cache.planning import describe, plan_extraction
 from kr2cache.tasks import Example, Task
 
 
@@ -73,6 +74,7 @@ class Resource:
             dtype=self.dtype,
             compute_dtype=self.compute_dtype,
             fusion=self.config.fusion,
+            layers_apart=self.config.projection == "direct",
             weights=self.weights,
             config=self.config_digest,
             template=self.task.template,
@@ -148,12 +150,13 @@ class Resource:
     def _choose(self, fits: list[FeatureCache]) -> FeatureCache:
         """The fitting cache by the default settings, or the only kind there is."""
         by_settings: dict[tuple[Any, ...], FeatureCache] = {}
-        for cache in fits:
+        # The smallest first: fewer layers or one fusion read faster. Where storing a fusion rounds, layers are exacter.
+        for cache in sorted(fits, key=lambda cache: (provenance.rounded_again(cache), cache.stored_bytes)):
             chosen = cache.provenance["chosen"]
             by_settings.setdefault((chosen["max_length"], chosen["dtype"], chosen["compute_dtype"]), cache)
         default = (DEFAULT_MAX_LENGTH, DEFAULT_DTYPE, DEFAULT_COMPUTE_DTYPE)
         if len(by_settings) == 1:
-            return fits[0]
+            return next(iter(by_settings.values()))
         if default in by_settings:
             return by_settings[default]
         kinds = "; ".join(

@@ -106,7 +106,7 @@ class Batcher:
     def __init__(self, data: SplitData, task: Task, tokenizer: PreTrainedTokenizerBase) -> None:
         self.data = data
         self.head = task.head
-        self.pad_id = int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0)
+        self.pad_id = models.pad_id(tokenizer)
         self.first = data.index.first_token
 
     def __call__(self, examples: Sequence[int]) -> dict[str, Tensor]:

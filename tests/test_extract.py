@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
 
-from kr2cache import extract, locks, models
+from kr2cache import extract, locks, models, planning
 from kr2cache.cache.reader import FeatureCache
 from kr2cache.cache.writer import CacheWriter
 from kr2cache.config import ExtractConfig
@@ -78,7 +78,7 @@ def plan_of(
             **settings,
         }
     )
-    return extract.plan_extraction(config, None if texts is None else examples_of(texts))
+    return planning.plan_extraction(config, None if texts is None else examples_of(texts))
 
 
 def extracted(model: Path | str, cache_dir: Path, texts: Sequence[str] | None = TEXTS, **settings: Any) -> FeatureCache:
@@ -615,7 +615,7 @@ def test_a_cache_of_other_settings_reserves_no_space(
     extracted(lively, tmp_path, dtype="float16")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: DiskUsage(10_000, 9_000, 1_000))
     with pytest.raises(DiskSpaceError, match="The states take"):  # bfloat16 takes as many bytes
-        extract.check_disk(plan_of(lively, tmp_path, dtype="bfloat16"))
+        planning.check_disk(plan_of(lively, tmp_path, dtype="bfloat16"))
 
 
 def test_a_disk_that_fills_up_meanwhile_is_said(lively: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

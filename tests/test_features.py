@@ -13,9 +13,10 @@ from kr2cache import features
 from kr2cache.cache.reader import FeatureCache
 from kr2cache.config import ExtractConfig
 from kr2cache.errors import ConfigError, SequenceNotFoundError
-from kr2cache.extract import extract, plan_extraction
+from kr2cache.extract import extract
 from kr2cache.features import ResourceFeatures
 from kr2cache.fusion import parse_fusion
+from kr2cache.planning import plan_extraction
 
 DTYPES = ("float16", "float32", "bfloat16", "int8")
 MODEL_LAYERS = 5

@@ -12,7 +12,8 @@ import pytest
 from importlinter import cli as import_linter
 
 from kr2cache.config import ExtractConfig
-from kr2cache.extract import extract, plan_extraction
+from kr2cache.extract import extract
+from kr2cache.planning import plan_extraction
 
 ROOT = Path(__file__).parents[1]
 

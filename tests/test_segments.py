@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from transformers import AutoModel, AutoTokenizer, BertJapaneseTokenizer, CanineTokenizer, PreTrainedTokenizerBase
 
-from kr2cache import extract, provenance
+from kr2cache import extract, planning, provenance
 from kr2cache.cache.format import SequenceIndex
 from kr2cache.cache.reader import FeatureCache
 from kr2cache.config import ExtractConfig
@@ -293,7 +293,7 @@ def plan_of(
 ) -> extract.ExtractPlan:
     values: dict[str, Any] = {"split": "dev", "device": "cpu", "tokens_per_batch": 256, "max_length": 64} | settings_
     config = ExtractConfig(resource=str(folder), task=task, cache_dir=cache_dir, **values)
-    return extract.plan_extraction(config, examples)
+    return planning.plan_extraction(config, examples)
 
 
 def extracted(plan: extract.ExtractPlan) -> FeatureCache:

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from kr2cache.config import ExtractConfig, TrainConfig
-from kr2cache.extract import ExtractResult, extract, plan_extraction
+from kr2cache.extract import ExtractResult, extract
 from kr2cache.pipeline import TrainResult, train
+from kr2cache.planning import plan_extraction
 
 
 @dataclasses.dataclass(frozen=True)

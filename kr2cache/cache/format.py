@@ -25,15 +25,19 @@ layer by layer, so that all layers, the last four, or one layer of a sequence ar
 
 ``index_xxh3`` is the XXH3-64 of the bytes of id, first_row, n_tokens, text_xxh3, input_id and word_index, in that
 order. The provenance's field ``header_xxh3``, which may be absent, is that of the other attributes
-(``ShardHeader.xxh3``). No times are stored, so equal content is equal bytes. A reader refuses a ``format_version`` it does not know.
+(``ShardHeader.xxh3``). No times are stored, so equal content is equal bytes. A reader refuses a ``format_version`` it
+does not know. Behind HDF5's last byte follows a copy of the attributes (``header_copy``), for repairing.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -78,6 +82,14 @@ def shard_name(number: int, shards: int) -> str:
 def text_xxh3(parts: Sequence[str]) -> int:
     """XXH3-64 of one input text: its words or segments in UTF-8, joined by U+001F."""
     return xxhash.xxh3_64_intdigest(SEPARATOR.join(parts).encode("utf-8"))
+
+
+def states_xxh3(raw: NDArray[Any], scale: NDArray[Any] | None) -> int:
+    """XXH3-64 of one sequence's stored bytes, then of its scales if any."""
+    digest = xxhash.xxh3_64(raw.data)
+    if scale is not None:
+        digest.update(scale.data)
+    return digest.intdigest()
 
 
 def canonical_json(value: object) -> str:
@@ -222,6 +234,42 @@ class ShardHeader:
         return xxhash.xxh3_64_intdigest(canonical_json(dataclasses.asdict(self)).encode())
 
 
+COPY_MARK = b"kr2cache"
+
+
+def header_copy(header: ShardHeader) -> bytes:
+    """A copy of the attributes for the end of the file, behind HDF5's own bytes, which ignores it: JSON, its length
+    and XXH3-64 (8 bytes each, little-endian), ``kr2cache``. Should the attributes be damaged, repairing starts here.
+    """
+    text = canonical_json(dataclasses.asdict(header)).encode()
+    return text + struct.pack("<2Q", len(text), xxhash.xxh3_64_intdigest(text)) + COPY_MARK
+
+
+def read_header_copy(path: Path) -> ShardHeader | None:
+    """The copy at the end of a file; None if it is not there or damaged itself."""
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - COPY_TAIL))
+        tail = file.read(COPY_TAIL)
+        if len(tail) < COPY_TAIL or not tail.endswith(COPY_MARK):
+            return None
+        length, digest = struct.unpack_from("<2Q", tail)
+        if length > size - COPY_TAIL:
+            return None
+        file.seek(size - COPY_TAIL - length)
+        text = file.read(length)
+    if xxhash.xxh3_64_intdigest(text) != digest:
+        return None
+    try:
+        stored = json.loads(text)
+        return ShardHeader(**{**stored, "layers": tuple(stored["layers"])})
+    except (ValueError, TypeError, LookupError, RecursionError, ConfigError, CacheError):
+        return None
+
+
+COPY_TAIL = 16 + len(COPY_MARK)
+
+
 def decode(raw: NDArray[Any], scale: NDArray[np.float32] | None, dtype: str) -> NDArray[np.floating]:
     """Stored values as floating-point states: float16 and float32 as they are, the others as a float32 copy.
 
@@ -235,3 +283,27 @@ def decode(raw: NDArray[Any], scale: NDArray[np.float32] | None, dtype: str) -> 
         assert scale is not None, "int8 rows have scales"
         return raw.astype(np.float32) * scale[..., None]
     return raw
+
+
+def encode(states: NDArray[np.floating], dtype: str) -> tuple[NDArray[Any], NDArray[np.float32] | None]:
+    """Floating-point states as they are stored, the reverse of ``decode``.
+
+    Args:
+        states: Shape (rows, D).
+
+    Returns:
+        Stored values, (rows, D), not finite where ``dtype`` cannot hold them; for int8 each row's scale (largest
+        magnitude / 127), (rows,), else None.
+    """
+    if dtype == "int8":
+        rows = states.astype(np.float32, copy=False)
+        scale = (np.abs(rows).max(axis=1) / np.float32(127)).astype(np.float32)
+        safe = np.where(scale > 0, scale, np.float32(1))
+        with np.errstate(invalid="ignore"):
+            return np.rint(rows / safe[:, None]).astype(np.int8), scale
+    if dtype == "bfloat16":
+        bits = np.ascontiguousarray(states, dtype=np.float32).view(np.uint32)
+        rounded = ((bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))) >> 16).astype(np.uint16)  # to even
+        return np.where(np.isnan(states), np.uint16(0x7FC0), rounded), None
+    with np.errstate(over="ignore"):
+        return states.astype(ON_DISK[dtype]), None

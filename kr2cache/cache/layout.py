@@ -14,6 +14,7 @@ Names of structures and fields are those of the HDF5 File Format Specification, 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import struct
@@ -79,8 +80,11 @@ class Layout:
     attributes: dict[str, Any]
 
 
-def read_layout(path: Path) -> Layout:
+def read_layout(path: Path, *, what_is_left: bool = False) -> Layout:
     """Where everything is in a shard.
+
+    Args:
+        what_is_left: The file is known to be damaged: give what can be read of it, though it may be cut off.
 
     Raises:
         CacheError: If the file is no HDF5 file, cut off, or its structures contradict their checksums or its size.
@@ -89,26 +93,29 @@ def read_layout(path: Path) -> Layout:
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        return _File(path, descriptor, os.fstat(descriptor).st_size).read()
+        return _File(path, descriptor, os.fstat(descriptor).st_size, what_is_left).read()
     except (struct.error, IndexError, UnicodeDecodeError, OverflowError) as error:
         raise CacheError(f"{path} is damaged: {error}.", REMEDY) from error
     finally:
         os.close(descriptor)
 
 
+ROOT = 4096
+"""Where the writer's alignment puts the root's header."""
 REMEDY = "kr2cache cache verify says what is left of it; the kr2cache extract that made it mends it."
 
 
 class _File:
-    def __init__(self, path: Path, descriptor: int, size: int) -> None:
+    def __init__(self, path: Path, descriptor: int, size: int, what_is_left: bool) -> None:
         self.path = path
         self.descriptor = descriptor
         self.size = size
+        self.what_is_left = what_is_left
 
     def damaged(self, what: str) -> CacheError:
         return CacheError(f"{self.path} is damaged: {what}.", REMEDY)
 
-    def bytes(self, offset: int, count: int, what: str) -> bytes:
+    def take(self, offset: int, count: int, what: str) -> bytes:
         if offset < 0 or count < 0 or offset + count > self.size:
             raise self.damaged(f"{what} reaches past the end of the file ({self.size:,} bytes)")
         data = os.pread(self.descriptor, count, offset)
@@ -117,6 +124,24 @@ class _File:
         return data
 
     def read(self) -> Layout:
+        messages = self.messages(ROOT if self.what_is_left else self.root())
+        datasets: dict[str, StoredDataset] = {}
+        for name, address in self.links(messages).items():
+            with self.tolerant():
+                inside = self.messages(address)
+                if any(kind == LAYOUT for kind, _ in inside):
+                    datasets[name] = self.dataset(inside)
+                    continue
+                for leaf, leaf_address in self.links(inside).items():
+                    with self.tolerant():
+                        datasets[f"{name}/{leaf}"] = self.dataset(self.messages(leaf_address))
+        return Layout(datasets=datasets, attributes=self.attributes(messages))
+
+    def tolerant(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.suppress(CacheError) if self.what_is_left else contextlib.nullcontext()
+
+    def root(self) -> int:
+        """Where the root's header is, from the superblock."""
         start = os.pread(self.descriptor, 48, 0)
         if not start.startswith(SIGNATURE[: len(start)]) or not start:
             raise CacheError(f"{self.path} is not an HDF5 file.", "Give the folder of a cache.")
@@ -132,20 +157,11 @@ class _File:
             raise self.damaged(f"cut off: {self.size:,} of {end:,} bytes are there")
         if base != 0 or extension != UNDEFINED:
             raise NotPlainError("superblock extension")
-        datasets = {}
-        messages = self.messages(root)
-        for name, address in self.links(messages).items():
-            inside = self.messages(address)
-            if any(kind == LAYOUT for kind, _ in inside):
-                datasets[name] = self.dataset(inside)
-                continue
-            for leaf, leaf_address in self.links(inside).items():
-                datasets[f"{name}/{leaf}"] = self.dataset(self.messages(leaf_address))
-        return Layout(datasets=datasets, attributes=self.attributes(messages))
+        return int(root)
 
     def messages(self, address: int) -> list[tuple[int, bytes]]:
         """(type, data) of every message of an object header, version 2."""
-        head = self.bytes(address, min(64, max(0, self.size - address)), "an object header")
+        head = self.take(address, min(64, max(0, self.size - address)), "an object header")
         if head[:4] != b"OHDR" or head[4] != 2:
             raise NotPlainError("object header")
         flags, at = head[5], 6
@@ -156,9 +172,10 @@ class _File:
         at += width
         if count > MAX_HEADER:
             raise NotPlainError("a large object header")
-        whole = self.bytes(address, at + count + 4, "an object header")
+        whole = self.take(address, at + count + 4, "an object header")
         tracked = bool(flags & 0x04)
-        result, blocks = [], [self.checked(whole)[at:]]
+        result: list[tuple[int, bytes]] = []
+        blocks = [self.checked(whole)[at:]]
         for _ in range(MAX_CONTINUATIONS):
             if not blocks:
                 return result
@@ -167,7 +184,7 @@ class _File:
                     where, length = struct.unpack_from("<2Q", data)
                     if length > MAX_HEADER:
                         raise NotPlainError("a large object header")
-                    block = self.checked(self.bytes(where, length, "a header's continuation"))
+                    block = self.checked(self.take(where, length, "a header's continuation"))
                     if block[:4] != b"OCHK":
                         raise self.damaged("a header's continuation is missing")
                     blocks.append(block[4:])
@@ -221,7 +238,7 @@ class _File:
         if offset == UNDEFINED:
             raise NotPlainError("space that is not allocated")
         dataset = StoredDataset(dtype=dtype, shape=shape, offset=offset)
-        if dataset.nbytes > stored or offset + dataset.nbytes > self.size:
+        if not self.what_is_left and (dataset.nbytes > stored or offset + dataset.nbytes > self.size):
             raise self.damaged(
                 f"a data set of {dataset.nbytes:,} bytes reaches past the end of the file ({self.size:,} bytes)"
             )
@@ -277,11 +294,11 @@ class _File:
 
     def heap_object(self, address: int, number: int, length: int) -> bytes:
         """Object ``number`` of the global heap collection at ``address``."""
-        head = self.bytes(address, 16, "the heap of attributes")
+        head = self.take(address, 16, "the heap of attributes")
         size = struct.unpack_from("<Q", head, 8)[0]
         if head[:4] != b"GCOL" or head[4] != 1 or not 16 <= size <= MAX_HEAP:
             raise self.damaged("the heap of its attributes has no head")
-        heap = self.bytes(address, size, "the heap of attributes")
+        heap = self.take(address, size, "the heap of attributes")
         at = 16
         for _ in range(MAX_HEAP_OBJECTS):
             if at + 16 > size:
@@ -346,12 +363,15 @@ def _float(size: int, exponent: int, mantissa: int) -> tuple[int, bytes]:
     return (sign << 8) | 0x20, properties
 
 
-_FLOATS = {_float(2, 5, 10): np.dtype("<f2"), _float(4, 8, 23): np.dtype("<f4")}
+_FLOATS: dict[tuple[int, bytes], np.dtype[Any]] = {_float(2, 5, 10): np.dtype("<f2"), _float(4, 8, 23): np.dtype("<f4")}
 
 
 def checksum(data: bytes) -> int:
     """HDF5's checksum of metadata: Bob Jenkins' lookup3 (``hashlittle``, initial value 0)."""
     mask = 0xFFFFFFFF
+    a: int
+    b: int
+    c: int
     a = b = c = (0xDEADBEEF + len(data)) & mask
     if not data:
         return c

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kr2cache.cache.format import ON_DISK, SequenceIndex, decode, offsets, row_bytes
+from kr2cache.cache.format import ON_DISK, SequenceIndex, decode, offsets, row_bytes, states_xxh3
 from kr2cache.cache.hdf5 import read_rows
 from kr2cache.cache.shard import Shard, open_shard, shard_paths
 from kr2cache.errors import CacheError, ConfigError, SequenceNotFoundError
@@ -68,10 +68,15 @@ class FeatureCache:
         """(n,) XXH3-64 of each input text, by position."""
         self.complete: NDArray[np.bool_] = np.concatenate([shard.complete for shard in shards])
         """(n,) whether the sequence's states are there, by position."""
+        self.check_on_read = False
+        """Compare each sequence with its checksum when it is first read; a worker process compares for itself."""
+        self._checked = np.zeros(len(self.n_tokens), dtype=bool)
 
     @classmethod
     def open(cls, folder: str | Path) -> FeatureCache:
         """Open a cache folder: check every shard's header, sizes and offsets, then map it.
+
+        Set ``check_on_read`` to have the bytes of every sequence compared with its checksum as well.
 
         Raises:
             CacheError: If a shard is missing, damaged, cut off, of another version, or of another cache.
@@ -89,7 +94,7 @@ class FeatureCache:
         return cls(folder, shards)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (_reopen, (self.folder, self.fingerprint))
+        return (_reopen, (self.folder, self.fingerprint, self.check_on_read))
 
     # What it is ---------------------------------------------------------------------------------------------------
 
@@ -126,6 +131,11 @@ class FeatureCache:
     def provenance(self) -> dict[str, Any]:
         """What the cache was made from: chosen, found and recorded fields."""
         return self._shards[0].header.provenance
+
+    @property
+    def batch_plan(self) -> dict[str, Any]:
+        """How the sequences were put together for the forward passes."""
+        return self._shards[0].header.batch_plan
 
     @property
     def mapped(self) -> bool:
@@ -226,9 +236,13 @@ class FeatureCache:
 
         Raises:
             ConfigError: For a layer that is not stored.
+            CacheError: With ``check_on_read``, if its bytes contradict their checksum.
         """
-        number = int(np.searchsorted(self._first_of_shard, position, side="right")) - 1
-        shard, local = self._shards[number], position - int(self._first_of_shard[number])
+        if self.check_on_read and not self._checked[position]:
+            self.check(position)
+            self._checked[position] = True
+        number, local = self._place(position)
+        shard = self._shards[number]
         start, tokens = int(shard.first_row[local]), int(shard.n_tokens[local])
         stored = self._stored_positions(layers)
         # Neighbouring layers are one contiguous range of rows: narrow it before anything is touched.
@@ -237,6 +251,35 @@ class FeatureCache:
             return self._rows(number, start, start + len(stored) * tokens).reshape(-1, tokens, self.width)
         stop = start + len(shard.header.layers) * tokens
         return self._rows(number, start, stop).reshape(-1, tokens, self.width)[stored]
+
+    def stored(self, position: int) -> tuple[NDArray[Any], NDArray[np.float32] | None]:
+        """All stored layers of a sequence as they are on disk: values (L * T, D), and for int8 scales (L * T,)."""
+        number, local = self._place(position)
+        shard = self._shards[number]
+        return self._stored_rows(number, int(shard.first_row[local]), int(shard.first_row[local + 1]))
+
+    def check(self, position: int) -> None:
+        """Compare the bytes of a complete sequence with their checksum.
+
+        Raises:
+            CacheError: If they differ, with the sequence's id.
+        """
+        raw, scale = self.stored(position)
+        if states_xxh3(raw, scale) != int(self._xxh3[position]):
+            raise CacheError(
+                f"The states of {self.all_ids[position]!r} in {self.folder} contradict their checksum: they were "
+                "damaged after they were written.",
+                f"kr2cache cache repair {self.folder}",
+            )
+
+    @cached_property
+    def _xxh3(self) -> NDArray[np.uint64]:
+        return np.concatenate([shard.read("examples/xxh3") for shard in self._shards])
+
+    def _place(self, position: int) -> tuple[int, int]:
+        """Shard, and position in it."""
+        number = int(np.searchsorted(self._first_of_shard, position, side="right")) - 1
+        return number, position - int(self._first_of_shard[number])
 
     def batch(self, ids: Iterable[str], layers: Sequence[int] | None = None) -> PackedBatch:
         """Several sequences, packed in the order asked for, repeats allowed, only ``layers`` read.
@@ -258,6 +301,11 @@ class FeatureCache:
     def _stored_positions(self, layers: Sequence[int] | None) -> list[int]:
         if layers is None:
             return list(range(len(self.layers)))
+        if self.fusion is not None:
+            raise ConfigError(
+                f"{self.folder} holds one fusion of layers {', '.join(map(str, self.fusion['layers']))}, no layers.",
+                "Read it without naming layers, or take the cache that it was made from.",
+            )
         missing = sorted(set(layers) - set(self.layers))
         if missing or not layers:
             raise ConfigError(
@@ -268,12 +316,19 @@ class FeatureCache:
         return [self.layers.index(layer) for layer in layers]
 
     def _rows(self, number: int, start: int, stop: int) -> NDArray[np.floating]:
+        raw, scale = self._stored_rows(number, start, stop)
+        rows = decode(raw, scale, self.dtype)
+        return rows if self._hidden[number] is not None else rows.astype(np.float32, copy=False)
+
+    def _stored_rows(self, number: int, start: int, stop: int) -> tuple[NDArray[Any], NDArray[np.float32] | None]:
         hidden, scale = self._hidden[number], self._scale[number]
         if hidden is not None:
-            return decode(hidden[start:stop], None if scale is None else scale[start:stop], self.dtype)
+            return hidden[start:stop], None if scale is None else scale[start:stop]
         path = self._shards[number].path
-        scale = read_rows(path, "hidden_scale", start, stop) if self.dtype == "int8" else None
-        return decode(read_rows(path, "hidden", start, stop), scale, self.dtype).astype(np.float32, copy=False)
+        return (
+            read_rows(path, "hidden", start, stop),
+            read_rows(path, "hidden_scale", start, stop) if self.dtype == "int8" else None,
+        )
 
     def __repr__(self) -> str:
         return (
@@ -282,8 +337,9 @@ class FeatureCache:
         )
 
 
-def _reopen(folder: Path, fingerprint: str) -> FeatureCache:
+def _reopen(folder: Path, fingerprint: str, check_on_read: bool) -> FeatureCache:
     cache = FeatureCache.open(folder)
+    cache.check_on_read = check_on_read
     if cache.fingerprint != fingerprint:
         raise CacheError(f"{folder} was replaced by another cache meanwhile.", "Start the run again.")
     return cache

@@ -5,8 +5,10 @@ No HDF5 handle survives ``open_shard``: what it returns is plain data, so it may
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kr2cache.cache.format import FORMAT, FORMAT_VERSION, HEADER_XXH3, ON_DISK, SequenceIndex, ShardHeader, offsets
+from kr2cache.cache.format import (
+    FORMAT,
+    FORMAT_VERSION,
+    HEADER_XXH3,
+    ON_DISK,
+    SequenceIndex,
+    ShardHeader,
+    offsets,
+    read_header_copy,
+)
 from kr2cache.cache.hdf5 import cache_errors, check_in_process, examine, read_rows
 from kr2cache.cache.layout import REMEDY, Layout, NotPlainError, read_layout
-from kr2cache.errors import CacheError
+from kr2cache.errors import CacheError, CacheVersionError
 
 INDEX_DATASETS = {
     "examples/id": None,
@@ -146,13 +157,28 @@ def _read(path: Path, layout: Layout, name: str) -> NDArray[Any]:
     return array
 
 
+def headers_left(path: Path) -> list[ShardHeader]:
+    """What a file that may be damaged still says of itself: its attributes, and their copy at its end, where they agree
+    with their checksums.
+    """
+    found = []
+    with contextlib.suppress(CacheError, NotPlainError, OSError), cache_errors(path):
+        layout = read_layout(path, what_is_left=True)
+        found.append(_header_of(layout.attributes, path, layout.datasets["hidden"].shape[1]))
+    with contextlib.suppress(OSError):
+        copy = read_header_copy(path)
+        if copy is not None:
+            found.append(copy)
+    return found
+
+
 def _header(layout: Layout, path: Path) -> ShardHeader:
     attributes = layout.attributes
     if not _is(attributes.get("format"), FORMAT):
         raise CacheError(f"{path} is an HDF5 file, but not a kr2cache shard.", "Give the folder of a cache.")
     version = int(attributes["format_version"])
     if version != FORMAT_VERSION:
-        raise CacheError(
+        raise CacheVersionError(
             f"{path} has format version {version}; this kr2cache reads version {FORMAT_VERSION}.",
             "Install the kr2cache that wrote it, or extract again.",
         )
@@ -160,26 +186,32 @@ def _header(layout: Layout, path: Path) -> ShardHeader:
     if dtype not in ON_DISK:
         raise CacheError(f"{path}: its dtype {dtype[:40]!r} is none that is known.", REMEDY)
     _check_dataset(layout, "hidden", ON_DISK[dtype], 2, path)
+    header = _header_of(attributes, path, layout.datasets["hidden"].shape[1])
+    layers = header.layers
+    if not layers or min(layers) < 0 or max(layers) >= header.model_layers or header.width < 1:
+        raise CacheError(
+            f"{path}: layers {layers} of a model with {header.model_layers} make no sense.",
+            REMEDY,
+        )
+    return header
+
+
+def _header_of(attributes: Mapping[str, Any], path: Path, width: int) -> ShardHeader:
     layers = tuple(int(layer) for layer in attributes["layers"])
     if "fusion" in attributes and len(layers) != 1:
         raise CacheError(f"{path}: a fused cache stores one layer, this one says {len(layers)}.", REMEDY)
     provenance = _json_object(attributes["provenance"])
     digest = provenance.pop(HEADER_XXH3, None)
     header = ShardHeader(
-        dtype=dtype,
+        dtype=str(attributes["dtype"]),
         layers=layers,
         model_layers=int(attributes["model_layers"]),
-        width=layout.datasets["hidden"].shape[1],
+        width=width,
         fingerprint=str(attributes["fingerprint"]),
         provenance=provenance,
         batch_plan=_json_object(attributes["batch_plan"]),
         fusion=_json_object(attributes["fusion"]) if "fusion" in attributes else None,
     )
-    if not layers or min(layers) < 0 or max(layers) >= header.model_layers or header.width < 1:
-        raise CacheError(
-            f"{path}: layers {layers} of a model with {header.model_layers} make no sense.",
-            REMEDY,
-        )
     if digest is not None and digest != f"{header.xxh3():016x}":
         raise CacheError(f"{path} is damaged: its attributes contradict their checksum.", REMEDY)
     return header
@@ -206,17 +238,27 @@ def _check_dataset(layout: Layout, name: str, dtype: np.dtype[Any] | None, rank:
         raise CacheError(f"{path}: /{name} has type {dataset.dtype} and shape {dataset.shape}.", REMEDY)
 
 
-def shard_paths(folder: Path) -> list[Path]:
-    """The shards of a cache folder in order, all of them.
+def shard_files(folder: Path) -> list[Path]:
+    """The shard files of a folder, in order, whether or not they are all.
 
     Raises:
-        CacheError: If the folder holds none, some are missing, or shards of different cuts are mixed.
+        CacheError: If there is no such folder, or no shard in it.
     """
     if not os.path.isdir(folder):  # noqa: PTH112 (Path.is_dir raises for a name that is too long)
         raise CacheError(f"{folder} is not a folder.", "kr2cache extract makes caches; by default below .kr2cache.")
     paths = sorted(Path(entry.path) for entry in os.scandir(folder) if entry.name.endswith(".h5"))
     if not paths:
         raise CacheError(f"{folder} holds no shard (shard-00000-of-....h5).", "kr2cache extract makes caches.")
+    return paths
+
+
+def shard_paths(folder: Path) -> list[Path]:
+    """The shards of a cache folder in order, all of them.
+
+    Raises:
+        CacheError: If the folder holds none, some are missing, or shards of different cuts are mixed.
+    """
+    paths = shard_files(folder)
     total = paths[0].stem.rpartition("-")[2]
     names = {path.name for path in paths}
     # The count is compared first: a hostile name could ask for a set of any size.

@@ -21,12 +21,20 @@ from typing import Any, Self
 
 import h5py
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
 
-from kr2cache.cache.format import ON_DISK, SequenceIndex, ShardHeader, chunk_rows, row_bytes, shard_name
-from kr2cache.cache.shard import Shard, open_shard, shard_paths
-from kr2cache.errors import CacheError, DiskSpaceError
+from kr2cache.cache.format import (
+    ON_DISK,
+    SequenceIndex,
+    ShardHeader,
+    chunk_rows,
+    header_copy,
+    row_bytes,
+    shard_name,
+    states_xxh3,
+)
+from kr2cache.cache.shard import Shard, headers_left, open_shard, shard_paths
+from kr2cache.errors import CacheError, CacheVersionError, DiskSpaceError
 
 PAGE = 4096
 SYNC_EVERY_S = 5.0
@@ -51,32 +59,62 @@ def shard_cuts(n_tokens: NDArray[np.int32], token_bytes: int, shard_bytes: int) 
 
 
 def create_shards(folder: Path, header: ShardHeader, index: SequenceIndex, shard_bytes: int) -> list[Path]:
-    """Make the shards of a cache, space reserved and nothing complete; those that are there already are kept.
+    """Make the shards of a cache, space reserved and nothing complete. Those that are there already are kept; one that
+    is damaged, or is not what ``header`` and ``index`` say, is made again with the sequences that are left of it.
+
+    Returns:
+        The shards that were made again.
 
     Raises:
         DiskSpaceError: If the space cannot be reserved; no unfinished file stays.
+        CacheVersionError: For a shard of another version of the format; it is left as it is.
     """
     folder.mkdir(parents=True, exist_ok=True)
     token_bytes = row_bytes(header.width, header.dtype) * len(header.layers)
     cuts = shard_cuts(index.n_tokens, token_bytes, shard_bytes)
     paths = [folder / shard_name(number, len(cuts) - 1) for number in range(len(cuts) - 1)]
+    made_again = []
     for path, start, stop in zip(paths, cuts[:-1], cuts[1:], strict=True):
+        part = index.part(start, stop)
         if not path.exists():
-            create_shard(path, header, index.part(start, stop))
-    return paths
+            create_shard(path, header, part)
+        elif not _is_shard_of(path, header, part):
+            create_shard(path, header, part, salvage=path)
+            made_again.append(path)
+    return made_again
 
 
-def create_shard(path: Path, header: ShardHeader, index: SequenceIndex) -> None:
-    """Build one shard under a temporary name, reserve its space, sync it, rename it."""
+def _is_shard_of(path: Path, header: ShardHeader, index: SequenceIndex) -> bool:
+    """Whether the file is a shard of this cache, its index as it was written."""
+    try:
+        shard = open_shard(path)
+        layers = len(header.layers)
+        return shard.header == header and shard.tokens().xxh3(layers) == index.xxh3(layers)
+    except CacheVersionError:
+        raise
+    except CacheError:
+        return False
+
+
+def create_shard(path: Path, header: ShardHeader, index: SequenceIndex, salvage: Path | None = None) -> None:
+    """Build one shard under a temporary name, reserve its space, sync it, rename it.
+
+    Args:
+        salvage: A damaged shard whose sound sequences are copied into the new one before it gets its name.
+    """
     partial = path.with_name(path.name + ".partial")
     try:
         # Twice: a disk that fills while HDF5 builds the file leaves HDF5 unable to close it, and the process dies.
         with partial.open("wb") as file:
             _reserve(file.fileno(), _size(header, index))
         _build(partial, header, index)
+        with partial.open("ab") as file:
+            file.write(header_copy(header))
         descriptor = os.open(partial, os.O_RDWR)
         try:
             _reserve(descriptor, os.fstat(descriptor).st_size)
+            if salvage is not None:
+                _salvage(salvage, open_shard(partial), descriptor)
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
@@ -88,6 +126,84 @@ def create_shard(path: Path, header: ShardHeader, index: SequenceIndex) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def _salvage(damaged: Path, fresh: Shard, descriptor: int) -> None:
+    """Copy the sequences of a damaged file that are marked complete, equal their checksum, and have the id and the
+    tokens that the new file has. Equal content lies at equal offsets, so the damaged file's own structures need not be
+    read.
+    """
+    places = {name: _at(fresh, name) for name in ("examples/id", "tokens/input_id", "examples/xxh3", "hidden")}
+    marks, width = _at(fresh, "examples/complete"), fresh.header.row_bytes
+    id_bytes = fresh.ids.dtype.itemsize
+    first_token = fresh.first_row // len(fresh.header.layers)
+    # The same corpus by another model has the same ids and tokens: the file has to be of this cache.
+    if not any(header.fingerprint == fresh.header.fingerprint for header in headers_left(damaged)):
+        return
+    old = os.open(damaged, os.O_RDONLY)
+    try:
+        for i in range(len(fresh.ids)):
+            start, stop = int(fresh.first_row[i]), int(fresh.first_row[i + 1])
+            tokens = 4 * int(first_token[i]), 4 * int(first_token[i + 1] - first_token[i])
+            same = all(
+                os.pread(old, count, at) == os.pread(descriptor, count, at)
+                for at, count in (
+                    (places["examples/id"] + i * id_bytes, id_bytes),
+                    (places["tokens/input_id"] + tokens[0], tokens[1]),
+                )
+            )
+            if not same or os.pread(old, 1, marks + i) != b"\x01":
+                continue
+            raw = np.frombuffer(os.pread(old, (stop - start) * width, places["hidden"] + start * width), dtype=np.uint8)
+            scale = None
+            if fresh.header.dtype == "int8":
+                at = _at(fresh, "hidden_scale") + start * 4
+                scale = np.frombuffer(os.pread(old, (stop - start) * 4, at), dtype=np.uint8)
+            digest = os.pread(old, 8, places["examples/xxh3"] + 8 * i)
+            if states_xxh3(raw, scale) != int.from_bytes(digest, "little") or len(raw) != (stop - start) * width:
+                continue
+            write_whole(descriptor, raw.data, places["hidden"] + start * width)
+            if scale is not None:
+                write_whole(descriptor, scale.data, _at(fresh, "hidden_scale") + start * 4)
+            write_whole(descriptor, digest, places["examples/xxh3"] + 8 * i)
+            write_whole(descriptor, b"\x01", marks + i)
+    finally:
+        os.close(old)
+
+
+def write_whole(descriptor: int, data: bytes | memoryview, offset: int) -> int:
+    """``pwrite`` all of it; returns how many bytes."""
+    view = memoryview(data).cast("B")
+    count = len(view)
+    while view:
+        done = os.pwrite(descriptor, view, offset)
+        view, offset = view[done:], offset + done
+    return count
+
+
+def unmark(shard: Shard, sequences: Sequence[int]) -> None:
+    """Take back the marks of damaged sequences; they count as never written from then on.
+
+    Raises:
+        CacheError: If another tool rewrote the file.
+    """
+    offset = shard.offset("examples/complete")
+    if offset is None:
+        raise _rewritten(shard)
+    descriptor = os.open(shard.path, os.O_RDWR)
+    try:
+        for i in sequences:
+            os.pwrite(descriptor, b"\0", offset + i)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _rewritten(shard: Shard) -> CacheError:
+    return CacheError(
+        f"{shard.path} was rewritten by another tool, so it cannot be completed in place.",
+        "Remove its folder and run kr2cache extract again.",
+    )
 
 
 def _reserve(descriptor: int, size: int) -> None:
@@ -144,6 +260,10 @@ def _build(path: Path, header: ShardHeader, index: SequenceIndex) -> None:
     access.set_alignment(1, PAGE)  # however small: a mapped array should start on a page
     access.set_fclose_degree(h5py.h5f.CLOSE_STRONG)
     with h5py.File(h5py.h5f.create(os.fsencode(path), h5py.h5f.ACC_TRUNC, creation, access)) as file:
+        # First, so that they lie in front: a file that is cut off still says what it was.
+        for name, value in header.attributes().items():
+            file.attrs[name] = value
+        file.attrs["index_xxh3"] = np.uint64(index.xxh3(layers))
         for group in ("examples", "tokens"):
             properties = h5py.h5p.create(h5py.h5p.GROUP_CREATE)
             properties.set_obj_track_times(False)
@@ -171,9 +291,6 @@ def _build(path: Path, header: ShardHeader, index: SequenceIndex) -> None:
         }
         for name, array in fixed.items():
             _dataset(file, name, array.shape, array.dtype)[...] = array
-        for name, value in header.attributes().items():
-            file.attrs[name] = value
-        file.attrs["index_xxh3"] = np.uint64(index.xxh3(layers))
 
 
 def _dataset(
@@ -214,10 +331,7 @@ class CacheWriter:
         self.shards = [open_shard(path) for path in shard_paths(folder)]
         for shard in self.shards:
             if not shard.mappable or shard.offset("examples/xxh3") is None or shard.offset("examples/complete") is None:
-                raise CacheError(
-                    f"{shard.path} was rewritten by another tool, so it cannot be completed in place.",
-                    "Remove its folder and run kr2cache extract again.",
-                )
+                raise _rewritten(shard)
         self.bytes_written = 0
         self._files = [os.open(shard.path, os.O_RDWR) for shard in self.shards]
         self._queue: queue.Queue[PackedStates | None] = queue.Queue(PENDING_BATCHES)
@@ -246,6 +360,8 @@ class CacheWriter:
 
     def write(self, states: PackedStates) -> None:
         """Hand over a batch; returns at once unless ``PENDING_BATCHES`` wait already.
+
+        Sequences that were complete when the shards were opened are left as they are.
 
         Raises:
             DiskSpaceError: If an earlier batch did not fit on the disk.
@@ -283,24 +399,19 @@ class CacheWriter:
         row = 0
         for i in states.sequences:
             first, rows = int(shard.first_row[i]), int(shard.first_row[i + 1] - shard.first_row[i])
-            raw = states.raw[row : row + rows]
-            digest = xxhash.xxh3_64(raw.data)
-            self._pwrite(descriptor, raw, _at(shard, "hidden") + first * shard.header.row_bytes)
-            if states.scale is not None:
-                scale = states.scale[row : row + rows]
-                digest.update(scale.data)
-                self._pwrite(descriptor, scale, _at(shard, "hidden_scale") + first * scale.itemsize)
-            digest_bytes = np.array([digest.intdigest()], dtype="<u8")
-            self._pwrite(descriptor, digest_bytes, _at(shard, "examples/xxh3") + i * digest_bytes.itemsize)
-            self._unmarked.append((states.shard, i))
+            raw, scale = states.raw[row : row + rows], None if states.scale is None else states.scale[row : row + rows]
             row += rows
+            if shard.complete[i]:
+                continue  # it ran with its batch, and others may be reading what is there
+            self._pwrite(descriptor, raw, _at(shard, "hidden") + first * shard.header.row_bytes)
+            if scale is not None:
+                self._pwrite(descriptor, scale, _at(shard, "hidden_scale") + first * scale.itemsize)
+            digest = np.array([states_xxh3(raw, scale)], dtype="<u8")
+            self._pwrite(descriptor, digest, _at(shard, "examples/xxh3") + i * digest.itemsize)
+            self._unmarked.append((states.shard, i))
 
     def _pwrite(self, descriptor: int, array: NDArray[Any], offset: int) -> None:
-        view = array.data.cast("B")
-        while view:
-            done = os.pwrite(descriptor, view, offset)
-            view, offset = view[done:], offset + done
-            self.bytes_written += done
+        self.bytes_written += write_whole(descriptor, array.data, offset)
 
     def _mark(self) -> None:
         """Sync the states, and only then the marks that vouch for them."""

@@ -84,7 +84,8 @@ def extract_cli(
     find_task(given["task"])
     config = ExtractConfig(**given, models=toml.models)
 
-    from kr2cache.extract import describe, describe_result, extract, plan_extraction
+    from kr2cache.extract import describe_result, extract
+    from kr2cache.planning import describe, plan_extraction
 
     plan = plan_extraction(config)
     describe(plan)
@@ -101,7 +102,7 @@ def _show_dry_run(plan: Any, as_json: bool) -> None:
     from rich.table import Table
 
     from kr2cache.console import bytes_text
-    from kr2cache.extract import free_bytes
+    from kr2cache.disk import free_bytes
 
     choices = plan.bytes_by_choice()
     if as_json:

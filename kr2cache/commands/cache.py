@@ -1,0 +1,350 @@
+"""``kr2cache cache``: look at caches, check and mend them, make smaller ones. All but ``repair`` without the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from kr2cache.commands.options import CacheDir, Data, Debug, Device, Json, merge, print_json
+from kr2cache.config import default_cache_dir, read_toml
+from kr2cache.console import bytes_text, console, count_text, done, failed, note, ranges_text, seconds_text
+from kr2cache.defaults import OPTIONS
+from kr2cache.errors import CacheError, ConfigError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    help="The caches there are: look at them, check and mend them, make smaller ones, remove them.",
+)
+
+Cache = Annotated[str, typer.Argument(help="A cache's folder, or its name below --cache-dir.", metavar="CACHE")]
+Caches = Annotated[
+    list[str] | None,
+    typer.Argument(help="Folders, or names below --cache-dir. Default: every cache.", metavar="[CACHE]..."),
+]
+Dtype = Annotated[str | None, typer.Option(help="Of the new cache: float16, bfloat16, int8.", show_default="the same")]
+
+
+def _cache_dir(given: Path | None) -> Path:
+    where: Path = merge(read_toml(Path.cwd(), OPTIONS), cache_dir=given).get("cache_dir", default_cache_dir())
+    return where
+
+
+def _folder(name: str, cache_dir: Path | None) -> Path:
+    from kr2cache.inventory import find_cache
+
+    return find_cache(name, _cache_dir(cache_dir))
+
+
+@app.command("list")
+def list_cli(cache_dir: CacheDir = None, as_json: Json = False, debug: Debug = False) -> None:
+    """Every cache, its size and whether it is complete."""
+    from kr2cache.inventory import cache_folders, entry
+
+    where = _cache_dir(cache_dir)
+    entries = [entry(folder) for folder in cache_folders(where)]
+    if as_json:
+        print_json([one.json() for one in entries])
+        return
+    if not entries:
+        console.print(f"No cache in {where}.", markup=False, soft_wrap=True)
+        return
+    table = Table(title=Text(f"Caches in {where}"), title_justify="left")
+    for column in ("cache", "corpus", "layers", "dtype"):
+        table.add_column(column, overflow="fold")
+    table.add_column("sequences", justify="right")
+    table.add_column("on disk", justify="right")
+    table.add_column("state")
+    for one in entries:
+        name = str(one.folder.relative_to(where))
+        if one.problem is not None:
+            table.add_row(Text(name), "", "", "", "", bytes_text(one.bytes), Text("cannot be read", style="red"))
+            continue
+        state = Text("complete", style="green")
+        if one.complete < one.sequences:
+            state = Text(f"{one.complete:,} complete", style="yellow")
+        table.add_row(
+            Text(name),
+            Text(one.corpus),
+            _layers(one.layers, one.fusion),
+            one.dtype,
+            f"{one.sequences:,}",
+            bytes_text(one.bytes),
+            state,
+        )
+    console.print(table)
+    console.print(f"{count_text(len(entries), 'cache')}, {bytes_text(sum(one.bytes for one in entries))}")
+    for one in entries:
+        if one.problem is not None:
+            note(one.problem)
+
+
+def _layers(layers: Sequence[int], fusion: dict[str, Any] | None) -> str:
+    return ranges_text(layers) if fusion is None else f"average of {ranges_text(fusion['layers'])}"
+
+
+@app.command("info")
+def info_cli(cache: Cache, cache_dir: CacheDir = None, as_json: Json = False, debug: Debug = False) -> None:
+    """What is in one cache: what it was made from, sizes, lengths, norms by layer."""
+    from kr2cache.cache.reader import FeatureCache
+    from kr2cache.inventory import entry, portrait
+
+    folder = _folder(cache, cache_dir)
+    opened = FeatureCache.open(folder)
+    about, seen = entry(folder), portrait(opened)
+    if as_json:
+        numbers = {
+            "lengths": {"edges": seen.lengths[0], "counts": seen.lengths[1]},
+            "norms": seen.norms,
+            "largest": seen.largest,
+            "sampled": seen.sampled,
+        }
+        print_json({**about.json(), "provenance": opened.provenance, "batch_plan": opened.batch_plan, **numbers})
+        return
+    if about.problem is not None:
+        raise CacheError(about.problem, "")
+    chosen, recorded = opened.provenance["chosen"], opened.provenance.get("recorded", {})
+    versions = recorded.get("versions", {})
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    rows = {
+        "cache": str(folder),
+        "resource": f"{about.resource}  ({opened.model_layers} layers of width {opened.width})",
+        "data": f"{about.corpus}, {about.task}/{about.split}",
+        "sequences": f"{about.complete:,} of {about.sequences:,} complete, {about.tokens:,} tokens, at most "
+        f"{chosen['max_length']} each",
+        "states": f"layers {_layers(about.layers, about.fusion)} as {about.dtype}, {bytes_text(about.bytes)} on disk "
+        f"in {count_text(len(list(folder.glob('*.h5'))), 'shard')}, "
+        f"{'mapped' if opened.mapped else 'read through HDF5 (rewritten by another tool)'}",
+        "computed": f"in {chosen['compute_dtype']} on {recorded.get('device', '?')}, torch {versions.get('torch', '?')}"
+        f", transformers {versions.get('transformers', '?')}",
+        "weights": f"digest {opened.provenance['found'].get('weights', '?')}",
+        "fingerprint": about.fingerprint,
+    }
+    for name, text in rows.items():
+        table.add_row(Text(name, style="bold"), Text(text))
+    console.print(table)
+    console.print()
+    edges, counts = seen.lengths
+    names = [f"{a}" if b - a == 1 else f"{a}-{b - 1}" for a, b in pairwise(edges)]
+    _bars("tokens a sequence", names, [float(count) for count in counts], lambda value: f"{value:,.0f}")
+    if seen.sampled:
+        titles = [str(layer) for layer in about.layers] if about.fusion is None else ["fused"]
+        console.print()
+        _bars(f"mean norm of a state by layer ({seen.sampled} sequences)", titles, seen.norms, lambda v: f"{v:.2f}")
+        peak = max(seen.largest)
+        console.print(
+            f"largest value {peak:,.1f}, at layer {titles[seen.largest.index(peak)]} (float16 ends at 65,504)"
+        )
+
+
+def _bars(title: str, names: Sequence[str], values: Sequence[float], text: Any) -> None:
+    """A bar for each value, drawn in eighths of a column."""
+    console.print(Text(title, style="bold"))
+    longest, peak = max(map(len, names), default=0), max(values, default=0.0) or 1.0
+    for name, value in zip(names, values, strict=True):
+        eighths = round(48 * 8 * value / peak)
+        bar = "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
+        console.print(Text.assemble(f"{name:>{longest}}  ", (bar, "cyan"), f" {text(value)}"))
+
+
+@app.command("verify")
+def verify_cli(caches: Caches = None, cache_dir: CacheDir = None, as_json: Json = False, debug: Debug = False) -> None:
+    """Read every byte of caches against its checksum; name what is damaged. Exit code 1 unless all is whole."""
+    from kr2cache.inventory import cache_folders
+
+    where = _cache_dir(cache_dir)
+    folders = [_folder(name, cache_dir) for name in caches] if caches else cache_folders(where)
+    if not folders:
+        raise ConfigError(f"No cache in {where}.", "Give --cache-dir, or the folder of a cache.")
+    results = [_verify(folder) for folder in folders]
+    if as_json:
+        print_json({"caches": results, "ok": all(result["ok"] for result in results)})
+    if not all(result["ok"] for result in results):
+        raise typer.Exit(1)
+
+
+def _verify(folder: Path) -> dict[str, Any]:
+    from kr2cache import provenance
+    from kr2cache.cache.check import check_cache
+    from kr2cache.cache.reader import FeatureCache
+    from kr2cache.console import work_progress
+
+    size = sum(path.stat().st_size for path in folder.glob("*.h5") if path.is_file())
+    with work_progress("MB") as progress:
+        bar = progress.add_task(folder.name, total=max(1, size // 10**6), note="")
+        read = 0
+
+        def advance(count: int) -> None:
+            nonlocal read
+            read += count
+            progress.update(bar, completed=read // 10**6)
+
+        found = check_cache(folder, advance)
+        progress.update(bar, completed=max(1, size // 10**6))
+    faults = list(found.faults)
+    if found.sound:
+        try:
+            faults += provenance.contradictions(FeatureCache.open(folder))
+        except CacheError as error:
+            faults.append(error.message)
+    result: dict[str, Any] = {
+        "cache": str(folder),
+        "ok": found.sound and not faults and not found.incomplete_ids,
+        "sequences": found.sequences,
+        "bytes": found.bytes,
+        "seconds": found.seconds,
+        "damaged": found.damaged_ids,
+        "incomplete": len(found.incomplete_ids),
+        "damaged_index": [shard.path.name for shard in found.shards if shard.index_damaged],
+        "unreadable": {shard.path.name: shard.unreadable for shard in found.shards if shard.unreadable},
+        "faults": faults,
+    }
+    speed = f"{bytes_text(found.bytes)} in {seconds_text(found.seconds)}"
+    if result["ok"]:
+        done(f"{folder}: {count_text(found.sequences, 'sequence')} whole ({speed})")
+        return result
+    for text in (
+        *(shard.unreadable for shard in found.shards if shard.unreadable),
+        *(f"{folder}: {f}" for f in faults),
+    ):
+        failed(text)
+    for name in result["damaged_index"]:
+        failed(f"{folder / name}: the index (ids, lengths, tokens or text digests) contradicts its checksum")
+    for fault in faults:
+        failed(f"{folder}: {fault}")
+    if found.damaged_ids:
+        failed(
+            f"{folder}: {count_text(len(found.damaged_ids), 'sequence')} of {found.sequences:,} damaged: "
+            f"{_names(found.damaged_ids)}"
+        )
+    if found.incomplete_ids:
+        note(
+            f"{folder}: {len(found.incomplete_ids):,} of {count_text(found.sequences, 'sequence')} not complete: "
+            f"{_names(found.incomplete_ids)}"
+        )
+    console.print(f"Mend it:  kr2cache cache repair {folder}", style="cyan", soft_wrap=True)
+    return result
+
+
+def _names(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+
+
+@app.command("repair")
+def repair_cli(
+    cache: Cache,
+    resource: Annotated[
+        str | None, typer.Option(help="The model, where the cache's name for it is not registered here.")
+    ] = None,
+    data: Data = None,
+    device: Device = None,
+    cache_dir: CacheDir = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Make damaged or incomplete sequences again: runs the planned batches that hold one, no others.
+
+    On the device that made the cache, the mended files are byte for byte what they were.
+    """
+    toml = read_toml(Path.cwd(), OPTIONS)
+    folder = _folder(cache, cache_dir)
+
+    from kr2cache.repair import RepairConfig, describe_repair, repair
+
+    given = merge(toml, data=data, device=device)
+    result = repair(RepairConfig(folder=folder, resource=resource, models=toml.models, **given))
+    describe_repair(result)
+    if as_json:
+        print_json(result.json())
+
+
+@app.command("slice")
+def slice_cli(
+    cache: Cache,
+    layers: Annotated[
+        str | None, typer.Option(help="all, lastN or a list: 0,3,5.", show_default="those it holds")
+    ] = None,
+    dtype: Dtype = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first N sequences.", show_default="all")] = None,
+    ids: Annotated[Path | None, typer.Option(help="File of ids to keep, one a line: of examples or sequences.")] = None,
+    cache_dir: CacheDir = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """A smaller cache from a larger one, without the model: fewer layers, fewer sequences, a smaller dtype."""
+    from kr2cache.cache.reader import FeatureCache
+    from kr2cache.derive import plan_slice
+
+    names = None
+    if ids is not None:
+        try:
+            names = [line for line in ids.read_text(encoding="utf-8").splitlines() if line]
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--ids {ids} cannot be read: {error}.", "Give a text file, one id a line.") from error
+    source = FeatureCache.open(_folder(cache, cache_dir))
+    plan = plan_slice(source, layers=layers, dtype=dtype, limit=limit, ids=names, cache_dir=cache_dir)
+    _derive(plan, as_json)
+
+
+@app.command("fuse")
+def fuse_cli(
+    cache: Cache,
+    fusion: Annotated[str, typer.Option(help="A fixed one: all, or lastN (last4).")] = "last4",
+    dtype: Dtype = None,
+    cache_dir: CacheDir = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Store one fixed fusion alone, 1/(L+1) of the bytes; train uses it wherever it serves."""
+    from kr2cache.cache.reader import FeatureCache
+    from kr2cache.derive import plan_fusion
+
+    source = FeatureCache.open(_folder(cache, cache_dir))
+    _derive(plan_fusion(source, fusion, dtype=dtype, cache_dir=cache_dir), as_json)
+
+
+def _derive(plan: Any, as_json: bool) -> None:
+    from kr2cache.derive import derive
+
+    result = derive(plan)
+    share = f"{100 * plan.state_bytes / plan.source.stored_bytes:.0f} % of {bytes_text(plan.source.stored_bytes)}"
+    if result.made:
+        done(
+            f"{count_text(result.sequences, 'sequence')}, {bytes_text(plan.state_bytes)} of states ({share}) in "
+            f"{seconds_text(result.seconds)}: {result.cache}"
+        )
+    else:
+        done(f"Already complete: {result.cache} ({bytes_text(result.bytes)})")
+    if as_json:
+        print_json(result.json())
+
+
+@app.command("remove")
+def remove_cli(
+    caches: Annotated[list[str], typer.Argument(help="Folders, or names below --cache-dir.", metavar="CACHE...")],
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    cache_dir: CacheDir = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Delete caches: says what it frees, and asks."""
+    from kr2cache.inventory import removable_bytes, remove
+
+    folders = list(dict.fromkeys(_folder(name, cache_dir) for name in caches))
+    sizes = {folder: removable_bytes(folder) for folder in folders}
+    for folder, size in sizes.items():
+        console.print(f"{folder}: {bytes_text(size)}", markup=False, soft_wrap=True)
+    total = sum(sizes.values())
+    if not yes:
+        question = f"Remove {count_text(len(folders), 'cache')} and free {bytes_text(total)}?"
+        if as_json or not typer.confirm(question):
+            raise ConfigError("Nothing was removed.", "Answer y, or give --yes.")
+    for folder in folders:
+        done(remove(folder))
+    if as_json:
+        print_json({"removed": [str(folder) for folder in folders], "bytes": total})

@@ -1,0 +1,148 @@
+"""What an extraction will take, known before the model is loaded: settings checked, split read and tokenised."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from rich.text import Text
+
+from kr2cache import models, provenance
+from kr2cache.cache.format import DTYPES, SequenceIndex, canonical_json, row_bytes
+from kr2cache.config import COMPUTE_DTYPES, ExtractConfig
+from kr2cache.console import bytes_text, console, count_text, ranges_text
+from kr2cache.device import choose_device
+from kr2cache.disk import free_bytes
+from kr2cache.encode import check_token_ids, encode_examples
+from kr2cache.errors import ConfigError, DiskSpaceError, unknown_name
+from kr2cache.fusion import parse_layers
+from kr2cache.tasks import Example, find_task
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractPlan:
+    """What an extraction will take, known before the model is loaded."""
+
+    config: ExtractConfig
+    spec: models.ModelSpec
+    index: SequenceIndex
+    layers: tuple[int, ...]
+    model_layers: int
+    width: int
+    pad_id: int
+    template: str
+    corpus: str
+
+    @property
+    def tokens(self) -> int:
+        return len(self.index.input_id)
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token: all stored layers."""
+        return row_bytes(self.width, self.config.dtype) * len(self.layers)
+
+    @property
+    def state_bytes(self) -> int:
+        return self.tokens * self.token_bytes
+
+    @property
+    def chosen(self) -> provenance.Chosen:
+        return provenance.Chosen(
+            resource=self.spec.name,
+            task=self.config.task,
+            corpus=self.corpus,
+            split=self.config.split,
+            max_length=self.config.max_length,
+            layers=self.layers,
+            fusion=None,
+            dtype=self.config.dtype,
+            compute_dtype=self.config.compute_dtype,
+        )
+
+    def bytes_by_choice(self) -> dict[str, dict[str, int]]:
+        """Bytes for every dtype with all layers, the last four, and one."""
+        choices = {"all": self.model_layers, "last4": min(4, self.model_layers), "one layer": 1}
+        return {
+            dtype: {name: self.tokens * layers * row_bytes(self.width, dtype) for name, layers in choices.items()}
+            for dtype in DTYPES
+        }
+
+
+def plan_extraction(config: ExtractConfig, examples: Sequence[Example] | None = None) -> ExtractPlan:
+    """Check the settings, read and tokenise the split, and say what it takes. Loads no weights.
+
+    Args:
+        examples: The split, where the caller has read it already.
+    """
+    _check_choices(config)
+    spec = models.find_model(config.resource, config.models)
+    task = find_task(config.task)
+    if examples is None:
+        examples = task.read(config.split, config.data, config.limit)
+    model_config = models.load_config(spec)
+    model_layers, width = models.encoder_shape(model_config)
+    layers = parse_layers(config.layers, model_layers)
+    longest = models.max_positions(model_config)
+    if longest is not None and config.max_length > longest:
+        raise ConfigError(
+            f"A maximal length of {config.max_length} is more than {spec.name!r} has positions ({longest}).",
+            f"Give --max-length {longest} or less.",
+        )
+    tokenizer = models.load_tokenizer(spec, words=task.words)
+    index = encode_examples(tokenizer, examples, task, config.max_length)
+    check_token_ids(index, int(model_config.vocab_size), repr(spec.name))
+    return ExtractPlan(
+        config=config,
+        spec=spec,
+        index=index,
+        layers=layers,
+        model_layers=model_layers,
+        width=width,
+        pad_id=models.pad_id(tokenizer),
+        template=task.template,
+        corpus=task.corpus(config.data),
+    )
+
+
+def _check_choices(config: ExtractConfig) -> None:
+    if config.dtype not in DTYPES:
+        raise unknown_name("dtype", config.dtype, DTYPES)
+    if config.compute_dtype not in COMPUTE_DTYPES:
+        raise unknown_name("compute dtype", config.compute_dtype, COMPUTE_DTYPES)
+    choose_device(config.device)
+
+
+def check_disk(plan: ExtractPlan) -> None:
+    """Refuse what the disk cannot hold, unless these sequences have a cache already (finished, or space reserved).
+
+    Raises:
+        DiskSpaceError: With what it needs, what is free, and what would need less.
+    """
+    wanted = plan.chosen
+    for cache in provenance.caches_of(plan.config.cache_dir, wanted.task, wanted.split):
+        same = canonical_json(cache.provenance["chosen"]) == canonical_json(asdict(wanted))
+        if same and cache.stored_bytes == plan.state_bytes:
+            return
+    free = free_bytes(plan.config.cache_dir)
+    if plan.state_bytes > free:
+        last4 = plan.tokens * row_bytes(plan.width, plan.config.dtype) * min(4, len(plan.layers))
+        raise DiskSpaceError(
+            f"The states take {bytes_text(plan.state_bytes)}, but {plan.config.cache_dir} has {bytes_text(free)} free.",
+            f"--layers last4 takes {bytes_text(last4)}, --dtype int8 half of float16; or give another --cache-dir.",
+        )
+
+
+def describe(plan: ExtractPlan) -> None:
+    """Say what the extraction will take."""
+    free = free_bytes(plan.config.cache_dir)
+    said = Text.assemble(
+        (plan.spec.name, "bold"),
+        f" on {plan.config.task}/{plan.config.split} ({plan.corpus}): "
+        f"{count_text(len(plan.index), 'sequence')}, {count_text(plan.tokens, 'token')}, layers "
+        f"{ranges_text(plan.layers)} of width {plan.width} as {plan.config.dtype}: ",
+        (bytes_text(plan.state_bytes), "bold"),
+        f" ({bytes_text(free)} free in {os.fspath(plan.config.cache_dir)})",
+    )
+    console.print(said, soft_wrap=True)

@@ -1,0 +1,215 @@
+"""Mend a damaged cache: take back the marks of what is damaged, and run the planned batches that hold it again.
+
+A batch runs as it was planned when the cache was made, whole and with as many threads, so on the same device the mended
+file is byte for byte the one it was. What is sound is not touched.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kr2cache import derive, models, provenance
+from kr2cache.cache.check import CacheCheck, check_cache
+from kr2cache.cache.format import SequenceIndex, ShardHeader
+from kr2cache.cache.reader import FeatureCache
+from kr2cache.cache.shard import headers_left, open_shard
+from kr2cache.cache.writer import unmark
+from kr2cache.config import ExtractConfig
+from kr2cache.console import count_text, done, seconds_text
+from kr2cache.digests import config_digest, weights_digest
+from kr2cache.encode import encode_examples
+from kr2cache.errors import CacheError, CacheMismatchError, ConfigError
+from kr2cache.extract import fill
+from kr2cache.locks import check_writable, only_writer
+from kr2cache.planning import ExtractPlan
+from kr2cache.tasks import Example, find_task
+
+
+@dataclass(frozen=True, kw_only=True)
+class RepairConfig:
+    """One repair."""
+
+    folder: Path
+    resource: str | None = None
+    """Where the model is; None for the name that the cache has."""
+    data: str | None = None
+    """The corpus: needed where an index is damaged, or segments were told apart; None for the task's own."""
+    device: str = "auto"
+    models: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RepairResult:
+    """What was mended."""
+
+    cache: Path
+    damaged: list[str]
+    """Ids of the sequences that were damaged or incomplete."""
+    rebuilt: list[str]
+    """Shards whose structure or index was damaged: made again around their sound sequences."""
+    computed: int
+    """Sequences that went through the model: whole batches."""
+    taken_over: int
+    """Sequences that came from another cache."""
+    seconds: float
+
+    def json(self) -> dict[str, Any]:
+        return {**asdict(self), "cache": str(self.cache)}
+
+
+def repair(config: RepairConfig) -> RepairResult:
+    """Find what is damaged or incomplete, and make it again.
+
+    Raises:
+        CacheError: If no shard says what the cache was made from, or it was made from another cache that is gone.
+        CacheMismatchError: If model or data are not what the cache was made from.
+    """
+    started = time.monotonic()
+    check_writable(config.folder, "the cache")
+    with only_writer(config.folder):
+        found = check_cache(config.folder)
+        damaged = found.damaged_ids + found.incomplete_ids
+        rebuilt = [shard.path.name for shard in found.shards if shard.unreadable or shard.index_damaged]
+        computed = taken = 0
+        if damaged or rebuilt or found.faults:
+            header = _header(found)
+            computed, taken = _mend(config, found, header, whole_index=not (rebuilt or found.faults))
+    return RepairResult(
+        cache=config.folder,
+        damaged=damaged,
+        rebuilt=rebuilt,
+        computed=computed,
+        taken_over=taken,
+        seconds=time.monotonic() - started,
+    )
+
+
+def _header(found: CacheCheck) -> ShardHeader:
+    """What the cache was made from, by any shard that still says so."""
+    for shard in sorted(found.shards, key=lambda shard: bool(shard.unreadable)):
+        for header in headers_left(shard.path):
+            return header
+    raise CacheError(
+        f"No shard of {found.folder} says what it was made from: {found.shards[0].unreadable}",
+        "Run the kr2cache extract that made it again.",
+    )
+
+
+def _mend(config: RepairConfig, found: CacheCheck, header: ShardHeader, *, whole_index: bool) -> tuple[int, int]:
+    chosen = provenance.chosen_of(header.provenance, config.folder)
+    made = provenance.found_of(header.provenance, config.folder)
+    derived = header.fusion is not None or "converted_from" in header.provenance.get("recorded", {})
+    if derived and not whole_index:
+        raise CacheError(
+            f"The index of {config.folder} is damaged, and it was made from another cache.",
+            f"Make it again from that one: kr2cache cache remove {config.folder}, then slice or fuse.",
+        )
+    plan = None if derived else _plan(config, chosen, made, header, whole_index)
+    for shard in found.shards:
+        if not shard.unreadable and shard.damaged:
+            unmark(open_shard(shard.path), shard.damaged)
+    if plan is None:
+        return 0, derive.refill(config.folder, header)
+    encoder, _ = models.open_encoder(plan.spec)
+    for name, now in (("weights", weights_digest(encoder)), ("config", config_digest(encoder.config))):
+        then = getattr(made, name)
+        if then != now:
+            raise CacheMismatchError(
+                f"The {name} of {plan.spec.name} are not those that {config.folder} was made from (digest {then[:8]} "
+                f"then, {now[:8]} now).",
+                "Give --resource with the folder of the model it was made from.",
+            )
+    return fill(plan, encoder, config.folder, header)
+
+
+def _plan(
+    config: RepairConfig,
+    chosen: provenance.Chosen,
+    made: provenance.Found,
+    header: ShardHeader,
+    whole_index: bool,
+) -> ExtractPlan:
+    """The extraction that made the cache, over again."""
+    spec = models.find_model(config.resource or _model_name(chosen.resource, config), config.models)
+    task = find_task(chosen.task)
+    tokenizer = models.load_tokenizer(spec, words=task.words)
+    if whole_index and not made.segments:
+        index = FeatureCache.open(config.folder).tokens()
+    else:  # segments are not stored, and a damaged index cannot be trusted: both follow from the data
+        examples = _first(task.read(chosen.split, config.data), made.sequences)
+        index = encode_examples(tokenizer, examples, task, chosen.max_length)
+        _check_index(index, made, config)
+    return ExtractPlan(
+        config=ExtractConfig(
+            resource=chosen.resource,
+            split=chosen.split,
+            task=chosen.task,
+            max_length=chosen.max_length,
+            dtype=chosen.dtype,
+            compute_dtype=chosen.compute_dtype,  # type: ignore[arg-type]  # one of them: the fingerprint was compared
+            device=config.device,
+            cache_dir=config.folder.absolute().parent.parent.parent,
+            models=config.models,
+        ),
+        spec=spec,
+        index=index,
+        layers=header.layers,
+        model_layers=header.model_layers,
+        width=header.width,
+        pad_id=models.pad_id(tokenizer),
+        template=made.template,
+        corpus=chosen.corpus,
+    )
+
+
+def _model_name(resource: str, config: RepairConfig) -> str:
+    """What to call the model of a cache; a hub id is stored with ``--`` for its slash."""
+    if resource in models.known_models(config.models):
+        return resource
+    if "--" in resource:
+        return resource.replace("--", "/", 1)
+    raise ConfigError(
+        f"{config.folder} was made by {resource!r}, which has no registered name.",
+        "Give --resource with its folder, or name it under [models] in kr2cache.toml.",
+    )
+
+
+def _first(examples: list[Example], sequences: int) -> list[Example]:
+    """The first examples that make so many sequences: the cache may be of a ``--limit``."""
+    taken, count = [], 0
+    for example in examples:
+        if count >= sequences:
+            break
+        taken.append(example)
+        count += len(example.texts)
+    return taken
+
+
+def _check_index(index: SequenceIndex, made: provenance.Found, config: RepairConfig) -> None:
+    for name, now in (("texts", provenance.texts_digest(index)), ("tokens", provenance.tokens_digest(index))):
+        then = getattr(made, name)
+        if then != now:
+            raise CacheMismatchError(
+                f"The {name} of the data are not those that {config.folder} was made from (digest {then[:8]} then, "
+                f"{now[:8]} now).",
+                "Give --data with the corpus as it was; or extract again, which takes over what is unchanged.",
+            )
+
+
+def describe_repair(result: RepairResult) -> None:
+    """Say what was mended."""
+    if not result.damaged and not result.rebuilt:
+        done(f"Nothing to mend: {result.cache}")
+        return
+    parts = [f"{', '.join(result.rebuilt)} made again"] if result.rebuilt else []
+    if result.damaged:
+        parts.append(f"{count_text(len(result.damaged), 'sequence')} damaged or incomplete")
+    if result.computed:
+        parts.append(f"{count_text(result.computed, 'sequence')} computed (whole batches)")
+    if result.taken_over:
+        parts.append(f"{result.taken_over:,} taken over from another cache")
+    done(f"{', '.join(parts)}, in {seconds_text(result.seconds)}: {result.cache}")
