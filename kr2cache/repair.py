@@ -73,11 +73,12 @@ def repair(config: RepairConfig) -> RepairResult:
     with only_writer(config.folder):
         found = check_cache(config.folder)
         damaged = found.damaged_ids + found.incomplete_ids
-        rebuilt = [shard.path.name for shard in found.shards if shard.unreadable or shard.index_damaged]
+        rebuilt = [shard.path.name for shard in found.shards if shard.broken]
         computed = taken = 0
         if damaged or rebuilt or found.faults:
             header = _header(found)
-            computed, taken = _mend(config, found, header, whole_index=not (rebuilt or found.faults))
+            whole_index = not found.faults and not any(s.unreadable or s.index_damaged for s in found.shards)
+            computed, taken = _mend(config, found, header, whole_index=whole_index)
     return RepairResult(
         cache=config.folder,
         damaged=damaged,

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from kr2cache.cache.format import SCALE_BYTES, shard_name, states_xxh3
 from kr2cache.cache.hdf5 import read_rows
-from kr2cache.cache.shard import Shard, open_shard, shard_files
+from kr2cache.cache.shard import Shard, is_structure_sound, open_shard, shard_files
 from kr2cache.errors import CacheError
 
 BLOCK_BYTES = 32 * 2**20
@@ -38,6 +38,8 @@ class ShardCheck:
     """Why the file is no shard; its sequences are lost to reading."""
     index_damaged: bool = False
     """The index contradicts ``index_xxh3``: ids, lengths, tokens or text hashes are not what was written."""
+    structure_damaged: bool = False
+    """Something else beside the states is not as it was made: HDF5's own structures, attributes, unused space."""
     damaged: list[int] = field(default_factory=list)
     """Positions whose states, scales, checksum or mark are not what was written."""
     incomplete: list[int] = field(default_factory=list)
@@ -47,8 +49,13 @@ class ShardCheck:
     """States and scales that were read."""
 
     @property
+    def broken(self) -> bool:
+        """Whether it has to be made again around its sound sequences."""
+        return bool(self.unreadable) or self.index_damaged or self.structure_damaged
+
+    @property
     def sound(self) -> bool:
-        return not (self.unreadable or self.index_damaged or self.damaged)
+        return not (self.broken or self.damaged)
 
 
 @dataclass(kw_only=True)
@@ -131,6 +138,7 @@ def check_shard(shard: Shard, found: ShardCheck, advance: Callable[[int], None] 
         found.index_damaged = shard.tokens().xxh3(layers) != int(shard.layout.attributes["index_xxh3"])
     except (CacheError, LookupError, TypeError, ValueError, OSError):
         found.index_damaged = True
+    found.structure_damaged = not found.index_damaged and not is_structure_sound(shard)
     marks = shard.read("examples/complete")
     digests = shard.read("examples/xxh3")
     found.incomplete = np.flatnonzero(marks == 0).tolist()

@@ -26,7 +26,8 @@ layer by layer, so that all layers, the last four, or one layer of a sequence ar
 ``index_xxh3`` is the XXH3-64 of the bytes of id, first_row, n_tokens, text_xxh3, input_id and word_index, in that
 order. The provenance's field ``header_xxh3``, which may be absent, is that of the other attributes
 (``ShardHeader.xxh3``). No times are stored, so equal content is equal bytes. A reader refuses a ``format_version`` it
-does not know. Behind HDF5's last byte follows a copy of the attributes (``header_copy``), for repairing.
+does not know. Behind HDF5's last byte follow a copy of the attributes and a checksum of all that
+is fixed at creation (``header_copy``), for repairing.
 """
 
 from __future__ import annotations
@@ -234,40 +235,41 @@ class ShardHeader:
         return xxhash.xxh3_64_intdigest(canonical_json(dataclasses.asdict(self)).encode())
 
 
-COPY_MARK = b"kr2cache"
+TAIL_MARK = b"kr2cache"
+TAIL_BYTES = 24 + len(TAIL_MARK)
 
 
 def header_copy(header: ShardHeader) -> bytes:
-    """A copy of the attributes for the end of the file, behind HDF5's own bytes, which ignores it: JSON, its length
-    and XXH3-64 (8 bytes each, little-endian), ``kr2cache``. Should the attributes be damaged, repairing starts here.
+    """What follows HDF5's last byte, which HDF5 ignores: the attributes as JSON, its length, its XXH3-64, 8 bytes for
+    the XXH3-64 of everything that is fixed at creation, and ``kr2cache``; numbers of 8 bytes, little-endian. Should
+    the attributes be damaged, repairing starts here.
     """
     text = canonical_json(dataclasses.asdict(header)).encode()
-    return text + struct.pack("<2Q", len(text), xxhash.xxh3_64_intdigest(text)) + COPY_MARK
+    return text + struct.pack("<3Q", len(text), xxhash.xxh3_64_intdigest(text), 0) + TAIL_MARK
 
 
-def read_header_copy(path: Path) -> ShardHeader | None:
-    """The copy at the end of a file; None if it is not there or damaged itself."""
+def read_tail(path: Path) -> tuple[ShardHeader, int] | None:
+    """The copy of the attributes at the end of a file, and the XXH3-64 of what is fixed; None if it is not there or
+    damaged itself.
+    """
     with path.open("rb") as file:
         size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - COPY_TAIL))
-        tail = file.read(COPY_TAIL)
-        if len(tail) < COPY_TAIL or not tail.endswith(COPY_MARK):
+        file.seek(max(0, size - TAIL_BYTES))
+        tail = file.read(TAIL_BYTES)
+        if len(tail) < TAIL_BYTES or not tail.endswith(TAIL_MARK):
             return None
-        length, digest = struct.unpack_from("<2Q", tail)
-        if length > size - COPY_TAIL:
+        length, digest, fixed = struct.unpack_from("<3Q", tail)
+        if length > size - TAIL_BYTES:
             return None
-        file.seek(size - COPY_TAIL - length)
+        file.seek(size - TAIL_BYTES - length)
         text = file.read(length)
     if xxhash.xxh3_64_intdigest(text) != digest:
         return None
     try:
         stored = json.loads(text)
-        return ShardHeader(**{**stored, "layers": tuple(stored["layers"])})
+        return ShardHeader(**{**stored, "layers": tuple(stored["layers"])}), fixed
     except (ValueError, TypeError, LookupError, RecursionError, ConfigError, CacheError):
         return None
-
-
-COPY_TAIL = 16 + len(COPY_MARK)
 
 
 def decode(raw: NDArray[Any], scale: NDArray[np.float32] | None, dtype: str) -> NDArray[np.floating]:

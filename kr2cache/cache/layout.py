@@ -78,6 +78,8 @@ class Layout:
 
     datasets: dict[str, StoredDataset]
     attributes: dict[str, Any]
+    has_tail: bool = False
+    """Whether bytes follow those of HDF5."""
 
 
 def read_layout(path: Path, *, what_is_left: bool = False) -> Layout:
@@ -111,6 +113,7 @@ class _File:
         self.descriptor = descriptor
         self.size = size
         self.what_is_left = what_is_left
+        self.has_tail = False
 
     def damaged(self, what: str) -> CacheError:
         return CacheError(f"{self.path} is damaged: {what}.", REMEDY)
@@ -135,7 +138,7 @@ class _File:
                 for leaf, leaf_address in self.links(inside).items():
                     with self.tolerant():
                         datasets[f"{name}/{leaf}"] = self.dataset(self.messages(leaf_address))
-        return Layout(datasets=datasets, attributes=self.attributes(messages))
+        return Layout(datasets=datasets, attributes=self.attributes(messages), has_tail=self.has_tail)
 
     def tolerant(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.suppress(CacheError) if self.what_is_left else contextlib.nullcontext()
@@ -157,6 +160,7 @@ class _File:
             raise self.damaged(f"cut off: {self.size:,} of {end:,} bytes are there")
         if base != 0 or extension != UNDEFINED:
             raise NotPlainError("superblock extension")
+        self.has_tail = end < self.size
         return int(root)
 
     def messages(self, address: int) -> list[tuple[int, bytes]]:

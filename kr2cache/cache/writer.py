@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import os
 import queue
+import struct
 import threading
 import time
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ from numpy.typing import NDArray
 
 from kr2cache.cache.format import (
     ON_DISK,
+    TAIL_MARK,
     SequenceIndex,
     ShardHeader,
     chunk_rows,
@@ -33,7 +35,8 @@ from kr2cache.cache.format import (
     shard_name,
     states_xxh3,
 )
-from kr2cache.cache.shard import Shard, headers_left, open_shard, shard_paths
+from kr2cache.cache.layout import read_layout
+from kr2cache.cache.shard import Shard, fixed_xxh3, headers_left, is_structure_sound, open_shard, shard_paths
 from kr2cache.errors import CacheError, CacheVersionError, DiskSpaceError
 
 PAGE = 4096
@@ -89,7 +92,9 @@ def _is_shard_of(path: Path, header: ShardHeader, index: SequenceIndex) -> bool:
     try:
         shard = open_shard(path)
         layers = len(header.layers)
-        return shard.header == header and shard.tokens().xxh3(layers) == index.xxh3(layers)
+        return (
+            shard.header == header and shard.tokens().xxh3(layers) == index.xxh3(layers) and is_structure_sound(shard)
+        )
     except CacheVersionError:
         raise
     except CacheError:
@@ -110,9 +115,12 @@ def create_shard(path: Path, header: ShardHeader, index: SequenceIndex, salvage:
         _build(partial, header, index)
         with partial.open("ab") as file:
             file.write(header_copy(header))
+        fixed = struct.pack("<Q", fixed_xxh3(partial, read_layout(partial)))
         descriptor = os.open(partial, os.O_RDWR)
         try:
-            _reserve(descriptor, os.fstat(descriptor).st_size)
+            size = os.fstat(descriptor).st_size
+            write_whole(descriptor, fixed, size - len(fixed) - len(TAIL_MARK))
+            _reserve(descriptor, size)
             if salvage is not None:
                 _salvage(salvage, open_shard(partial), descriptor)
             os.fsync(descriptor)

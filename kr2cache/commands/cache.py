@@ -201,6 +201,7 @@ def _verify(folder: Path) -> dict[str, Any]:
         "damaged": found.damaged_ids,
         "incomplete": len(found.incomplete_ids),
         "damaged_index": [shard.path.name for shard in found.shards if shard.index_damaged],
+        "damaged_structure": [shard.path.name for shard in found.shards if shard.structure_damaged],
         "unreadable": {shard.path.name: shard.unreadable for shard in found.shards if shard.unreadable},
         "faults": faults,
     }
