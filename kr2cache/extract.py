@@ -62,7 +62,9 @@ class ExtractResult:
     """Sequences that other caches held already."""
 
     def json(self) -> dict[str, Any]:
-        return {**asdict(self), "cache": str(self.cache)}
+        """As the command line's contract has it."""
+        fields = {name: value for name, value in asdict(self).items() if name != "taken_over"}
+        return {**fields, "cache": str(self.cache)}
 
 
 def extract(plan: ExtractPlan) -> ExtractResult:

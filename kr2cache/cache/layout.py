@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from kr2cache.cache.format import TAIL_MARK
 from kr2cache.errors import CacheError
 
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
@@ -161,6 +162,8 @@ class _File:
         if base != 0 or extension != UNDEFINED:
             raise NotPlainError("superblock extension")
         self.has_tail = end < self.size
+        if self.has_tail and os.pread(self.descriptor, len(TAIL_MARK), self.size - len(TAIL_MARK)) != TAIL_MARK:
+            raise self.damaged(f"cut off at its end, after {self.size:,} bytes")
         return int(root)
 
     def messages(self, address: int) -> list[tuple[int, bytes]]:

@@ -209,13 +209,13 @@ def _verify(folder: Path) -> dict[str, Any]:
     if result["ok"]:
         done(f"{folder}: {count_text(found.sequences, 'sequence')} whole ({speed})")
         return result
-    for text in (
-        *(shard.unreadable for shard in found.shards if shard.unreadable),
-        *(f"{folder}: {f}" for f in faults),
-    ):
-        failed(text)
-    for name in result["damaged_index"]:
-        failed(f"{folder / name}: the index (ids, lengths, tokens or text digests) contradicts its checksum")
+    for shard in found.shards:
+        if shard.unreadable:
+            failed(shard.unreadable)
+        if shard.index_damaged:
+            failed(f"{shard.path}: the index (ids, lengths, tokens or text digests) contradicts its checksum")
+        if shard.structure_damaged:
+            failed(f"{shard.path}: bytes beside states and index (attributes, HDF5's own) are not what was written")
     for fault in faults:
         failed(f"{folder}: {fault}")
     if found.damaged_ids:
