@@ -114,6 +114,8 @@ class TrainConfig:
     cache_dir: Path = field(default_factory=default_cache_dir)
     extract: bool = True
     """Whether missing caches are made."""
+    check_states: bool = False
+    """Whether each sequence of a cache is compared with its checksum when it is first read."""
     dtype: str | None = None
     """Of the cache to use or make; None for what the cache holds, else float16. From ``[defaults]``, like the next
     one."""

@@ -41,6 +41,7 @@ OPTIONS: dict[str, type] = {
     "temperature": float,
     "soft-weight": float,
     "run-dir": Path,
+    "check-states": bool,
 }
 """What ``[defaults]`` may give, by the long names of the options."""
 TRAIN_OPTIONS = {

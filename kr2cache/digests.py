@@ -75,7 +75,7 @@ def model_digests(spec: ModelSpec) -> Digests:
     folder = model_folder(spec)
     files = sorted([*weight_files(folder), folder / "config.json"])
     stamp = tuple((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files if path.is_file())
-    key = (spec.name, spec.model_type, spec.layers, stamp)
+    key = (spec.name, spec.model_type, spec.layers, spec.dropout, stamp)
     if key not in _digests:
         encoder = load_encoder(spec)
         _digests[key] = Digests(

@@ -43,6 +43,8 @@ class ModelSpec:
     """A folder inside an installed Python package that carries the model, ``package/folder``."""
     layers: int | None = None
     """Only its first so many layers, as a smaller model of its own."""
+    dropout: float | None = None
+    """In every place where the architecture has dropout, when it is trained; None for what its config.json says."""
     tokenizer: Mapping[str, Any] = field(default_factory=dict)
     """Arguments that this model's tokenizer needs."""
     model_type: str | None = None
@@ -114,6 +116,7 @@ TOML_FIELDS: dict[str, type] = {
     "model_type": str,
     "package": str,
     "layers": int,
+    "dropout": float,
     "trust_remote_code": bool,
 }
 """What ``[models.NAME]`` may give."""
@@ -127,11 +130,10 @@ def known_models(overrides: Mapping[str, Mapping[str, Any]]) -> dict[str, ModelS
         if unknown:
             raise unknown_name(f"field in [models.{name}] of kr2cache.toml:", unknown[0], TOML_FIELDS)
         for key, value in values.items():
-            kind = TOML_FIELDS[key]
-            if type(value) is not kind or (isinstance(value, int) and kind is int and value < 1):
+            if not _may_be(key, value):
+                wanted = "at least 0 and less than 1" if key == "dropout" else TOML_FIELDS[key].__name__
                 raise ConfigError(
-                    f"{key} = {value!r} under [models.{name}] in kr2cache.toml should be {kind.__name__}.",
-                    "Correct it.",
+                    f"{key} = {value!r} under [models.{name}] in kr2cache.toml should be {wanted}.", "Correct it."
                 )
         given = dict(values)
         if "path" in given:
@@ -144,6 +146,15 @@ def known_models(overrides: Mapping[str, Mapping[str, Any]]) -> dict[str, ModelS
         if known[name].path is None and known[name].hub_id is None and known[name].package is None:
             raise ConfigError(f"[models.{name}] in kr2cache.toml gives neither path nor hub_id.", "Give one of them.")
     return known
+
+
+def _may_be(key: str, value: Any) -> bool:
+    """Whether ``[models.NAME]`` may give this value."""
+    if key == "dropout":
+        return type(value) in (int, float) and 0 <= value < 1
+    if TOML_FIELDS[key] is int:
+        return type(value) is int and value >= 1
+    return type(value) is TOML_FIELDS[key]
 
 
 def find_model(name: str, overrides: Mapping[str, Mapping[str, Any]]) -> ModelSpec:
@@ -289,6 +300,7 @@ def origin(spec: ModelSpec) -> dict[str, Any]:
         "path": str(spec.path.absolute()) if spec.path else None,
         "package": spec.package,
         "layers": spec.layers,
+        "dropout": spec.dropout,
         "model_type": spec.model_type,
     }
 
@@ -323,6 +335,10 @@ def load_config(spec: ModelSpec) -> PretrainedConfig:
                 f"Correct layers under [models.{spec.name}] in kr2cache.toml.",
             )
         config.num_hidden_layers = spec.layers
+    if spec.dropout is not None:
+        for name in config.to_dict():
+            if "dropout" in name and isinstance(getattr(config, name), int | float):
+                setattr(config, name, float(spec.dropout))
     return config
 
 

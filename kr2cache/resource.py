@@ -82,6 +82,7 @@ class Resource:
             text_xxh3=np.array([text_xxh3(text) for example in examples for text in example.texts], dtype=np.uint64),
         )
         cache = self._find(wanted, examples) or self._extract(split, examples)
+        cache.check_on_read = self.config.check_states
         chosen = cache.provenance["chosen"]
         self.max_length, self.dtype, self.compute_dtype = (
             chosen["max_length"],

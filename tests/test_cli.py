@@ -72,7 +72,7 @@ class Answer:
 # The two commands ----------------------------------------------------------------------------------------------------
 
 
-def test_the_two_commands_of_the_issue_word_for_word(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_two_commands_word_for_word(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command("kr2cache extract --resource gottbert --split train".removeprefix("kr2cache ")) == 0
     shown = capsys.readouterr().out
     folder = next((place / ".kr2cache" / "udpos-de" / "train").iterdir())

@@ -17,9 +17,17 @@ import tiny
 import torch
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, BertTokenizer, RobertaConfig
+from transformers import (
+    AutoModel,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    BertTokenizer,
+    RobertaConfig,
+)
 
-from kr2cache.digests import weights_digest
+from kr2cache.digests import model_digests, weights_digest
 from kr2cache.errors import ConfigError, KR2CacheError, ModelUnavailableError, UnknownNameError, UnsupportedModelError
 from kr2cache.models import (
     REGISTRY,
@@ -29,6 +37,7 @@ from kr2cache.models import (
     known_models,
     load_config,
     load_encoder,
+    load_pretrained,
     load_tokenizer,
     local_folder,
     max_positions,
@@ -388,3 +397,30 @@ def test_the_digest_sees_one_changed_weight(bert: Path, tmp_path: Path) -> None:
     weights[name].view(-1)[0] += 1e-3
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     assert digest_of(folder) != digest_of(bert)
+
+
+# Dropout --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model_type", ["bert", "distilbert", "xlm-roberta", "electra"])
+def test_dropout_can_be_set_for_training_alone(tmp_path: Path, model_type: str) -> None:
+    spec = ModelSpec(name="m", path=tiny.save_model(tmp_path / "m", model_type))
+    without = dataclasses.replace(spec, dropout=0.0)
+
+    def probabilities(of: ModelSpec) -> set[float]:
+        model = load_pretrained(of, AutoModelForTokenClassification, load_config(of))
+        return {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)}
+
+    assert max(probabilities(spec)) > 0, "as its config.json says"
+    assert probabilities(without) == {0.0}
+    assert probabilities(dataclasses.replace(spec, dropout=0.3)) == {0.3}
+    as_is, changed = model_digests(spec), model_digests(without)
+    assert (as_is.weights, as_is.config) == (changed.weights, changed.config), "caches do not depend on it"
+    assert as_is.config_in_training != changed.config_in_training, "runs do"
+
+
+@pytest.mark.parametrize("value", [1, 1.0, -0.1, "0", True, float("nan")])
+def test_a_dropout_that_makes_no_sense_is_refused(value: object) -> None:
+    with pytest.raises(ConfigError, match=r"dropout = .* should be at least 0 and less than 1"):
+        known_models({"minilm": {"dropout": value}})
+    assert known_models({"minilm": {"dropout": 0}})["minilm"].dropout == 0

@@ -360,7 +360,10 @@ def edit_a_text(world: World) -> None:
     ("change", "message"),
     [
         (lambda world: change_a_weight(world.resource), r"the weights of res changed \(digest \w{8} then, \w{8} now\)"),
-        (edit_a_text, r"the text of 2 of 12 examples changed \(train-s1, train-s2; digest of the first [0-9a-f]{16} then, [0-9a-f]{16} now\)"),
+        (
+            edit_a_text,
+            r"the text of 2 of 12 examples changed \(train-s1, train-s2; digest of the first \w{16} then, \w{16} now",
+        ),
         (
             lambda world: change_the_tokenizer(world.resource),
             r"the tokenizer of res gives other tokens for \d+ examples",

@@ -97,6 +97,10 @@ def train_cli(
     no_extract: Annotated[
         bool, typer.Option("--no-extract", help="Fail where a cache is missing; do not make it.")
     ] = False,
+    check_states: Annotated[
+        bool | None,
+        typer.Option("--check-states", help="Compare cached states with their checksums as they are first read."),
+    ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -128,6 +132,7 @@ def train_cli(
         device=device,
         run_dir=run_dir,
         cache_dir=cache_dir,
+        check_states=check_states,
     )
     for name in ("dtype", "compute_dtype"):
         if name in toml.defaults:

@@ -1,0 +1,291 @@
+"""``kr2cache cache``: what people and scripts see of the caches there are."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+import tiny_cache
+from world import World
+
+from kr2cache import FeatureCache, inventory, locks
+from kr2cache.cli import run
+from kr2cache.errors import BusyError
+from kr2cache.locks import only_writer
+
+
+def command(line: str) -> int:
+    return run(["cache", *shlex.split(line)])
+
+
+def answer(line: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, Any, str]:
+    """(exit code, the JSON document, what people see) of one call with --json."""
+    capsys.readouterr()
+    code = command(f"{line} --json")
+    captured = capsys.readouterr()
+    return code, json.loads(captured.out), captured.err
+
+
+@pytest.fixture
+def place(world: World, monkeypatch: pytest.MonkeyPatch) -> World:
+    """Caches of three splits, as ``.kr2cache`` of the working folder."""
+    monkeypatch.chdir(world.folder)
+    for split in ("train", "dev", "test"):
+        world.extract(split)
+    shutil.move(world.caches, world.folder / ".kr2cache")
+    return world
+
+
+def folder_of(split: str) -> Path:
+    (folder,) = Path(".kr2cache/udpos", split).iterdir()
+    return folder
+
+
+# list and info --------------------------------------------------------------------------------------------------------
+
+
+def test_every_cache_is_listed_with_its_state(place: World, capsys: pytest.CaptureFixture[str]) -> None:
+    with (shard := next(folder_of("dev").glob("*.h5"))).open("r+b") as file:
+        file.seek(tiny_cache.byte_offset(shard, "examples/complete"))
+        file.write(b"\0\0")
+    next(folder_of("test").glob("*.h5")).write_bytes(b"nothing")
+    code, listed, _ = answer("list", capsys)
+    assert code == 0
+    by_split = {Path(one["folder"]).parent.name: one for one in listed}
+    assert (by_split["train"]["sequences"], by_split["train"]["complete"]) == (12, 12)
+    assert (by_split["dev"]["sequences"], by_split["dev"]["complete"]) == (5, 3)
+    assert "is not an HDF5 file" in by_split["test"]["problem"]
+    assert by_split["train"]["bytes"] == sum(path.stat().st_size for path in folder_of("train").glob("*.h5"))
+    assert (by_split["train"]["resource"], by_split["train"]["corpus"]) == ("res", "corpus")
+    assert command("list") == 0
+    shown = capsys.readouterr().out
+    for text in ("3 complete", "cannot be read", "udpos/train/res-", "3 caches", "is not an HDF5 file"):
+        assert text in shown
+
+
+def test_no_cache_is_no_error(workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("list") == 0
+    assert "No cache in .kr2cache." in capsys.readouterr().out
+    assert answer("list", capsys)[1] == []
+
+
+def test_info_counts_and_measures(place: World, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = folder_of("train")
+    code, about, _ = answer(f"info {folder.name}", capsys)
+    assert code == 0
+    cache = FeatureCache.open(folder)
+    assert sum(about["lengths"]["counts"]) == 12
+    edges = about["lengths"]["edges"]
+    assert edges[0] <= cache.n_tokens.min()
+    assert cache.n_tokens.max() < edges[-1]
+    every = [np.linalg.norm(cache[name].astype(np.float64), axis=2) for name in cache.ids]
+    np.testing.assert_allclose(about["norms"], np.concatenate(every, axis=1).mean(axis=1), rtol=1e-4)
+    assert about["largest"][4] == max(float(np.abs(cache[name][4]).max()) for name in cache.ids)
+    assert about["provenance"]["chosen"]["split"] == "train"
+    assert command(f"info {folder}") == 0
+    shown = capsys.readouterr().out
+    for text in (
+        "12 of 12 complete",
+        "layers 0-4 as float16",
+        "tokens a sequence",
+        "mean norm",
+        "█",
+        cache.fingerprint,
+    ):
+        assert text in shown
+
+
+def test_a_cache_is_found_by_the_beginning_of_its_name(place: World, capsys: pytest.CaptureFixture[str]) -> None:
+    name = folder_of("train").name
+    assert command(f"info {name[:-3]}") == 0
+    assert command("info res-") == 1
+    assert "may be" in capsys.readouterr().err
+    assert command("info nothing") == 1
+    assert answer("info nothing", capsys)[1]["error"]["remedy"].count("res-") == 3
+
+
+# verify ---------------------------------------------------------------------------------------------------------------
+
+
+def test_sound_caches_verify_with_exit_code_0(place: World, capsys: pytest.CaptureFixture[str]) -> None:
+    code, found, people = answer("verify", capsys)
+    assert (code, found["ok"], len(found["caches"])) == (0, True, 3)
+    assert [one["sequences"] for one in found["caches"]] == [5, 6, 12]
+    assert "12 sequences whole" in people
+
+
+def test_damage_is_named_with_exit_code_1(place: World, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = folder_of("train")
+    (shard,) = folder.glob("*.h5")
+    content = bytearray(shard.read_bytes())
+    content[tiny_cache.byte_offset(shard, "hidden") + 1] ^= 1
+    shard.write_bytes(content)
+    code, found, people = answer(f"verify {folder} {folder_of('dev')}", capsys)
+    assert (code, found["ok"]) == (1, False)
+    assert [one["ok"] for one in found["caches"]] == [False, True]
+    assert found["caches"][0]["damaged"] == ["train-s1"]
+    assert "1 sequence of 12 damaged: train-s1" in people
+    assert f"kr2cache cache repair {folder}" in people
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "told"), [("chosen", "split", False), ("chosen", "corpus", True), ("recorded", "device", True)]
+)
+def test_a_provenance_that_was_changed_is_found(
+    place: World, capsys: pytest.CaptureFixture[str], part: str, field: str, told: bool
+) -> None:
+    """By its checksum; and by the fingerprint where a field decides it, should someone have taken that out."""
+    folder = folder_of("dev")
+    (shard,) = folder.glob("*.h5")
+    with h5py.File(shard, "r+") as file:
+        made = json.loads(file.attrs["provenance"])
+        made[part][field] = "other"
+        if not told:
+            del made["header_xxh3"]
+        file.attrs["provenance"] = json.dumps(made)
+    code, found, _ = answer(f"verify {folder}", capsys)
+    assert code == 1
+    (one,) = found["caches"]
+    if told:
+        assert "attributes contradict their checksum" in one["unreadable"][shard.name]
+    else:
+        assert one["faults"] == ["its fingerprint is not that of its provenance"]
+
+
+# slice, fuse, remove --------------------------------------------------------------------------------------------------
+
+
+def test_slice_and_fuse_say_where_and_how_much(place: World, capsys: pytest.CaptureFixture[str]) -> None:
+    name = folder_of("train").name
+    (place.folder / "ids.txt").write_text("train-s3\n\ntrain-s1\n")
+    code, made, people = answer(f"slice {name} --layers last2 --ids ids.txt", capsys)
+    assert (code, made["made"], made["sequences"]) == (0, True, 2)
+    assert FeatureCache.open(made["cache"]).ids == ["train-s1", "train-s3"]
+    code, fused, people = answer(f"fuse {name} --fusion all", capsys)
+    assert (code, fused["made"]) == (0, True)
+    assert "(20 % of" in people
+    code, again, people = answer(f"fuse {name} --fusion all", capsys)
+    assert (code, again["made"], again["cache"]) == (0, False, fused["cache"])
+    assert "Already complete" in people
+    assert command("list") == 0
+    assert "average of 0-4" in capsys.readouterr().out
+    for line in (f"slice {name} --ids nowhere.txt", f"slice {name}", f"fuse {name} --fusion fuse"):
+        code, document, _ = answer(line, capsys)
+        assert (code, document["error"]["type"]) == (1, "ConfigError")
+
+
+def test_remove_asks_and_frees(
+    place: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = folder_of("dev")
+    monkeypatch.setattr("typer.confirm", lambda question: False)
+    assert command(f"remove {folder.name}") == 1
+    assert folder.is_dir()
+    asked: list[str] = []
+    monkeypatch.setattr("typer.confirm", lambda question: bool(asked.append(question)) or True)
+    size = sum(path.stat().st_blocks * 512 for path in folder.glob("*.h5"))
+    assert command(f"remove {folder.name}") == 0
+    assert re.fullmatch(r"Remove 1 cache and free .*\?", asked[0])
+    assert not folder.parent.exists(), "its empty folder went with it"
+    assert folder_of("train").is_dir()
+    code, removed, _ = answer(f"remove --yes {folder_of('train')} {folder_of('test')}", capsys)
+    assert code == 0
+    assert len(removed["removed"]) == 2
+    assert removed["bytes"] > size
+    assert not list(Path(".kr2cache").rglob("*.h5"))
+
+
+def test_remove_takes_nothing_that_is_not_the_caches_own(place: World, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = folder_of("dev")
+    (folder / "notes.txt").write_text("mine")
+    assert command(f"remove --yes {folder}") == 0
+    assert "notes.txt in it is not of the cache and was kept" in capsys.readouterr().out
+    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
+    assert command("remove --yes corpus") == 1
+    assert (place.folder / "corpus" / "train.conllu").is_file()
+
+
+def test_what_is_being_written_is_not_removed(place: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = folder_of("dev")
+    monkeypatch.setattr(locks, "PATIENCE_S", 0.05)
+    with only_writer(folder), pytest.raises(BusyError, match=rf"is being written by process {os.getpid()} of .* since"):
+        inventory.remove(folder)
+    assert len(FeatureCache.open(folder)) == 5
+
+
+def test_looking_at_caches_imports_neither_torch_nor_transformers(place: World) -> None:
+    folder = folder_of("train")
+    program = (
+        "import sys\nfrom kr2cache.cli import run\n"
+        "for line in sys.argv[1:]:\n    assert run(['cache', *line.split()]) == 0, line\n"
+        "loaded = {'torch', 'transformers', 'datasets'} & set(sys.modules)\nassert not loaded, loaded\n"
+    )
+    lines = ["list", f"info {folder}", "verify", f"slice {folder} --layers last2", f"fuse {folder}", "list --json"]
+    lines.append(f"remove --yes {folder}")
+    done = subprocess.run([sys.executable, "-c", program, *lines], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+# Locks ----------------------------------------------------------------------------------------------------------------
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from kr2cache.locks import only_writer
+with only_writer(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(float(sys.argv[2]))
+"""
+
+
+def holder(folder: Path, seconds: float) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(folder), str(seconds)], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def test_the_second_writer_says_who_holds_it_and_waits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "cache"
+    with holder(folder, 2.0) as process, only_writer(folder):
+        assert process.poll() is not None or process.wait(5) == 0, "it waited until the other was done"
+    captured = capsys.readouterr()
+    shown = captured.out + captured.err
+    assert re.search(
+        rf"{folder} is being written by process {process.pid} of \S+ on \S+ since [-0-9]+ [:0-9]+ UTC", shown
+    )
+    assert "waiting for it" in shown
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_lock_of_a_killed_process_is_taken_over(tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    with holder(folder, 60.0) as process:
+        process.send_signal(signal.SIGKILL)
+    assert (tmp_path / "cache.lock").is_file()
+    started = time.monotonic()
+    with only_writer(folder):
+        assert time.monotonic() - started < 2
+        assert json.loads((tmp_path / "cache.lock").read_text())["pid"] == os.getpid()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"pid": 1}', '{"pid": "x", "since": "yesterday"}', "\x00"])
+def test_a_lock_that_says_nothing_of_use_is_another_process(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "cache.lock"
+    path.write_text(content)
+    assert locks._holder(path) == "another process"
