@@ -60,13 +60,21 @@ def _top(version: Annotated[bool, typer.Option("--version", help="Print the vers
 
 def _report(kind: str, message: str, remedy: str, as_json: bool) -> None:
     if as_json:
-        print_json({"error": {"type": kind, "message": message, "remedy": remedy}})
-        return
+        try:
+            print_json({"error": {"type": kind, "message": message, "remedy": remedy}})
+            return
+        except OSError:  # standard output itself is what failed
+            _forget_stdout()
     to_stderr()
     console.print(f"[bold red]{kind}:[/] ", end="")
     console.print(message, markup=False, soft_wrap=True)
     if remedy:
         console.print(remedy, markup=False, soft_wrap=True, style="cyan")
+
+
+def _forget_stdout() -> None:
+    """Nobody can read it any more: what is still to be flushed goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextlib.contextmanager
@@ -104,7 +112,7 @@ def run(arguments: list[str]) -> int:
         _report("Interrupted", "Interrupted. What is complete is kept.", "Run the same command again.", as_json)
         return 1
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _forget_stdout()
         return 1
     except OSError as error:
         if debug:

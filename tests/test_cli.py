@@ -477,3 +477,19 @@ def test_ctrl_c_in_training_keeps_the_caches_and_no_half_run(place: Path) -> Non
     assert not list(runs.glob("*/seed-?"))
     assert not list(place.rglob("*.partial")), "nothing half-written is left"
     assert {path.name for path in (place / ".kr2cache" / "udpos-de").iterdir()} == {"train", "dev", "test"}
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+@pytest.mark.parametrize("line", ["models --json", "models", "cache list --json"])
+def test_a_full_standard_output_is_one_line_of_error(workdir: Path, line: str) -> None:
+    with open("/dev/full", "w") as full:  # noqa: PTH123
+        done = subprocess.run(
+            [sys.executable, "-m", "kr2cache.cli", *line.split()],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 1
+    assert "No space left on device" in done.stderr
+    assert "Traceback" not in done.stderr

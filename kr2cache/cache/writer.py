@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import os
 import queue
+import shutil
 import struct
 import threading
 import time
@@ -130,7 +131,7 @@ def create_shard(path: Path, header: ShardHeader, index: SequenceIndex, salvage:
         sync_folder(path.parent)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        raise disk_error(error, path) from error
+        raise disk_error(error, path, _size(header, index)) from error
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
@@ -245,11 +246,18 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def disk_error(error: OSError, path: Path) -> Exception:
-    """``error`` as the project's own where it says that the disk is full, else itself."""
+def disk_error(error: OSError, path: Path, needed: int) -> Exception:
+    """``error`` as the project's own where it says that the disk is full, else itself.
+
+    Args:
+        path: A file or folder that is there, or whose folder is.
+        needed: Bytes that had yet to be found room for.
+    """
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        free = shutil.disk_usage(path if path.exists() else path.parent).free
+        limit = "" if free < needed else " and a quota or limit of this process allows no more"
         return DiskSpaceError(
-            f"No space left for {path}: {os.strerror(error.errno)}.",
+            f"No space left for {path}: it needs {needed:,} more bytes, {free:,} are free{limit}.",
             "Make room (or give another --cache-dir) and run the same command again: what is complete is kept.",
         )
     return error
@@ -399,8 +407,11 @@ class CacheWriter:
 
     def _fail(self, error: BaseException) -> None:
         if self._failure is None:
-            path = self.shards[0].path.parent
-            self._failure = disk_error(error, path) if isinstance(error, OSError) else error
+            self._failure = error
+            if isinstance(error, OSError):
+                files = [shard.path.stat() for shard in self.shards]
+                missing = sum(max(0, file.st_size - file.st_blocks * 512) for file in files)
+                self._failure = disk_error(error, self.shards[0].path.parent, missing)
 
     def _write(self, states: PackedStates) -> None:
         shard, descriptor = self.shards[states.shard], self._files[states.shard]

@@ -46,9 +46,10 @@ def dying_pwrite(descriptor, data, offset):
         os.kill(os.getpid(), signal.SIGKILL)
     return pwrite(descriptor, data, offset)
 
+truth = tiny_cache.make((3, 1, 5, 2, 4, 6), dtype=sys.argv[4], width=5)
+writer.create_shards(Path(sys.argv[2]), truth.header, truth.index, 400)
 os.pwrite = dying_pwrite
 writer.SYNC_EVERY_S = 0.0
-truth = tiny_cache.make((3, 1, 5, 2, 4, 6), dtype=sys.argv[4], width=5)
 tiny_cache.store(Path(sys.argv[2]), truth, shard_bytes=400, positions=(4, 2, 5, 0, 3, 1))
 """
 
