@@ -5,9 +5,10 @@ Everything read from a cache here is compared with its checksum first: damage do
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -248,9 +249,9 @@ def derive(plan: DerivePlan) -> DeriveResult:
                 "Make room, or give another --cache-dir.",
             )
         create_shards(plan.folder, plan.header, plan.index, int(plan.header.batch_plan["shard_bytes"]))
-        todo = np.flatnonzero(~FeatureCache.open(plan.folder).complete)
-        sources = {int(i): [(plan.source, int(plan.positions[i]))] for i in todo}
-        _write(plan.folder, plan.header, plan.fusion, sources, f"from {plan.source.folder.name}")
+        todo = np.flatnonzero(~FeatureCache.open(plan.folder).complete).tolist()
+        stored = ((i, _stored_as(plan.header, plan.fusion, [(plan.source, int(plan.positions[i]))])) for i in todo)
+        _write(plan.folder, stored, len(todo), f"from {plan.source.folder.name}")
     return DeriveResult(
         cache=plan.folder,
         sequences=len(plan.index),
@@ -284,9 +285,11 @@ def refill(folder: Path, header: ShardHeader) -> int:
     fusion = None
     if header.fusion is not None and source.fusion is None:
         fusion = Fusion(name="stored", layers=tuple(header.fusion["layers"]), trainable=False)
-    sources = {int(i): [(source, int(place))] for i, place in zip(todo, places, strict=True)}
-    _write(folder, header, fusion, sources, f"from {source.folder.name}")
-    return len(sources)
+    stored = (
+        (i, _stored_as(header, fusion, [(source, place)]))
+        for i, place in zip(todo.tolist(), places.tolist(), strict=True)
+    )
+    return _write(folder, stored, len(todo), f"from {source.folder.name}")
 
 
 # Taking over ----------------------------------------------------------------------------------------------------------
@@ -307,22 +310,15 @@ class Donors:
 
         Damaged sequences are left out: the model runs for them.
         """
-        todo = wanted & self.covered & ~FeatureCache.open(folder).complete
-        sources = {}
-        for i in np.flatnonzero(todo).tolist():
-            held = [(c, int(p[i])) for c, p in zip(self.caches, self.positions, strict=True) if p[i] >= 0]
-            if all(_is_sound(cache, position) for cache, position in held):
-                sources[i] = held
-        _write(folder, header, None, sources, "taken over")
-        return len(sources)
+        todo = np.flatnonzero(wanted & self.covered & ~FeatureCache.open(folder).complete).tolist()
 
+        def stored() -> Iterator[tuple[int, Stored]]:
+            for i in todo:
+                held = [(c, int(p[i])) for c, p in zip(self.caches, self.positions, strict=True) if p[i] >= 0]
+                with contextlib.suppress(CacheError):
+                    yield i, _stored_as(header, None, held)
 
-def _is_sound(cache: FeatureCache, position: int) -> bool:
-    try:
-        cache.check(position)
-    except CacheError:
-        return False
-    return True
+        return _write(folder, stored(), len(todo), "taken over")
 
 
 def find_donors(cache_dir: Path, folder: Path, header: ShardHeader, index: SequenceIndex) -> Donors:
@@ -382,38 +378,39 @@ def _keys(index: SequenceIndex, segments: bool) -> list[bytes]:
 # Both -----------------------------------------------------------------------------------------------------------------
 
 
-def _write(
-    folder: Path,
-    header: ShardHeader,
-    fusion: Fusion | None,
-    sources: dict[int, list[tuple[FeatureCache, int]]],
-    what: str,
-) -> None:
-    """Write the sequences ``sources`` (by position) as ``header`` stores them."""
-    if not sources:
-        return
+def _write(folder: Path, sequences: Iterable[tuple[int, Stored]], count: int, what: str) -> int:
+    """Write ``sequences`` (position, states as they are stored), about ``count``; returns how many they were."""
+    if not count:
+        return 0
+    written = 0
     with work_progress("sequences") as progress:
-        bar = progress.add_task(f"{folder.name} {what}", total=len(sources), note="")
+        bar = progress.add_task(f"{folder.name} {what}", total=count, note="")
         try:
             with interrupt_between_batches() as check_interrupt, CacheWriter(folder) as writer:
                 firsts = offsets(np.array([len(shard.ids) for shard in writer.shards]))
-                for i, held in sources.items():
+                for i, (raw, scale) in sequences:
                     number = int(np.searchsorted(firsts, i, side="right")) - 1
-                    raw, scale = _stored_as(header, fusion, held)
                     writer.write(PackedStates(number, [i - int(firsts[number])], raw, scale))
                     check_interrupt()
+                    written += 1
                     progress.update(bar, advance=1, note=f"{bytes_text(writer.bytes_written)} written")
         except KeyboardInterrupt:
             raise InterruptedWorkError(
                 f"Interrupted. What is complete is kept in {folder}.",
                 "Run the same command again: it goes on where it stopped.",
             ) from None
+    return written
 
 
 def _stored_as(header: ShardHeader, fusion: Fusion | None, held: list[tuple[FeatureCache, int]]) -> Stored:
-    """One sequence as a cache of ``header`` stores it, each layer from the first cache that holds it."""
+    """One sequence as a cache of ``header`` stores it, each layer from the first cache that holds it.
+
+    Raises:
+        CacheError: If it is damaged there.
+    """
+    for cache, position in held:
+        cache.check(position)
     cache, position = held[0]
-    cache.check(position)
     if fusion is not None:
         return _encoded(header, fusion.apply(cache.states(position, fusion.layers)), cache, position)
     if header.dtype != cache.dtype:

@@ -152,17 +152,26 @@ class Difference:
 
 
 def caches_of(cache_dir: Path, task: str, split: str) -> list[FeatureCache]:
-    """Every readable cache of a task's split; what cannot be opened is left for the command that makes or checks it."""
+    """Every readable cache of a task's split."""
+    return [cache for cache in _opened(cache_dir, task, split).values() if isinstance(cache, FeatureCache)]
+
+
+def unreadable_of(cache_dir: Path, task: str, split: str) -> dict[Path, CacheError]:
+    """The folders of a task's split that should be caches, and why they cannot be read."""
+    return {f: error for f, error in _opened(cache_dir, task, split).items() if isinstance(error, CacheError)}
+
+
+def _opened(cache_dir: Path, task: str, split: str) -> dict[Path, FeatureCache | CacheError]:
     root = cache_dir / task / split
-    caches = []
+    found: dict[Path, FeatureCache | CacheError] = {}
     for folder in sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else ():
         try:
             cache = FeatureCache.open(folder)
             chosen_of(cache.provenance, folder)
-            caches.append(cache)
-        except CacheError:
-            continue
-    return caches
+            found[folder] = cache
+        except CacheError as error:
+            found[folder] = error
+    return found
 
 
 def chosen_of(recorded: Mapping[str, Any], folder: Path) -> Chosen:

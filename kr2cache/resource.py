@@ -105,6 +105,8 @@ class Resource:
                 f"Make one that fits:  {self._command(split)}",
             )
         if not self.config.extract:
+            unreadable = provenance.unreadable_of(self.config.cache_dir, self.task.name, split)
+            other += [error.message for f, error in unreadable.items() if f.name.startswith(f"{wanted.resource}-")]
             detail = f" {'; '.join(other)}." if other else ""
             raise CacheError(
                 f"No cache of {wanted.resource} on {wanted.task}/{split} fits, and --no-extract was given.{detail}",

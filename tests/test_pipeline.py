@@ -721,3 +721,14 @@ def test_a_training_that_diverges_is_no_run(world: World) -> None:
     with pytest.raises(TrainingError, match="diverged"):
         world.train(method="kreader", learning_rate=1e38)
     assert not list((world.folder / "runs").rglob("seed-*"))
+
+
+def test_a_cache_that_cannot_be_read_is_named_where_none_may_be_made(world: World) -> None:
+    result = world.extract()
+    (shard,) = result.cache.glob("*.h5")
+    shard.write_bytes(shard.read_bytes()[:5000])
+    with pytest.raises(CacheError, match=rf"No cache of res .* fits.*{shard} is damaged: cut off") as caught:
+        world.train(extract=False)
+    assert "kr2cache extract" in caught.value.remedy
+    world.train()
+    assert len(FeatureCache.open(result.cache)) == 12, "the extraction that training calls makes it again"
