@@ -15,7 +15,7 @@ from kr2cache import provenance
 from kr2cache.cache.reader import FeatureCache
 from kr2cache.console import bytes_text
 from kr2cache.errors import CacheError, ConfigError
-from kr2cache.locks import lock_file, only_writer
+from kr2cache.locks import only_writer
 
 SAMPLE = 200
 """Sequences that the norms are taken of, evenly spaced."""
@@ -174,7 +174,6 @@ def remove(folder: Path) -> str:
         rest = [path.name for path in folder.iterdir()]
         if not rest:
             folder.rmdir()
-    lock_file(folder).unlink(missing_ok=True)
     if not rest:
         with contextlib.suppress(OSError):  # others are in them
             folder.parent.rmdir()

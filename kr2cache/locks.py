@@ -43,7 +43,7 @@ def only_writer(folder: Path, *, wait: bool = True) -> Iterator[None]:
     Raises:
         BusyError: If another process holds it, and it is not to be waited for.
     """
-    path = lock_file(folder)
+    path = folder.with_name(folder.name + ".lock")
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path)
     try:
@@ -60,10 +60,6 @@ def only_writer(folder: Path, *, wait: bool = True) -> Iterator[None]:
     finally:
         path.unlink(missing_ok=True)  # filelock sees that whoever waits waits for a file that is gone
         lock.release()
-
-
-def lock_file(folder: Path) -> Path:
-    return folder.with_name(folder.name + ".lock")
 
 
 def _sign(path: Path) -> None:

@@ -261,6 +261,7 @@ def _resource_decides(job: Job, resource: Resource, caches: Mapping[str, Feature
     chosen = caches["train"].provenance["chosen"]
     has_trainable_weights = job.fusion.trainable and job.projection != "direct"
     found = [cache.provenance["found"] for cache in caches.values()]
+    rounded = sorted(split for split, cache in caches.items() if provenance.rounded_again(cache))
     return {
         "resource": {
             "name": resource.spec.name,
@@ -271,6 +272,8 @@ def _resource_decides(job: Job, resource: Resource, caches: Mapping[str, Feature
             "max_length": chosen["max_length"],
             "dtype": chosen["dtype"],
             "compute_dtype": chosen["compute_dtype"],
+            # Not quite the states that an extraction with these settings gives.
+            **({"rounded_again": rounded} if rounded else {}),
         },
         "fusion": {"name": job.fusion.name, "layers": list(job.fusion.layers)},
         "projection": job.projection,

@@ -243,6 +243,19 @@ def test_a_stored_fusion_serves_no_other(world: World, changes: dict[str, str]) 
         world.train(**changes, extract=False)
 
 
+def test_a_run_on_states_that_were_rounded_again_is_another_run(world: World) -> None:
+    direct = world.train(dtype="int8")
+    shutil.rmtree(world.caches)
+    for split in ("train", "dev", "test"):
+        result = world.extract(split)
+        slice_of(result, dtype="int8")
+        shutil.rmtree(result.cache)
+    sliced = world.train(dtype="int8", extract=False)
+    assert sliced.runs[0].folder.parent.name != direct.runs[0].folder.parent.name
+    config = json.loads((sliced.runs[0].folder / "config.json").read_text())["config"]
+    assert config["resource"]["rounded_again"] == ["dev", "test", "train"]
+
+
 def test_layers_go_before_a_fusion_that_was_rounded_again(world: World) -> None:
     for split in ("train", "dev", "test"):
         fusion_of(world.extract(split, dtype="int8"), "last4")

@@ -7,6 +7,7 @@ such a file in a process of its own first; only a file that this process came th
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -24,6 +25,9 @@ PATIENCE_S = 30
 """HDF5 may take to look at one file; a second is much."""
 DEFLATE_RATIO = 1_100
 """No filter makes more bytes than this of one: what claims to be larger was never written."""
+
+
+EXAMINE = "import sys; from kr2cache.cache.hdf5 import main; sys.exit(main(sys.argv[1]))"
 
 
 @contextlib.contextmanager
@@ -74,9 +78,11 @@ def check_in_process(path: Path) -> None:
     Raises:
         CacheError: If that process objects, crashes, or does not come back.
     """
-    command = [sys.executable, "-m", "kr2cache.cache.hdf5", str(path.absolute())]
+    # -P and our own search path: nothing is imported from the folder that we happen to be in.
+    command = [sys.executable, "-P", "-c", EXAMINE, str(path.absolute())]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(str(Path(place).absolute()) for place in sys.path)}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False, env=environment)
     except subprocess.TimeoutExpired as error:
         raise CacheError(f"{path} is damaged: HDF5 does not come to an end with it.", REMEDY) from error
     except (OSError, ValueError) as error:
@@ -152,8 +158,9 @@ def read_rows(path: Path, name: str, start: int, stop: int) -> NDArray[Any]:
     return rows
 
 
-def main(path: Path) -> int:
+def main(name: str) -> int:
     """Look at everything that opening will look at; 0 if HDF5 came through with it."""
+    path = Path(name)
     try:
         layout = examine(path)
         for name, dataset in layout.datasets.items():
@@ -164,7 +171,3 @@ def main(path: Path) -> int:
         sys.stdout.write(error.message)
         return 1
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
