@@ -143,11 +143,11 @@ def test_an_unfinished_or_damaged_source_is_not_copied(world: World) -> None:
     at = tiny_cache.byte_offset(shard, "hidden")
     content[at + 3] ^= 1
     shard.write_bytes(content)
-    with pytest.raises(CacheError, match="states of 'train-s1' .* contradict their checksum"):
+    with pytest.raises(CacheError, match=r"states of 'train-s1' .* contradict their checksum"):
         slice_of(result, layers="last2")
     with h5py.File(shard, "r+") as file:
         file["examples/complete"][4] = 0
-    with pytest.raises(CacheError, match="1 of the 12 sequences .* not complete"):
+    with pytest.raises(CacheError, match=r"1 of the 12 sequences .* not complete"):
         slice_of(result, layers="last2")
     assert slice_of(result, layers="last2", ids=["train-s2", "train-s3"]).ids == ["train-s2", "train-s3"]
 

@@ -158,9 +158,9 @@ def read_rows(path: Path, name: str, start: int, stop: int) -> NDArray[Any]:
     return rows
 
 
-def main(name: str) -> int:
+def main(argument: str) -> int:
     """Look at everything that opening will look at; 0 if HDF5 came through with it."""
-    path = Path(name)
+    path = Path(argument)
     try:
         layout = examine(path)
         for name, dataset in layout.datasets.items():
