@@ -262,23 +262,33 @@ def derive(plan: DerivePlan) -> DeriveResult:
     )
 
 
-def refill(folder: Path, header: ShardHeader) -> int:
-    """Make the incomplete sequences of a derived cache again from the one it was made of; returns how many.
-
-    The caller holds its lock.
+def source_of(folder: Path, header: ShardHeader) -> FeatureCache:
+    """The cache that a derived one was made from.
 
     Raises:
-        CacheError: If that one is not there any more, or damaged itself.
+        CacheError: If it is not there any more.
     """
     chosen = provenance.chosen_of(header.provenance, folder)
     origin = header.provenance.get("recorded", {}).get("derived_from")
-    caches = provenance.caches_of(folder.parent.parent.parent, chosen.task, chosen.split)
+    caches = provenance.caches_of(folder.absolute().parent.parent.parent, chosen.task, chosen.split)
     source = next((cache for cache in caches if cache.fingerprint == origin), None)
     if source is None:
         raise CacheError(
             f"{folder} was made from another cache (fingerprint {str(origin)[:8]}), which is not there any more.",
             "Make that one again with kr2cache extract, or remove this one.",
         )
+    return source
+
+
+def refill(folder: Path, header: ShardHeader, source: FeatureCache) -> int:
+    """Make damaged shards and incomplete sequences of a derived cache again from its source; returns how many.
+
+    The caller holds its lock.
+
+    Raises:
+        CacheError: If the source is damaged itself, or which of its sequences were taken is not known any more.
+    """
+    create_shards(folder, header, _derived_index(folder, header, source), int(header.batch_plan["shard_bytes"]))
     cache = FeatureCache.open(folder)
     todo = np.flatnonzero(~cache.complete)
     places = source.positions(cache.all_ids[i] for i in todo.tolist())
@@ -290,6 +300,23 @@ def refill(folder: Path, header: ShardHeader) -> int:
         for i, place in zip(todo.tolist(), places.tolist(), strict=True)
     )
     return _write(folder, stored, len(todo), f"from {source.folder.name}")
+
+
+def _derived_index(folder: Path, header: ShardHeader, source: FeatureCache) -> SequenceIndex:
+    """The index of a derived cache: its own if it is sound, else the first sequences of its source if it was them."""
+    made = provenance.found_of(header.provenance, folder)
+    candidates = []
+    with contextlib.suppress(CacheError):
+        candidates.append(FeatureCache.open(folder).tokens())
+    if made.sequences <= len(source.n_tokens):
+        candidates.append(source.tokens().part(0, made.sequences))
+    for index in candidates:
+        if (provenance.texts_digest(index), provenance.tokens_digest(index)) == (made.texts, made.tokens):
+            return index
+    raise CacheError(
+        f"The index of {folder} is damaged, and which sequences of {source.folder.name} it held is not known any more.",
+        f"Make it again: kr2cache cache remove {folder}, then slice or fuse.",
+    )
 
 
 # Taking over ----------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -10,6 +11,7 @@ from rich.text import Text
 
 from kr2cache import models, provenance
 from kr2cache.cache.format import DTYPES, SequenceIndex, canonical_json, row_bytes
+from kr2cache.cache.shard import headers_left
 from kr2cache.config import COMPUTE_DTYPES, ExtractConfig
 from kr2cache.console import bytes_text, console, count_text, ranges_text
 from kr2cache.device import choose_device
@@ -115,23 +117,32 @@ def _check_choices(config: ExtractConfig) -> None:
 
 
 def check_disk(plan: ExtractPlan) -> None:
-    """Refuse what the disk cannot hold, unless these sequences have a cache already (finished, or space reserved).
+    """Refuse what the disk cannot hold, beside the space that shards of this cache have reserved already.
 
     Raises:
         DiskSpaceError: With what it needs, what is free, and what would need less.
     """
-    wanted = plan.chosen
-    for cache in provenance.caches_of(plan.config.cache_dir, wanted.task, wanted.split):
-        same = canonical_json(cache.provenance["chosen"]) == canonical_json(asdict(wanted))
-        if same and cache.stored_bytes == plan.state_bytes:
-            return
+    needed = plan.state_bytes - _reserved(plan)
     free = free_bytes(plan.config.cache_dir)
-    if plan.state_bytes > free:
+    if needed > free:
         last4 = plan.tokens * row_bytes(plan.width, plan.config.dtype) * min(4, len(plan.layers))
         raise DiskSpaceError(
-            f"The states take {bytes_text(plan.state_bytes)}, but {plan.config.cache_dir} has {bytes_text(free)} free.",
+            f"The states take {bytes_text(needed)}, but {plan.config.cache_dir} has {bytes_text(free)} free.",
             f"--layers last4 takes {bytes_text(last4)}, --dtype int8 half of float16; or give another --cache-dir.",
         )
+
+
+def _reserved(plan: ExtractPlan) -> int:
+    """Bytes that the shards of this cache take on disk; some or all of them may be there, finished or not."""
+    wanted = canonical_json(asdict(plan.chosen))
+    split = plan.config.cache_dir / plan.config.task / plan.config.split
+    most = 0
+    for folder in split.glob(f"{glob.escape(plan.spec.name)}-*"):
+        shards = sorted(folder.glob("*.h5"))
+        headers = headers_left(shards[0]) if shards else []
+        if any(canonical_json(header.provenance.get("chosen")) == wanted for header in headers):
+            most = max(most, sum(path.stat().st_blocks * 512 for path in shards))
+    return most
 
 
 def describe(plan: ExtractPlan) -> None:

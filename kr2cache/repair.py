@@ -7,6 +7,7 @@ file is byte for byte the one it was. What is sound is not touched.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -74,11 +75,11 @@ def repair(config: RepairConfig) -> RepairResult:
         found = check_cache(config.folder)
         damaged = found.damaged_ids + found.incomplete_ids
         rebuilt = [shard.path.name for shard in found.shards if shard.broken]
+        astray = bool(found.faults) or (found.sound and _contradicts_itself(config.folder))
         computed = taken = 0
-        if damaged or rebuilt or found.faults:
-            header = _header(found)
-            whole_index = not found.faults and not any(s.unreadable or s.index_damaged for s in found.shards)
-            computed, taken = _mend(config, found, header, whole_index=whole_index)
+        if damaged or rebuilt or astray:
+            whole_index = not astray and not any(s.unreadable or s.index_damaged for s in found.shards)
+            computed, taken = _mend(config, found, _header(found), whole_index=whole_index)
     return RepairResult(
         cache=config.folder,
         damaged=damaged,
@@ -89,32 +90,41 @@ def repair(config: RepairConfig) -> RepairResult:
     )
 
 
+def _contradicts_itself(folder: Path) -> bool:
+    """Whether shards that are sound each are not this cache together, as when two of them changed places."""
+    return bool(provenance.contradictions(FeatureCache.open(folder)))
+
+
 def _header(found: CacheCheck) -> ShardHeader:
-    """What the cache was made from, by any shard that still says so."""
+    """What the cache was made from: what its shards say, readable ones first, with the fingerprint in the folder's
+    name, or most of them where it has none.
+    """
+    headers: list[ShardHeader] = []
     for shard in sorted(found.shards, key=lambda shard: bool(shard.unreadable)):
-        for header in headers_left(shard.path):
-            return header
+        headers += headers_left(shard.path) if shard.unreadable else [open_shard(shard.path).header]
+    named = [h for h in headers if h.fingerprint[:8] == found.folder.absolute().name.rpartition("-")[2]]
+    if named:
+        return named[0]
+    prints = Counter(header.fingerprint for header in headers)
+    if prints and (len(prints) == 1 or prints.most_common(2)[0][1] > prints.most_common(2)[1][1]):
+        return next(header for header in headers if header.fingerprint == prints.most_common(1)[0][0])
+    why = next((shard.unreadable for shard in found.shards if shard.unreadable), "they are of different caches.")
     raise CacheError(
-        f"No shard of {found.folder} says what it was made from: {found.shards[0].unreadable}",
-        "Run the kr2cache extract that made it again.",
+        f"No shard of {found.folder} says what it was made from: {why}", "Run the kr2cache extract that made it again."
     )
 
 
 def _mend(config: RepairConfig, found: CacheCheck, header: ShardHeader, *, whole_index: bool) -> tuple[int, int]:
+    """(sequences computed, sequences taken over). Everything that can be refused is, before the first mark is taken
+    back.
+    """
     chosen = provenance.chosen_of(header.provenance, config.folder)
     made = provenance.found_of(header.provenance, config.folder)
-    derived = header.fusion is not None or "converted_from" in header.provenance.get("recorded", {})
-    if derived and not whole_index:
-        raise CacheError(
-            f"The index of {config.folder} is damaged, and it was made from another cache.",
-            f"Make it again from that one: kr2cache cache remove {config.folder}, then slice or fuse.",
-        )
-    plan = None if derived else _plan(config, chosen, made, header, whole_index)
-    for shard in found.shards:
-        if not shard.unreadable and shard.damaged:
-            unmark(open_shard(shard.path), shard.damaged)
-    if plan is None:
-        return 0, derive.refill(config.folder, header)
+    if header.fusion is not None or "converted_from" in header.provenance.get("recorded", {}):
+        source = derive.source_of(config.folder, header)
+        _take_back_marks(found)
+        return 0, derive.refill(config.folder, header, source)
+    plan = _plan(config, chosen, made, header, whole_index)
     encoder, _ = models.open_encoder(plan.spec)
     for name, now in (("weights", weights_digest(encoder)), ("config", config_digest(encoder.config))):
         then = getattr(made, name)
@@ -124,7 +134,14 @@ def _mend(config: RepairConfig, found: CacheCheck, header: ShardHeader, *, whole
                 f"then, {now[:8]} now).",
                 "Give --resource with the folder of the model it was made from.",
             )
+    _take_back_marks(found)
     return fill(plan, encoder, config.folder, header)
+
+
+def _take_back_marks(found: CacheCheck) -> None:
+    for shard in found.shards:
+        if not shard.unreadable and shard.damaged:
+            unmark(open_shard(shard.path), shard.damaged)
 
 
 def _plan(
@@ -203,7 +220,7 @@ def _check_index(index: SequenceIndex, made: provenance.Found, config: RepairCon
 
 def describe_repair(result: RepairResult) -> None:
     """Say what was mended."""
-    if not result.damaged and not result.rebuilt:
+    if not (result.damaged or result.rebuilt or result.computed or result.taken_over):
         done(f"Nothing to mend: {result.cache}")
         return
     parts = [f"{', '.join(result.rebuilt)} made again"] if result.rebuilt else []

@@ -18,7 +18,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from kr2cache.cache.layout import REMEDY, Layout, StoredDataset
+from kr2cache.cache.layout import DATASETS, REMEDY, Layout, StoredDataset
 from kr2cache.errors import CacheError
 
 PATIENCE_S = 30
@@ -102,19 +102,20 @@ def examine(path: Path) -> Layout:
     size = path.stat().st_size
     with open_hdf5(path) as file:
         datasets = {}
-        for name in file:
-            if file.get(name, getclass=True, getlink=True) is not h5py.HardLink:
-                continue  # soft and external links are not followed: what they name counts as missing
-            item = file[name]
-            if isinstance(item, h5py.Dataset):
-                datasets[name] = _describe(item, path, size)
-            elif isinstance(item, h5py.Group):
-                for leaf in item:
-                    if item.get(leaf, getclass=True, getlink=True) is h5py.HardLink:
-                        inside = item[leaf]
-                        if isinstance(inside, h5py.Dataset):
-                            datasets[f"{name}/{leaf}"] = _describe(inside, path, size)
-        return Layout(datasets=datasets, attributes=dict(file.attrs))
+        for group, names in DATASETS.items():
+            # Soft and external links are not followed: what they name counts as missing.
+            parent = _member(file, group) if group else file
+            for name in names if isinstance(parent, h5py.Group) else ():
+                item = _member(parent, name)
+                if isinstance(item, h5py.Dataset):
+                    datasets[f"{group}/{name}" if group else name] = _describe(item, path, size)
+        return Layout(datasets=datasets, attributes=dict(file.attrs), plain=False)
+
+
+def _member(parent: h5py.Group, name: str) -> Any:
+    if name not in parent or parent.get(name, getclass=True, getlink=True) is not h5py.HardLink:
+        return None
+    return parent[name]
 
 
 def _describe(dataset: h5py.Dataset, path: Path, size: int) -> StoredDataset:

@@ -37,6 +37,14 @@ MAX_HEAP = 2**26
 MAX_HEAP_OBJECTS = 2**16
 """Their numbers have two bytes."""
 MAX_ATTRIBUTE = 2**16
+MAX_ATTRIBUTES = 16
+"""The format has ten."""
+DATASETS = {
+    "": ("hidden", "hidden_scale"),
+    "examples": ("id", "first_row", "n_tokens", "text_xxh3", "xxh3", "complete"),
+    "tokens": ("input_id", "word_index"),
+}
+"""What the format names, by group."""
 
 DATASPACE, LINK_INFO, DATATYPE, EXTERNAL_FILES, LINK, LAYOUT, FILTERS, ATTRIBUTE, CONTINUATION, SYMBOL_TABLE = (
     0x01,
@@ -79,6 +87,8 @@ class Layout:
 
     datasets: dict[str, StoredDataset]
     attributes: dict[str, Any]
+    plain: bool
+    """Whether the file is laid out as this project's writer does it."""
     has_tail: bool = False
     """Whether bytes follow those of HDF5."""
 
@@ -97,7 +107,9 @@ def read_layout(path: Path, *, what_is_left: bool = False) -> Layout:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         return _File(path, descriptor, os.fstat(descriptor).st_size, what_is_left).read()
-    except (struct.error, IndexError, UnicodeDecodeError, OverflowError) as error:
+    except CacheError:
+        raise
+    except (struct.error, IndexError, ValueError, TypeError, OverflowError) as error:
         raise CacheError(f"{path} is damaged: {error}.", REMEDY) from error
     finally:
         os.close(descriptor)
@@ -130,19 +142,20 @@ class _File:
     def read(self) -> Layout:
         messages = self.messages(ROOT if self.what_is_left else self.root())
         datasets: dict[str, StoredDataset] = {}
-        for name, address in self.links(messages).items():
+        links = self.links(messages)
+        # Only what the format names is followed: a file may hold more of anything, without end.
+        for group, names in DATASETS.items():
             with self.tolerant():
-                inside = self.messages(address)
-                if any(kind == LAYOUT for kind, _ in inside):
-                    datasets[name] = self.dataset(inside)
-                    continue
-                for leaf, leaf_address in self.links(inside).items():
-                    with self.tolerant():
-                        datasets[f"{name}/{leaf}"] = self.dataset(self.messages(leaf_address))
-        return Layout(datasets=datasets, attributes=self.attributes(messages), has_tail=self.has_tail)
+                members = self.links(self.messages(links[group])) if group in links else {} if group else links
+                for name in names:
+                    if name in members:
+                        with self.tolerant():
+                            dataset = self.dataset(self.messages(members[name]))
+                            datasets[f"{group}/{name}" if group else name] = dataset
+        return Layout(datasets=datasets, attributes=self.attributes(messages), plain=True, has_tail=self.has_tail)
 
     def tolerant(self) -> contextlib.AbstractContextManager[None]:
-        return contextlib.suppress(CacheError) if self.what_is_left else contextlib.nullcontext()
+        return contextlib.suppress(CacheError, NotPlainError) if self.what_is_left else contextlib.nullcontext()
 
     def root(self) -> int:
         """Where the root's header is, from the superblock."""
@@ -274,7 +287,11 @@ class _File:
                     raise NotPlainError("attributes apart")
             if kind == ATTRIBUTE:
                 name, value = self.attribute(data)
+                if name in result:
+                    raise self.damaged(f"its attribute {name} is there twice")
                 result[name] = value
+                if len(result) > MAX_ATTRIBUTES:
+                    raise NotPlainError("many attributes")
         return result
 
     def attribute(self, data: bytes) -> tuple[str, Any]:

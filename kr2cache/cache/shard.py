@@ -269,12 +269,13 @@ def fixed_xxh3(path: Path, layout: Layout) -> int:
 
 
 def is_structure_sound(shard: Shard) -> bool:
-    """Whether everything beside the states is as it was made; for a file without a tail (another tool wrote it) that
-    is not known, and counts as sound.
+    """Whether everything beside the states is as it was made. Of a file that another tool wrote that is not known, and
+    it counts as sound.
     """
     tail = read_tail(shard.path)
     if tail is None:
-        return not shard.layout.has_tail
+        ours = shard.layout.plain and HEADER_XXH3 in _json_object(shard.layout.attributes["provenance"])
+        return not shard.layout.has_tail and not ours
     header, fixed = tail
     return header == shard.header and fixed == fixed_xxh3(shard.path, shard.layout)
 

@@ -8,6 +8,7 @@ that loses power between two steps has lost work, never bytes that a mark vouche
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import queue
@@ -43,6 +44,7 @@ from kr2cache.errors import CacheError, CacheVersionError, DiskSpaceError
 PAGE = 4096
 SYNC_EVERY_S = 5.0
 """At most this much computing is lost with the power."""
+POLL_S = 0.05
 PENDING_BATCHES = 4
 """Batches that may wait for the disk; bounds memory when the disk is slower than the model."""
 
@@ -93,9 +95,8 @@ def _is_shard_of(path: Path, header: ShardHeader, index: SequenceIndex) -> bool:
     try:
         shard = open_shard(path)
         layers = len(header.layers)
-        return (
-            shard.header == header and shard.tokens().xxh3(layers) == index.xxh3(layers) and is_structure_sound(shard)
-        )
+        same = shard.header == header and shard.tokens().xxh3(layers) == index.xxh3(layers)
+        return same and is_structure_sound(shard) and _can_be_completed(shard)
     except CacheVersionError:
         raise
     except CacheError:
@@ -112,7 +113,9 @@ def create_shard(path: Path, header: ShardHeader, index: SequenceIndex, salvage:
     try:
         # Twice: a disk that fills while HDF5 builds the file leaves HDF5 unable to close it, and the process dies.
         with partial.open("wb") as file:
-            _reserve(file.fileno(), _size(header, index))
+            reserved = _reserve(file.fileno(), _size(header, index))
+        if not reserved and shutil.disk_usage(path.parent).free < _size(header, index) - _state_bytes(header, index):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         _build(partial, header, index)
         with partial.open("ab") as file:
             file.write(header_copy(header))
@@ -208,6 +211,11 @@ def unmark(shard: Shard, sequences: Sequence[int]) -> None:
         os.close(descriptor)
 
 
+def _can_be_completed(shard: Shard) -> bool:
+    """Whether states, checksums and marks are plain arrays of the file."""
+    return shard.mappable and all(shard.offset(name) is not None for name in ("examples/xxh3", "examples/complete"))
+
+
 def _rewritten(shard: Shard) -> CacheError:
     return CacheError(
         f"{shard.path} was rewritten by another tool, so it cannot be completed in place.",
@@ -215,21 +223,28 @@ def _rewritten(shard: Shard) -> CacheError:
     )
 
 
-def _reserve(descriptor: int, size: int) -> None:
-    """Reserve space where the platform can; elsewhere a full disk is noticed when it is written to."""
-    if hasattr(os, "posix_fallocate"):
-        try:
-            os.posix_fallocate(descriptor, 0, size)
-        except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
-                raise
+def _reserve(descriptor: int, size: int) -> bool:
+    """Reserve space where the platform can; elsewhere (False) a full disk is noticed when it is written to."""
+    if not hasattr(os, "posix_fallocate"):
+        return False
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+            raise
+        return False
+    return True
+
+
+def _state_bytes(header: ShardHeader, index: SequenceIndex) -> int:
+    rows = int(index.n_tokens.sum(dtype=np.int64)) * len(header.layers)
+    return rows * row_bytes(header.width, header.dtype)
 
 
 def _size(header: ShardHeader, index: SequenceIndex) -> int:
     """Bytes of a shard, within a few pages: states, index (29 bytes a sequence beside its id), tokens, HDF5's own."""
-    rows = int(index.n_tokens.sum(dtype=np.int64)) * len(header.layers)
-    states = rows * row_bytes(header.width, header.dtype)
-    return states + len(index) * (index.ids.dtype.itemsize + 29) + 8 * len(index.input_id) + 16 * PAGE
+    beside = len(index) * (index.ids.dtype.itemsize + 29) + 8 * len(index.input_id) + len(header_copy(header)) * 2
+    return _state_bytes(header, index) + beside + 32 * PAGE
 
 
 def _sync(descriptor: int) -> None:
@@ -346,11 +361,12 @@ class CacheWriter:
     def __init__(self, folder: Path) -> None:
         self.shards = [open_shard(path) for path in shard_paths(folder)]
         for shard in self.shards:
-            if not shard.mappable or shard.offset("examples/xxh3") is None or shard.offset("examples/complete") is None:
+            if not _can_be_completed(shard):
                 raise _rewritten(shard)
         self.bytes_written = 0
         self._files = [os.open(shard.path, os.O_RDWR) for shard in self.shards]
         self._queue: queue.Queue[PackedStates | None] = queue.Queue(PENDING_BATCHES)
+        self._closing = False
         self._unmarked: list[tuple[int, int]] = []
         self._failure: BaseException | None = None
         self._synced_at = time.monotonic()
@@ -363,7 +379,9 @@ class CacheWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._queue.put(None)
+        self._closing = True
+        with contextlib.suppress(queue.Full):
+            self._queue.put_nowait(None)  # else it looks at its watch
         self._thread.join()
         for descriptor in self._files:
             os.close(descriptor)
@@ -391,7 +409,7 @@ class CacheWriter:
             raise failure
 
     def _work(self) -> None:
-        while (states := self._queue.get()) is not None:
+        while (states := self._next()) is not None:
             if self._failure is not None:
                 continue  # keep taking, so that the model's thread is not left waiting for room
             try:
@@ -404,6 +422,19 @@ class CacheWriter:
             self._mark()
         except BaseException as error:
             self._fail(error)
+
+    def _next(self) -> PackedStates | None:
+        """The next batch; None once there is none and there will be none.
+
+        Never waits for a notification alone: a second Ctrl-C may raise inside ``put`` and leave the queue with a waiter
+        that is not there any more.
+        """
+        while True:
+            try:
+                return self._queue.get(timeout=POLL_S)
+            except queue.Empty:
+                if self._closing and self._queue.empty():  # nothing is put any more once it closes
+                    return None
 
     def _fail(self, error: BaseException) -> None:
         if self._failure is None:

@@ -1,0 +1,475 @@
+"""Is a cache right at whatever moment its extraction dies?  Tiny caches, killed again and again until they are done.
+
+python tests/trust/kills.py --kills 200
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import enum
+import itertools
+import mmap
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["OMP_NUM_THREADS"] = "1"
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import h5py
+import numpy as np
+import tiny
+import torch
+import xxhash
+from numpy.typing import NDArray
+from transformers.utils.logging import disable_progress_bar
+
+from kr2cache import derive, extract, planning
+from kr2cache.cache import writer
+from kr2cache.cache.reader import FeatureCache
+from kr2cache.config import ExtractConfig
+from kr2cache.console import console
+from kr2cache.errors import CacheError
+from kr2cache.tasks import Example
+
+PATIENCE_S = 120.0
+"""After that a process that should end by itself counts as hanging."""
+WRITING_S = 0.4
+"""What a slowed extraction takes for its writes, so that a kill can fall between any two."""
+MOST_KILLS = 20
+"""Of one extraction; then it may finish."""
+FILLED_LATER = ("hidden", "hidden_scale", "examples/xxh3", "examples/complete")
+"""All other data sets are there from the first moment."""
+SHARDS_MISSING = ("is not a folder", "holds no shard", "should hold")
+"""Why a cache may be refused whose shards are not all there yet."""
+
+
+class Phase(enum.Enum):
+    """Where an extraction was when it was killed."""
+
+    START = "no shard yet"
+    SHARDS = "shards being made"
+    AGAIN = "shards there, not writing yet"
+    TAKING = "states being taken over"
+    WRITING = "states being written"
+    END = "after the end"
+
+
+PHASES = tuple(Phase)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A cache to be made."""
+
+    name: str
+    sequences: int
+    settings: Mapping[str, Any]
+    older: int = 0
+    """Sequences that an older cache beside it holds already."""
+
+    def plan(self, model: Path, cache_dir: Path, sequences: int | None = None) -> extract.ExtractPlan:
+        """Of the first so many sequences; None for all of them."""
+        texts = tiny.sentences(self.sequences)[:sequences]
+        examples = [Example(f"s{i}", (tuple(word for word, _ in text),), None) for i, text in enumerate(texts)]
+        settings = {"tokens_per_batch": 64, **self.settings}
+        config = ExtractConfig(
+            resource=str(model), split="train", task="udpos-de", device="cpu", cache_dir=cache_dir, **settings
+        )
+        return planning.plan_extraction(config, examples)
+
+
+SMALL_SHARDS = {"shard_gb": 50_000 / 2**30}
+CASES = (
+    Case("float16", 20, {"dtype": "float16"}),
+    Case("float32", 60, {"dtype": "float32"}),
+    Case("bfloat16", 150, {"dtype": "bfloat16"}),
+    Case("int8", 60, {"dtype": "int8"}),
+    Case("float16 in small shards", 60, {"dtype": "float16", **SMALL_SHARDS}),
+    Case("float16, most of it taken over", 100, {"dtype": "float16"}, older=60),
+    Case("int8 in small shards, most of it taken over", 100, {"dtype": "int8", **SMALL_SHARDS}, older=60),
+)
+
+
+@dataclass
+class Report:
+    """What was done and found; each list names what is wrong, and should be empty."""
+
+    kills: int = 0
+    caches: int = 0
+    extractions: int = 0
+    unreadable: list[str] = field(default_factory=list)
+    """Files that h5py cannot read."""
+    wrong: list[str] = field(default_factory=list)
+    """Complete sequences that are not the uninterrupted cache's, or are not complete any more."""
+    refused: list[str] = field(default_factory=list)
+    """Folders that ``FeatureCache`` would not open, or showed otherwise than they are."""
+    failed: list[str] = field(default_factory=list)
+    """Extractions that ended by themselves, but not well."""
+    different: list[str] = field(default_factory=list)
+    """Finished caches whose files are not the uninterrupted cache's."""
+    phases: Counter[Phase] = field(default_factory=Counter)
+    seconds: float = 0.0
+
+    @property
+    def faults(self) -> list[str]:
+        return [*self.unreadable, *self.wrong, *self.refused, *self.failed, *self.different]
+
+    def print(self) -> None:
+        print(f"kills                              {self.kills:6,}")
+        for phase in PHASES:
+            print(f"  {phase.value:<33}{self.phases[phase]:6,}")
+        print(f"caches                             {self.caches:6,}")
+        print(f"extractions, each killed and ended {self.extractions:6,}")
+        print(f"unreadable files                   {len(self.unreadable):6,}")
+        print(f"lost or wrong examples             {len(self.wrong):6,}")
+        print(f"folders refused or shown wrongly   {len(self.refused):6,}")
+        print(f"extractions that failed            {len(self.failed):6,}")
+        print(f"results unlike the uninterrupted   {len(self.different):6,}")
+        print(f"seconds                            {self.seconds:6.0f}")
+        for fault in self.faults[:20]:
+            print(f"! {fault}")
+
+
+# Processes -----------------------------------------------------------------------------------------------------------
+
+
+def forked(work: Callable[[], object], log: Path) -> int:
+    """A child process that does ``work``; it ends with 0, or with 1 and what went wrong in ``log``."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of threads
+        child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        console.quiet = True
+        work()
+        code = 0
+    except BaseException:
+        log.write_text(traceback.format_exc(), "utf-8")
+    finally:
+        os._exit(code)
+
+
+def ended(child: int, seconds: float) -> int | None:
+    """The exit code of a child (-N: by signal N), None if it still runs after so many seconds."""
+    deadline = time.monotonic() + seconds
+    while True:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() >= deadline:
+            return None
+        time.sleep(0.001)
+
+
+def killed(child: int) -> int:
+    """The exit code of a child that is killed now; it may have ended before."""
+    os.kill(child, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def tell_phases(now: mmap.mmap) -> None:
+    """Let this process's extractions say in ``now`` where they are."""
+
+    def during(owner: Any, name: str, phase: Phase, after: Phase) -> None:
+        real = getattr(owner, name)
+
+        def told(*arguments: Any, **options: Any) -> Any:
+            now[0] = PHASES.index(phase)
+            result = real(*arguments, **options)
+            now[0] = PHASES.index(after)
+            return result
+
+        setattr(owner, name, told)
+
+    during(extract, "create_shards", Phase.SHARDS, Phase.AGAIN)
+    during(derive.Donors, "fill", Phase.TAKING, Phase.AGAIN)
+    during(extract, "_compute", Phase.WRITING, Phase.END)
+
+
+def slow_down(pause: float) -> None:
+    """Let this process's extractions mark often, and wait wherever a kill could do harm: before every write and in its
+    middle, while a shard is made, before and after every sync.
+    """
+    pwrite, write_whole, build = os.pwrite, writer.write_whole, writer._build
+
+    def slow_pwrite(descriptor: int, data: Any, offset: int) -> int:
+        time.sleep(pause)
+        return pwrite(descriptor, data, offset)
+
+    def in_halves(descriptor: int, data: Any, offset: int) -> int:
+        view = memoryview(data).cast("B")
+        half = len(view) // 2
+        return write_whole(descriptor, view[:half], offset) + write_whole(descriptor, view[half:], offset + half)
+
+    def slow_build(*arguments: Any) -> None:
+        time.sleep(0.005)
+        build(*arguments)
+        time.sleep(0.005)
+
+    def slowed(real: Callable[..., Any], seconds: float) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            time.sleep(seconds)
+            result = real(*arguments, **options)
+            time.sleep(seconds)
+            return result
+
+        return call
+
+    writer.SYNC_EVERY_S = 0.01
+    os.pwrite = slow_pwrite
+    writer.write_whole = in_halves
+    writer._build = slow_build
+    os.fsync = slowed(os.fsync, 0.005)
+    writer._sync = slowed(writer._sync, pause)
+
+
+# What is there -------------------------------------------------------------------------------------------------------
+
+
+def read_whole(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+    """Every data set and every attribute of a file, by plain h5py."""
+    with h5py.File(path, "r") as file:
+        arrays: dict[str, NDArray[Any]] = {}
+        file.visititems(lambda name, item: arrays.update({name: item[...]}) if isinstance(item, h5py.Dataset) else None)
+        return arrays, {name: np.asarray(value).tolist() for name, value in file.attrs.items()}
+
+
+def stored_bytes(arrays: Mapping[str, NDArray[Any]], i: int) -> bytes:
+    """Values, then scales if any, of one sequence."""
+    rows = slice(*arrays["examples/first_row"][i : i + 2])
+    return b"".join(arrays[name][rows].tobytes() for name in ("hidden", "hidden_scale") if name in arrays)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A cache that was made without interruption."""
+
+    folder: Path
+
+    @cached_property
+    def shards(self) -> dict[str, tuple[dict[str, NDArray[Any]], dict[str, Any]]]:
+        return {path.name: read_whole(path) for path in sorted(self.folder.glob("shard-*.h5"))}
+
+    @cached_property
+    def cache(self) -> FeatureCache:
+        return FeatureCache.open(self.folder)
+
+    @cached_property
+    def files(self) -> dict[str, bytes]:
+        return files_of(self.folder)
+
+
+def check(folder: Path, whole: Whole, marked_before: set[str], report: Report) -> set[str]:
+    """Compare what a dead extraction left with the uninterrupted cache; what is wrong is added to ``report``.
+
+    Returns:
+        Ids of the sequences that are marked complete.
+    """
+    marked: set[str] = set()
+    wrong_before = len(report.wrong)
+    paths = sorted(folder.glob("shard-*.h5"))
+    for path in paths:
+        try:
+            arrays, attributes = read_whole(path)
+        except (OSError, RuntimeError, LookupError, ValueError) as error:
+            report.unreadable.append(f"{path}: {error}")
+            continue
+        if path.name not in whole.shards:
+            report.wrong.append(f"{path} is none of the uninterrupted cache's files")
+            continue
+        expected, expected_attributes = whole.shards[path.name]
+        fixed = [name for name in expected if name not in FILLED_LATER]
+        if (
+            attributes != expected_attributes
+            or arrays.keys() != expected.keys()
+            or not all(np.array_equal(arrays[name], expected[name]) for name in fixed)
+            or not np.isin(arrays["examples/complete"], (0, 1)).all()
+        ):
+            report.wrong.append(f"{path}: its index or its attributes are not the uninterrupted cache's")
+            continue
+        for i in np.flatnonzero(arrays["examples/complete"]).tolist():
+            name = arrays["examples/id"][i].decode("utf-8")
+            stored, digest = stored_bytes(arrays, i), int(arrays["examples/xxh3"][i])
+            right = stored == stored_bytes(expected, i) and digest == int(expected["examples/xxh3"][i])
+            if not right or digest != xxhash.xxh3_64_intdigest(stored):
+                report.wrong.append(f"{path}: {name} is marked complete, but is not the uninterrupted cache's")
+            marked.add(name)
+    report.wrong.extend(f"{folder}: {name} was complete, and is no more" for name in sorted(marked_before - marked))
+    all_there = [path.name for path in paths] == list(whole.shards)
+    try:
+        cache = FeatureCache.open(folder)
+    except CacheError as error:
+        if all_there or not any(reason in error.message for reason in SHARDS_MISSING):
+            report.refused.append(f"{folder} is refused: {error.message}")
+    except Exception as error:
+        report.refused.append(f"{folder} cannot be opened: {error!r}")
+    else:
+        if not all_there or set(cache.ids) != marked:
+            report.refused.append(f"{folder} opens, but does not show what is complete")
+        # Of wrong sequences there may be no bytes to map, and reading them would be the end of this process.
+        elif len(report.wrong) == wrong_before and not all(
+            np.array_equal(cache[name], whole.cache[name]) for name in cache.ids
+        ):
+            report.wrong.append(f"{folder}: FeatureCache reads other states than from the uninterrupted cache")
+    return marked
+
+
+# Killing -------------------------------------------------------------------------------------------------------------
+
+
+class Victim:
+    """One cache: made once without interruption, then as often as wanted with kills."""
+
+    def __init__(self, case: Case, model: Path, folder: Path) -> None:
+        self.case = case
+        self.folder = folder
+        self.log = folder / "log.txt"
+        cache_dir = folder / "whole"
+        self.older: Path | None = None
+        """The older cache, below ``whole``."""
+        if case.older:
+            self._made(case.plan(model, cache_dir, case.older))
+            self.older = self._only_cache(cache_dir)
+        self.plan = case.plan(model, cache_dir)
+        started = time.monotonic()
+        self._made(self.plan)
+        self.seconds = time.monotonic() - started + 1.2 * WRITING_S
+        """About what a slowed extraction takes."""
+        self.pause = WRITING_S / (6 * case.sequences)
+        self.whole = Whole(self._only_cache(cache_dir, besides=self.older))
+
+    def _made(self, plan: extract.ExtractPlan) -> None:
+        if ended(forked(lambda: extract.extract(plan), self.log), PATIENCE_S) != 0:
+            raise RuntimeError(f"{self.case.name}: the uninterrupted extraction failed\n{self.log.read_text('utf-8')}")
+
+    @staticmethod
+    def _only_cache(cache_dir: Path, besides: Path | None = None) -> Path:
+        (found,) = {path.parent for path in cache_dir.rglob("*.h5")} - {besides}
+        return found
+
+    def start(self, cache_dir: Path, now: mmap.mmap) -> int:
+        """A slowed extraction into ``cache_dir``, in a process of its own that says in ``now`` where it is."""
+        plan = dataclasses.replace(self.plan, config=dataclasses.replace(self.plan.config, cache_dir=cache_dir))
+
+        def work() -> None:
+            tell_phases(now)
+            slow_down(self.pause)
+            extract.extract(plan)
+            time.sleep(0.05)
+
+        now[0] = PHASES.index(Phase.START)
+        self.log.unlink(missing_ok=True)
+        return forked(work, self.log)
+
+    def place(self, folder: Path) -> Path:
+        """Where below another ``cache_dir`` a cache of the uninterrupted one's name lies."""
+        return folder / self.whole.folder.relative_to(self.folder / "whole")
+
+    @contextlib.contextmanager
+    def new_cache_dir(self) -> Iterator[Path]:
+        """A folder that holds the older cache alone, if there is one."""
+        with tempfile.TemporaryDirectory(dir=self.folder) as name:
+            cache_dir = Path(name)
+            if self.older is not None:
+                shutil.copytree(self.older, cache_dir / self.older.relative_to(self.folder / "whole"))
+            yield cache_dir
+
+    def kill_until_done(self, report: Report, kills: int, draw: random.Random) -> None:
+        """One extraction, killed at random moments, at most so many times, until it is done; then compared."""
+        now = mmap.mmap(-1, 1)
+        marked: set[str] = set()
+        report.extractions += 1
+        with self.new_cache_dir() as cache_dir:
+            cache = self.place(cache_dir)
+            for attempt in itertools.count():
+                child = self.start(cache_dir, now)
+                to_be_killed = attempt < min(kills, MOST_KILLS)
+                # Some of them early on purpose: making shards takes little of the time.
+                moment = draw.uniform(0, self.seconds * draw.choice((0.3, 1.0, 1.0)))
+                code = ended(child, moment if to_be_killed else PATIENCE_S)
+                if code is None:
+                    code = killed(child)
+                if code != -signal.SIGKILL or not to_be_killed:
+                    break
+                report.kills += 1
+                phase = PHASES[now[0]]
+                # Before it goes on, a killed extraction looks at its model again.
+                again = phase is Phase.START and any(cache.glob("shard-*.h5"))
+                report.phases[Phase.AGAIN if again else phase] += 1
+                marked = check(cache, self.whole, marked, report)
+            self._compare(cache_dir, code, report)
+        now.close()
+
+    def _compare(self, cache_dir: Path, code: int, report: Report) -> None:
+        cache = self.place(cache_dir)
+        if code != 0:
+            said = self.log.read_text("utf-8") if self.log.exists() else "no word"
+            report.failed.append(f"{self.case.name}: ended with {code}: {said}")
+        elif files_of(cache) != self.whole.files:
+            report.different.append(f"{self.case.name}: the files of {cache} are not the uninterrupted cache's")
+        if self.older is not None:
+            older = cache_dir / self.older.relative_to(self.folder / "whole")
+            if files_of(older) != files_of(self.older):
+                report.wrong.append(f"{self.case.name}: the older cache was changed")
+
+
+def run(kills: int, folder: Path, *, seed: int = 0, cases: Sequence[Case] = CASES) -> Report:
+    """Kill extractions of these caches so many times, and say what was found.
+
+    Args:
+        folder: Where the caches are made.
+    """
+    started, draw = time.monotonic(), random.Random(seed)
+    torch.set_num_threads(1)  # a forked process has no use of another's threads
+    model = tiny.save_model(folder / "tiny-bert", layers=3, width=32)
+    victims = []
+    for number, case in enumerate(cases):
+        (folder / str(number)).mkdir()
+        victims.append(Victim(case, model, folder / str(number)))
+    report = Report(caches=len(victims))
+    for victim in itertools.cycle(victims):
+        if report.kills >= kills:
+            break
+        victim.kill_until_done(report, kills - report.kills, draw)
+    report.seconds = time.monotonic() - started
+    return report
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--folder", type=Path, help="on the disk to be tried; by default the system's temporary one")
+    arguments = parser.parse_args()
+    disable_progress_bar()
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        report = run(arguments.kills, Path(folder), seed=arguments.seed)
+    report.print()
+    return 1 if report.faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
