@@ -17,7 +17,7 @@ import typer
 from kr2cache import __version__
 from kr2cache.commands import cache
 from kr2cache.commands.extract import extract_cli
-from kr2cache.commands.listing import demo_cli, models_cli, tasks_cli
+from kr2cache.commands.listing import bench_cli, demo_cli, models_cli, tasks_cli
 from kr2cache.commands.options import print_json
 from kr2cache.commands.predict import predict_cli
 from kr2cache.commands.sweep import report_cli, sweep_cli
@@ -48,6 +48,7 @@ app.command("predict")(predict_cli)
 app.add_typer(cache.app, name="cache")
 app.command("models")(models_cli)
 app.command("tasks")(tasks_cli)
+app.command("bench")(bench_cli)
 app.command("demo")(demo_cli)
 
 
@@ -131,6 +132,8 @@ def run(arguments: list[str]) -> int:
             as_json,
         )
         return 1
+    finally:
+        console.stderr = False
 
 
 def main() -> None:

@@ -461,9 +461,7 @@ def test_states_are_whole_where_only_marks_are_missing(lively: Path, tmp_path: P
     batch = next(batch for batch in length_sorted_batches(cache.n_tokens, 24) if short in batch)
     result = extract.extract(plan_of(lively, tmp_path))
     assert result.computed == len(batch) < len(TEXTS)
-    again = FeatureCache.open(cache.folder)
-    np.testing.assert_array_equal(again[again.ids[short]], cache[cache.ids[short]])
-    assert before.keys() == shard_bytes(again).keys()
+    assert shard_bytes(FeatureCache.open(cache.folder)) == before
 
 
 KILLED = """

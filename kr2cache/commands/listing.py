@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from kr2cache.commands.options import Debug, Device, Json, print_json
+from kr2cache.commands.options import Debug, Device, Json, Limit, print_json
 from kr2cache.config import read_toml
 from kr2cache.console import console
 from kr2cache.defaults import OPTIONS
@@ -95,5 +95,43 @@ def demo_cli(
     from kr2cache.demo import demo
 
     result = demo(folder, device or "auto")
+    if as_json:
+        print_json(result)
+
+
+def bench_cli(
+    resource: Annotated[str, typer.Option(help="The frozen model.")] = "minilm",
+    reader: Annotated[str, typer.Option(help="The model that is trained.")] = "minilm-3",
+    data: Annotated[str | None, typer.Option(help="A tagged corpus.", show_default="the demo's")] = None,
+    task: Annotated[str, typer.Option(help="Its task.")] = "udpos",
+    split: Annotated[str, typer.Option(help="What stage one runs over.")] = "test",
+    limit: Limit = None,
+    repeats: Annotated[int, typer.Option(help="Turns of each contender.", min=1)] = 5,
+    folder: Annotated[
+        Path | None, typer.Option(help="On the disk in question; files are removed.", show_default="temporary")
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """This machine's figures: extracting, reading and training beside their limits and rivals."""
+    from kr2cache.bench import BenchConfig, bench, describe_bench
+    from kr2cache.config import ExtractConfig, TrainConfig
+    from kr2cache.demo import corpus
+
+    overrides = read_toml(Path.cwd(), OPTIONS).models
+    data = data or str(corpus())
+    result = bench(
+        BenchConfig(
+            extraction=ExtractConfig(
+                resource=resource, split=split, task=task, data=data, limit=limit, device="cpu", models=overrides
+            ),
+            training=TrainConfig(
+                task=task, reader=reader, resource=resource, data=data, limit=limit, device="cpu", models=overrides
+            ),
+            repeats=repeats,
+            folder=folder,
+        )
+    )
+    describe_bench(result)
     if as_json:
         print_json(result)

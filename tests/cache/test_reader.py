@@ -337,6 +337,7 @@ REWRITTEN = {
 
 
 @pytest.mark.parametrize("how", REWRITTEN)
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
 def test_a_rewritten_file_gives_the_same_results(folder: Path, dtype: str, how: str) -> None:
     truth = tiny_cache.make((3, 1, 50, 2), dtype=dtype, ids=["ä", "b", "c", "日"])
     for path in tiny_cache.shards(tiny_cache.store(folder, truth, shard_bytes=1000)):

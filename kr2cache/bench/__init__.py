@@ -1,0 +1,142 @@
+"""What this machine does: each part of the data path beside its limit and its rivals, measured in one run.
+
+A figure says something only beside another one from the same machine and hour, so everything here comes as a race:
+contenders take turns, and medians of their times are compared. The first contender of a race is its limit: the part of
+the work that nobody can leave out.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from kr2cache.config import ExtractConfig, TrainConfig
+from kr2cache.console import bytes_text, console
+
+
+@dataclass(frozen=True, kw_only=True)
+class Race:
+    """One part of the data path."""
+
+    title: str
+    unit: str
+    """What a time is for, in words."""
+    seconds: dict[str, list[float]]
+    """By contender, the limit first, then ours."""
+    target: float | None
+    """Ours should take at most so many times the limit."""
+
+    @property
+    def medians(self) -> dict[str, float]:
+        return {name: statistics.median(times) for name, times in self.seconds.items()}
+
+    @property
+    def ratio(self) -> float:
+        """Median of ours over median of the limit."""
+        limit, ours, *_ = self.medians.values()
+        return ours / limit
+
+    def json(self) -> dict[str, Any]:
+        return {
+            "title": self.title,
+            "unit": self.unit,
+            "seconds": self.seconds,
+            "medians": self.medians,
+            "ratio": self.ratio,
+            "target": self.target,
+            "met": self.target is None or self.ratio <= self.target,
+        }
+
+
+def race(
+    title: str, unit: str, contenders: Mapping[str, Callable[[], object]], *, repeats: int, target: float | None
+) -> Race:
+    """Let contenders take turns ``repeats`` times, after one turn that counts for nothing."""
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for turn in range(repeats + 1):
+        for name, work in contenders.items():
+            started = time.perf_counter()
+            work()
+            if turn:
+                seconds[name].append(time.perf_counter() - started)
+    return Race(title=title, unit=unit, seconds=seconds, target=target)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchConfig:
+    """One call of ``kr2cache bench``."""
+
+    extraction: ExtractConfig
+    training: TrainConfig
+    repeats: int = 5
+    folder: Path | None = None
+    """Where files are written, on the disk in question; None for a temporary folder."""
+
+
+def bench(config: BenchConfig) -> dict[str, Any]:
+    """Run every race; returns what ``--json`` prints."""
+    from kr2cache.bench import reading, stage_one, training
+
+    with tempfile.TemporaryDirectory(dir=config.folder, prefix="kr2cache-bench-") as folder:
+        races = [stage_one.run(config, Path(folder))]
+        races += reading.run(config, Path(folder))
+        races += training.run(config, Path(folder))
+    return {
+        "machine": {
+            "platform": platform.platform(),
+            "cores": os.cpu_count(),
+            "threads": _threads(),
+            "versions": {name: version(name) for name in ("kr2cache", "torch", "transformers", "h5py", "numpy")},
+        },
+        "repeats": config.repeats,
+        "races": [one.json() for one in races],
+    }
+
+
+def _threads() -> int:
+    import torch
+
+    return torch.get_num_threads()
+
+
+def describe_bench(result: dict[str, Any]) -> None:
+    """Print one table of all races."""
+    table = Table(title=f"Medians of {result['repeats']}, contenders taking turns", title_justify="left")
+    table.add_column("what")
+    for column in ("median", "from", "to", "times the limit", "target"):
+        table.add_column(column, justify="right")
+    for one in result["races"]:
+        table.add_section()
+        table.add_row(Text(f"{one['title']} ({one['unit']})", style="bold"))
+        limit = next(iter(one["medians"].values()))
+        for place, (name, times) in enumerate(one["seconds"].items()):
+            median = one["medians"][name]
+            target = Text("")
+            if place == 1 and one["target"] is not None:
+                target = Text(f"≤ {one['target']:.2f}", style="green" if one["met"] else "red")
+            cells = (_time(median), _time(min(times)), _time(max(times)), "1" if not place else f"{median / limit:.2f}")
+            table.add_row(Text(f"  {name}"), *cells, target)
+    console.print(table)
+    machine = result["machine"]
+    versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
+    console.print(f"{machine['platform']}, {machine['cores']} cores, {machine['threads']} threads of torch; {versions}")
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.2f} ms"
+
+
+def size_text(sequences: int, size: float) -> str:
+    """``32 sequences, 21.9 MB``"""
+    return f"{sequences:,} sequences, {bytes_text(size)}"

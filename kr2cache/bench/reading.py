@@ -1,0 +1,199 @@
+"""Reading: random batches of a cache as large as BERT-base makes it, beside copying the same bytes in memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from kr2cache.bench import BenchConfig, Race, race, size_text
+from kr2cache.cache.format import SequenceIndex, ShardHeader, encode_ids, offsets
+from kr2cache.cache.reader import FeatureCache
+from kr2cache.cache.writer import CacheWriter, PackedStates, create_shards
+
+LAYERS, WIDTH, TOKENS = 13, 768, 34
+BATCH = 32
+SEQUENCES = 320
+BATCHES = 8
+"""Random batches in one turn."""
+TARGET = 1.25
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The same states, four times."""
+
+    folder: Path
+    names: list[str]
+    lengths: NDArray[np.int32]
+    states: NDArray[np.float16]
+    """In memory, (rows, D)."""
+
+    @property
+    def cache(self) -> Path:
+        return self.folder / "reading"
+
+    @property
+    def apart(self) -> Path:
+        """An HDF5 data set a sequence."""
+        return self.folder / "apart.h5"
+
+    @property
+    def tensors(self) -> Path:
+        return self.folder / "states.safetensors"
+
+    @property
+    def first(self) -> NDArray[np.int64]:
+        """(n+1,) the sequence's first row."""
+        return offsets(self.lengths) * LAYERS
+
+
+def run(config: BenchConfig, folder: Path) -> list[Race]:
+    """From the page cache, and with the page cache dropped where the system lets us."""
+    draw = np.random.default_rng(0)
+    lengths = draw.integers(TOKENS // 2, TOKENS * 3 // 2, SEQUENCES).astype(np.int32)
+    rows = int(lengths.sum()) * LAYERS
+    states = draw.standard_normal((rows, WIDTH), dtype=np.float32).astype(np.float16)
+    stored = Stored(folder, [f"s{i}" for i in range(SEQUENCES)], lengths, states)
+    _store(stored)
+    races = [_warm(config, stored, [draw.choice(SEQUENCES, BATCH, replace=False) for _ in range(BATCHES)])]
+    if hasattr(os, "posix_fadvise"):
+        races.append(_cold(config, stored))
+    return races
+
+
+def _warm(config: BenchConfig, stored: Stored, picks: list[NDArray[np.int64]]) -> Race:
+    first, names, states, lengths = stored.first, stored.names, stored.states, stored.lengths
+    cache = FeatureCache.open(stored.cache)
+
+    def copies(read: Callable[[int, NDArray[Any]], object]) -> None:
+        for batch in picks:
+            sizes = lengths[batch].astype(np.int64) * LAYERS
+            packed = np.empty((int(sizes.sum()), WIDTH), dtype=np.float16)
+            at = 0
+            for i, size in zip(batch.tolist(), sizes.tolist(), strict=True):
+                read(i, packed[at : at + size])
+                at += size
+
+    def in_memory(i: int, into: NDArray[Any]) -> None:
+        into[...] = states[first[i] : first[i + 1]]
+
+    def ours() -> None:
+        for batch in picks:
+            cache.batch([names[i] for i in batch.tolist()])
+
+    def safetensors() -> None:
+        with safe_open(stored.tensors, "np") as file:
+
+            def tensor(i: int, into: NDArray[Any]) -> None:
+                into[...] = file.get_tensor(names[i])
+
+            copies(tensor)
+
+    with h5py.File(next(stored.cache.glob("*.h5")), "r") as one, h5py.File(stored.apart, "r") as apart:
+        hidden = one["hidden"]
+
+        def rows(i: int, into: NDArray[Any]) -> None:
+            into[...] = hidden[first[i] : first[i + 1]]
+
+        def data_set(i: int, into: NDArray[Any]) -> None:
+            into[...] = apart[names[i]][...].reshape(-1, WIDTH)
+
+        contenders: dict[str, Callable[[], object]] = {
+            "copying the same bytes in memory": lambda: copies(in_memory),
+            "kr2cache, FeatureCache.batch": ours,
+            "safetensors, a tensor each": safetensors,
+            "h5py, slices of one data set": lambda: copies(rows),
+            "h5py, a data set each": lambda: copies(data_set),
+        }
+        read = sum(int(lengths[batch].sum()) for batch in picks) * LAYERS * WIDTH * states.itemsize
+        unit = f"{BATCHES} random batches: {size_text(BATCHES * BATCH, read)}"
+        return race("reading, from the page cache", unit, contenders, repeats=config.repeats, target=TARGET)
+
+
+def _cold(config: BenchConfig, stored: Stored) -> Race:
+    """Every sequence once, in random order; a cache that is open keeps its pages, so each turn opens it."""
+    order = np.random.default_rng(1).permutation(stored.names).tolist()
+    shard = next(stored.cache.glob("*.h5"))
+
+    def ours() -> None:
+        cache = FeatureCache.open(stored.cache)
+        for name in order:
+            np.array(cache[name])
+
+    def apart() -> None:
+        with h5py.File(stored.apart, "r") as file:
+            for name in order:
+                file[name][...]
+
+    contenders = {
+        "the file, read once from end to end": _dropping(shard, lambda: _read_all(shard)),
+        "kr2cache, a view and a copy of each": _dropping(shard, ours),
+        "h5py, a data set each": _dropping(stored.apart, apart),
+    }
+    unit = f"in random order: {size_text(SEQUENCES, stored.states.nbytes)}"
+    return race("reading, page cache dropped", unit, contenders, repeats=config.repeats, target=None)
+
+
+def _store(stored: Stored) -> None:
+    """Write them as a cache, as one HDF5 data set a sequence, and as safetensors."""
+    tokens = int(stored.lengths.sum())
+    header = ShardHeader(
+        dtype="float16",
+        layers=tuple(range(LAYERS)),
+        model_layers=LAYERS,
+        width=WIDTH,
+        fingerprint="0" * 64,
+        provenance={},
+        batch_plan={},
+    )
+    index = SequenceIndex(
+        ids=encode_ids(stored.names),
+        n_tokens=stored.lengths,
+        text_xxh3=np.zeros(len(stored.names), dtype=np.uint64),
+        input_id=np.zeros(tokens, dtype=np.int32),
+        word_index=np.zeros(tokens, dtype=np.int32),
+    )
+    parts = {
+        name: stored.states[start:stop]
+        for name, (start, stop) in zip(stored.names, pairwise(stored.first), strict=True)
+    }
+    create_shards(stored.cache, header, index, 2**34)
+    with CacheWriter(stored.cache) as writer:
+        for i, part in enumerate(parts.values()):
+            writer.write(PackedStates(0, [i], part, None))
+    with h5py.File(stored.apart, "w") as file:
+        for name, part in parts.items():
+            file.create_dataset(name, data=part.reshape(LAYERS, -1, WIDTH))
+    save_file(parts, stored.tensors)
+
+
+def _dropping(path: Path, read: Callable[[], object]) -> Callable[[], object]:
+    """``read`` after the system was asked to forget the file's pages."""
+
+    def turn() -> object:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
+        return read()
+
+    return turn
+
+
+def _read_all(path: Path) -> None:
+    buffer = bytearray(2**22)
+    with path.open("rb", buffering=0) as file:
+        while file.readinto(buffer):
+            pass
