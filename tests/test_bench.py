@@ -36,8 +36,9 @@ def test_the_bench_measures_every_part_and_leaves_nothing(
     for name, small in (("SEQUENCES", 12), ("WIDTH", 16), ("BATCH", 4), ("BATCHES", 2), ("TOKENS", 6)):
         monkeypatch.setattr(reading, name, small)
     (tmp_path / "disk").mkdir()
-    place = f"--resource {world.resource} --reader {world.folder / 'models' / 'reader'} --data {world.data}"
-    line = f"bench {place} --repeats 2 --folder {tmp_path / 'disk'} --json"
+    models = f"--resource {world.resource} --reader {world.folder / 'models' / 'reader'}"
+    data = f"--data {world.data} --training-data {world.data}"
+    line = f"bench {models} {data} --repeats 2 --folder {tmp_path / 'disk'} --json"
     assert run(line.split()) == 0
     captured = capsys.readouterr()
     result = json.loads(captured.out)

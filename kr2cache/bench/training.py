@@ -21,7 +21,7 @@ STEPS = 6
 """In one turn."""
 
 
-def run(config: BenchConfig, folder: Path) -> list[Race]:
+def run(config: BenchConfig, folder: Path) -> Race:
     """A step of training on cached states, beside the same step without reading them, and with the resource in it."""
     prepared = prepare(dataclasses.replace(config.training, cache_dir=folder / "caches", run_dir=folder / "runs"))
     job = prepared.job
@@ -41,20 +41,18 @@ def run(config: BenchConfig, folder: Path) -> list[Race]:
             optimizer.step()
             optimizer.zero_grad()
 
-    return [
-        race(
-            "training",
-            f"{len(picks)} steps of {len(picks[0])} examples, {job.reader.name} with {prepared.resource.spec.name}, "
-            f"{job.config.fusion}",
-            {
-                "the same reader on l1 + l2 positions, batches ready in memory": lambda: steps(ready),
-                "kr2cache, states read from the cache": lambda: steps(map(cached, picks)),
-                "the resource runs again in every step": lambda: steps(map(online, picks)),
-            },
-            repeats=config.repeats,
-            target=TARGET,
-        )
-    ]
+    return race(
+        "training",
+        f"{len(picks)} steps of {len(picks[0])} examples, {job.reader.name} with {prepared.resource.spec.name}, "
+        f"{job.config.fusion}",
+        {
+            "the same reader on l1 + l2 positions, batches ready in memory": lambda: steps(ready),
+            "kr2cache, states read from the cache": lambda: steps(map(cached, picks)),
+            "the resource runs again in every step": lambda: steps(map(online, picks)),
+        },
+        repeats=config.repeats,
+        target=TARGET,
+    )
 
 
 def _reader(job: Job) -> KReader:

@@ -102,10 +102,13 @@ def demo_cli(
 def bench_cli(
     resource: Annotated[str, typer.Option(help="The frozen model.")] = "minilm",
     reader: Annotated[str, typer.Option(help="The model that is trained.")] = "minilm-3",
-    data: Annotated[str | None, typer.Option(help="A tagged corpus.", show_default="the demo's")] = None,
-    task: Annotated[str, typer.Option(help="Its task.")] = "udpos",
-    split: Annotated[str, typer.Option(help="What stage one runs over.")] = "test",
+    data: Annotated[str | None, typer.Option(help="What stage one runs over.", show_default="the demo's")] = None,
+    task: Annotated[str, typer.Option(help="Of that data.")] = "udpos",
+    split: Annotated[str, typer.Option(help="Of that data.")] = "test",
     limit: Limit = None,
+    training_data: Annotated[
+        str | None, typer.Option(help="A tagged corpus for the training steps.", show_default="the demo's")
+    ] = None,
     repeats: Annotated[int, typer.Option(help="Turns of each contender.", min=1)] = 5,
     folder: Annotated[
         Path | None, typer.Option(help="On the disk in question; files are removed.", show_default="temporary")
@@ -119,19 +122,24 @@ def bench_cli(
     from kr2cache.demo import corpus
 
     overrides = read_toml(Path.cwd(), OPTIONS).models
-    data = data or str(corpus())
-    result = bench(
-        BenchConfig(
-            extraction=ExtractConfig(
-                resource=resource, split=split, task=task, data=data, limit=limit, device="cpu", models=overrides
-            ),
-            training=TrainConfig(
-                task=task, reader=reader, resource=resource, data=data, limit=limit, device="cpu", models=overrides
-            ),
-            repeats=repeats,
-            folder=folder,
-        )
+    extraction = ExtractConfig(
+        resource=resource,
+        split=split,
+        task=task,
+        data=data or str(corpus()),
+        limit=limit,
+        device="cpu",
+        models=overrides,
     )
+    training = TrainConfig(
+        task="udpos",
+        reader=reader,
+        resource=resource,
+        data=training_data or str(corpus()),
+        device="cpu",
+        models=overrides,
+    )
+    result = bench(BenchConfig(extraction=extraction, training=training, repeats=repeats, folder=folder))
     describe_bench(result)
     if as_json:
         print_json(result)
