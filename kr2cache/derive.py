@@ -421,6 +421,7 @@ def _write(folder: Path, sequences: Iterable[tuple[int, Stored]], count: int, wh
                     check_interrupt()
                     written += 1
                     progress.update(bar, advance=1, note=f"{bytes_text(writer.bytes_written)} written")
+            progress.update(bar, note=f"{bytes_text(writer.bytes_written)} written")
         except KeyboardInterrupt:
             raise InterruptedWorkError(
                 f"Interrupted. What is complete is kept in {folder}.",

@@ -79,14 +79,17 @@ def entry(folder: Path) -> Entry:
 
 
 def find_cache(name: str, cache_dir: Path) -> Path:
-    """The cache folder that ``name`` means: a folder, or the name (or its beginning) of one below ``cache_dir``.
+    """The cache folder that ``name`` means: a folder, a path below ``cache_dir`` (as ``cache list`` shows it), or the
+    name of a folder there or its beginning.
 
     Raises:
         ConfigError: If there is none, or there are several; they are listed.
     """
     with contextlib.suppress(OSError, ValueError):
-        if Path(name).expanduser().is_dir():
-            return Path(name).expanduser()
+        for folder in (Path(name).expanduser(), cache_dir / name):
+            if folder.is_dir():
+                return folder
+    name = name.rstrip("/")
     folders = cache_folders(cache_dir)
     for fits in ([f for f in folders if f.name == name], [f for f in folders if f.name.startswith(name)]):
         if len(fits) == 1:

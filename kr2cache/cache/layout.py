@@ -176,7 +176,7 @@ class _File:
             raise NotPlainError("superblock extension")
         self.has_tail = end < self.size
         if self.has_tail and os.pread(self.descriptor, len(TAIL_MARK), self.size - len(TAIL_MARK)) != TAIL_MARK:
-            raise self.damaged(f"cut off at its end, after {self.size:,} bytes")
+            raise self.damaged(f"cut off or changed at its end, byte {self.size:,}")
         return int(root)
 
     def messages(self, address: int) -> list[tuple[int, bytes]]:

@@ -11,11 +11,14 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from kr2cache.cache.check import CacheCheck
+from kr2cache.cache.shard import headers_left
 from kr2cache.commands.options import CacheDir, Data, Debug, Device, Json, merge, print_json
 from kr2cache.config import default_cache_dir, read_toml
 from kr2cache.console import bytes_text, console, count_text, done, failed, note, ranges_text, seconds_text
 from kr2cache.defaults import OPTIONS
 from kr2cache.errors import CacheError, ConfigError
+from kr2cache.models import known_models
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -228,8 +231,19 @@ def _verify(folder: Path) -> dict[str, Any]:
             f"{folder}: {len(found.incomplete_ids):,} of {count_text(found.sequences, 'sequence')} not complete: "
             f"{_names(found.incomplete_ids)}"
         )
-    console.print(f"Mend it:  kr2cache cache repair {folder}", style="cyan", soft_wrap=True)
+    console.print(_what_to_do(found), style="cyan", soft_wrap=True, markup=False)
     return result
+
+
+def _what_to_do(found: CacheCheck) -> str:
+    """The command that makes a cache whole."""
+    headers = [header for shard in found.shards for header in headers_left(shard.path)]
+    if not headers or (found.sound and found.incomplete_ids):
+        return "Run the kr2cache extract that made it again: it goes on where it stopped."
+    chosen = headers[0].provenance.get("chosen", {})
+    resource = chosen.get("resource", "") if isinstance(chosen, dict) else ""
+    known = resource in known_models(read_toml(Path.cwd(), OPTIONS).models) or "--" in str(resource)
+    return f"Mend it:  kr2cache cache repair {found.folder}" + ("" if known else f" --resource FOLDER_OF_{resource}")
 
 
 def _names(names: Sequence[str]) -> str:
@@ -343,8 +357,11 @@ def remove_cli(
     total = sum(sizes.values())
     if not yes:
         question = f"Remove {count_text(len(folders), 'cache')} and free {bytes_text(total)}?"
-        if as_json or not typer.confirm(question):
-            raise ConfigError("Nothing was removed.", "Answer y, or give --yes.")
+        if as_json:
+            raise ConfigError("Nothing was removed: with --json nobody is asked.", "Give --yes.")
+        if not typer.confirm(question):
+            console.print("Nothing was removed.")
+            raise typer.Exit(1)
     for folder in folders:
         done(remove(folder))
     if as_json:

@@ -109,7 +109,8 @@ def test_info_counts_and_measures(place: World, capsys: pytest.CaptureFixture[st
 
 def test_a_cache_is_found_by_the_beginning_of_its_name(place: World, capsys: pytest.CaptureFixture[str]) -> None:
     name = folder_of("train").name
-    assert command(f"info {name[:-3]}") == 0
+    for way in (name[:-3], f"udpos/train/{name}", f"{name}/", str(folder_of("train")), f"{folder_of('train')}/"):
+        assert command(f"info {way}") == 0, way
     assert command("info res-") == 1
     assert "may be" in capsys.readouterr().err
     assert command("info nothing") == 1
@@ -137,7 +138,9 @@ def test_damage_is_named_with_exit_code_1(place: World, capsys: pytest.CaptureFi
     assert [one["ok"] for one in found["caches"]] == [False, True]
     assert found["caches"][0]["damaged"] == ["train-s1"]
     assert "1 sequence of 12 damaged: train-s1" in people
-    assert f"kr2cache cache repair {folder}" in people
+    assert f"kr2cache cache repair {folder} --resource FOLDER_OF_res" in people
+    shard.write_bytes(b"")
+    assert "Run the kr2cache extract that made it again" in answer(f"verify {folder}", capsys)[2]
 
 
 @pytest.mark.parametrize(
