@@ -36,6 +36,7 @@ from kr2cache.locks import check_writable, only_writer
 from kr2cache.memory import return_free_memory
 from kr2cache.packing import Packer
 from kr2cache.planning import ExtractPlan, check_disk
+from kr2cache.prepacked import prepacked_weights
 
 if TYPE_CHECKING:
     import torch
@@ -316,7 +317,11 @@ def _compute(
     with work_progress("sequences") as progress:
         bar = progress.add_task(f"{plan.spec.name} on {plan.config.task}/{plan.config.split}", total=None, note="")
         try:
-            with interrupt_between_batches() as check_interrupt, CacheWriter(folder) as writer:
+            with (
+                prepacked_weights(encoder),
+                interrupt_between_batches() as check_interrupt,
+                CacheWriter(folder) as writer,
+            ):
                 batches = list(_unfinished_batches(plan.index.n_tokens, cuts, writer.unfinished, batch_plan, planned))
                 progress.update(bar, total=sum(len(batch) for _, batch in batches))
                 started, tokens, speed = time.monotonic(), 0, 0.0

@@ -50,6 +50,7 @@ from kr2cache.models import (
     pad_id,
     trained_spec,
 )
+from kr2cache.prepacked import prepacked_weights
 from kr2cache.tasks import Example, Task, find_task
 from kr2cache.train import SplitData, example_logits, most_likely
 
@@ -179,11 +180,12 @@ class Predictor:
             _check_shape(self.task, example)
         index = encode_examples(self.tokenizer, examples, self.task, self.max_length)
         check_token_ids(index, int(self.reader.config.vocab_size), "the reader")
-        features = None
-        if self.resource is not None:
-            features = OnlineFeatures(self.resource, self.reader, self._resource_index(self.resource, examples))
+        if self.resource is None:
+            return example_logits(self.reader, SplitData(examples=examples, index=index), self.task, self.tokenizer)
+        features = OnlineFeatures(self.resource, self.reader, self._resource_index(self.resource, examples))
         data = SplitData(examples=examples, index=index, features=features)
-        return example_logits(self.reader, data, self.task, self.tokenizer)
+        with prepacked_weights(self.resource.encoder):
+            return example_logits(self.reader, data, self.task, self.tokenizer)
 
     def _resource_index(self, resource: OnlineResource, examples: Sequence[Example]) -> SequenceIndex:
         index = encode_examples(resource.tokenizer, examples, self.task, resource.max_length)

@@ -40,6 +40,7 @@ from kr2cache.features import Features
 from kr2cache.fusion import Fusion
 from kr2cache.interrupt import interrupt_between_batches
 from kr2cache.kreader import IGNORED, KReader, load_task_model
+from kr2cache.prepacked import prepacked_weights
 from kr2cache.tasks import Example, Task
 from kr2cache.tasks.base import Prediction
 
@@ -193,7 +194,7 @@ def example_logits(
     result: list[NDArray[np.float32]] = [np.empty((0, 0), dtype=np.float32)] * len(data.examples)
     was_training = reader.training
     reader.eval()
-    with torch.inference_mode():
+    with torch.inference_mode(), prepacked_weights(reader):
         for numbers in length_sorted_batches(data.positions(), budget):
             batch = batcher(numbers.tolist())
             inputs = {name: tensor.to(device) for name, tensor in batch.items() if name not in TARGETS}

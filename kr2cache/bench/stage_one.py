@@ -16,6 +16,7 @@ from kr2cache.cache.shard import open_shard
 from kr2cache.encode import length_sorted_batches
 from kr2cache.extract import extract, fill, hidden_states
 from kr2cache.planning import plan_extraction
+from kr2cache.prepacked import prepacked_weights
 
 TARGET = 1 / 0.97
 ROWS_AT_ONCE = 32
@@ -44,6 +45,10 @@ def run(config: BenchConfig, folder: Path) -> Race:
         for batch in batches:
             states(batch)
 
+    def prepacked() -> None:
+        with prepacked_weights(encoder):
+            forward_alone()
+
     def ours() -> None:
         fill(plan, encoder, folder / f"ours-{next(numbers)}", header)
 
@@ -63,6 +68,7 @@ def run(config: BenchConfig, folder: Path) -> Race:
         {
             "length-sorted forward pass alone, nothing stored": forward_alone,
             "kr2cache extract": ours,
+            "its own forward pass alone (weights prepacked for oneDNN)": prepacked,
             f"plain loop in data order, batches of {ROWS_AT_ONCE}, a data set each": lambda: loop(ROWS_AT_ONCE),
             "one sequence at a time, a data set each": lambda: loop(1),
         },
