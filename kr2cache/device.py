@@ -34,3 +34,10 @@ def choose_device(name: str) -> torch.device:
     if not available.get(device.type, False):
         raise ConfigError(f"--device {name}: there is no such device on this machine.", "Give --device auto or cpu.")
     return device
+
+
+def device_name(device: torch.device) -> str:
+    """``cpu``, or the GPU's own name."""
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

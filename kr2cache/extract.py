@@ -27,7 +27,7 @@ from kr2cache.cache.shard import headers_left
 from kr2cache.cache.writer import CacheWriter, create_shards, shard_cuts
 from kr2cache.console import bytes_text, count_text, done, note, seconds_text, work_progress
 from kr2cache.derive import find_donors, in_ranges, ranges
-from kr2cache.device import choose_device
+from kr2cache.device import choose_device, device_name
 from kr2cache.digests import config_digest, weights_digest
 from kr2cache.encode import length_sorted_batches, pad
 from kr2cache.errors import CacheError, CacheVersionError, InterruptedWorkError, UnsupportedModelError
@@ -210,13 +210,6 @@ def _threads(number: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def device_name(device: torch.device) -> str:
-    """``cpu``, or the GPU's own name."""
-    import torch
-
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _check_states(plan: ExtractPlan, encoder: PreTrainedModel) -> bool:

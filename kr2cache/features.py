@@ -2,7 +2,7 @@
 
 A fixed fusion of several layers is computed once, when training is set up, and kept for every epoch and seed; one
 layer, or a fusion that the cache holds ready, is read straight from the map; only trainable weights and the direct
-projection need several layers in every batch.
+projection need several layers in every batch. States that fit on a GPU live there, and batches are gathered there.
 
 Shape letters: B sequences, T positions (padded), L layers that reach the model, D width.
 """
@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from kr2cache.cache.format import offsets
 from kr2cache.cache.reader import FeatureCache
@@ -23,7 +25,7 @@ from kr2cache.fusion import Fusion
 from kr2cache.memory import free_memory
 
 MEMORY_SHARE = 0.25
-"""Of the free memory may go to fused states; more goes to a temporary file that is mapped."""
+"""Of the free memory, the computer's or the GPU's, may go to states."""
 SEQUENCES_AT_ONCE = 256
 
 
@@ -35,7 +37,7 @@ class Features(Protocol):
     sequences_read: int
     """How many sequences ``batch`` has given out."""
 
-    def batch(self, sequences: Sequence[int]) -> tuple[NDArray[np.floating], NDArray[np.int64]]:
+    def batch(self, sequences: Sequence[int]) -> tuple[NDArray[np.floating] | Tensor, NDArray[np.int64]]:
         """States (B, L, T, D), zeros where padded, L = 1 where the layers are fused already; mask (B, T)."""
 
 
@@ -66,6 +68,17 @@ class ResourceFeatures:
     def width(self) -> int:
         return self.cache.width
 
+    @property
+    def layers(self) -> int:
+        """L of a batch."""
+        return 1 if self._fused is not None or self._layers_read is None else len(self._layers_read)
+
+    @property
+    def nbytes(self) -> int:
+        """Of all states that batches are made of."""
+        tokens = int(self.n_tokens.sum(dtype=np.int64))
+        return tokens * self.layers * self.width * self.cache.states_dtype.itemsize
+
     def batch(self, sequences: Sequence[int]) -> tuple[NDArray[np.floating], NDArray[np.int64]]:
         """States and mask of some sequences.
 
@@ -75,14 +88,14 @@ class ResourceFeatures:
         """
         self.sequences_read += len(sequences)
         lengths = self.n_tokens[list(sequences)]
-        layers = 1 if self._fused is not None or self._layers_read is None else len(self._layers_read)
-        states_BLTD = np.zeros((len(sequences), layers, int(lengths.max()), self.width), dtype=self.cache.states_dtype)
+        shape = (len(sequences), self.layers, int(lengths.max()), self.width)
+        states_BLTD = np.zeros(shape, dtype=self.cache.states_dtype)
         for row, sequence, length in zip(states_BLTD, sequences, lengths.tolist(), strict=True):
-            row[:, :length] = self._layers_of(sequence)
+            row[:, :length] = self.states(sequence)
         return states_BLTD, (np.arange(states_BLTD.shape[2])[None, :] < lengths[:, None]).astype(np.int64)
 
-    def _layers_of(self, sequence: int) -> NDArray[np.floating]:
-        """(L, T, D)"""
+    def states(self, sequence: int) -> NDArray[np.floating]:
+        """(L, T, D) of one sequence; not counted as read."""
         if self._fused is not None:
             return self._fused[None, self._first_token[sequence] : self._first_token[sequence + 1]]
         return self.cache.states(int(self._positions[sequence]), self._layers_read)
@@ -98,9 +111,51 @@ class ResourceFeatures:
         return fused
 
 
+class DeviceFeatures:
+    """All states of ``ResourceFeatures`` on a GPU, where batches are gathered: each state crosses the bus once."""
+
+    def __init__(self, features: ResourceFeatures, device: torch.device) -> None:
+        self.n_tokens = features.n_tokens
+        self.layers = features.layers
+        self.sequences_read = 0
+        """How many sequences ``batch`` has given out."""
+        self._first_row = torch.from_numpy(offsets(self.n_tokens) * features.layers).to(device)
+        dtype = torch.from_numpy(np.empty(0, dtype=features.cache.states_dtype)).dtype
+        # One row more than there are, of zeros: what padding is gathered from.
+        self._rows = torch.zeros(int(self._first_row[-1]) + 1, features.width, dtype=dtype, device=device)
+        for start in range(0, len(self.n_tokens), SEQUENCES_AT_ONCE):
+            part = range(start, min(start + SEQUENCES_AT_ONCE, len(self.n_tokens)))
+            packed = np.concatenate([features.states(i).reshape(-1, features.width) for i in part])
+            first = int(self._first_row[start])
+            self._rows[first : first + len(packed)] = torch.from_numpy(packed).to(device)
+
+    def batch(self, sequences: Sequence[int]) -> tuple[Tensor, NDArray[np.int64]]:
+        """As ``ResourceFeatures.batch``, the states on the device."""
+        self.sequences_read += len(sequences)
+        lengths = self.n_tokens[list(sequences)]
+        device = self._rows.device
+        T = int(lengths.max())
+        length_B = torch.from_numpy(lengths).to(device, non_blocking=True)[:, None, None]
+        first_B = self._first_row[torch.as_tensor(list(sequences), device=device)][:, None, None]
+        layer_L, place_T = torch.arange(self.layers, device=device)[:, None], torch.arange(T, device=device)
+        rows_BLT = first_B + layer_L * length_B + place_T
+        rows_BLT = torch.where(place_T < length_B, rows_BLT, len(self._rows) - 1)
+        return self._rows[rows_BLT], (np.arange(T)[None, :] < lengths[:, None]).astype(np.int64)
+
+
+def fits_on(device: torch.device, size: int) -> bool:
+    """Whether ``size`` bytes of states may live there: on a GPU that keeps most of its free memory for training."""
+    return device.type == "cuda" and size <= MEMORY_SHARE * torch.cuda.mem_get_info(device)[0]
+
+
+def fits_in_memory(size: int) -> bool:
+    """Whether ``size`` bytes of fused states may be kept in memory."""
+    return size <= MEMORY_SHARE * free_memory()
+
+
 def _allocate(shape: tuple[int, int], dtype: np.dtype[Any], beside: Path) -> NDArray[Any]:
     """An array in memory, or in a mapped temporary file beside the cache where memory is short."""
-    if shape[0] * shape[1] * dtype.itemsize <= MEMORY_SHARE * free_memory():
+    if fits_in_memory(shape[0] * shape[1] * dtype.itemsize):
         return np.empty(shape, dtype=dtype)
     with tempfile.TemporaryFile(dir=beside.parent, prefix="fused-") as file:
         file.truncate(shape[0] * shape[1] * dtype.itemsize)

@@ -284,14 +284,33 @@ def _states_lost(seen: int, reader: int, expected: int) -> UnsupportedModelError
     )
 
 
-def load_task_model(spec: models.ModelSpec, head: Head, labels: tuple[str, ...]) -> PreTrainedModel:
-    """The Hugging Face task model of ``head`` over the checkpoint of ``spec``, in float32.
+class TaskCheckpoint:
+    """The checkpoint of a task model, read once however many readers are trained from it."""
 
-    The head is new, drawn from torch's current random state. Always float32: transformers keeps a checkpoint's float16,
-    and AdamW then gives nan.
-    """
-    config = models.load_config(spec)
-    if head != "choice":
-        config.id2label = dict(enumerate(labels))
-        config.label2id = {label: number for number, label in enumerate(labels)}
-    return models.load_pretrained(spec, HEADS[head], config)
+    def __init__(self, spec: models.ModelSpec, head: Head, labels: tuple[str, ...]) -> None:
+        self.spec = spec
+        self.head = head
+        self.labels = labels
+        self._loaded: tuple[type[PreTrainedModel], dict[str, Tensor]] | None = None
+        """Its class, and the weights that the files have."""
+
+    def task_model(self) -> PreTrainedModel:
+        """A new model over these weights, in float32; its head is new, drawn from torch's current random state.
+
+        Always float32: transformers keeps a checkpoint's float16, and AdamW then gives nan.
+        """
+        config = models.load_config(self.spec)
+        if self.head != "choice":
+            config.id2label = dict(enumerate(self.labels))
+            config.label2id = {label: number for number, label in enumerate(self.labels)}
+        if self._loaded is not None:
+            architecture, weights = self._loaded
+            copies = {name: tensor.clone() for name, tensor in weights.items()}
+            return models.load_pretrained(self.spec, architecture, config, copies)[0]
+        return self._read(config)
+
+    def _read(self, config: PretrainedConfig) -> PreTrainedModel:
+        model, drawn = models.load_pretrained(self.spec, HEADS[self.head], config)
+        weights = {name: tensor.clone() for name, tensor in model.state_dict().items() if name not in drawn}
+        self._loaded = (type(model), weights)
+        return model

@@ -22,6 +22,7 @@ from kr2cache import hub
 from kr2cache.errors import ConfigError, KR2CacheError, ModelUnavailableError, UnsupportedModelError, unknown_name
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -483,19 +484,31 @@ def describe_dropped(spec: ModelSpec, dropped: Sequence[str]) -> str | None:
     return f"{spec.name}: {len(dropped)} tensors of the checkpoint are not part of its text encoder, left out: {names}"
 
 
-def load_pretrained(spec: ModelSpec, auto_class: Any, config: PretrainedConfig) -> PreTrainedModel:
-    """The checkpoint of ``spec`` as ``auto_class`` (a task model), in float32; missing heads are drawn at random."""
+def load_pretrained(
+    spec: ModelSpec, model_class: Any, config: PretrainedConfig, weights: Mapping[str, Tensor] | None = None
+) -> tuple[PreTrainedModel, frozenset[str]]:
+    """The checkpoint of ``spec`` as a task model, in float32; missing heads are drawn at random.
+
+    Args:
+        model_class: An auto class, or the model's own with ``weights``.
+        weights: The checkpoint's, where they are in memory already; the model takes them for its own.
+
+    Returns:
+        The model, and the names of the weights that were drawn.
+    """
     import torch
 
     with _explained(spec, "weights"):
-        model: PreTrainedModel = auto_class.from_pretrained(
-            model_folder(spec),
+        model, report = model_class.from_pretrained(
+            None if weights is not None else model_folder(spec),
+            state_dict=weights,
             config=config,
             dtype=torch.float32,
+            output_loading_info=True,
             weights_only=True,
             trust_remote_code=spec.trust_remote_code,
         )
-    return model
+    return model, frozenset(report["missing_keys"])
 
 
 def _architecture(config: PretrainedConfig) -> type | None:

@@ -23,8 +23,9 @@ from kr2cache.console import done as said
 from kr2cache.device import choose_device
 from kr2cache.errors import InterruptedWorkError
 from kr2cache.locks import only_writer
-from kr2cache.memory import return_free_memory
+from kr2cache.memory import objects_set_aside, return_free_memory
 from kr2cache.prepare import Prepared, prepare
+from kr2cache.shared import Shared
 from kr2cache.tasks import Task
 from kr2cache.teacher import SEED, Lesson, Teacher
 from kr2cache.train import Job, Trained, train_seed, write_trained
@@ -39,6 +40,8 @@ class Run:
     metrics: runs.Metrics
     seconds: float | None
     """None where the run was there already."""
+    step_seconds: float | None = None
+    """Of these, in training steps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,16 +67,20 @@ class TrainResult:
         }
 
 
-def train(config: TrainConfig) -> TrainResult:
+def train(config: TrainConfig, shared: Shared | None = None) -> TrainResult:
     """Train one method on several seeds; everything that can be wrong is checked before anything long starts.
+
+    Args:
+        shared: What other trainings of the same sweep loaded.
 
     Raises:
         KR2CacheError: One of its kinds, for everything foreseen.
     """
-    prepared = prepare(config)
+    shared = shared or Shared()
+    prepared = prepare(config, shared)
     lesson = None
     if prepared.job.config.method == "kd":
-        lesson = _lesson(prepared)
+        lesson = _lesson(prepared, shared)
         prepared = lesson.given_to(prepared)
     done = _train_seeds(prepared, lesson)
     return TrainResult(
@@ -86,9 +93,9 @@ def train(config: TrainConfig) -> TrainResult:
     )
 
 
-def _lesson(student: Prepared) -> Lesson:
+def _lesson(student: Prepared, shared: Shared) -> Lesson:
     """The teacher's logits: kept from before, by a trained teacher, or by one that is trained now."""
-    teacher = Teacher(student)
+    teacher = Teacher(student, shared)
     lesson = teacher.kept() or teacher.from_reader()
     if lesson is not None:
         return lesson
@@ -115,6 +122,7 @@ def _sequences_read(job: Job) -> int:
     return sum(data.features.sequences_read for data in job.splits.values() if data.features is not None)
 
 
+@objects_set_aside()
 def _train_seeds(prepared: Prepared, lesson: Lesson | None, keep: Callable[[Trained], None] | None = None) -> list[Run]:
     """Train the seeds that are not there yet.
 
@@ -149,11 +157,20 @@ def _train_seeds(prepared: Prepared, lesson: Lesson | None, keep: Callable[[Trai
                     "Run the same command again: it trains the seeds that are missing.",
                 ) from None
             seconds = time.monotonic() - started
-            done.append(Run(seed=seed, folder=target, metrics=trained.metrics, seconds=seconds))
+            done.append(
+                Run(
+                    seed=seed,
+                    folder=target,
+                    metrics=trained.metrics,
+                    seconds=seconds,
+                    step_seconds=trained.step_seconds,
+                )
+            )
             if writes:
                 write_trained(job, trained, partial)
                 recorded = _recorded(prepared, lesson) | {
                     "seconds": round(seconds, 1),
+                    "seconds_in_steps": round(trained.step_seconds, 1),
                     "resource_sequences_read": _sequences_read(job) - read_before,
                 }
                 runs.write_json(partial / "config.json", {"config": config, "recorded": recorded})

@@ -26,6 +26,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kr2cache import runs
+from kr2cache.batches import SplitData
 from kr2cache.cache.format import SequenceIndex
 from kr2cache.device import choose_device
 from kr2cache.digests import config_digest, weights_digest
@@ -38,6 +39,7 @@ from kr2cache.errors import (
     ModelUnavailableError,
     UnknownNameError,
 )
+from kr2cache.evaluate import example_logits, most_likely
 from kr2cache.extract import hidden_states, padding_is_harmless
 from kr2cache.kreader import KReader
 from kr2cache.models import (
@@ -52,7 +54,6 @@ from kr2cache.models import (
 )
 from kr2cache.prepacked import prepacked_weights
 from kr2cache.tasks import Example, Task, find_task
-from kr2cache.train import SplitData, example_logits, most_likely
 
 
 @dataclass(frozen=True, kw_only=True)

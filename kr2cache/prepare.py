@@ -11,25 +11,27 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import xxhash
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig
 
 from kr2cache import models, provenance, runs
-from kr2cache.cache.format import canonical_json
+from kr2cache.batches import SplitData
 from kr2cache.cache.reader import FeatureCache
 from kr2cache.config import METHODS, PLAIN_METHODS, PROJECTIONS, TrainConfig, deciding_training
+from kr2cache.console import bytes_text
+from kr2cache.device import choose_device, device_name
 from kr2cache.digests import model_digests
-from kr2cache.encode import check_token_ids, encode_examples
-from kr2cache.errors import ConfigError, DataError, MissingSplitError, unknown_name
-from kr2cache.features import ResourceFeatures
+from kr2cache.encode import check_token_ids
+from kr2cache.errors import ConfigError, unknown_name
+from kr2cache.features import DeviceFeatures, Features, ResourceFeatures, fits_on
 from kr2cache.fusion import check_fusion_name, parse_fusion
 from kr2cache.kreader import check_admitted, projection_kind
 from kr2cache.locks import check_writable
 from kr2cache.resource import Resource
-from kr2cache.tasks import Example, Task, find_task
-from kr2cache.train import Job, SplitData, training_arguments
+from kr2cache.shared import Corpus, Shared
+from kr2cache.tasks import Task, find_task
+from kr2cache.train import Job, training_arguments
 
-PROCEDURE = 1
+PROCEDURE = 2
 """Of training; raised when the same settings begin to mean something else, so that old runs are not taken for new."""
 
 
@@ -62,11 +64,11 @@ class Prepared:
         return runs.runs_folder(config.run_dir, self.job.task.name, parts, self.deciding)
 
 
-def prepare(config: TrainConfig, examples: Mapping[str, list[Example]] | None = None) -> Prepared:
+def prepare(config: TrainConfig, shared: Shared) -> Prepared:
     """Check the settings, read and tokenise the splits, find the caches or make them.
 
     Args:
-        examples: The labelled splits, where the caller has read them already.
+        shared: Gives what was loaded before, and keeps what is loaded now.
 
     Raises:
         KR2CacheError: One of its kinds, for everything foreseen.
@@ -79,29 +81,32 @@ def prepare(config: TrainConfig, examples: Mapping[str, list[Example]] | None = 
         check_admitted(reader_config, f"Reader {reader_spec.name!r}")
     _check_length(config, reader_spec, reader_config)
     check_writable(config.run_dir, "--run-dir")
-    notes: list[str] = []
-    if examples is None:
-        examples, notes = read_splits(task, config)
-    tokenizer = models.load_tokenizer(reader_spec, words=task.words)
+    corpus = shared.corpus(task, config.data, config.limit)
+    tokenizer = shared.tokenizer(reader_spec, words=task.words)
     splits = {}
-    for split, part in examples.items():
-        index = encode_examples(tokenizer, part, task, config.max_length)
+    for split, part in corpus.splits.items():
+        index = part.index(reader_spec, tokenizer, config.max_length)
         check_token_ids(index, int(reader_config.vocab_size), repr(reader_spec.name))
-        splits[split] = SplitData(examples=part, index=index)
-    if resource_spec is not None:
-        resource = Resource(config, resource_spec, task)
-        job, caches = _with_features(config, task, reader_spec, tokenizer, splits, resource)
-        deciding = _deciding(job) | _resource_decides(job, resource, caches)
-        return Prepared(
-            job=job,
-            reader=reader_spec,
-            resource=resource,
-            caches=caches,
-            deciding=deciding,
-            notes=notes + resource.notes,
-        )
-    job = Job(task=task, reader=reader_spec, tokenizer=tokenizer, splits=splits, config=config)
-    return Prepared(job=job, reader=reader_spec, deciding=_deciding(job), notes=notes)
+        splits[split] = SplitData(examples=part.examples, index=index)
+    job = Job(
+        task=task,
+        checkpoint=shared.checkpoint(reader_spec, task),
+        tokenizer=tokenizer,
+        splits=splits,
+        config=config,
+    )
+    if resource_spec is None:
+        return Prepared(job=job, reader=reader_spec, deciding=_deciding(job, corpus), notes=corpus.notes)
+    resource = Resource(config, resource_spec, task, shared)
+    job, caches = _with_features(job, reader_spec, resource)
+    return Prepared(
+        job=job,
+        reader=reader_spec,
+        resource=resource,
+        caches=caches,
+        deciding=_deciding(job, corpus) | _resource_decides(job, resource, caches),
+        notes=corpus.notes + resource.notes,
+    )
 
 
 def _checked(config: TrainConfig) -> tuple[TrainConfig, Task]:
@@ -146,90 +151,37 @@ def _check_length(config: TrainConfig, spec: models.ModelSpec, model_config: Pre
         )
 
 
-def read_splits(task: Task, config: TrainConfig) -> tuple[dict[str, list[Example]], list[str]]:
-    """train, and dev and test where they exist with gold labels; and what is to be said about the others."""
-    notes = []
-    splits = {"train": task.read("train", config.data, config.limit)}
-    for split in ("dev", "test"):
-        try:
-            splits[split] = task.read(split, config.data, config.limit)
-        except MissingSplitError:
-            notes.append(f"There is no {split} split.")
-    unlabelled = {split: [e.id for e in part if e.label is None] for split, part in splits.items()}
-    if unlabelled["train"]:
-        raise DataError(
-            f"{len(unlabelled['train'])} of {len(splits['train'])} training examples have no gold label (first: "
-            f"{unlabelled['train'][0]!r}).",
-            f"A reader is trained on labelled examples only; {task.name} has the label in {task.labelled_by}.",
-        )
-    labelled = {}
-    for split, part in splits.items():
-        if not unlabelled[split]:
-            labelled[split] = part
-        elif len(unlabelled[split]) == len(part):
-            notes.append(f"The {split} split has no gold labels; it is not scored.")
-        else:
-            raise DataError(
-                f"{len(unlabelled[split])} of {len(part)} examples of the {split} split have no gold label (first: "
-                f"{unlabelled[split][0]!r}).",
-                "Label them or take them out: a score over part of a split is not the split's.",
-            )
-    if notes and len(labelled) == 2:
-        notes.append(f"The last epoch is scored, on {next(split for split in labelled if split != 'train')}.")
-    if len(labelled) == 1:
-        raise MissingSplitError(
-            f"{task.corpus(config.data)} has neither a dev nor a test split with labels: there is nothing to score on.",
-            f"Add dev{task.suffixes[0]} or test{task.suffixes[0]}.",
-        )
-    return labelled, notes
-
-
-def _with_features(
-    config: TrainConfig,
-    task: Task,
-    reader_spec: models.ModelSpec,
-    tokenizer: PreTrainedTokenizerBase,
-    splits: dict[str, SplitData],
-    resource: Resource,
-) -> tuple[Job, dict[str, FeatureCache]]:
+def _with_features(job: Job, reader_spec: models.ModelSpec, resource: Resource) -> tuple[Job, dict[str, FeatureCache]]:
     """The job with the resource's states of every split."""
+    config = job.config
     reader_width = models.encoder_shape(models.load_config(reader_spec))[1]
     if resource.on_this_machine:
         # Nothing of this is needed yet; what is wrong shows before anything is extracted.
         model_layers, width = models.encoder_shape(models.load_config(resource.spec))
         parse_fusion(config.fusion, model_layers)
         projection_kind(config.projection, width, reader_width)
-    caches = {split: resource.cache(split, data.examples) for split, data in splits.items()}
+    caches = {split: resource.cache(split) for split in job.splits}
     fusion = parse_fusion(config.fusion, caches["train"].model_layers)
     width = caches["train"].width
     projection = projection_kind(config.projection, width, reader_width)
-    with_states = {
-        split: SplitData(
-            examples=data.examples,
-            index=data.index,
-            features=ResourceFeatures(
-                caches[split],
-                [name for example in data.examples for name in example.sequence_ids],
-                fusion,
-                keep_layers=projection == "direct",
-            ),
-        )
-        for split, data in splits.items()
-    }
-    job = Job(
-        task=task,
-        reader=reader_spec,
-        tokenizer=tokenizer,
-        splits=with_states,
-        config=config,
-        fusion=fusion,
-        projection=projection,
-        resource_width=width,
+    device = choose_device(config.device)
+    splits = {}
+    for split, data in job.splits.items():
+        ids = resource.corpus.splits[split].ids
+        states = ResourceFeatures(caches[split], ids, fusion, keep_layers=projection == "direct")
+        features: Features = states
+        if fits_on(device, states.nbytes):
+            size = bytes_text(states.nbytes)
+            resource.notes.append(f"The states of {split} ({size}) live on {device_name(device)}.")
+            features = DeviceFeatures(states, device)
+        splits[split] = dataclasses.replace(data, features=features)
+    return (
+        dataclasses.replace(job, splits=splits, fusion=fusion, projection=projection, resource_width=width),
+        caches,
     )
-    return job, caches
 
 
-def _deciding(job: Job) -> dict[str, Any]:
+def _deciding(job: Job, corpus: Corpus) -> dict[str, Any]:
     """What decides the result of every method."""
     config = job.config
     reader = model_digests(job.reader)
@@ -238,7 +190,7 @@ def _deciding(job: Job) -> dict[str, Any]:
         "metric": job.task.metric,
         # The plain methods differ in what their model is called, not in what is computed.
         "method": "plain" if config.method in PLAIN_METHODS else config.method,
-        "data": {split: data_digest(data.examples) for split, data in job.splits.items()},
+        "data": {split: part.digest for split, part in corpus.splits.items()},
         "reader": {
             "name": job.reader.name,
             "weights": reader.weights,
@@ -267,7 +219,9 @@ def _resource_decides(job: Job, resource: Resource, caches: Mapping[str, Feature
             "name": resource.spec.name,
             "weights": sorted({one["weights"] for one in found}),
             "config": sorted({one["config"] for one in found}),
-            "tokens": {split: _resource_tokens(cache, job.splits[split].examples) for split, cache in caches.items()},
+            "tokens": {
+                split: _resource_tokens(cache, resource.corpus.splits[split].ids) for split, cache in caches.items()
+            },
             "segments": any(one.get("segments", False) for one in found),
             "max_length": chosen["max_length"],
             "dtype": chosen["dtype"],
@@ -281,15 +235,6 @@ def _resource_decides(job: Job, resource: Resource, caches: Mapping[str, Feature
     }
 
 
-def _resource_tokens(cache: FeatureCache, examples: Sequence[Example]) -> str:
+def _resource_tokens(cache: FeatureCache, ids: Sequence[str]) -> str:
     """Of the sequences that are used: that a cache holds more of them changes no result."""
-    positions = cache.positions(name for example in examples for name in example.sequence_ids)
-    return provenance.tokens_digest(cache.tokens().select(positions))
-
-
-def data_digest(examples: Sequence[Example]) -> str:
-    """XXH3-128 of ids, texts and labels."""
-    digest = xxhash.xxh3_128()
-    for example in examples:
-        digest.update(canonical_json([example.id, example.texts, example.label]).encode())
-    return digest.hexdigest()
+    return provenance.tokens_digest(cache.tokens().select(cache.positions(ids)))

@@ -299,8 +299,7 @@ def found_differences(cache: FeatureCache, wanted: Wanted, index: SequenceIndex 
         result.append(
             Difference(field="template", text=f"the template was {made['template']!r}, it is {wanted.template!r} now")
         )
-    known = {name: position for position, name in enumerate(cache.all_ids)}
-    positions = np.array([known.get(name, -1) for name in wanted.ids], dtype=np.int64)
+    positions = cache.find(wanted.ids)
     absent = [name for name, position in zip(wanted.ids, positions.tolist(), strict=True) if position < 0]
     if absent:
         result.append(

@@ -7,14 +7,12 @@ something else, that is an error that says what changed.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from kr2cache import models, provenance
-from kr2cache.cache.format import SequenceIndex, text_xxh3
+from kr2cache.cache.format import SequenceIndex
 from kr2cache.cache.reader import FeatureCache
 from kr2cache.config import (
     DEFAULT_COMPUTE_DTYPE,
@@ -24,18 +22,23 @@ from kr2cache.config import (
     TrainConfig,
     default_cache_dir,
 )
+from kr2cache.console import bytes_text, note, seconds_text
+from kr2cache.derive import derive, plan_fusion
 from kr2cache.digests import model_digests
-from kr2cache.encode import encode_examples
-from kr2cache.errors import CacheError, CacheMismatchError
+from kr2cache.errors import CacheError, CacheMismatchError, DiskSpaceError
 from kr2cache.extract import describe_result, extract
+from kr2cache.features import fits_in_memory
+from kr2cache.fusion import parse_fusion
 from kr2cache.planning import describe, plan_extraction
-from kr2cache.tasks import Example, Task
+from kr2cache.shared import Shared
+from kr2cache.tasks import Task
 
 
 class Resource:
     """The resource of a run: its caches by split, found or made."""
 
-    def __init__(self, config: TrainConfig, spec: models.ModelSpec, task: Task) -> None:
+    def __init__(self, config: TrainConfig, spec: models.ModelSpec, task: Task, shared: Shared) -> None:
+        self.corpus = shared.corpus(task, config.data, config.limit)
         self.config = config
         self.spec = spec
         self.task = task
@@ -52,19 +55,20 @@ class Resource:
         if self.on_this_machine:
             digests = model_digests(spec)
             self.weights, self.config_digest = digests.weights, digests.config
-            self._tokenizer = models.load_tokenizer(spec, words=task.words)
+            self._tokenizer = shared.tokenizer(spec, words=task.words)
         else:
             self.notes.append(
                 f"The weights of {spec.name} are not on this machine: its caches are trusted, not compared with them."
             )
 
-    def cache(self, split: str, examples: Sequence[Example]) -> FeatureCache:
+    def cache(self, split: str) -> FeatureCache:
         """The cache that fits, or a new one.
 
         Raises:
             CacheMismatchError: If one was made by these names, but from something else.
             CacheError: If there is none and ``--no-extract`` was given, or several fit and differ.
         """
+        part = self.corpus.splits[split]
         wanted = provenance.Wanted(
             resource=self.spec.name,
             task=self.task.name,
@@ -78,10 +82,10 @@ class Resource:
             weights=self.weights,
             config=self.config_digest,
             template=self.task.template,
-            ids=tuple(name for example in examples for name in example.sequence_ids),
-            text_xxh3=np.array([text_xxh3(text) for example in examples for text in example.texts], dtype=np.uint64),
+            ids=part.ids,
+            text_xxh3=part.text_xxh3,
         )
-        cache = self._find(wanted, examples) or self._extract(split, examples)
+        cache = self._with_fusion_stored(self._find(wanted) or self._extract(split))
         cache.check_on_read = self.config.check_states
         chosen = cache.provenance["chosen"]
         self.max_length, self.dtype, self.compute_dtype = (
@@ -91,10 +95,39 @@ class Resource:
         )
         return cache
 
-    def _find(self, wanted: provenance.Wanted, examples: Sequence[Example]) -> FeatureCache | None:
+    def _with_fusion_stored(self, cache: FeatureCache) -> FeatureCache:
+        """``cache``, or where a fixed fusion of it is too large for memory that fusion as a cache of its own, made now:
+        averaging the layers anew in every call would read all of them each time.
+        """
+        fusion = parse_fusion(self.config.fusion, cache.model_layers)
+        size = cache.stored_bytes // len(cache.layers)  # as large as one layer
+        if (
+            fusion.trainable
+            or len(fusion.layers) == 1
+            or self.config.projection == "direct"
+            or cache.fusion is not None
+            or cache.dtype not in provenance.EXACT_DTYPES
+            or not cache.complete.all()
+            or fits_in_memory(size)
+        ):
+            return cache
+        try:
+            result = derive(plan_fusion(cache, self.config.fusion, cache_dir=self.config.cache_dir))
+        except DiskSpaceError as error:
+            note(f"{self.config.fusion} is not stored beside its layers: {error.message}")
+            return cache
+        if result.made:
+            note(
+                f"Stored {self.config.fusion} of {cache.folder.name}, which is too large for memory: "
+                f"{bytes_text(result.bytes)} in {seconds_text(result.seconds)}, read from now on instead of "
+                f"{bytes_text(cache.stored_bytes)}."
+            )
+        return FeatureCache.open(result.cache)
+
+    def _find(self, wanted: provenance.Wanted) -> FeatureCache | None:
         """The cache that fits; None where one has to be made and may be."""
         split = wanted.split
-        fits, stale, other = self._sort(wanted, examples)
+        fits, stale, other = self._sort(wanted)
         if fits:
             return self._choose(fits)
         if stale:
@@ -115,11 +148,10 @@ class Resource:
         return None
 
     def _sort(
-        self, wanted: provenance.Wanted, examples: Sequence[Example]
+        self, wanted: provenance.Wanted
     ) -> tuple[list[FeatureCache], list[tuple[FeatureCache, list[provenance.Difference]]], list[str]]:
         """Caches that fit, those of the same names that went stale, and why others do not serve."""
         fits, stale, other = [], [], []
-        indices: dict[int, SequenceIndex | None] = {}
         for cache in provenance.caches_of(self.config.cache_dir, self.task.name, wanted.split):
             chosen = cache.provenance["chosen"]
             same_resource = chosen["resource"] == wanted.resource
@@ -128,12 +160,10 @@ class Resource:
                 if same_resource:
                     other.append(f"{cache.folder}: {', '.join(difference.text for difference in settings)}")
                 continue
-            length = int(chosen["max_length"])
-            if length not in indices:
-                indices[length] = self._encode(examples, length)
-            differences = provenance.found_differences(cache, wanted, indices[length])
+            index = self._index(wanted.split, int(chosen["max_length"]))
+            differences = provenance.found_differences(cache, wanted, index)
             if not differences:
-                if all(name in cache for name in wanted.ids):
+                if cache.complete[cache.find(wanted.ids)].all():
                     fits.append(cache)
                 elif same_resource:
                     other.append(f"{cache.folder}: it is not complete")
@@ -145,10 +175,10 @@ class Resource:
                     stale.append((cache, differences))
         return fits, stale, other
 
-    def _encode(self, examples: Sequence[Example], max_length: int) -> SequenceIndex | None:
+    def _index(self, split: str, max_length: int) -> SequenceIndex | None:
         if self._tokenizer is None:
             return None
-        return encode_examples(self._tokenizer, examples, self.task, max_length)
+        return self.corpus.splits[split].index(self.spec, self._tokenizer, max_length)
 
     def _choose(self, fits: list[FeatureCache]) -> FeatureCache:
         """The fitting cache by the default settings, or the only kind there is."""
@@ -170,7 +200,7 @@ class Resource:
             "Say which: --resource-max-length, or dtype and compute_dtype under [defaults] in kr2cache.toml.",
         )
 
-    def _extract(self, split: str, examples: Sequence[Example]) -> FeatureCache:
+    def _extract(self, split: str) -> FeatureCache:
         plan = plan_extraction(
             ExtractConfig(
                 resource=self.config.resource or self.spec.name,
@@ -185,7 +215,7 @@ class Resource:
                 cache_dir=self.config.cache_dir,
                 models=self.config.models,
             ),
-            examples,
+            self.corpus.splits[split].examples,
         )
         describe(plan)
         result = extract(plan)

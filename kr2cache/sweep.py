@@ -25,6 +25,7 @@ from kr2cache.errors import ConfigError, InterruptedWorkError, KR2CacheError, un
 from kr2cache.fusion import check_fusion_name, parse_fusion
 from kr2cache.locks import check_writable
 from kr2cache.pipeline import TrainResult, train
+from kr2cache.shared import Shared
 from kr2cache.tasks import find_task
 
 MANIFESTS = "sweeps"
@@ -272,6 +273,7 @@ class Sweep:
             for column in grid.columns
             for row in grid.rows
         ]
+        self._shared = Shared()
         for cell in self.cells:
             _check_names(cell)
         self.run_dir = self.cells[0].config.run_dir
@@ -310,7 +312,7 @@ class Sweep:
     def _fill(self, cell: Cell) -> None:
         cell.error = None
         try:
-            cell.result = train(cell.config)
+            cell.result = train(cell.config, self._shared)
         except InterruptedWorkError:
             raise
         except KR2CacheError as error:

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kr2cache import models, runs
+from kr2cache.batches import SplitData
 from kr2cache.cache.format import canonical_json
 from kr2cache.config import PLAIN_METHODS
 from kr2cache.console import count_text
@@ -23,9 +24,10 @@ from kr2cache.device import choose_device
 from kr2cache.distill import TeacherLogits
 from kr2cache.encode import encode_examples, first_subwords
 from kr2cache.errors import CacheError, ConfigError
+from kr2cache.evaluate import example_logits
 from kr2cache.kreader import KReader
-from kr2cache.prepare import Prepared, data_digest, prepare
-from kr2cache.train import SplitData, example_logits
+from kr2cache.prepare import Prepared, prepare
+from kr2cache.shared import Shared
 
 SEED = 1
 """Of a teacher that is given by its model: one for all students."""
@@ -71,7 +73,7 @@ class Lesson:
 class Teacher:
     """Finds what is there of a teacher: its logits, its reader, its run."""
 
-    def __init__(self, student: Prepared) -> None:
+    def __init__(self, student: Prepared, shared: Shared) -> None:
         """
         Raises:
             CacheError: For a run folder without a trained reader.
@@ -95,7 +97,7 @@ class Teacher:
         else:
             self.prepared = prepare(
                 dataclasses.replace(config, method="kresource", resource=config.teacher, teacher=None, seeds=(SEED,)),
-                {split: list(data.examples) for split, data in student.job.splits.items()},
+                shared,
             )
             decides = {**self.prepared.deciding, "seed": SEED}
             self.name = self.prepared.reader.name
@@ -103,8 +105,8 @@ class Teacher:
             as_reader = dataclasses.replace(self.prepared.job.config, method="kreader")
             twin = dataclasses.replace(self.prepared, job=dataclasses.replace(self.prepared.job, config=as_reader))
             self.folders = [runs.seed_folder(one.folder, SEED) for one in (self.prepared, twin)]
-        train = student.job.splits["train"].examples
-        text = canonical_json({"teacher": {**decides, "method": "plain"}, "examples": data_digest(train)})
+        train = shared.corpus(student.job.task, config.data, config.limit).splits["train"]
+        text = canonical_json({"teacher": {**decides, "method": "plain"}, "examples": train.digest})
         self.fingerprint = hashlib.sha256(text.encode()).hexdigest()
         self.path = (
             config.cache_dir

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,50 +30,19 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback
 
 from kr2cache import models, runs
-from kr2cache.cache.format import SequenceIndex
+from kr2cache.batches import Batcher, LengthGroupedSampler, SplitData, StepBatcher
 from kr2cache.config import Projection, TrainConfig
 from kr2cache.console import work_progress
 from kr2cache.device import choose_device
-from kr2cache.distill import TeacherLogits, soft_loss
-from kr2cache.encode import first_subwords, length_sorted_batches, pad
+from kr2cache.distill import soft_loss
 from kr2cache.errors import ConfigError, TrainingError, unknown_name
-from kr2cache.features import Features
+from kr2cache.evaluate import predict
+from kr2cache.features import DeviceFeatures
 from kr2cache.fusion import Fusion
 from kr2cache.interrupt import interrupt_between_batches
-from kr2cache.kreader import IGNORED, KReader, load_task_model
-from kr2cache.prepacked import prepacked_weights
-from kr2cache.tasks import Example, Task
+from kr2cache.kreader import KReader, TaskCheckpoint
+from kr2cache.tasks import Task
 from kr2cache.tasks.base import Prediction
-
-POSITIONS_PER_BATCH = {"cpu": 2_048, "cuda": 32_768}
-"""Of a batch in evaluation, reader's and resource's positions together."""
-TARGETS = ("labels", "teacher_logits")
-"""Of a batch: what is learned from, not read."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SplitData:
-    """One split, ready for a reader."""
-
-    examples: Sequence[Example]
-    index: SequenceIndex
-    """Its sequences by the reader's tokenizer."""
-    features: Features | None = None
-    """The resource's states of the same sequences; None for plain readers."""
-    teacher: TeacherLogits | None = None
-    """What a teacher says of the same examples; None without distillation."""
-
-    @property
-    def sequences_per_example(self) -> int:
-        return len(self.index) // len(self.examples)
-
-    def positions(self) -> NDArray[np.int64]:
-        """(examples,) how many positions each takes in the encoder, about."""
-        lengths = self.index.n_tokens.astype(np.int64)
-        if self.features is not None:
-            lengths = lengths + self.features.n_tokens
-        per_example: NDArray[np.int64] = lengths.reshape(len(self.examples), -1).max(axis=1)
-        return per_example * self.sequences_per_example
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +50,8 @@ class Job:
     """Everything that the seeds of one configuration share."""
 
     task: Task
-    reader: models.ModelSpec
+    checkpoint: TaskCheckpoint
+    """What every reader starts from."""
     tokenizer: PreTrainedTokenizerBase
     splits: dict[str, SplitData]
     """``train``, and ``dev`` and ``test`` where they have gold labels."""
@@ -88,6 +59,21 @@ class Job:
     fusion: Fusion | None = None
     projection: Projection = "none"
     resource_width: int = 0
+
+    @property
+    def reader(self) -> models.ModelSpec:
+        """The model that is trained."""
+        return self.checkpoint.spec
+
+    def new_reader(self) -> KReader:
+        """A reader to train: the checkpoint, with what is new in it drawn from torch's current random state."""
+        return KReader(
+            self.checkpoint.task_model(),
+            self.task.head,
+            fusion=self.fusion,
+            projection=self.projection,
+            resource_width=self.resource_width,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,119 +85,20 @@ class Trained:
     predictions: dict[str, list[Prediction]]
     history: list[dict[str, float]]
     best_epoch: float
+    step_seconds: float
+    """Spent in training steps: forward and backward passes, updates. The rest is batches, evaluation, setting up."""
 
 
-class Batcher:
-    """Example numbers to the tensors of one batch."""
-
-    def __init__(self, data: SplitData, task: Task, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.data = data
-        self.head = task.head
-        self.pad_id = models.pad_id(tokenizer)
-        self.first = data.index.first_token
-
-    def __call__(self, examples: Sequence[int]) -> dict[str, Tensor]:
-        """Inputs of ``KReader.forward``."""
-        per = self.data.sequences_per_example
-        sequences = [example * per + choice for example in examples for choice in range(per)]
-        tokens = [self.data.index.input_id[self.first[i] : self.first[i + 1]] for i in sequences]
-        input_ids = pad(tokens, self.pad_id)
-        lengths = self.data.index.n_tokens[sequences]
-        mask = (np.arange(input_ids.shape[1])[None, :] < lengths[:, None]).astype(np.int64)
-        shape = (len(examples), per, -1) if self.head == "choice" else (len(examples), -1)
-        batch = {
-            "input_ids": torch.from_numpy(input_ids).reshape(shape),
-            "attention_mask": torch.from_numpy(mask).reshape(shape),
-        }
-        if all(self.data.examples[i].label is not None for i in examples):
-            batch["labels"] = self._labels(examples, input_ids.shape[1])
-        if self.data.index.segment_id is not None:
-            segments = [self.data.index.segment_id[self.first[i] : self.first[i + 1]] for i in sequences]
-            batch["token_type_ids"] = torch.from_numpy(pad(segments, 0)).reshape(shape)
-        if self.data.features is not None:
-            states, resource_mask = self.data.features.batch(sequences)
-            batch["resource_states"] = torch.from_numpy(states)
-            batch["resource_mask"] = torch.from_numpy(resource_mask)
-        if self.data.teacher is not None:
-            batch["teacher_logits"] = self._teacher_logits(self.data.teacher, examples, input_ids.shape[1])
-        return batch
-
-    def _labels(self, examples: Sequence[int], T: int) -> Tensor:
-        if self.head != "token":
-            return torch.tensor([self.data.examples[i].label for i in examples])
-        labels = np.full((len(examples), T), IGNORED, dtype=np.int64)
-        for row, i in zip(labels, examples, strict=True):
-            gold = self.data.examples[i].label
-            assert isinstance(gold, tuple), "splits without gold labels are not trained on"
-            starts, words = self._first_subwords(i)
-            row[starts] = np.array(gold, dtype=np.int64)[words]
-        return torch.from_numpy(labels)
-
-    def _teacher_logits(self, teacher: TeacherLogits, examples: Sequence[int], T: int) -> Tensor:
-        """(B, T, K) for tagging, at each word's first subword and nan elsewhere; else (B, K)."""
-        if self.head != "token":
-            return torch.from_numpy(np.concatenate([teacher.logits[i] for i in examples]))
-        labels = teacher.logits[examples[0]].shape[1]
-        logits = np.full((len(examples), T, labels), np.nan, dtype=np.float32)
-        for row, i in zip(logits, examples, strict=True):
-            starts, words = self._first_subwords(i)
-            row[starts] = teacher.logits[i][words]
-        return torch.from_numpy(logits)
-
-    def _first_subwords(self, example: int) -> tuple[NDArray[np.intp], NDArray[np.int32]]:
-        return first_subwords(self.data.index.word_index[self.first[example] : self.first[example + 1]])
+WHOLE = 2**40
+PART_OVERHEAD = {"cpu": 128}
+"""Positions: what one part more of a batch costs, in a forward and a backward pass. On a GPU, where small parts leave
+most of it idle, batches stay whole."""
 
 
-def predict(reader: KReader, data: SplitData, task: Task, tokenizer: PreTrainedTokenizerBase) -> list[Prediction]:
-    """Label numbers for every example, in order; None for a word that was cut off."""
-    return [most_likely(logits, task) for logits in example_logits(reader, data, task, tokenizer)]
-
-
-def most_likely(logits: NDArray[np.float32], task: Task) -> Prediction:
-    """The labels that one example's logits say.
-
-    Args:
-        logits: As ``example_logits`` gives them.
-    """
-    best: list[int] = np.nan_to_num(logits, nan=-np.inf).argmax(axis=-1).tolist()
-    if task.head != "token":
-        return best[0]
-    return [None if np.isnan(row[0]) else label for row, label in zip(logits, best, strict=True)]
-
-
-def example_logits(
-    reader: KReader, data: SplitData, task: Task, tokenizer: PreTrainedTokenizerBase
-) -> list[NDArray[np.float32]]:
-    """Logits of every example, in order; batches go by length, longest first.
-
-    Returns:
-        One array an example: (words, labels) for tagging, at each word's first subword, nan for a word that was cut
-        off; else (1, labels or choices).
-    """
-    device = next(reader.parameters()).device
-    batcher = Batcher(data, task, tokenizer)
-    budget = POSITIONS_PER_BATCH.get(device.type, POSITIONS_PER_BATCH["cpu"])
-    result: list[NDArray[np.float32]] = [np.empty((0, 0), dtype=np.float32)] * len(data.examples)
-    was_training = reader.training
-    reader.eval()
-    with torch.inference_mode(), prepacked_weights(reader):
-        for numbers in length_sorted_batches(data.positions(), budget):
-            batch = batcher(numbers.tolist())
-            inputs = {name: tensor.to(device) for name, tensor in batch.items() if name not in TARGETS}
-            logits = reader(**inputs)["logits"].float().cpu().numpy()
-            for i, row in zip(numbers.tolist(), logits, strict=True):
-                result[i] = _per_word(row, data, i) if task.head == "token" else row[None]
-    reader.train(was_training)
-    return result
-
-
-def _per_word(logits: NDArray[np.float32], data: SplitData, example: int) -> NDArray[np.float32]:
-    """(T, labels) to (words, labels)."""
-    first = data.index.first_token
-    starts, words = first_subwords(data.index.word_index[first[example] : first[example + 1]])
-    per_word = np.full((len(data.examples[example].texts[0]), logits.shape[1]), np.nan, dtype=np.float32)
-    per_word[words] = logits[starts]
-    return per_word
+def _part_overhead(arguments: TrainingArguments) -> int:
+    # Under torchrun every process has to go through as many backward passes as the others.
+    alone = arguments.world_size == 1
+    return PART_OVERHEAD.get(arguments.device.type, WHOLE) if alone else WHOLE
 
 
 def training_arguments(config: TrainConfig, folder: Path, seed: int) -> TrainingArguments:
@@ -264,30 +151,48 @@ def training_arguments(config: TrainConfig, folder: Path, seed: int) -> Training
 
 
 class ReaderTrainer(Trainer):
-    """The Trainer, with a learning rate of its own for the fusion weights, lengths for length-grouped batches, and the
-    soft loss of distillation where a batch has a teacher's logits."""
+    """The Trainer, for batches in parts (``StepBatcher``), with a learning rate of its own for the fusion weights, and
+    distillation's soft loss where a batch has a teacher's logits.
+    """
 
-    def __init__(self, *arguments: Any, config: TrainConfig, lengths: list[int], **named: Any) -> None:
+    def __init__(self, *arguments: Any, config: TrainConfig, positions: NDArray[np.int64], **named: Any) -> None:
+        """
+        Args:
+            positions: (examples,) of the train split, ``SplitData.positions``.
+        """
         self.config = config
-        self.lengths = lengths
+        self.positions = positions
         self.soft_losses: list[Tensor] = []
+        """Of the parts since the last log."""
+        self.batches = 0
         """Since the last log."""
         super().__init__(*arguments, **named)
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        self.batches += 1
+        total = torch.zeros((), device=self.args.device)
+        for part in inputs["parts"]:
+            total += super().training_step(model, part, num_items_in_batch)
+        return total
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        teacher = inputs.pop("teacher_logits", None)
+        teacher, share = inputs.pop("teacher_logits", None), inputs.pop("labels_share")
+        soft_share = inputs.pop("teacher_logits_share", 0.0)
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        if teacher is not None:
-            soft = soft_loss(outputs["logits"], teacher, self.config.temperature)
+        # A part without labels has no mean loss, nan.
+        loss = loss * share if share else torch.zeros_like(loss)
+        if teacher is not None and soft_share:
+            soft = soft_share * soft_loss(outputs["logits"], teacher, self.config.temperature)
             self.soft_losses.append(soft.detach())
             loss = loss + self.config.soft_weight * soft
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *arguments: Any, **named: Any) -> None:
         if "loss" in logs and self.soft_losses:
-            logs["soft_loss"] = float(torch.stack(self.soft_losses).mean())
+            logs["soft_loss"] = float(torch.stack(self.soft_losses).sum()) / self.batches
+            self.batches = 0
             self.soft_losses.clear()
         super().log(logs, *arguments, **named)
 
@@ -304,42 +209,49 @@ class ReaderTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
-        from transformers.trainer_pt_utils import LengthGroupedSampler
-
-        size = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return LengthGroupedSampler(size, lengths=self.lengths)
+        step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return LengthGroupedSampler(self.positions, step, self.args.seed)
 
 
 @dataclass
 class _KeepBest(TrainerCallback):
-    """Score dev after each epoch; remember the best epoch's weights."""
+    """Score dev after each epoch; remember the best epoch's weights and predictions."""
 
-    score: Callable[[], dict[str, float]]
+    predict: Callable[[], list[Prediction]]
+    score: Callable[[list[Prediction]], dict[str, float]]
     metric: str
     history: list[dict[str, float]] = field(default_factory=list)
     best: float = -1.0
     best_epoch: float = 0.0
     best_weights: dict[str, Tensor] = field(default_factory=dict)
+    best_predictions: list[Prediction] = field(default_factory=list)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        metrics = self.score()
+        predictions = self.predict()
+        metrics = self.score(predictions)
         epoch = round(state.epoch or 0.0, 4)
         self.history.append({"epoch": epoch, **{f"dev_{name}": value for name, value in metrics.items()}})
         if metrics[self.metric] > self.best:
-            self.best, self.best_epoch = metrics[self.metric], epoch
+            self.best, self.best_epoch, self.best_predictions = metrics[self.metric], epoch, predictions
             weights = kwargs["model"].state_dict()
             self.best_weights = {name: tensor.detach().to("cpu", copy=True) for name, tensor in weights.items()}
 
 
 @dataclass
 class _OnStep(TrainerCallback):
-    """Call something after each step."""
+    """Call something after each step, and add up the time of steps."""
 
     call: Callable[[], None]
+    seconds: float = 0.0
+    _since: float = 0.0
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._since = time.perf_counter()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.seconds += time.perf_counter() - self._since
         self.call()
 
 
@@ -374,37 +286,41 @@ def train_seed(job: Job, seed: int, folder: Path, title: str) -> Trained:
         title: Of the progress line.
     """
     arguments = training_arguments(job.config, folder, seed)
+    if isinstance(job.splits["train"].features, DeviceFeatures):
+        arguments.dataloader_pin_memory = False  # states that live on the GPU cannot be pinned
     set_seed(seed)
-    reader = KReader(
-        load_task_model(job.reader, job.task.head, job.task.labels),
-        job.task.head,
-        fusion=job.fusion,
-        projection=job.projection,
-        resource_width=job.resource_width,
-    )
+    reader = job.new_reader()
     train = job.splits["train"]
     trainer = ReaderTrainer(
         model=reader,
         args=arguments,
-        data_collator=Batcher(train, job.task, job.tokenizer),
+        data_collator=StepBatcher(Batcher(train, job.task, job.tokenizer), _part_overhead(arguments)),
         train_dataset=list(range(len(train.examples))),
         config=job.config,
-        lengths=train.positions().tolist(),
+        positions=train.positions(),
     )
     trainer.remove_callback(PrinterCallback)
     progress = _Progress(title)
     trainer.add_callback(progress)
 
-    def score(split: str) -> dict[str, float]:
-        return job.task.score(*_gold_and_predicted(job, split, reader))
+    def predicted(split: str) -> list[Prediction]:
+        return predict(reader, job.splits[split], job.task, job.tokenizer)
 
-    choose_epoch = "dev" in job.splits and "test" in job.splits
-    keep_best = _KeepBest(score=lambda: score("dev"), metric=job.task.metric) if choose_epoch else None
-    if keep_best is not None:
+    def score(split: str, predictions: list[Prediction]) -> dict[str, float]:
+        return job.task.score([example.label for example in job.splits[split].examples], predictions)
+
+    keep_best = None
+    if "dev" in job.splits and "test" in job.splits:
+        keep_best = _KeepBest(
+            predict=lambda: predicted("dev"),
+            score=lambda predictions: score("dev", predictions),
+            metric=job.task.metric,
+        )
         trainer.add_callback(keep_best)
     try:
         with interrupt_between_batches() as check:
-            trainer.add_callback(_OnStep(check))
+            on_step = _OnStep(check)
+            trainer.add_callback(on_step)
             trainer.train()
             check()
     finally:
@@ -416,23 +332,24 @@ def train_seed(job: Job, seed: int, folder: Path, title: str) -> Trained:
         )
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     best_epoch = float(job.config.epochs)
+    predictions: dict[str, list[Prediction]] = {}
     if keep_best is not None:
+        predictions["dev"] = keep_best.best_predictions
         reader.load_state_dict(keep_best.best_weights)
         history += keep_best.history
         best_epoch = keep_best.best_epoch
-    predictions = {
-        split: predict(reader, job.splits[split], job.task, job.tokenizer) for split in job.splits if split != "train"
-    }
-    metrics = {
-        split: job.task.score([example.label for example in job.splits[split].examples], predicted)
-        for split, predicted in predictions.items()
-    }
-    return Trained(reader=reader, metrics=metrics, predictions=predictions, history=history, best_epoch=best_epoch)
-
-
-def _gold_and_predicted(job: Job, split: str, reader: KReader) -> tuple[list[Any], list[Prediction]]:
-    data = job.splits[split]
-    return [example.label for example in data.examples], predict(reader, data, job.task, job.tokenizer)
+    for split in job.splits:
+        if split != "train" and split not in predictions:
+            predictions[split] = predicted(split)
+    metrics = {split: score(split, one) for split, one in predictions.items()}
+    return Trained(
+        reader=reader,
+        metrics=metrics,
+        predictions=predictions,
+        history=history,
+        best_epoch=best_epoch,
+        step_seconds=on_step.seconds,
+    )
 
 
 def write_trained(job: Job, trained: Trained, folder: Path) -> None:

@@ -10,9 +10,13 @@ import pytest
 from world import World
 
 from kr2cache import bench
-from kr2cache.bench import Race, reading
+from kr2cache.bench import BenchConfig, Race, ablation, break_even, reading
+from kr2cache.bench.training import CACHED, ONLINE
 from kr2cache.cache.check import check_cache
 from kr2cache.cli import run
+from kr2cache.config import ExtractConfig
+from kr2cache.memory import peak_of
+from kr2cache.planning import plan_extraction
 
 
 def test_contenders_take_turns_and_the_first_one_does_not_count() -> None:
@@ -35,24 +39,77 @@ def test_the_bench_measures_every_part_and_leaves_nothing(
 ) -> None:
     for name, small in (("SEQUENCES", 12), ("WIDTH", 16), ("BATCH", 4), ("BATCHES", 2), ("TOKENS", 6)):
         monkeypatch.setattr(reading, name, small)
+    monkeypatch.setattr(ablation, "FUSIONS", ("fuse", "last4", "layer9"))
+    monkeypatch.setattr(ablation, "SEEDS", (1, 2))
     (tmp_path / "disk").mkdir()
     models = f"--resource {world.resource} --reader {world.folder / 'models' / 'reader'}"
     data = f"--data {world.data} --training-data {world.data}"
-    line = f"bench {models} {data} --repeats 2 --folder {tmp_path / 'disk'} --json"
+    line = f"bench {models} {data} --repeats 2 --folder {tmp_path / 'disk'} --plot {tmp_path / 'bench.svg'} --json"
     assert run(line.split()) == 0
     captured = capsys.readouterr()
     result = json.loads(captured.out)
     titles = [one["title"] for one in result["races"]]
-    assert titles == ["stage one", "reading, from the page cache", "reading, page cache dropped", "training"]
+    workers = [f"reading, {number} worker{'s' if number > 1 else ''}" for number in reading.WORKERS]
+    assert titles == [
+        "stage one",
+        "reading, from the page cache",
+        *workers,
+        "reading, page cache dropped",
+        "training",
+        "an ablation",
+    ]
     for one in result["races"]:
         limit, ours, *rivals = one["medians"].values()
-        assert rivals
+        assert rivals or "worker" in one["title"]
         assert min(limit, ours, *rivals) > 0
         assert one["ratio"] == ours / limit
         assert [statistics.median(times) for times in one["seconds"].values()] == list(one["medians"].values())
         assert one["title"] in captured.err
+        assert set(one["peak_bytes"]) == set(one["seconds"])
+    assert "2 fusions, 2 seeds" in result["races"][-1]["unit"], "a layer that the resource does not have is left out"
+    assert "Break-even" in captured.err
+    assert result["break_even"]["disk_bytes"] == result["break_even"]["tokens"] * 5 * 16 * 2
+    assert (tmp_path / "bench.svg").read_text().count("<text") > 40
     assert result["machine"]["versions"]["torch"]
     assert list((tmp_path / "disk").iterdir()) == []
+
+
+@pytest.mark.parametrize(("name", "message"), [("bench.txt", "is none of .svg"), ("no/where/bench.svg", "--plot")])
+def test_a_plot_that_cannot_be_written_is_refused_first(
+    name: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "no").write_text("a file")
+    assert run(["bench", "--plot", str(tmp_path / name)]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_memory_that_work_takes_is_seen() -> None:
+    import numpy as np
+
+    if (peak := peak_of(lambda: np.ones(30_000_000))) is None:
+        pytest.skip("the system does not say")
+    assert 200e6 < peak < 400e6
+    assert (peak_of(lambda: None) or 0) < 50e6
+
+
+def test_the_break_even_by_hand(world: World) -> None:
+    def made(**seconds: float) -> Race:
+        return Race(title="t", unit="u", seconds={name: [one] for name, one in seconds.items()}, target=None)
+
+    training = world.config(batch_size=4)
+    plan = plan_extraction(
+        ExtractConfig(resource=str(world.resource), split="train", task="udpos", data=str(world.data), device="cpu")
+    )
+    config = BenchConfig(extraction=plan.config, training=training)
+    extracted = made(limit=1.0, **{"kr2cache extract": 6.0})  # of the same split
+    trained = made(limit=1.0, **{CACHED: 2.0, ONLINE: 5.0})  # three steps of four: every example once
+    found = break_even.of(extracted, plan, trained, config)
+    assert found["stage_one_seconds"] == pytest.approx(6.0)
+    assert found["saved_seconds_per_epoch"] == pytest.approx(3.0)
+    assert found["epochs_times_runs"] == pytest.approx(2.0)
+    assert "paid for after 2.0 epochs x runs" in found["text"]
+    slower = break_even.of(extracted, plan, made(limit=1.0, **{CACHED: 5.0, ONLINE: 5.0}), config)
+    assert slower["epochs_times_runs"] is None
 
 
 def test_all_contenders_read_the_same_states(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

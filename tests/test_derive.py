@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from test_pipeline import change_a_weight, change_the_tokenizer, count_resource_batches, predictions
 from world import World
 
-from kr2cache import FeatureCache, derive, provenance
+from kr2cache import FeatureCache, derive, features, provenance, resource
 from kr2cache.cache.check import check_cache
 from kr2cache.errors import CacheError, ConfigError, DiskSpaceError, UnknownNameError, ValueRangeError
 from kr2cache.extract import ExtractResult
@@ -231,6 +232,49 @@ def test_a_stored_fusion_is_taken_before_the_layers(world: World) -> None:
     for split, cache in recorded["caches"].items():
         assert FeatureCache.open(cache["folder"]).fusion is not None, split
     assert result.computed == 0
+
+
+def test_a_fusion_too_large_for_memory_is_stored_when_it_is_first_used(
+    world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = world.train(run_dir=world.folder / "small")
+    assert all(FeatureCache.open(folder).fusion is None for folder in world.cache_folders())
+    monkeypatch.setattr(features, "MEMORY_SHARE", 0)
+    large = world.train(run_dir=world.folder / "large")
+    fused = [folder for folder in world.cache_folders() if FeatureCache.open(folder).fusion is not None]
+    assert len(fused) == 3, "one a split"
+    assert capsys.readouterr().out.count("Stored last4 of") == 3
+    again = world.train(run_dir=world.folder / "again")
+    assert "Stored" not in capsys.readouterr().out
+    for other in (large, again):
+        for one, two in zip(small.runs, other.runs, strict=True):
+            assert one.folder.parent.name == two.folder.parent.name
+            assert predictions(one.folder, "test") == predictions(two.folder, "test")
+
+
+@pytest.mark.parametrize(
+    "changes", [{"fusion": "fuse"}, {"fusion": "layer2"}, {"projection": "direct"}, {"dtype": "int8"}]
+)
+def test_what_cannot_be_stored_as_it_is_read_is_not(
+    world: World, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(features, "MEMORY_SHARE", 0)
+    world.train(**changes)
+    assert len(world.cache_folders()) == 3
+
+
+def test_without_room_for_it_the_layers_are_read(
+    world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    world.train(run_dir=world.folder / "first")
+    monkeypatch.setattr(features, "MEMORY_SHARE", 0)
+
+    def full(plan: Any) -> Any:
+        raise DiskSpaceError("The disk is full.", "Make room.")
+
+    monkeypatch.setattr(resource, "derive", full)
+    assert world.train(run_dir=world.folder / "second").runs
+    assert "last4 is not stored beside its layers: The disk is full." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("changes", [{"fusion": "fuse"}, {"fusion": "last2"}, {"projection": "direct"}])

@@ -19,15 +19,17 @@ from transformers import AutoModelForTokenClassification, AutoTokenizer
 from world import World
 
 from kr2cache import runs
+from kr2cache.batches import Batcher
 from kr2cache.config import TrainConfig
 from kr2cache.distill import TeacherLogits, soft_loss
 from kr2cache.errors import CacheError, ConfigError, UnknownNameError
-from kr2cache.kreader import KReader, load_task_model
+from kr2cache.evaluate import example_logits
+from kr2cache.kreader import KReader, TaskCheckpoint
 from kr2cache.models import find_model
 from kr2cache.pipeline import train
 from kr2cache.prepare import prepare
+from kr2cache.shared import Shared
 from kr2cache.teacher import Teacher
-from kr2cache.train import Batcher, example_logits
 
 
 def by_scipy(student: np.ndarray, teacher: np.ndarray, temperature: float) -> float:
@@ -146,7 +148,7 @@ def test_the_teachers_logits_are_those_of_its_run(taught: World) -> None:
     model = AutoModelForTokenClassification.from_pretrained(folder / "reader").eval()
     tokenizer = AutoTokenizer.from_pretrained(folder / "reader")
     first = content["first"]
-    job = prepare(taught.config(method="kreader")).job
+    job = prepare(taught.config(method="kreader"), Shared()).job
     for i, example in enumerate(job.splits["train"].examples):
         batch = tokenizer([list(example.texts[0])], is_split_into_words=True, return_tensors="pt")
         with torch.no_grad():
@@ -158,10 +160,11 @@ def test_the_teachers_logits_are_those_of_its_run(taught: World) -> None:
 
 def test_words_are_aligned_across_tokenizers_and_cut_off_ones_left_out(taught: World) -> None:
     """Letters fill the teacher's 16 positions sooner than the student's word pieces do."""
-    student = prepare(kd(taught, max_length=16))
-    teacher = Teacher(student)
+    shared = Shared()
+    student = prepare(kd(taught, max_length=16), shared)
+    teacher = Teacher(student, shared)
     assert teacher.prepared is not None
-    reader = KReader(load_task_model(teacher.prepared.reader, "token", student.job.task.labels), "token")
+    reader = KReader(teacher.prepared.job.checkpoint.task_model(), "token")
     lesson = teacher.from_trained(reader)
     job = lesson.given_to(student).job
     data = job.splits["train"]
@@ -214,12 +217,13 @@ def test_the_loss_is_hard_plus_half_soft(taught: World, monkeypatch: pytest.Monk
     monkeypatch.setattr(torch.nn.Dropout, "forward", lambda self, states: states)
     result = train(kd(taught, batch_size=12, epochs=1.0))
     logged = json.loads((result.runs[0].folder / "history.json").read_text())["epochs"][0]
-    student = prepare(kd(taught, batch_size=12, epochs=1.0))
-    lesson = Teacher(student).kept()
+    shared = Shared()
+    student = prepare(kd(taught, batch_size=12, epochs=1.0), shared)
+    lesson = Teacher(student, shared).kept()
     assert lesson is not None
     torch.manual_seed(1)
     spec = find_model(str(taught.folder / "models" / "reader"), {})
-    reader = KReader(load_task_model(spec, "token", student.job.task.labels), "token")
+    reader = KReader(TaskCheckpoint(spec, "token", student.job.task.labels).task_model(), "token")
     own = example_logits(reader, student.job.splits["train"], student.job.task, student.job.tokenizer)
     hard, soft = [], []
     for example, mine, its in zip(student.job.splits["train"].examples, own, lesson.logits.logits, strict=True):
@@ -233,8 +237,9 @@ def test_the_loss_is_hard_plus_half_soft(taught: World, monkeypatch: pytest.Monk
 def test_a_student_that_is_its_own_teacher_starts_at_the_entropy(taught: World) -> None:
     plain = taught.train(method="kreader", epochs=3.0)
     folder = plain.runs[0].folder
-    student = prepare(kd(taught, teacher=str(folder)))
-    lesson = Teacher(student).from_reader()
+    shared = Shared()
+    student = prepare(kd(taught, teacher=str(folder)), shared)
+    lesson = Teacher(student, shared).from_reader()
     assert lesson is not None
     job = lesson.given_to(student).job
     reader = KReader.load(folder / "reader")

@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
+import torch
 
 from kr2cache import features
 from kr2cache.cache.reader import FeatureCache
 from kr2cache.config import ExtractConfig
 from kr2cache.errors import ConfigError, SequenceNotFoundError
 from kr2cache.extract import extract
-from kr2cache.features import ResourceFeatures
+from kr2cache.features import DeviceFeatures, ResourceFeatures, fits_on
 from kr2cache.fusion import parse_fusion
 from kr2cache.planning import plan_extraction
 
@@ -169,3 +170,40 @@ def test_fusing_in_parts_is_fusing(caches: dict[str, FeatureCache], monkeypatch:
     monkeypatch.setattr(features, "SEQUENCES_AT_ONCE", 5)
     in_parts, _ = ResourceFeatures(cache, cache.ids, fusion, keep_layers=False).batch(range(12))
     np.testing.assert_array_equal(at_once, in_parts)
+
+
+# On a device ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["fuse", "last4", "layer2"])
+def test_states_on_a_device_are_those_of_the_cache(name: str, dtype: str, caches: dict[str, FeatureCache]) -> None:
+    cache = caches[dtype]
+    states = ResourceFeatures(cache, cache.ids, parse_fusion(name, MODEL_LAYERS), keep_layers=False)
+    on_device = DeviceFeatures(states, torch.device("cpu"))
+    for sequences in BATCHES:
+        expected, mask = states.batch(sequences)
+        found, found_mask = on_device.batch(sequences)
+        np.testing.assert_array_equal(found.numpy(), expected)
+        np.testing.assert_array_equal(found_mask, mask)
+    assert on_device.sequences_read == states.sequences_read
+
+
+def test_in_parts_they_are_the_same(caches: dict[str, FeatureCache], monkeypatch: pytest.MonkeyPatch) -> None:
+    states = ResourceFeatures(caches["float16"], caches["float16"].ids, parse_fusion("fuse", 5), keep_layers=False)
+    at_once, _ = DeviceFeatures(states, torch.device("cpu")).batch(range(12))
+    monkeypatch.setattr(features, "SEQUENCES_AT_ONCE", 5)
+    in_parts, _ = DeviceFeatures(states, torch.device("cpu")).batch(range(12))
+    assert torch.equal(at_once, in_parts)
+
+
+def test_their_bytes_are_counted(caches: dict[str, FeatureCache]) -> None:
+    cache = caches["float16"]
+    tokens = int(cache.n_tokens.sum())
+    for name, layers in (("fuse", MODEL_LAYERS), ("last4", 1), ("layer0", 1)):
+        states = ResourceFeatures(cache, cache.ids, parse_fusion(name, MODEL_LAYERS), keep_layers=False)
+        assert states.nbytes == tokens * layers * cache.width * 2
+
+
+def test_a_cpu_has_its_states_in_the_page_cache() -> None:
+    assert not fits_on(torch.device("cpu"), 1)

@@ -26,7 +26,7 @@ from kr2cache.kreader import (
     HEADS,
     IGNORED,
     KReader,
-    load_task_model,
+    TaskCheckpoint,
     make_projection,
     projection_kind,
 )
@@ -405,7 +405,7 @@ def test_a_task_model_has_the_checkpoints_weights_in_float32_and_a_head_by_seed(
     drawn = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        drawn.append(load_task_model(spec, "token", ("NOUN", "VERB", "X")))
+        drawn.append(TaskCheckpoint(spec, "token", ("NOUN", "VERB", "X")).task_model())
     first, again, other = drawn
     assert {weight.dtype for weight in first.parameters()} == {torch.float32}
     assert first.config.id2label == {0: "NOUN", 1: "VERB", 2: "X"}
@@ -420,7 +420,7 @@ def test_a_task_model_has_the_checkpoints_weights_in_float32_and_a_head_by_seed(
 
 @pytest.mark.parametrize("head", HEAD_NAMES)
 def test_heads(head: Head, bert: Path) -> None:
-    model = load_task_model(models.find_model(str(bert), {}), head, ("a", "b", "c", "d", "e"))
+    model = TaskCheckpoint(models.find_model(str(bert), {}), head, ("a", "b", "c", "d", "e")).task_model()
     with torch.no_grad():
         found = KReader(model.eval(), head)(**plain(inputs_of(head)))["logits"]
     assert found.shape == {"token": (BATCH, TOKENS, 5), "sequence": (BATCH, 5), "choice": (BATCH, CHOICES)}[head]

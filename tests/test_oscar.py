@@ -15,7 +15,7 @@ from transformers import BertConfig, BertModel, BertTokenizer
 
 from kr2cache import FeatureCache, cli
 from kr2cache.errors import ModelUnavailableError, UnsupportedModelError
-from kr2cache.kreader import load_task_model
+from kr2cache.kreader import TaskCheckpoint
 from kr2cache.models import describe_dropped, find_model, load_config, load_encoder, open_encoder
 
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "dog", "##s", "ran", "a", "cat", "slept", "."]
@@ -75,7 +75,7 @@ def test_the_text_encoder_is_whole_by_name_and_by_folder(oscar: Path) -> None:
         assert {name for name in expected if not name.startswith("pooler.")} <= set(loaded)
         for name, tensor in loaded.items():
             assert torch.equal(tensor, expected[name]), name
-        task_model = load_task_model(spec, "choice", ("0", "1"))
+        task_model = TaskCheckpoint(spec, "choice", ("0", "1")).task_model()
         for name, tensor in expected.items():
             assert torch.equal(task_model.base_model.state_dict()[name], tensor), name
 
@@ -163,7 +163,7 @@ def test_code_in_pickled_weights_does_not_run(workdir: Path) -> None:
     weights = torch.load(folder / "pytorch_model.bin", weights_only=True)
     torch.save({**weights, "bert.more": Code(mark)}, folder / "pytorch_model.bin")
     spec = find_model(str(folder), {})
-    for load in (load_encoder, lambda one: load_task_model(one, "sequence", ("a", "b"))):
+    for load in (load_encoder, lambda one: TaskCheckpoint(one, "sequence", ("a", "b")).task_model()):
         with pytest.raises(ModelUnavailableError, match="cannot be loaded"):
             load(spec)
         assert not mark.exists()

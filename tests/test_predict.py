@@ -32,15 +32,16 @@ from kr2cache.errors import (
     ModelUnavailableError,
     UnknownNameError,
 )
+from kr2cache.evaluate import example_logits
 from kr2cache.kreader import KReader
 from kr2cache.models import ModelSpec, load_encoder
 from kr2cache.pipeline import train
 from kr2cache.predict import OnlineFeatures, Predicted, Predictor
 from kr2cache.prepare import prepare
+from kr2cache.shared import Shared
 from kr2cache.tasks import Example, Task, find_task
 from kr2cache.tasks.udpos import UPOS
 from kr2cache.texts import as_text, conllu, read_file, read_lines, score
-from kr2cache.train import example_logits
 
 LIVELY = {"initializer_range": 0.3}
 """Random weights so large that a wrong layer or mask shows in the logits, not in the sixth digit."""
@@ -252,7 +253,7 @@ def edit_config(run: Path, change: Callable[[dict[str, Any]], None]) -> None:
 
 
 def test_logits_are_those_of_the_cached_path(case: World) -> None:
-    job = prepare(dataclasses.replace(case.config, extract=False)).job
+    job = prepare(dataclasses.replace(case.config, extract=False), Shared()).job
     cached = example_logits(KReader.load(case.run / "reader"), job.splits["test"], job.task, job.tokenizer)
     online = case.predictor().logits(case.examples)
     assert max(float(np.nanmax(one) - np.nanmin(one)) for one in cached) > 0.1, "all alike: this would show nothing"
@@ -309,7 +310,7 @@ def test_the_cases_are_what_they_are_called(tmp_path: Path) -> None:
 @pytest.mark.parametrize("projection", ["auto", "direct"])
 def test_online_features_are_those_of_the_cache(tmp_path: Path, fusion: str, projection: str) -> None:
     world = make(tmp_path / "world", fusion=fusion, projection=projection, dtype="float32")
-    features = prepare(dataclasses.replace(world.config, extract=False)).job.splits["test"].features
+    features = prepare(dataclasses.replace(world.config, extract=False), Shared()).job.splits["test"].features
     assert features is not None
     predictor = world.predictor()
     assert predictor.resource is not None

@@ -226,10 +226,10 @@ def test_one_cell_that_fails_does_not_keep_the_others(world: World, monkeypatch:
 def test_a_failure_that_nobody_foresaw_is_one_cells_too(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     real = sweep.train
 
-    def failing(config: TrainConfig) -> Any:
+    def failing(config: TrainConfig, *shared: Any) -> Any:
         if config.method == "kreader":
             raise RuntimeError("CUDA is tired")
-        return real(config)
+        return real(config, *shared)
 
     monkeypatch.setattr(sweep, "train", failing)
     result = planned(world).run()
@@ -257,7 +257,7 @@ def edit_a_sentence(world: World) -> None:
 
 def test_an_edited_grid_does_not_take_over_another_cells_runs(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     planned(world, seeds="1").run()
-    monkeypatch.setattr(sweep, "train", lambda config: (_ for _ in ()).throw(InterruptedWorkError("Stopped", "")))
+    monkeypatch.setattr(sweep, "train", lambda *_: (_ for _ in ()).throw(InterruptedWorkError("Stopped", "")))
     with pytest.raises(InterruptedWorkError, match=r"Stopped\. The sweep small stopped at cell 1 of 2"):
         planned(world, GRID.replace('"last4"', '"layer1"'), seeds="1").run()
     cells = json.loads((world.folder / "runs" / "sweeps" / "small.json").read_text("utf-8"))["cells"]

@@ -13,7 +13,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from rich.text import Text
 
 from kr2cache.config import ExtractConfig, TrainConfig
 from kr2cache.console import bytes_text, console
+from kr2cache.memory import peak_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,8 @@ class Race:
     """By contender, the limit first, then ours."""
     target: float | None
     """Ours should take at most so many times the limit."""
+    peaks: dict[str, int | None] = field(default_factory=dict)
+    """By contender: bytes of memory that it took beyond what the process had."""
 
     @property
     def medians(self) -> dict[str, float]:
@@ -53,6 +56,7 @@ class Race:
             "unit": self.unit,
             "seconds": self.seconds,
             "medians": self.medians,
+            "peak_bytes": self.peaks,
             "ratio": self.ratio,
             "target": self.target,
             "met": self.target is None or self.ratio <= self.target,
@@ -62,15 +66,15 @@ class Race:
 def race(
     title: str, unit: str, contenders: Mapping[str, Callable[[], object]], *, repeats: int, target: float | None
 ) -> Race:
-    """Let contenders take turns ``repeats`` times, after one turn that counts for nothing."""
+    """Let contenders take turns ``repeats`` times, after one turn that is measured for memory alone."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for turn in range(repeats + 1):
+    peaks = {name: peak_of(work) for name, work in contenders.items()}
+    for _ in range(repeats):
         for name, work in contenders.items():
             started = time.perf_counter()
             work()
-            if turn:
-                seconds[name].append(time.perf_counter() - started)
-    return Race(title=title, unit=unit, seconds=seconds, target=target)
+            seconds[name].append(time.perf_counter() - started)
+    return Race(title=title, unit=unit, seconds=seconds, peaks=peaks, target=target)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,11 +90,12 @@ class BenchConfig:
 
 def bench(config: BenchConfig) -> dict[str, Any]:
     """Run every race; returns what ``--json`` prints."""
-    from kr2cache.bench import reading, stage_one, training
+    from kr2cache.bench import ablation, break_even, reading, stage_one, training
 
     with tempfile.TemporaryDirectory(dir=config.folder, prefix="kr2cache-bench-") as folder:
         trained = training.run(config, Path(folder))  # first: what is wrong with models or data shows here
-        races = [stage_one.run(config, Path(folder)), *reading.run(config, Path(folder)), trained]
+        extracted, plan = stage_one.run(config, Path(folder))
+        races = [extracted, *reading.run(config, Path(folder)), trained, ablation.run(config, Path(folder))]
     return {
         "machine": {
             "platform": platform.platform(),
@@ -100,6 +105,7 @@ def bench(config: BenchConfig) -> dict[str, Any]:
         },
         "repeats": config.repeats,
         "races": [one.json() for one in races],
+        "break_even": break_even.of(extracted, plan, trained, config),
     }
 
 
@@ -113,7 +119,7 @@ def describe_bench(result: dict[str, Any]) -> None:
     """Print one table of all races."""
     table = Table(title=f"Medians of {result['repeats']}, contenders taking turns", title_justify="left")
     table.add_column("what")
-    for column in ("median", "from", "to", "times the limit", "target"):
+    for column in ("median", "from", "to", "memory", "times the limit", "target"):
         table.add_column(column, justify="right")
     for one in result["races"]:
         table.add_section()
@@ -124,9 +130,14 @@ def describe_bench(result: dict[str, Any]) -> None:
             target = Text("")
             if place == 1 and one["target"] is not None:
                 target = Text(f"≤ {one['target']:.2f}", style="green" if one["met"] else "red")
-            cells = (_time(median), _time(min(times)), _time(max(times)), "1" if not place else f"{median / limit:.2f}")
+            peak = one["peak_bytes"].get(name)
+            memory = "-" if peak is None else bytes_text(peak)
+            ratio = "1" if not place else f"{median / limit:.2f}"
+            cells = (_time(median), _time(min(times)), _time(max(times)), memory, ratio)
             table.add_row(Text(f"  {name}"), *cells, target)
     console.print(table)
+    console.print("Memory: what a contender took beyond what the process had, mapped files included.")
+    console.print(result["break_even"]["text"])
     machine = result["machine"]
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
     console.print(f"{machine['platform']}, {machine['cores']} cores, {machine['threads']} threads of torch; {versions}")

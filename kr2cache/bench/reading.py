@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
 import os
-from collections.abc import Callable
+import sys
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +31,7 @@ SEQUENCES = 320
 BATCHES = 8
 """Random batches in one turn."""
 TARGET = 1.25
+WORKERS = (1, 2, 3, 4)
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,10 @@ def run(config: BenchConfig, folder: Path) -> list[Race]:
     states = draw.standard_normal((rows, WIDTH), dtype=np.float32).astype(np.float16)
     stored = Stored(folder, [f"s{i}" for i in range(SEQUENCES)], lengths, states)
     _store(stored)
-    races = [_warm(config, stored, [draw.choice(SEQUENCES, BATCH, replace=False) for _ in range(BATCHES)])]
+    picks = [draw.choice(SEQUENCES, BATCH, replace=False) for _ in range(BATCHES)]
+    races = [_warm(config, stored, picks)]
+    if sys.platform == "linux":  # where processes may be forked
+        races += [_workers(config, stored, picks, number) for number in WORKERS]
     if hasattr(os, "posix_fadvise"):
         races.append(_cold(config, stored))
     return races
@@ -118,6 +127,74 @@ def _warm(config: BenchConfig, stored: Stored, picks: list[NDArray[np.int64]]) -
         read = sum(int(lengths[batch].sum()) for batch in picks) * LAYERS * WIDTH * states.itemsize
         unit = f"{BATCHES} random batches: {size_text(BATCHES * BATCH, read)}"
         return race("reading, from the page cache", unit, contenders, repeats=config.repeats, target=TARGET)
+
+
+def _workers(config: BenchConfig, stored: Stored, picks: list[NDArray[np.int64]], number: int) -> Race:
+    """The same batches read by several processes at once, each its share of them."""
+    first, names, states, lengths = stored.first, stored.names, stored.states, stored.lengths
+    cache = FeatureCache.open(stored.cache)
+
+    def in_memory(batch: NDArray[np.int64]) -> None:
+        sizes = lengths[batch].astype(np.int64) * LAYERS
+        packed = np.empty((int(sizes.sum()), WIDTH), dtype=np.float16)
+        for i, start, stop in zip(batch.tolist(), *_bounds(sizes), strict=True):
+            packed[start:stop] = states[first[i] : first[i + 1]]
+
+    def ours(batch: NDArray[np.int64]) -> None:
+        cache.batch([names[i] for i in batch.tolist()])
+
+    shares = [picks[worker::number] for worker in range(number)]
+    with contextlib.ExitStack() as stack:
+        contenders = {
+            name: stack.enter_context(_forked(read, shares))
+            for name, read in (("copying the same bytes in memory", in_memory), ("kr2cache, FeatureCache.batch", ours))
+        }
+        read = sum(int(lengths[batch].sum()) for batch in picks) * LAYERS * WIDTH * states.itemsize
+        unit = f"{len(picks)} random batches: {size_text(len(picks) * BATCH, read)}"
+        title = f"reading, {number} worker{'s' if number > 1 else ''}"
+        return race(title, unit, contenders, repeats=config.repeats, target=TARGET)
+
+
+def _bounds(sizes: NDArray[np.int64]) -> tuple[list[int], list[int]]:
+    ends = np.cumsum(sizes)
+    return (ends - sizes).tolist(), ends.tolist()
+
+
+@contextlib.contextmanager
+def _forked(
+    read: Callable[[NDArray[np.int64]], None], shares: list[list[NDArray[np.int64]]]
+) -> Iterator[Callable[[], None]]:
+    """Workers that wait; a call lets all of them read their share, and returns when the last is done."""
+    context = multiprocessing.get_context("fork")
+
+    def work(share: list[NDArray[np.int64]], pipe: Connection) -> None:
+        while pipe.recv():
+            for batch in share:
+                read(batch)
+            pipe.send(True)
+
+    pipes: list[Connection] = []
+    workers = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forking a process that has threads: ours use none
+        for share in shares:
+            mine, its = context.Pipe()
+            workers.append(context.Process(target=work, args=(share, its), daemon=True))
+            workers[-1].start()
+            pipes.append(mine)
+
+    def turn() -> None:
+        for pipe in pipes:
+            pipe.send(True)
+        for pipe in pipes:
+            pipe.recv()
+
+    try:
+        yield turn
+    finally:
+        for pipe, worker in zip(pipes, workers, strict=True):
+            pipe.send(False)
+            worker.join()
 
 
 def _cold(config: BenchConfig, stored: Stored) -> Race:

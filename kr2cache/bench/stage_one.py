@@ -15,7 +15,7 @@ from kr2cache.bench import BenchConfig, Race, race, size_text
 from kr2cache.cache.shard import open_shard
 from kr2cache.encode import length_sorted_batches
 from kr2cache.extract import extract, fill, hidden_states
-from kr2cache.planning import plan_extraction
+from kr2cache.planning import ExtractPlan, plan_extraction
 from kr2cache.prepacked import prepacked_weights
 
 TARGET = 1 / 0.97
@@ -23,8 +23,8 @@ ROWS_AT_ONCE = 32
 """Batch size of the plain loop, as most scripts have it."""
 
 
-def run(config: BenchConfig, folder: Path) -> Race:
-    """The forward pass alone; ours, all of it on disk; and what scripts do today."""
+def run(config: BenchConfig, folder: Path) -> tuple[Race, ExtractPlan]:
+    """The forward pass alone; ours, all of it on disk; and what scripts do today. And the plan of the extraction."""
     plan = plan_extraction(replace(config.extraction, cache_dir=folder / "first"))
     header = open_shard(next(extract(plan).cache.glob("*.h5"))).header
     encoder, _ = models.open_encoder(plan.spec)
@@ -62,7 +62,7 @@ def run(config: BenchConfig, folder: Path) -> Race:
                     part = layers[:, row, : int(plan.index.n_tokens[i])]
                     file.create_dataset(names[i].replace("/", "|"), data=part.astype(np.float16))
 
-    return race(
+    stage_one = race(
         "stage one",
         f"{size_text(len(names), plan.state_bytes)} of states, {plan.tokens:,} tokens",
         {
@@ -75,3 +75,4 @@ def run(config: BenchConfig, folder: Path) -> Race:
         repeats=config.repeats,
         target=TARGET,
     )
+    return stage_one, plan

@@ -38,6 +38,7 @@ import os
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -119,7 +120,7 @@ class SequenceIndex:
     def __len__(self) -> int:
         return len(self.ids)
 
-    @property
+    @cached_property
     def first_token(self) -> NDArray[np.int64]:
         """(n+1,) where each sequence's tokens begin."""
         return offsets(self.n_tokens)

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from kr2cache.cache.format import ON_DISK, SequenceIndex, decode, offsets, row_bytes, states_xxh3
 from kr2cache.cache.hdf5 import read_rows
+from kr2cache.cache.ids import IdIndex
 from kr2cache.cache.shard import Shard, open_shard, shard_paths
 from kr2cache.errors import CacheError, ConfigError, SequenceNotFoundError
 
@@ -62,11 +63,13 @@ class FeatureCache:
         self._first_of_shard = offsets(np.array([len(shard.ids) for shard in shards]))
         self._hidden = [_map_rows(shard) for shard in shards]
         self._scale = [_map_scales(shard) for shard in shards]
-        self.n_tokens: NDArray[np.int32] = np.concatenate([shard.n_tokens for shard in shards])
+        self._index = IdIndex(_joined([shard.ids for shard in shards]))
+        self._is_unique = False
+        self.n_tokens: NDArray[np.int32] = _joined([shard.n_tokens for shard in shards])
         """(n,) T of each sequence, by position."""
-        self.text_xxh3: NDArray[np.uint64] = np.concatenate([shard.text_xxh3 for shard in shards])
+        self.text_xxh3: NDArray[np.uint64] = _joined([shard.text_xxh3 for shard in shards])
         """(n,) XXH3-64 of each input text, by position."""
-        self.complete: NDArray[np.bool_] = np.concatenate([shard.complete for shard in shards])
+        self.complete: NDArray[np.bool_] = _joined([shard.complete for shard in shards])
         """(n,) whether the sequence's states are there, by position."""
         self.check_on_read = False
         """Compare each sequence with its checksum when it is first read; a worker process compares for itself."""
@@ -156,29 +159,36 @@ class FeatureCache:
 
     @cached_property
     def all_ids(self) -> list[str]:
-        """Ids by position, incomplete sequences included."""
-        return [raw.decode("utf-8") for shard in self._shards for raw in shard.ids.tolist()]
+        """Ids by position, incomplete sequences included (strings, made when asked for)."""
+        return self._index.names()
 
     @property
     def ids(self) -> list[str]:
-        """Ids of the complete sequences, in data-set order."""
+        """Ids of the complete sequences, in data-set order (strings, made when asked for)."""
         if self.complete.all():
             return self.all_ids
         return [name for name, done in zip(self.all_ids, self.complete.tolist(), strict=True) if done]
-
-    @cached_property
-    def _positions(self) -> dict[str, int]:
-        found = {name: position for position, name in enumerate(self.all_ids)}
-        if len(found) != len(self.all_ids):
-            raise CacheError(f"{self.folder} holds an id twice.", "Extract again; ids are unique within a cache.")
-        return found
 
     def __len__(self) -> int:
         return int(self.complete.sum())
 
     def __contains__(self, sequence_id: object) -> bool:
-        position = self._positions.get(sequence_id) if isinstance(sequence_id, str) else None
-        return position is not None and bool(self.complete[position])
+        position = int(self.find([sequence_id])[0]) if isinstance(sequence_id, str) else -1
+        return position >= 0 and bool(self.complete[position])
+
+    def find(self, ids: Sequence[str]) -> NDArray[np.int64]:
+        """Where these sequences are, complete or not; -1 for one that is not there.
+
+        Raises:
+            CacheError: If the cache holds an id twice.
+        """
+        if not self._is_unique:
+            if (name := self._index.twice()) is not None:
+                raise CacheError(
+                    f"{self.folder} holds the id {name!r} twice.", "Extract again; ids are unique within a cache."
+                )
+            self._is_unique = True
+        return self._index.find(ids)
 
     def positions(self, ids: Iterable[str]) -> NDArray[np.int64]:
         """Where these sequences are, complete ones only.
@@ -186,30 +196,31 @@ class FeatureCache:
         Raises:
             SequenceNotFoundError: For the first id that is not there, or not complete.
         """
-        found = []
-        for sequence_id in ids:
-            position = self._positions.get(sequence_id)
-            if position is None:
+        names = ids if isinstance(ids, Sequence) else list(ids)
+        found = self.find(names)
+        usable = found >= 0
+        usable[usable] = self.complete[found[usable]]
+        if not usable.all():
+            first = int(np.argmin(usable))
+            if found[first] < 0:
                 raise SequenceNotFoundError(
-                    f"No sequence {sequence_id!r} in {self.folder}.", f"It holds {self.all_ids[0]!r} and so on."
+                    f"No sequence {names[first]!r} in {self.folder}.", f"It holds {self._index.name(0)!r} and so on."
                 )
-            if not self.complete[position]:
-                raise SequenceNotFoundError(
-                    f"The states of {sequence_id!r} in {self.folder} are not written yet.",
-                    "Run the kr2cache extract that made it again: it goes on where it stopped.",
-                )
-            found.append(position)
-        return np.array(found, dtype=np.int64)
+            raise SequenceNotFoundError(
+                f"The states of {names[first]!r} in {self.folder} are not written yet.",
+                "Run the kr2cache extract that made it again: it goes on where it stopped.",
+            )
+        return found
 
     def tokens(self) -> SequenceIndex:
         """Token ids and word alignment of all sequences, by position (read from the files anew)."""
         parts = [shard.tokens() for shard in self._shards]
         return SequenceIndex(
-            ids=np.concatenate([part.ids for part in parts]),
+            ids=self._index.ids,
             n_tokens=self.n_tokens,
             text_xxh3=self.text_xxh3,
-            input_id=np.concatenate([part.input_id for part in parts]),
-            word_index=np.concatenate([part.word_index for part in parts]),
+            input_id=_joined([part.input_id for part in parts]),
+            word_index=_joined([part.word_index for part in parts]),
         )
 
     # States -------------------------------------------------------------------------------------------------------
@@ -267,7 +278,7 @@ class FeatureCache:
         raw, scale = self.stored(position)
         if states_xxh3(raw, scale) != int(self._xxh3[position]):
             raise CacheError(
-                f"The states of {self.all_ids[position]!r} in {self.folder} contradict their checksum: they were "
+                f"The states of {self._index.name(position)!r} in {self.folder} contradict their checksum: they were "
                 "damaged after they were written.",
                 f"kr2cache cache repair {self.folder}",
             )
@@ -343,6 +354,11 @@ def _reopen(folder: Path, fingerprint: str, check_on_read: bool) -> FeatureCache
     if cache.fingerprint != fingerprint:
         raise CacheError(f"{folder} was replaced by another cache meanwhile.", "Start the run again.")
     return cache
+
+
+def _joined(arrays: list[NDArray[Any]]) -> NDArray[Any]:
+    """One after the other; a single one as it is, since of millions of sequences a copy counts."""
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
 def _map_rows(shard: Shard) -> NDArray[Any] | None:

@@ -113,7 +113,7 @@ def open_shard(path: Path) -> Shard:
             for name in INDEX_DATASETS
             if name.startswith("examples/")
         }
-        b"".join(index["id"].tolist()).decode("utf-8")  # once, so that no later use of an id can fail
+        _check_text(index["id"])
         ids, n_tokens, first_row = index["id"], index["n_tokens"], index["first_row"]
         n = len(ids)
         lengths = {name: len(array) - (name == "first_row") for name, array in index.items()}
@@ -157,6 +157,13 @@ def _read(path: Path, layout: Layout, name: str) -> NDArray[Any]:
     if len(array) != dataset.shape[0]:
         raise CacheError(f"{path}: /{name} reaches past the end of the file.", REMEDY)
     return array
+
+
+def _check_text(ids: NDArray[np.bytes_]) -> None:
+    """Once, so that no later use of an id can fail."""
+    if ids.view(np.uint8).max(initial=0) >= 0x80:
+        for raw in ids.tolist():
+            raw.decode("utf-8")
 
 
 def headers_left(path: Path) -> list[ShardHeader]:

@@ -113,14 +113,19 @@ def bench_cli(
     folder: Annotated[
         Path | None, typer.Option(help="On the disk in question; files are removed.", show_default="temporary")
     ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the table as bars: bench.svg, .png, .pdf.")] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """This machine's figures: extracting, reading and training beside their limits and rivals."""
     from kr2cache.bench import BenchConfig, bench, describe_bench
+    from kr2cache.bench.plot import check_plot
+    from kr2cache.bench.plot import plot as draw
     from kr2cache.config import ExtractConfig, TrainConfig
     from kr2cache.demo import corpus
 
+    if plot is not None:
+        check_plot(plot)
     overrides = read_toml(Path.cwd(), OPTIONS).models
     extraction = ExtractConfig(
         resource=resource,
@@ -141,5 +146,8 @@ def bench_cli(
     )
     result = bench(BenchConfig(extraction=extraction, training=training, repeats=repeats, folder=folder))
     describe_bench(result)
+    if plot is not None:
+        draw(result, plot)
+        console.print(f"Plot: {plot}", markup=False, soft_wrap=True)
     if as_json:
         print_json(result)

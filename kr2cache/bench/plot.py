@@ -1,0 +1,54 @@
+"""All races in one picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from kr2cache.errors import ConfigError
+from kr2cache.locks import check_writable
+from kr2cache.report.svg import GREY, PALETTE, canvas
+
+ROW = 0.2
+"""Inches."""
+
+
+FORMATS = (".svg", ".png", ".pdf")
+
+
+def check_plot(path: Path) -> None:
+    """Raise ``ConfigError`` before anything is measured if ``path`` cannot be written or is no picture's name."""
+    if path.suffix.lower() not in FORMATS:
+        raise ConfigError(f"--plot {path} is none of {', '.join(FORMATS)}.", "Give bench.svg.")
+    check_writable(path.absolute().parent, "--plot")
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Bars of what each contender took, in times its race's limit; the suffix of ``path`` decides the format."""
+    rows = [(one, place, name) for one in result["races"] for place, name in enumerate(one["medians"])]
+    with canvas((len(rows) + 2 * len(result["races"]) + 3) * ROW) as figure:
+        axes = figure.add_subplot()
+        at, ticks, labels = 0.0, [], []
+        for one in result["races"]:
+            limit = next(iter(one["medians"].values()))
+            at += 2
+            axes.text(0, at - 0.9, one["title"], transform=axes.get_yaxis_transform(), weight="bold", fontsize=8)
+            for place, (name, median) in enumerate(one["medians"].items()):
+                ratio = median / limit
+                low, high = (bound / limit for bound in (min(one["seconds"][name]), max(one["seconds"][name])))
+                colour = (GREY, PALETTE[0])[place] if place < 2 else PALETTE[4]
+                axes.barh(at, ratio, color=colour, height=0.8)
+                axes.errorbar(ratio, at, xerr=[[ratio - low], [high - ratio]], color="black", linewidth=0.8, capsize=2)
+                axes.text(high * 1.05, at, f"{ratio:.2f}", va="center", fontsize=7)
+                ticks.append(at)
+                labels.append(name if len(name) <= 46 else name[:45] + "…")
+                at += 1
+        axes.axvline(1, color="black", linewidth=0.8)
+        axes.set_yticks(ticks, labels, fontsize=7)
+        axes.set_xscale("log")
+        axes.set_xticks([0.5, 1, 2, 4, 8, 16], ["0.5", "1", "2", "4", "8", "16"])
+        axes.set_xlim(0.4, None)
+        axes.invert_yaxis()
+        axes.grid(visible=False, axis="y")
+        axes.set_xlabel("times the limit (grey); medians, least and most")
+        figure.savefig(path, dpi=150)

@@ -1,0 +1,144 @@
+"""What trainings have in common and load once: a corpus and its tokens, tokenizers, the readers' checkpoints.
+
+The cells of a sweep share one ``Shared``; so do the seeds of a call and the teacher of a distillation.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from kr2cache import models
+from kr2cache.cache.format import SequenceIndex, canonical_json, text_xxh3
+from kr2cache.encode import encode_examples
+from kr2cache.errors import DataError, MissingSplitError
+from kr2cache.kreader import TaskCheckpoint
+from kr2cache.tasks import Example, Task
+
+CHECKPOINTS = 3
+"""Kept at most: a table's rows train the reader, the resource and a distilled one in turn."""
+
+
+class CorpusSplit:
+    """One labelled split, read once; tokenised once for each tokenizer and maximal length."""
+
+    def __init__(self, task: Task, examples: list[Example]) -> None:
+        self.task = task
+        self.examples = examples
+        self._indices: dict[tuple[str, int], SequenceIndex] = {}
+
+    def index(self, spec: models.ModelSpec, tokenizer: PreTrainedTokenizerBase, max_length: int) -> SequenceIndex:
+        """Its sequences by the tokenizer of ``spec``."""
+        key = (repr(spec), max_length)
+        if key not in self._indices:
+            self._indices[key] = encode_examples(tokenizer, self.examples, self.task, max_length)
+        return self._indices[key]
+
+    @cached_property
+    def ids(self) -> tuple[str, ...]:
+        """Of its sequences."""
+        return tuple(name for example in self.examples for name in example.sequence_ids)
+
+    @cached_property
+    def text_xxh3(self) -> NDArray[np.uint64]:
+        """(sequences,)"""
+        return np.array([text_xxh3(text) for example in self.examples for text in example.texts], dtype=np.uint64)
+
+    @cached_property
+    def digest(self) -> str:
+        """XXH3-128 of ids, texts and labels."""
+        digest = xxhash.xxh3_128()
+        for example in self.examples:
+            digest.update(canonical_json([example.id, example.texts, example.label]).encode())
+        return digest.hexdigest()
+
+
+class Corpus:
+    """The labelled splits of one data set."""
+
+    def __init__(self, task: Task, data: str | None, limit: int | None) -> None:
+        """
+        Raises:
+            DataError: For training examples without a label, or a split that is labelled in part.
+            MissingSplitError: If there is no labelled split to score on.
+        """
+        found, self.notes = read_splits(task, data, limit)
+        self.splits = {split: CorpusSplit(task, examples) for split, examples in found.items()}
+        """``train``, and ``dev`` and ``test`` where they have gold labels."""
+
+
+class Shared:
+    """Loaded once, given to every training that asks for the same. Of corpora the last one is kept."""
+
+    def __init__(self) -> None:
+        self._corpus: tuple[tuple[Any, ...], Corpus] | None = None
+        self._tokenizers: dict[tuple[str, bool], PreTrainedTokenizerBase] = {}
+        self._checkpoints: OrderedDict[tuple[Any, ...], TaskCheckpoint] = OrderedDict()
+
+    def corpus(self, task: Task, data: str | None, limit: int | None) -> Corpus:
+        """The labelled splits."""
+        key = (task.name, data, limit)
+        if self._corpus is None or self._corpus[0] != key:
+            self._corpus = None  # two large ones need not be there at once
+            self._corpus = (key, Corpus(task, data, limit))
+        return self._corpus[1]
+
+    def tokenizer(self, spec: models.ModelSpec, *, words: bool) -> PreTrainedTokenizerBase:
+        """``models.load_tokenizer``"""
+        key = (repr(spec), words)
+        if key not in self._tokenizers:
+            self._tokenizers[key] = models.load_tokenizer(spec, words=words)
+        return self._tokenizers[key]
+
+    def checkpoint(self, spec: models.ModelSpec, task: Task) -> TaskCheckpoint:
+        """The checkpoint that a reader of ``task`` starts from."""
+        key = (repr(spec), task.head, task.labels)
+        found = self._checkpoints.pop(key, None) or TaskCheckpoint(spec, task.head, task.labels)
+        self._checkpoints[key] = found  # last in order: the one used most recently
+        while len(self._checkpoints) > CHECKPOINTS:
+            self._checkpoints.popitem(last=False)
+        return found
+
+
+def read_splits(task: Task, data: str | None, limit: int | None) -> tuple[dict[str, list[Example]], list[str]]:
+    """train, and dev and test where they exist with gold labels; and what is to be said about the others."""
+    notes = []
+    splits = {"train": task.read("train", data, limit)}
+    for split in ("dev", "test"):
+        try:
+            splits[split] = task.read(split, data, limit)
+        except MissingSplitError:
+            notes.append(f"There is no {split} split.")
+    unlabelled = {split: [e.id for e in part if e.label is None] for split, part in splits.items()}
+    if unlabelled["train"]:
+        raise DataError(
+            f"{len(unlabelled['train'])} of {len(splits['train'])} training examples have no gold label (first: "
+            f"{unlabelled['train'][0]!r}).",
+            f"A reader is trained on labelled examples only; {task.name} has the label in {task.labelled_by}.",
+        )
+    labelled = {}
+    for split, part in splits.items():
+        if not unlabelled[split]:
+            labelled[split] = part
+        elif len(unlabelled[split]) == len(part):
+            notes.append(f"The {split} split has no gold labels; it is not scored.")
+        else:
+            raise DataError(
+                f"{len(unlabelled[split])} of {len(part)} examples of the {split} split have no gold label (first: "
+                f"{unlabelled[split][0]!r}).",
+                "Label them or take them out: a score over part of a split is not the split's.",
+            )
+    if notes and len(labelled) == 2:
+        notes.append(f"The last epoch is scored, on {next(split for split in labelled if split != 'train')}.")
+    if len(labelled) == 1:
+        raise MissingSplitError(
+            f"{task.corpus(data)} has neither a dev nor a test split with labels: there is nothing to score on.",
+            f"Add dev{task.suffixes[0]} or test{task.suffixes[0]}.",
+        )
+    return labelled, notes

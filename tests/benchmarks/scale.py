@@ -1,0 +1,124 @@
+"""A cache of millions of sequences, simulated: its files are sparse, its index is real.
+
+python tests/benchmarks/scale.py --sequences 5000000 --folder /somewhere/with/few/GB
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from kr2cache.cache import writer
+from kr2cache.cache.format import SequenceIndex, ShardHeader, encode_ids
+from kr2cache.cache.shard import open_shard, shard_paths
+from kr2cache.console import bytes_text
+
+LAYERS, WIDTH = 13, 768
+"""BERT-base."""
+MEAN_TOKENS = 27
+"""Of an SNLI pair, special tokens included."""
+SHARD_BYTES = 16 * 2**30
+
+CHILD = """
+import json, sys, time
+def memory():
+    lines = open("/proc/self/status").read().splitlines()
+    return {line.split(":")[0]: 1024 * int(line.split()[1]) for line in lines if line.startswith(("RssAnon", "VmRSS"))}
+from kr2cache import FeatureCache
+import numpy as np
+before, started = memory(), time.perf_counter()
+cache = FeatureCache.open(sys.argv[1])
+opened = time.perf_counter() - started
+draw = np.random.default_rng(0)
+n = len(cache.n_tokens)
+started = time.perf_counter()
+cache.positions(["train-0"])
+first = time.perf_counter() - started
+names = [f"train-{i}" for i in draw.integers(0, n, 100_000)]
+started = time.perf_counter()
+found = cache.positions(names)
+looked_up = time.perf_counter() - started
+assert found.tolist() == [int(name[6:]) for name in names]
+held = memory()["RssAnon"] - before["RssAnon"]
+started = time.perf_counter()
+for name in names[:2_000]:
+    cache.positions([name])
+one = (time.perf_counter() - started) / 2_000
+picks = [names[start : start + 32] for start in range(0, 32 * 50, 32)]
+started = time.perf_counter()
+read = sum(cache.batch(pick, layers=(9, 10, 11, 12)).states.nbytes for pick in picks)
+sampled = time.perf_counter() - started
+print(json.dumps({"sequences": n, "open_s": opened, "first_lookup_s": first, "lookup_100k_s": looked_up,
+    "lookup_one_us": 1e6 * one, "index_bytes": held, "batches_per_s": len(picks) / sampled, "read_bytes_per_s": read / sampled}))
+"""
+
+
+def make(folder: Path, sequences: int) -> None:
+    """The shards, every sequence marked complete, no state ever written."""
+    lengths = np.clip(np.random.default_rng(0).poisson(MEAN_TOKENS, sequences), 5, 128).astype(np.int32)
+    tokens = int(lengths.sum(dtype=np.int64))
+    index = SequenceIndex(
+        ids=encode_ids([f"train-{i}" for i in range(sequences)]),
+        n_tokens=lengths,
+        text_xxh3=np.arange(sequences, dtype=np.uint64),
+        input_id=np.zeros(tokens, dtype=np.int32),
+        word_index=np.zeros(tokens, dtype=np.int32),
+    )
+    header = ShardHeader(
+        dtype="float16",
+        layers=tuple(range(LAYERS)),
+        model_layers=LAYERS,
+        width=WIDTH,
+        fingerprint="0" * 64,
+        provenance={},
+        batch_plan={},
+    )
+    writer._reserve = lambda *_: False  # the files stay sparse: terabytes are not there to be reserved
+    writer.shutil.disk_usage = lambda *_: type("Usage", (), {"free": 2**60})
+    writer.create_shards(folder, header, index, SHARD_BYTES)
+    for path in shard_paths(folder):
+        shard = open_shard(path)
+        at = shard.offset("examples/complete")
+        assert at is not None
+        with path.open("r+b") as file:
+            file.seek(at)
+            file.write(b"\1" * len(shard.ids))
+
+
+def measure(folder: Path) -> dict[str, float]:
+    """Opening, looking up and sampling, in a process of its own."""
+    child = subprocess.run([sys.executable, "-c", CHILD, str(folder)], capture_output=True, text=True, check=True)
+    result: dict[str, float] = json.loads(child.stdout)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sequences", type=int, action="append", required=True, help="give it several times")
+    parser.add_argument("--folder", type=Path, default=None)
+    arguments = parser.parse_args()
+    for sequences in arguments.sequences:
+        with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+            started = time.perf_counter()
+            make(Path(folder), sequences)
+            made = time.perf_counter() - started
+            files = list(Path(folder).glob("*.h5"))
+            size = sum(path.stat().st_size for path in files)
+            on_disk = sum(512 * path.stat().st_blocks for path in files)
+            print(
+                f"{sequences:,} sequences, {len(files)} shards, {bytes_text(size)} ({bytes_text(on_disk)} of it on disk), "
+                f"made in {made:.0f} s"
+            )
+            for name, value in measure(Path(folder)).items():
+                print(f"  {name:20} {value:,.4g}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""Ids to positions: as a dictionary would have it, for any text."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+
+from kr2cache.cache import ids as ids_module
+from kr2cache.cache.format import encode_ids
+from kr2cache.cache.ids import FEW, IdIndex, _hash, _hash_one
+
+
+def names_of(count: int, seed: int) -> list[str]:
+    draw = random.Random(seed)
+    alphabet = "ab-#/0123456789éß汉字ع😀 "
+    names = {"".join(draw.choices(alphabet, k=draw.randint(1, 24))) for _ in range(count)}
+    made = sorted(names)
+    draw.shuffle(made)
+    return made
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("asked", [1, FEW - 1, FEW, 500])
+def test_finds_what_a_dictionary_finds(seed: int, asked: int) -> None:
+    names = names_of(400, seed)
+    index, known = IdIndex(encode_ids(names)), {name: i for i, name in enumerate(names)}
+    draw = random.Random(seed)
+    wanted = [draw.choice(names) if draw.random() < 0.7 else draw.choice(names) + "x" for _ in range(asked)]
+    assert index.find(wanted).tolist() == [known.get(name, -1) for name in wanted]
+    assert index.twice() is None
+    assert index.names() == names
+    assert [index.name(i) for i in (0, -1)] == [names[0], names[-1]]
+
+
+@pytest.mark.parametrize("padding", [0, FEW])
+def test_what_would_equal_an_id_in_a_fixed_width_is_not_it(padding: int) -> None:
+    """Cut to the array's width, or filled up with the NULs that fixed-length strings end in."""
+    index = IdIndex(encode_ids(["abc", "abcd"]))
+    more = ["abc"] * padding
+    assert index.find(["abcde", "abc\0", "", "ABC", "\ud800", "abcd", *more]).tolist()[:6] == [-1, -1, -1, -1, -1, 1]
+    assert index.find(["x", *["y"] * padding]).tolist() == [-1] * (1 + padding)
+
+
+def test_both_hashes_are_one() -> None:
+    for width in (1, 3, 8, 9, 24):
+        raw = [bytes(random.Random(i).choices(range(1, 256), k=random.Random(i).randint(1, width))) for i in range(200)]
+        array = np.array(raw, dtype=f"S{width}")
+        assert _hash(array).tolist() == [_hash_one(one, width) for one in raw]
+
+
+@pytest.mark.parametrize("asked", [1, 3 * FEW])
+def test_ids_of_equal_hash_are_told_apart(monkeypatch: pytest.MonkeyPatch, asked: int) -> None:
+    monkeypatch.setattr(ids_module, "_hash", lambda ids: np.full(len(ids), 7, dtype=np.uint64))
+    monkeypatch.setattr(ids_module, "_hash_one", lambda *_: 7)
+    names = [f"s{i}" for i in range(50)]
+    index = IdIndex(encode_ids(names))
+    wanted = [random.Random(i).choice([*names, "t"]) for i in range(asked)]
+    assert index.find(wanted).tolist() == [names.index(name) if name in names else -1 for name in wanted]
+    assert index.twice() is None
+    assert IdIndex(encode_ids([*names, "s31"])).twice() == "s31"
+
+
+def test_an_id_that_is_there_twice_is_named() -> None:
+    assert IdIndex(encode_ids([*map(str, range(100)), "17"])).twice() == "17"
+    assert IdIndex(encode_ids(["a"])).twice() is None
