@@ -18,6 +18,14 @@ def free_memory() -> int:
         return 4 * 2**30
 
 
+def total_memory() -> int:
+    """Bytes of the computer's memory; a careful guess where the system does not say."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):
+        return 8 * 2**30
+
+
 def return_free_memory() -> None:
     """Give freed blocks back to the system: glibc keeps those of shapes that never come again, and memory would grow
     with the number of batches and trainings. Other C libraries do not have the call, nor the habit.

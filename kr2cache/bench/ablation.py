@@ -20,7 +20,7 @@ from kr2cache.train import train_seed
 FUSIONS = ("fuse", "all", "last4", "last2", "last1", "layer0", "layer2", "layer4", "layer6")
 """Of a resource of six layers."""
 SEEDS = (1, 2, 3)
-EXAMPLES = 64
+EXAMPLES = 32
 """Of each split."""
 TARGET = 1.1
 

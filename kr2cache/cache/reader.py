@@ -10,6 +10,8 @@ and pickled to a spawned worker, which maps the files again.
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,6 +26,12 @@ from kr2cache.cache.hdf5 import read_rows
 from kr2cache.cache.ids import IdIndex
 from kr2cache.cache.shard import Shard, open_shard, shard_paths
 from kr2cache.errors import CacheError, ConfigError, SequenceNotFoundError
+from kr2cache.memory import total_memory
+
+PAGE = mmap.PAGESIZE
+READ_AHEAD: int | None = getattr(mmap, "MADV_WILLNEED", None)
+MEMORY_SHARE = 0.5
+"""Of the computer's memory: a larger cache counts as one that does not stay in it."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +69,9 @@ class FeatureCache:
         self.folder = folder
         self._shards = list(shards)
         self._first_of_shard = offsets(np.array([len(shard.ids) for shard in shards]))
-        self._hidden = [_map_rows(shard) for shard in shards]
-        self._scale = [_map_scales(shard) for shard in shards]
+        self._maps = [_map(shard) for shard in shards]
+        self._hidden = [_mapped(shard, one, "hidden") for shard, one in zip(shards, self._maps, strict=True)]
+        self._scale = [_mapped(shard, one, "hidden_scale") for shard, one in zip(shards, self._maps, strict=True)]
         self._index = IdIndex(_joined([shard.ids for shard in shards]))
         self._is_unique = False
         self.n_tokens: NDArray[np.int32] = _joined([shard.n_tokens for shard in shards])
@@ -71,6 +80,7 @@ class FeatureCache:
         """(n,) XXH3-64 of each input text, by position."""
         self.complete: NDArray[np.bool_] = _joined([shard.complete for shard in shards])
         """(n,) whether the sequence's states are there, by position."""
+        self._is_large = self.stored_bytes > MEMORY_SHARE * total_memory()
         self.check_on_read = False
         """Compare each sequence with its checksum when it is first read; a worker process compares for itself."""
         self._checked = np.zeros(len(self.n_tokens), dtype=bool)
@@ -249,19 +259,34 @@ class FeatureCache:
             ConfigError: For a layer that is not stored.
             CacheError: With ``check_on_read``, if its bytes contradict their checksum.
         """
-        if self.check_on_read and not self._checked[position]:
-            self.check(position)
-            self._checked[position] = True
-        number, local = self._place(position)
-        shard = self._shards[number]
-        start, tokens = int(shard.first_row[local]), int(shard.n_tokens[local])
+        self._check_once(position)
         stored = self._stored_positions(layers)
-        # Neighbouring layers are one contiguous range of rows: narrow it before anything is touched.
-        if stored == list(range(stored[0], stored[0] + len(stored))):
-            start += stored[0] * tokens
-            return self._rows(number, start, start + len(stored) * tokens).reshape(-1, tokens, self.width)
-        stop = start + len(shard.header.layers) * tokens
-        return self._rows(number, start, stop).reshape(-1, tokens, self.width)[stored]
+        number, start, stop = self._range(position, stored)
+        self._read_ahead(number, start, stop)
+        return self._states(position, stored)
+
+    def _states(self, position: int, stored: list[int]) -> NDArray[np.floating]:
+        number, start, stop = self._range(position, stored)
+        rows = self._rows(number, start, stop).reshape(-1, int(self.n_tokens[position]), self.width)
+        wanted = [place - min(stored) for place in stored]
+        return rows if wanted == list(range(len(rows))) else rows[wanted]
+
+    def _range(self, position: int, stored: list[int]) -> tuple[int, int, int]:
+        """Shard, and the rows from the first to the last of the stored layers; neighbouring layers are all of them."""
+        number, local = self._place(position)
+        first, tokens = int(self._shards[number].first_row[local]), int(self.n_tokens[position])
+        return number, first + min(stored) * tokens, first + (max(stored) + 1) * tokens
+
+    def _read_ahead(self, number: int, start: int, stop: int) -> None:
+        """Of a cache too large to stay in memory, ask the system for these rows before they are touched: it then reads
+        them at once, not page by page. What is in memory already would be asked for in vain, at some cost.
+        """
+        one = self._maps[number]
+        if one is not None and self._is_large and READ_AHEAD is not None:
+            shard = self._shards[number]
+            offset = shard.offset("hidden") or 0
+            first = (offset + start * shard.header.row_bytes) // PAGE * PAGE
+            one.madvise(READ_AHEAD, first, offset + stop * shard.header.row_bytes - first)
 
     def stored(self, position: int) -> tuple[NDArray[Any], NDArray[np.float32] | None]:
         """All stored layers of a sequence as they are on disk: values (L * T, D), and for int8 scales (L * T,)."""
@@ -282,6 +307,11 @@ class FeatureCache:
                 "damaged after they were written.",
                 f"kr2cache cache repair {self.folder}",
             )
+
+    def _check_once(self, position: int) -> None:
+        if self.check_on_read and not self._checked[position]:
+            self.check(position)
+            self._checked[position] = True
 
     @cached_property
     def _xxh3(self) -> NDArray[np.uint64]:
@@ -305,8 +335,12 @@ class FeatureCache:
         packed = PackedBatch(
             np.empty((int(n_tokens.sum()) * len(wanted), self.width), dtype=self.states_dtype), n_tokens, wanted
         )
+        stored = self._stored_positions(layers)
+        for position in positions.tolist():
+            self._read_ahead(*self._range(position, stored))
         for i, position in enumerate(positions.tolist()):
-            packed[i][...] = self.states(position, layers)
+            self._check_once(position)
+            packed[i][...] = self._states(position, stored)
         return packed
 
     def _stored_positions(self, layers: Sequence[int] | None) -> list[int]:
@@ -361,21 +395,19 @@ def _joined(arrays: list[NDArray[Any]]) -> NDArray[Any]:
     return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
-def _map_rows(shard: Shard) -> NDArray[Any] | None:
-    """(R, D) of the file, read-only; None where the states are not one plain array."""
+def _map(shard: Shard) -> mmap.mmap | None:
+    """The file, read-only; None where the states are not one plain array of it."""
     if not shard.mappable:
         return None
-    shape, dtype = (shard.rows, shard.header.width), ON_DISK[shard.header.dtype]
-    return _map(shard, "hidden", dtype, shape)
+    with shard.path.open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
-def _map_scales(shard: Shard) -> NDArray[np.float32] | None:
-    if shard.header.dtype != "int8" or not shard.mappable:
+def _mapped(shard: Shard, whole: mmap.mmap | None, name: str) -> NDArray[Any] | None:
+    """A data set of a mapped file; None if the file is not mapped or has no such data set."""
+    if whole is None or (name == "hidden_scale" and shard.header.dtype != "int8"):
         return None
-    return _map(shard, "hidden_scale", np.dtype(np.float32), (shard.rows,))
-
-
-def _map(shard: Shard, name: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
-    offset = shard.offset(name)
+    offset, dataset = shard.offset(name), shard.layout.datasets[name]
     assert offset is not None, "only what is mappable is mapped"
-    return np.asarray(np.memmap(shard.path, dtype=dtype, mode="r", offset=offset, shape=shape))
+    count = math.prod(dataset.shape)
+    return np.frombuffer(whole, dtype=dataset.dtype, count=count, offset=offset).reshape(dataset.shape)

@@ -56,7 +56,8 @@ started = time.perf_counter()
 read = sum(cache.batch(pick, layers=(9, 10, 11, 12)).states.nbytes for pick in picks)
 sampled = time.perf_counter() - started
 print(json.dumps({"sequences": n, "open_s": opened, "first_lookup_s": first, "lookup_100k_s": looked_up,
-    "lookup_one_us": 1e6 * one, "index_bytes": held, "batches_per_s": len(picks) / sampled, "read_bytes_per_s": read / sampled}))
+    "lookup_one_us": 1e6 * one, "index_bytes": held, "batches_per_s": len(picks) / sampled,
+    "read_bytes_per_s": read / sampled}))
 """
 
 
@@ -113,8 +114,8 @@ def main() -> None:
             size = sum(path.stat().st_size for path in files)
             on_disk = sum(512 * path.stat().st_blocks for path in files)
             print(
-                f"{sequences:,} sequences, {len(files)} shards, {bytes_text(size)} ({bytes_text(on_disk)} of it on disk), "
-                f"made in {made:.0f} s"
+                f"{sequences:,} sequences, {len(files)} shards, {bytes_text(size)}, "
+                f"{bytes_text(on_disk)} of it on disk, made in {made:.0f} s"
             )
             for name, value in measure(Path(folder)).items():
                 print(f"  {name:20} {value:,.4g}")

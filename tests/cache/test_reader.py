@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from kr2cache import FeatureCache
+from kr2cache.cache import reader
 from kr2cache.cache.writer import CacheWriter
 from kr2cache.errors import CacheError, ConfigError, SequenceNotFoundError
 
@@ -820,3 +821,19 @@ def test_an_id_in_two_shards_is_refused(folder: Path) -> None:
 def test_a_file_that_this_process_has_open_already_is_read_all_the_same(shard: Path) -> None:
     with h5py.File(shard, "r"):
         assert len(FeatureCache.open(shard.parent)) > 0
+
+
+@pytest.mark.parametrize("dtype", tiny_cache.DTYPES)
+def test_reading_ahead_changes_no_result(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a cache too large to stay in memory; every range has to lie in its file, the last one too."""
+    truth = tiny_cache.make([3, 1, 7, 2, 5], dtype=dtype, layers=[0, 1, 2, 4], model_layers=5, width=2_000)
+    folder = tiny_cache.store(tmp_path / "cache", truth, shard_bytes=150_000)
+    as_ever = FeatureCache.open(folder)
+    monkeypatch.setattr(reader, "MEMORY_SHARE", 0)
+    ahead = FeatureCache.open(folder)
+    assert (as_ever._is_large, ahead._is_large) == (False, True)
+    names = [*ahead.ids[::-1], ahead.ids[2]]
+    for layers in (None, (4,), (1, 2), (2, 1), (4, 0), (0, 2, 4)):
+        np.testing.assert_array_equal(ahead.batch(names, layers).states, as_ever.batch(names, layers).states)
+        for position in range(5):
+            np.testing.assert_array_equal(ahead.states(position, layers), as_ever.states(position, layers))
