@@ -163,7 +163,10 @@ class StepBatcher:
                 counts = [_targets(part[target]) for part in parts]
                 for part, count in zip(parts, counts, strict=True):
                     part[f"{target}_share"] = count / max(1, sum(counts))
-        return {"parts": [part for part in parts if any(part.get(f"{target}_share") for target in TARGETS)]}
+        # At least one part: a step without a backward pass would leave the other processes of a torchrun waiting.
+        return {
+            "parts": [part for part in parts if any(part.get(f"{target}_share") for target in TARGETS)] or parts[:1]
+        }
 
 
 def _targets(tensor: Tensor) -> int:

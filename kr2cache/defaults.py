@@ -58,15 +58,7 @@ def choose_resource(cache_dir: Path, task: str | None, overrides: Mapping[str, M
     """
     held = sorted({resource for name, resource in _held(cache_dir) if task in (None, name)})
     if len(held) == 1:
-        name = held[0]
-        if name in models.known_models(overrides):
-            return name
-        if "--" in name:
-            return name.replace("--", "/", 1)
-        raise ConfigError(
-            f"{cache_dir} holds caches of {name!r}, which has no registered name.",
-            "Give --resource with the folder they were extracted from, or name it under [models] in kr2cache.toml.",
-        )
+        return models.name_of_stored(held[0], overrides, f"A cache in {cache_dir}")
     if held:
         raise ConfigError(f"Which resource? {cache_dir} holds {', '.join(held)}.", "Give --resource.")
     raise ConfigError(

@@ -50,8 +50,9 @@ def example_logits(
     result: list[NDArray[np.float32]] = [np.empty((0, 0), dtype=np.float32)] * len(data.examples)
     was_training = reader.training
     reader.eval()
-    with torch.inference_mode(), prepacked_weights(reader):
-        for numbers in length_sorted_batches(data.positions(), budget):
+    positions = data.positions()
+    with torch.inference_mode(), prepacked_weights(reader, int(positions.sum())):
+        for numbers in length_sorted_batches(positions, budget):
             batch = batcher(numbers.tolist())
             inputs = {name: tensor.to(device) for name, tensor in batch.items() if name not in TARGETS}
             logits = reader(**inputs)["logits"].float().cpu().numpy()

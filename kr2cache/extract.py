@@ -195,17 +195,18 @@ def fill(plan: ExtractPlan, encoder: PreTrainedModel, folder: Path, header: Shar
     if FeatureCache.open(folder).complete.all():
         return 0, taken
     # The number of threads changes last bits: an interrupted cache is finished with as many as it was begun with.
-    with _threads(header.provenance["recorded"]["threads"]):
+    with _threads(header.provenance.get("recorded", {}).get("threads")):
         computed = _compute(plan, encoder, device, folder, header.batch_plan, planned)
     return computed, taken
 
 
 @contextlib.contextmanager
-def _threads(number: int) -> Iterator[None]:
+def _threads(number: object) -> Iterator[None]:
+    """With so many threads, where another program's file does not say something else."""
     import torch
 
     before = torch.get_num_threads()
-    torch.set_num_threads(number)
+    torch.set_num_threads(number if isinstance(number, int) and number > 0 else before)
     try:
         yield
     finally:
@@ -311,7 +312,8 @@ def _compute(
         bar = progress.add_task(f"{plan.spec.name} on {plan.config.task}/{plan.config.split}", total=None, note="")
         try:
             with (
-                prepacked_weights(encoder),
+                # By the whole plan, so that what goes on after a stop computes alike.
+                prepacked_weights(encoder, plan.tokens if plan.config.compute_dtype == "float32" else 0),
                 interrupt_between_batches() as check_interrupt,
                 CacheWriter(folder) as writer,
             ):

@@ -87,6 +87,8 @@ class ResourceFeatures:
             states.
         """
         self.sequences_read += len(sequences)
+        if self._fused is None:
+            self.cache.read_ahead(self._positions[list(sequences)], self._layers_read)
         lengths = self.n_tokens[list(sequences)]
         shape = (len(sequences), self.layers, int(lengths.max()), self.width)
         states_BLTD = np.zeros(shape, dtype=self.cache.states_dtype)
@@ -143,9 +145,12 @@ class DeviceFeatures:
         return self._rows[rows_BLT], (np.arange(T)[None, :] < lengths[:, None]).astype(np.int64)
 
 
-def fits_on(device: torch.device, size: int) -> bool:
-    """Whether ``size`` bytes of states may live there: on a GPU that keeps most of its free memory for training."""
-    return device.type == "cuda" and size <= MEMORY_SHARE * torch.cuda.mem_get_info(device)[0]
+def room_on(device: torch.device) -> int:
+    """How many bytes of states may live there: none but on a GPU, which keeps most of its free memory for training."""
+    if device.type != "cuda":
+        return 0
+    kept_by_torch = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(MEMORY_SHARE * (torch.cuda.mem_get_info(device)[0] + kept_by_torch))
 
 
 def fits_in_memory(size: int) -> bool:

@@ -306,6 +306,25 @@ def origin(spec: ModelSpec) -> dict[str, Any]:
     }
 
 
+def name_of_stored(resource: str, overrides: Mapping[str, Mapping[str, Any]], where: str) -> str:
+    """What to call the model that a cache names; a hub id is stored with ``--`` for its slash.
+
+    Args:
+        where: The cache, in words.
+
+    Raises:
+        ConfigError: For one that was given as a folder.
+    """
+    if resource in known_models(overrides):
+        return resource
+    if "--" in resource:
+        return resource.replace("--", "/", 1)
+    raise ConfigError(
+        f"{where} was made by {resource!r}, which has no registered name.",
+        "Give --resource with its folder, or name it under [models] in kr2cache.toml.",
+    )
+
+
 BERT_FIELDS = frozenset(["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"])
 
 

@@ -174,7 +174,7 @@ class Predictor:
         return predictions
 
     def logits(self, examples: Sequence[Example]) -> list[NDArray[np.float32]]:
-        """``train.example_logits`` of these examples, with states that are computed now."""
+        """``evaluate.example_logits`` of these examples, with states that are computed now."""
         if not examples:
             return []
         for example in examples:
@@ -183,10 +183,18 @@ class Predictor:
         check_token_ids(index, int(self.reader.config.vocab_size), "the reader")
         if self.resource is None:
             return example_logits(self.reader, SplitData(examples=examples, index=index), self.task, self.tokenizer)
-        features = OnlineFeatures(self.resource, self.reader, self._resource_index(self.resource, examples))
+        features = self.online_features(self.resource, self._resource_index(self.resource, examples))
         data = SplitData(examples=examples, index=index, features=features)
-        with prepacked_weights(self.resource.encoder):
+        with prepacked_weights(self.resource.encoder, len(features.index.input_id)):
             return example_logits(self.reader, data, self.task, self.tokenizer)
+
+    def online_features(self, resource: OnlineResource, index: SequenceIndex) -> OnlineFeatures:
+        """The states that the reader's fusion takes, to be computed."""
+        fusion = self.reader.fusion
+        assert fusion is not None, "a reader without a fusion has no resource"
+        keeps_layers = self.reader.projection_kind == "direct"
+        weights = None if keeps_layers else self.reader.fusion_weights.detach()
+        return OnlineFeatures(resource, index, fusion.layers, weights)
 
     def _resource_index(self, resource: OnlineResource, examples: Sequence[Example]) -> SequenceIndex:
         index = encode_examples(resource.tokenizer, examples, self.task, resource.max_length)
@@ -197,24 +205,24 @@ class Predictor:
 class OnlineFeatures:
     """What ``features.ResourceFeatures`` reads from a cache, computed when it is asked for.
 
-    A fusion with trained weights is applied here too (``ResourceFeatures`` leaves it to the reader), so one layer goes
-    to the reader instead of all; only the direct projection wants them side by side.
+    A fusion with trained weights may be applied here too (``ResourceFeatures`` leaves it to the reader), so one layer
+    goes to the reader instead of all; only the direct projection wants them side by side.
     """
 
-    def __init__(self, resource: OnlineResource, reader: KReader, index: SequenceIndex) -> None:
+    def __init__(
+        self, resource: OnlineResource, index: SequenceIndex, layers: tuple[int, ...], weights: Tensor | None
+    ) -> None:
         """
         Args:
-            reader: Whose fusion it is.
             index: The sequences by the resource's tokenizer.
+            layers: Of the fusion.
+            weights: (len(layers),) by which they are averaged; None to keep them apart.
         """
-        assert reader.fusion is not None, "a reader without a fusion reads no states"
         self.resource = resource
         self.index = index
         self.n_tokens = index.n_tokens
-        self.layers = reader.fusion.layers
-        self.weights: Tensor | None = None
-        if reader.projection_kind != "direct":
-            self.weights = reader.fusion_weights.detach().to(resource.encoder.device)
+        self.layers = layers
+        self.weights = None if weights is None else weights.to(resource.encoder.device)
         self.width = encoder_shape(resource.encoder.config)[1]
         self.sequences_read = 0
         """How many sequences went through the resource."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import platform
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import TypeGuard
 
@@ -23,16 +24,28 @@ TOLERANCE = 1e-4
 """Of the largest value, between oneDNN's product and torch's, on random input."""
 
 
+WORTHWHILE = 4_096
+"""Positions that pay for packing: a fifth of a second of BERT-base's forward pass."""
+_one_at_a_time = threading.RLock()
+
+
 @contextlib.contextmanager
-def prepacked_weights(model: nn.Module) -> Iterator[None]:
+def prepacked_weights(model: nn.Module, positions: int) -> Iterator[None]:
     """Inside the block the float32 linear layers of ``model`` run through oneDNN where that pays: on an x86 CPU.
 
     For inference alone: the block has no gradients, and weights must not change inside it. A second copy of the linear
-    layers' weights is held meanwhile. Parameters, state dict and modules stay as they are.
+    layers' weights is held meanwhile. Parameters, state dict and modules stay as they are. Of several threads one is
+    inside at a time.
+
+    Args:
+        positions: How many go through the model inside; for few the block does nothing.
     """
-    replaced: list[nn.Module] = []
-    try:
-        if _is_worthwhile(model):
+    if positions < WORTHWHILE or not _is_worthwhile(model):
+        yield
+        return
+    with _one_at_a_time:
+        replaced: list[nn.Module] = []
+        try:
             packed = {module: _packed(module) for module in model.modules() if _is_plain_linear(module)}
             for linear, weight in packed.items():
                 plain = linear.forward
@@ -45,10 +58,10 @@ def prepacked_weights(model: nn.Module) -> Iterator[None]:
                 if _computes_the_same(linear, fused, both):
                     _replace(linear, fused, replaced)
                     _replace(gelu, lambda x: x, replaced)
-        yield
-    finally:
-        for module in replaced:
-            module.__dict__.pop("forward", None)
+            yield
+        finally:
+            for module in replaced:
+                module.__dict__.pop("forward", None)
 
 
 def _is_worthwhile(model: nn.Module) -> bool:

@@ -22,7 +22,7 @@ from kr2cache.device import choose_device, device_name
 from kr2cache.digests import model_digests
 from kr2cache.encode import check_token_ids
 from kr2cache.errors import ConfigError, unknown_name
-from kr2cache.features import DeviceFeatures, Features, ResourceFeatures, fits_on
+from kr2cache.features import DeviceFeatures, Features, ResourceFeatures, room_on
 from kr2cache.fusion import check_fusion_name, parse_fusion
 from kr2cache.kreader import check_admitted, projection_kind
 from kr2cache.locks import check_writable
@@ -165,12 +165,14 @@ def _with_features(job: Job, reader_spec: models.ModelSpec, resource: Resource) 
     width = caches["train"].width
     projection = projection_kind(config.projection, width, reader_width)
     device = choose_device(config.device)
+    room = room_on(device)
     splits = {}
     for split, data in job.splits.items():
         ids = resource.corpus.splits[split].ids
         states = ResourceFeatures(caches[split], ids, fusion, keep_layers=projection == "direct")
         features: Features = states
-        if fits_on(device, states.nbytes):
+        if states.nbytes <= room:
+            room -= states.nbytes
             size = bytes_text(states.nbytes)
             resource.notes.append(f"The states of {split} ({size}) live on {device_name(device)}.")
             features = DeviceFeatures(states, device)

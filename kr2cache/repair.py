@@ -23,7 +23,7 @@ from kr2cache.config import ExtractConfig
 from kr2cache.console import count_text, done, seconds_text
 from kr2cache.digests import config_digest, weights_digest
 from kr2cache.encode import encode_examples
-from kr2cache.errors import CacheError, CacheMismatchError, ConfigError
+from kr2cache.errors import CacheError, CacheMismatchError
 from kr2cache.extract import fill
 from kr2cache.locks import check_writable, only_writer
 from kr2cache.planning import ExtractPlan
@@ -152,7 +152,9 @@ def _plan(
     whole_index: bool,
 ) -> ExtractPlan:
     """The extraction that made the cache, over again."""
-    spec = models.find_model(config.resource or _model_name(chosen.resource, config), config.models)
+    spec = models.find_model(
+        config.resource or models.name_of_stored(chosen.resource, config.models, str(config.folder)), config.models
+    )
     task = find_task(chosen.task)
     tokenizer = models.load_tokenizer(spec, words=task.words)
     if whole_index and not made.segments:
@@ -181,18 +183,6 @@ def _plan(
         pad_id=models.pad_id(tokenizer),
         template=made.template,
         corpus=chosen.corpus,
-    )
-
-
-def _model_name(resource: str, config: RepairConfig) -> str:
-    """What to call the model of a cache; a hub id is stored with ``--`` for its slash."""
-    if resource in models.known_models(config.models):
-        return resource
-    if "--" in resource:
-        return resource.replace("--", "/", 1)
-    raise ConfigError(
-        f"{config.folder} was made by {resource!r}, which has no registered name.",
-        "Give --resource with its folder, or name it under [models] in kr2cache.toml.",
     )
 
 

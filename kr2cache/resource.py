@@ -7,8 +7,10 @@ something else, that is an error that says what changed.
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from kr2cache import models, provenance
@@ -85,7 +87,7 @@ class Resource:
             ids=part.ids,
             text_xxh3=part.text_xxh3,
         )
-        cache = self._with_fusion_stored(self._find(wanted) or self._extract(split))
+        cache = self._with_fusion_stored(self._find(wanted) or self._extract(split), part.ids)
         cache.check_on_read = self.config.check_states
         chosen = cache.provenance["chosen"]
         self.max_length, self.dtype, self.compute_dtype = (
@@ -95,20 +97,25 @@ class Resource:
         )
         return cache
 
-    def _with_fusion_stored(self, cache: FeatureCache) -> FeatureCache:
+    def _with_fusion_stored(self, cache: FeatureCache, ids: Sequence[str]) -> FeatureCache:
         """``cache``, or where a fixed fusion of it is too large for memory that fusion as a cache of its own, made now:
         averaging the layers anew in every call would read all of them each time.
+
+        Args:
+            ids: The sequences that are used.
         """
         fusion = parse_fusion(self.config.fusion, cache.model_layers)
-        size = cache.stored_bytes // len(cache.layers)  # as large as one layer
+        tokens = int(cache.n_tokens[cache.positions(ids)].sum(dtype=np.int64))
         if (
-            fusion.trainable
+            not self.config.extract
+            or fusion.trainable
             or len(fusion.layers) == 1
             or self.config.projection == "direct"
             or cache.fusion is not None
             or cache.dtype not in provenance.EXACT_DTYPES
             or not cache.complete.all()
-            or fits_in_memory(size)
+            or 2 * len(ids) < len(cache)  # most of what was stored would be for nobody
+            or fits_in_memory(tokens * cache.width * cache.states_dtype.itemsize)
         ):
             return cache
         try:

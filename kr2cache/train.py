@@ -86,7 +86,8 @@ class Trained:
     history: list[dict[str, float]]
     best_epoch: float
     step_seconds: float
-    """Spent in training steps: forward and backward passes, updates. The rest is batches, evaluation, setting up."""
+    """Spent in training steps: forward and backward passes, updates. The rest is batches, evaluation, setting up.
+    On a GPU it is the time of issuing them: its work is not waited for."""
 
 
 WHOLE = 2**40
@@ -114,7 +115,8 @@ def training_arguments(config: TrainConfig, folder: Path, seed: int) -> Training
             near = difflib.get_close_matches(name, known, n=6, cutoff=0.4) or sorted(known)[:6]
             raise unknown_name("argument under [training] in kr2cache.toml:", name, near, "(of many)")
     device = choose_device(config.device)
-    if device.type == "cuda" and device.index not in (None, 0):
+    # With auto, torchrun's processes each have a GPU of their own by now.
+    if config.device != "auto" and device.type == "cuda" and device.index not in (None, 0):
         raise ConfigError(
             f"Training on --device {config.device}: the Trainer takes the first GPU it sees.",
             f"Set CUDA_VISIBLE_DEVICES={device.index} and give --device cuda.",
@@ -181,8 +183,8 @@ class ReaderTrainer(Trainer):
         teacher, share = inputs.pop("teacher_logits", None), inputs.pop("labels_share")
         soft_share = inputs.pop("teacher_logits_share", 0.0)
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        # A part without labels has no mean loss, nan.
-        loss = loss * share if share else torch.zeros_like(loss)
+        # A part without labels has no mean loss, nan; it still has to have a backward pass.
+        loss = loss * share if share else 0.0 * outputs["logits"].float().sum()
         if teacher is not None and soft_share:
             soft = soft_share * soft_loss(outputs["logits"], teacher, self.config.temperature)
             self.soft_losses.append(soft.detach())
@@ -287,7 +289,11 @@ def train_seed(job: Job, seed: int, folder: Path, title: str) -> Trained:
     """
     arguments = training_arguments(job.config, folder, seed)
     if isinstance(job.splits["train"].features, DeviceFeatures):
-        arguments.dataloader_pin_memory = False  # states that live on the GPU cannot be pinned
+        # States that live on the GPU can be neither pinned nor gathered by another process.
+        arguments.dataloader_pin_memory = False
+        arguments.dataloader_num_workers = 0
+        arguments.dataloader_persistent_workers = False
+        arguments.dataloader_prefetch_factor = None
     set_seed(seed)
     reader = job.new_reader()
     train = job.splits["train"]

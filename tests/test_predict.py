@@ -36,7 +36,7 @@ from kr2cache.evaluate import example_logits
 from kr2cache.kreader import KReader
 from kr2cache.models import ModelSpec, load_encoder
 from kr2cache.pipeline import train
-from kr2cache.predict import OnlineFeatures, Predicted, Predictor
+from kr2cache.predict import Predicted, Predictor
 from kr2cache.prepare import prepare
 from kr2cache.shared import Shared
 from kr2cache.tasks import Example, Task, find_task
@@ -314,8 +314,8 @@ def test_online_features_are_those_of_the_cache(tmp_path: Path, fusion: str, pro
     assert features is not None
     predictor = world.predictor()
     assert predictor.resource is not None
-    online = OnlineFeatures(
-        predictor.resource, predictor.reader, predictor._resource_index(predictor.resource, world.examples)
+    online = predictor.online_features(
+        predictor.resource, predictor._resource_index(predictor.resource, world.examples)
     )
     np.testing.assert_array_equal(online.n_tokens, features.n_tokens)
     for numbers in ([4, 0, 3], [2], [1, 5]):

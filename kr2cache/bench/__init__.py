@@ -2,7 +2,7 @@
 
 A figure says something only beside another one from the same machine and hour, so everything here comes as a race:
 contenders take turns, and medians of their times are compared. The first contender of a race is its limit: the part of
-the work that nobody can leave out.
+the work that a plain script cannot leave out.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from kr2cache import models
 from kr2cache.bench import BenchConfig, Race
-from kr2cache.bench.training import load_online, online_split
+from kr2cache.bench.training import load_online, online_index, online_split
 from kr2cache.memory import peak_of
 from kr2cache.pipeline import train
 from kr2cache.prepare import prepare
@@ -47,10 +47,13 @@ def run(config: BenchConfig, folder: Path) -> Race:
         in_steps.append(sum(run.step_seconds or 0.0 for result in results for run in result.runs))
 
     def online() -> None:
-        for name in fusions:
-            job = prepare(dataclasses.replace(base, fusion=name, run_dir=folder / "online"), shared).job
-            resource = load_online(job)
-            splits = {split: online_split(job, split, resource) for split in job.splits}
+        jobs = [
+            prepare(dataclasses.replace(base, fusion=name, run_dir=folder / "online"), shared).job for name in fusions
+        ]
+        resource = load_online(jobs[0])
+        indices = {split: online_index(jobs[0], split, resource) for split in jobs[0].splits}
+        for name, job in zip(fusions, jobs, strict=True):
+            splits = {split: online_split(job, split, resource, index) for split, index in indices.items()}
             for seed in SEEDS:
                 train_seed(dataclasses.replace(job, splits=splits), seed, folder / "online", f"online {name}")
 

@@ -46,7 +46,7 @@ def run(config: BenchConfig, folder: Path) -> tuple[Race, ExtractPlan]:
             states(batch)
 
     def prepacked() -> None:
-        with prepacked_weights(encoder):
+        with prepacked_weights(encoder, plan.tokens):
             forward_alone()
 
     def ours() -> None:

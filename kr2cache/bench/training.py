@@ -12,6 +12,7 @@ import torch
 from kr2cache import models
 from kr2cache.batches import Batcher, SplitData, StepBatcher
 from kr2cache.bench import BenchConfig, Race, race
+from kr2cache.cache.format import SequenceIndex
 from kr2cache.encode import encode_examples
 from kr2cache.predict import OnlineFeatures, OnlineResource
 from kr2cache.prepare import prepare
@@ -34,7 +35,9 @@ def run(config: BenchConfig, folder: Path) -> Race:
     size = job.config.batch_size
     order = torch.randperm(len(job.splits["train"].examples), generator=torch.Generator().manual_seed(0)).tolist()
     picks = [order[start : start + size] for start in range(0, len(order) - size + 1, size)][:STEPS] or [order]
-    cached, online = job.splits["train"], online_split(job, "train", load_online(job))
+    resource = load_online(job)
+    cached = job.splits["train"]
+    online = online_split(job, "train", resource, online_index(job, "train", resource))
     optimizer = torch.optim.AdamW(reader.parameters(), lr=1e-5, fused=True)
     reader.train()
 
@@ -78,11 +81,15 @@ def load_online(job: Job) -> OnlineResource:
     )
 
 
-def online_split(job: Job, split: str, resource: OnlineResource) -> SplitData:
+def online_split(job: Job, split: str, resource: OnlineResource, index: SequenceIndex) -> SplitData:
     """A split of the job whose states come from a forward pass of the resource for every batch."""
-    data = job.splits[split]
-    index = encode_examples(resource.tokenizer, data.examples, job.task, resource.max_length)
-    features = OnlineFeatures(resource, job.new_reader(), index)
-    if job.fusion is not None and job.fusion.trainable:
-        features.weights = None  # they change: the reader gets the layers
-    return dataclasses.replace(data, features=features)
+    assert job.fusion is not None, "the bench trains method kr2"
+    # Trainable weights change: the reader gets the layers.
+    weights = None if job.fusion.trainable else torch.from_numpy(job.fusion.weights)
+    features = OnlineFeatures(resource, index, job.fusion.layers, weights)
+    return dataclasses.replace(job.splits[split], features=features)
+
+
+def online_index(job: Job, split: str, resource: OnlineResource) -> SequenceIndex:
+    """The split's sequences by the resource's tokenizer."""
+    return encode_examples(resource.tokenizer, job.splits[split].examples, job.task, resource.max_length)

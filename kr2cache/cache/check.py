@@ -189,10 +189,10 @@ def _check_block(shard: Shard, block: NDArray[np.int64], digests: NDArray[np.uin
     start, stop = int(shard.first_row[block[0]]), int(shard.first_row[block[-1] + 1])
     width = shard.header.row_bytes
     try:
-        raw = _pread(descriptor, _at(shard, "hidden") + start * width, (stop - start) * width)
+        raw = _pread(descriptor, shard.place("hidden") + start * width, (stop - start) * width)
         scale = None
         if shard.header.dtype == "int8":
-            scale = _pread(descriptor, _at(shard, "hidden_scale") + start * SCALE_BYTES, (stop - start) * SCALE_BYTES)
+            scale = _pread(descriptor, shard.place("hidden_scale") + start * SCALE_BYTES, (stop - start) * SCALE_BYTES)
     except OSError:  # the disk cannot read it, or it is not there any more
         return [int(i) for i in block]
     bad = []
@@ -228,9 +228,3 @@ def _pread(descriptor: int, offset: int, count: int) -> NDArray[np.uint8]:
             raise OSError("the file ends here")
         done += read
     return buffer
-
-
-def _at(shard: Shard, name: str) -> int:
-    offset = shard.offset(name)
-    assert offset is not None, "asked for plain arrays only"
-    return offset

@@ -1,6 +1,7 @@
 """Sequence ids to positions, for millions of them: sorted 64-bit hashes beside the ids as they are stored.
 
-A dictionary of Python strings takes about 200 bytes an id; this takes 12, shared by forked worker processes.
+A dictionary of Python strings takes about 200 bytes an id; this takes 12, and forked worker processes share it once
+something was looked up.
 """
 
 from __future__ import annotations

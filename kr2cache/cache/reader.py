@@ -260,10 +260,7 @@ class FeatureCache:
             CacheError: With ``check_on_read``, if its bytes contradict their checksum.
         """
         self._check_once(position)
-        stored = self._stored_positions(layers)
-        number, start, stop = self._range(position, stored)
-        self._read_ahead(number, start, stop)
-        return self._states(position, stored)
+        return self._states(position, self._stored_positions(layers))
 
     def _states(self, position: int, stored: list[int]) -> NDArray[np.floating]:
         number, start, stop = self._range(position, stored)
@@ -277,16 +274,20 @@ class FeatureCache:
         first, tokens = int(self._shards[number].first_row[local]), int(self.n_tokens[position])
         return number, first + min(stored) * tokens, first + (max(stored) + 1) * tokens
 
-    def _read_ahead(self, number: int, start: int, stop: int) -> None:
-        """Of a cache too large to stay in memory, ask the system for these rows before they are touched: it then reads
-        them at once, not page by page. What is in memory already would be asked for in vain, at some cost.
+    def read_ahead(self, positions: NDArray[np.int64], layers: Sequence[int] | None = None) -> None:
+        """Of a cache too large to stay in memory, ask the system for these states before they are touched: it then
+        reads them all at once, not page by page. What is in memory already would be asked for in vain, at some cost.
         """
-        one = self._maps[number]
-        if one is not None and self._is_large and READ_AHEAD is not None:
-            shard = self._shards[number]
-            offset = shard.offset("hidden") or 0
-            first = (offset + start * shard.header.row_bytes) // PAGE * PAGE
-            one.madvise(READ_AHEAD, first, offset + stop * shard.header.row_bytes - first)
+        if not self._is_large or READ_AHEAD is None:
+            return
+        stored = self._stored_positions(layers)
+        for position in positions.tolist():
+            number, start, stop = self._range(position, stored)
+            if (one := self._maps[number]) is not None:
+                shard = self._shards[number]
+                offset = shard.place("hidden")
+                first = (offset + start * shard.header.row_bytes) // PAGE * PAGE
+                one.madvise(READ_AHEAD, first, offset + stop * shard.header.row_bytes - first)
 
     def stored(self, position: int) -> tuple[NDArray[Any], NDArray[np.float32] | None]:
         """All stored layers of a sequence as they are on disk: values (L * T, D), and for int8 scales (L * T,)."""
@@ -336,8 +337,7 @@ class FeatureCache:
             np.empty((int(n_tokens.sum()) * len(wanted), self.width), dtype=self.states_dtype), n_tokens, wanted
         )
         stored = self._stored_positions(layers)
-        for position in positions.tolist():
-            self._read_ahead(*self._range(position, stored))
+        self.read_ahead(positions, layers)
         for i, position in enumerate(positions.tolist()):
             self._check_once(position)
             packed[i][...] = self._states(position, stored)
@@ -407,7 +407,6 @@ def _mapped(shard: Shard, whole: mmap.mmap | None, name: str) -> NDArray[Any] | 
     """A data set of a mapped file; None if the file is not mapped or has no such data set."""
     if whole is None or (name == "hidden_scale" and shard.header.dtype != "int8"):
         return None
-    offset, dataset = shard.offset(name), shard.layout.datasets[name]
-    assert offset is not None, "only what is mappable is mapped"
+    dataset = shard.layout.datasets[name]
     count = math.prod(dataset.shape)
-    return np.frombuffer(whole, dtype=dataset.dtype, count=count, offset=offset).reshape(dataset.shape)
+    return np.frombuffer(whole, dtype=dataset.dtype, count=count, offset=shard.place(name)).reshape(dataset.shape)

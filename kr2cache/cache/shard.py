@@ -70,6 +70,13 @@ class Shard:
         """Byte offset of a data set that is one array of the file; None where only HDF5 can find its parts."""
         return self.layout.datasets[name].offset
 
+    def place(self, name: str) -> int:
+        """The same of a data set that is known to be one array of the file."""
+        offset = self.offset(name)
+        if offset is None:
+            raise CacheError(f"{self.path}: /{name} is no plain array of the file.", REMEDY)
+        return offset
+
     @property
     def mappable(self) -> bool:
         """Whether the states (for int8 their scales too) are plain arrays of the file."""

@@ -145,8 +145,8 @@ def _salvage(damaged: Path, fresh: Shard, descriptor: int) -> None:
     tokens that the new file has. Equal content lies at equal offsets, so the damaged file's own structures need not be
     read.
     """
-    places = {name: _at(fresh, name) for name in ("examples/id", "tokens/input_id", "examples/xxh3", "hidden")}
-    marks, width = _at(fresh, "examples/complete"), fresh.header.row_bytes
+    places = {name: fresh.place(name) for name in ("examples/id", "tokens/input_id", "examples/xxh3", "hidden")}
+    marks, width = fresh.place("examples/complete"), fresh.header.row_bytes
     id_bytes = fresh.ids.dtype.itemsize
     first_token = fresh.first_row // len(fresh.header.layers)
     # The same corpus by another model has the same ids and tokens: the file has to be of this cache.
@@ -169,14 +169,14 @@ def _salvage(damaged: Path, fresh: Shard, descriptor: int) -> None:
             raw = np.frombuffer(os.pread(old, (stop - start) * width, places["hidden"] + start * width), dtype=np.uint8)
             scale = None
             if fresh.header.dtype == "int8":
-                at = _at(fresh, "hidden_scale") + start * 4
+                at = fresh.place("hidden_scale") + start * 4
                 scale = np.frombuffer(os.pread(old, (stop - start) * 4, at), dtype=np.uint8)
             digest = os.pread(old, 8, places["examples/xxh3"] + 8 * i)
             if states_xxh3(raw, scale) != int.from_bytes(digest, "little") or len(raw) != (stop - start) * width:
                 continue
             write_whole(descriptor, raw.data, places["hidden"] + start * width)
             if scale is not None:
-                write_whole(descriptor, scale.data, _at(fresh, "hidden_scale") + start * 4)
+                write_whole(descriptor, scale.data, fresh.place("hidden_scale") + start * 4)
             write_whole(descriptor, digest, places["examples/xxh3"] + 8 * i)
             write_whole(descriptor, b"\x01", marks + i)
     finally:
@@ -453,11 +453,11 @@ class CacheWriter:
             row += rows
             if shard.complete[i]:
                 continue  # it ran with its batch, and others may be reading what is there
-            self._pwrite(descriptor, raw, _at(shard, "hidden") + first * shard.header.row_bytes)
+            self._pwrite(descriptor, raw, shard.place("hidden") + first * shard.header.row_bytes)
             if scale is not None:
-                self._pwrite(descriptor, scale, _at(shard, "hidden_scale") + first * scale.itemsize)
+                self._pwrite(descriptor, scale, shard.place("hidden_scale") + first * scale.itemsize)
             digest = np.array([states_xxh3(raw, scale)], dtype="<u8")
-            self._pwrite(descriptor, digest, _at(shard, "examples/xxh3") + i * digest.itemsize)
+            self._pwrite(descriptor, digest, shard.place("examples/xxh3") + i * digest.itemsize)
             self._unmarked.append((states.shard, i))
 
     def _pwrite(self, descriptor: int, array: NDArray[Any], offset: int) -> None:
@@ -471,13 +471,7 @@ class CacheWriter:
         for shard in touched:
             _sync(self._files[shard])
         for shard, i in unmarked:
-            os.pwrite(self._files[shard], b"\x01", _at(self.shards[shard], "examples/complete") + i)
+            os.pwrite(self._files[shard], b"\x01", self.shards[shard].place("examples/complete") + i)
         for shard in touched:
             _sync(self._files[shard])
         self._synced_at = time.monotonic()
-
-
-def _at(shard: Shard, name: str) -> int:
-    offset = shard.offset(name)
-    assert offset is not None, "checked when the shard was opened"
-    return offset

@@ -140,9 +140,8 @@ def info_cli(cache: Cache, cache_dir: CacheDir = None, as_json: Json = False, de
         console.print()
         _bars(f"mean norm of a state by layer ({seen.sampled} sequences)", titles, seen.norms, lambda v: f"{v:.2f}")
         peak = max(seen.largest)
-        console.print(
-            f"largest value {peak:,.1f}, at layer {titles[seen.largest.index(peak)]} (float16 ends at 65,504)"
-        )
+        where = "" if about.fusion is not None else f", at layer {titles[seen.largest.index(peak)]}"
+        console.print(f"largest value {peak:,.1f}{where} (float16 ends at 65,504)")
 
 
 def _bars(title: str, names: Sequence[str], values: Sequence[float], text: Any) -> None:
