@@ -50,5 +50,5 @@ def plot(result: dict[str, Any], path: Path) -> None:
         axes.set_xlim(0.4, None)
         axes.invert_yaxis()
         axes.grid(visible=False, axis="y")
-        axes.set_xlabel("times the limit (grey); medians, least and most")
+        axes.set_xlabel("times the limit (grey)", fontsize=8)
         figure.savefig(path, dpi=150)

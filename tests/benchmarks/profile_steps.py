@@ -18,10 +18,10 @@ from kr2cache.pipeline import train
 from kr2cache.shared import Shared
 
 PARTS = {
-    "backward passes": "run_backward",
+    "backward passes": "method 'run_backward'",
     "forward passes": "kreader.py:forward",
     "updates (AdamW)": "_fused_adamw_",
-    "gradient clipping": "clip_grad_norm_",
+    "gradient clipping": "accelerator.py:clip_grad_norm_",
     "evaluation": "evaluate.py:predict",
     "batches from the cache": "batches.py:__call__",
     "loading the reader": "kreader.py:task_model",
