@@ -25,7 +25,7 @@ TOLERANCE = 1e-4
 
 
 WORTHWHILE = 4_096
-"""Positions that pay for packing: a fifth of a second of BERT-base's forward pass."""
+"""Positions that pay for packing: of a model of six layers and width 384 it took as long as 1,400 save."""
 _one_at_a_time = threading.RLock()
 
 

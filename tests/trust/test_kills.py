@@ -14,7 +14,6 @@ import kills
 import pytest
 import tiny
 
-from kr2cache.cache import writer
 from kr2cache.cache.writer import CacheWriter, PackedStates
 
 FLOAT16, TAKEN_OVER = kills.CASES[0], kills.CASES[-1]
@@ -128,7 +127,7 @@ def test_a_writer_that_marks_before_it_writes_is_found(tmp_path: Path, monkeypat
     original = CacheWriter._write
 
     def too_early(self: CacheWriter, states: PackedStates) -> None:
-        marks = writer._at(self.shards[states.shard], "examples/complete")
+        marks = self.shards[states.shard].place("examples/complete")
         for i in states.sequences:
             os.pwrite(self._files[states.shard], b"\x01", marks + i)
         original(self, states)
