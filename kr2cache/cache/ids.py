@@ -43,7 +43,8 @@ class IdIndex:
 
     def find(self, wanted: Sequence[str]) -> NDArray[np.int64]:
         """(len(wanted),) the position of each, -1 for one that is not there."""
-        raw = [name.encode("utf-8", "surrogatepass") for name in wanted]
+        # What is no text is no id: a NUL stands for it, which no id has.
+        raw = [name.encode("utf-8", "surrogatepass") if isinstance(name, str) else b"\0" for name in wanted]
         if len(raw) < FEW:
             return np.array([self._find_one(one) for one in raw], dtype=np.int64)
         found = np.full(len(raw), -1, dtype=np.int64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -60,6 +61,13 @@ def test_ids_of_equal_hash_are_told_apart(monkeypatch: pytest.MonkeyPatch, asked
     assert index.find(wanted).tolist() == [names.index(name) if name in names else -1 for name in wanted]
     assert index.twice() is None
     assert IdIndex(encode_ids([*names, "s31"])).twice() == "s31"
+
+
+@pytest.mark.parametrize("more", [0, FEW])
+def test_a_number_is_no_id(more: int) -> None:
+    index = IdIndex(encode_ids(["0", "1"]))
+    wanted: list[Any] = [0, None, b"1", ("1",), "1", *["0"] * more]
+    assert index.find(wanted).tolist()[:5] == [-1, -1, -1, -1, 1]
 
 
 def test_an_id_that_is_there_twice_is_named() -> None:

@@ -837,3 +837,9 @@ def test_reading_ahead_changes_no_result(dtype: str, tmp_path: Path, monkeypatch
         np.testing.assert_array_equal(ahead.batch(names, layers).states, as_ever.batch(names, layers).states)
         for position in range(5):
             np.testing.assert_array_equal(ahead.states(position, layers), as_ever.states(position, layers))
+
+
+def test_a_position_in_place_of_an_id_is_named(tmp_path: Path) -> None:
+    cache = FeatureCache.open(tiny_cache.store(tmp_path / "cache", tiny_cache.make([3, 1])))
+    with pytest.raises(SequenceNotFoundError, match="No sequence 0 in"):
+        cache[0]  # type: ignore[index]
