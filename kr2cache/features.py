@@ -34,6 +34,8 @@ class Features(Protocol):
 
     n_tokens: NDArray[np.int32]
     """(sequences,)"""
+    device: torch.device
+    """Where the states of a batch are."""
     sequences_read: int
     """How many sequences ``batch`` has given out."""
 
@@ -54,6 +56,7 @@ class ResourceFeatures:
         """
         self.cache = cache
         self.fusion = fusion
+        self.device = torch.device("cpu")
         self.sequences_read = 0
         """How many sequences ``batch`` has given out: so many forward passes of the resource were not needed."""
         self._positions = cache.positions(sequence_ids)
@@ -118,6 +121,7 @@ class DeviceFeatures:
 
     def __init__(self, features: ResourceFeatures, device: torch.device) -> None:
         self.n_tokens = features.n_tokens
+        self.device = device
         self.layers = features.layers
         self.sequences_read = 0
         """How many sequences ``batch`` has given out."""
@@ -135,7 +139,7 @@ class DeviceFeatures:
         """As ``ResourceFeatures.batch``, the states on the device."""
         self.sequences_read += len(sequences)
         lengths = self.n_tokens[list(sequences)]
-        device = self._rows.device
+        device = self.device
         T = int(lengths.max())
         length_B = torch.from_numpy(lengths).to(device, non_blocking=True)[:, None, None]
         first_B = self._first_row[torch.as_tensor(list(sequences), device=device)][:, None, None]

@@ -20,8 +20,8 @@ from kr2cache.errors import ValueRangeError
 class Packer:
     """Padded layers of a batch to packed rows in the stored dtype, ready for the disk.
 
-    On a GPU the valid tokens are gathered and cast there, and copied out asynchronously through two pinned buffers:
-    while one batch travels, the next one computes, so ``__call__`` hands out the batch before.
+    On a GPU the valid tokens are gathered and cast there, and copied out on a stream of their own through two pinned
+    buffers: while one batch travels, the next one computes, so ``__call__`` hands out the batch before.
     """
 
     def __init__(self, index: SequenceIndex, layers: Sequence[int], dtype: str, device: torch.device) -> None:
@@ -39,6 +39,7 @@ class Packer:
         self._waiting: list[tuple[Any, Callable[[], PackedStates]]] = []
         self._pinned: list[dict[str, torch.Tensor]] = [{}, {}]
         self._turn = 0
+        self._stream: torch.cuda.Stream | None = None
 
     def __call__(
         self, shard: int, batch: NDArray[np.intp], shard_start: int, layers_BTD: tuple[torch.Tensor, ...]
@@ -138,9 +139,16 @@ class Packer:
         self._turn ^= 1
         finite = torch.isfinite(scale if scale is not None else raw).all()
         parts = {"raw": raw, "finite": finite[None], **({"scale": scale} if scale is not None else {})}
-        host = {name: self._to_pinned(name, tensor) for name, tensor in parts.items()}
-        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        done.record()
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        # On the stream that computes, the next batch would wait for the copy.
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._stream):
+            host = {name: self._to_pinned(name, tensor) for name, tensor in parts.items()}
+            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            done.record(self._stream)
+        for tensor in parts.values():
+            tensor.record_stream(self._stream)  # their memory is not given out again before they are copied
 
         def ready() -> PackedStates:
             if not bool(host["finite"][0]):

@@ -221,32 +221,33 @@ class OnlineFeatures:
         self.resource = resource
         self.index = index
         self.n_tokens = index.n_tokens
+        self.device = resource.encoder.device
         self.layers = layers
-        self.weights = None if weights is None else weights.to(resource.encoder.device)
+        self.weights = None if weights is None else weights.to(self.device)
         self.width = encoder_shape(resource.encoder.config)[1]
         self.sequences_read = 0
         """How many sequences went through the resource."""
 
-    def batch(self, sequences: Sequence[int]) -> tuple[NDArray[np.floating], NDArray[np.int64]]:
+    def batch(self, sequences: Sequence[int]) -> tuple[Tensor, NDArray[np.int64]]:
         """States and mask of some sequences.
 
         Returns:
-            States float32 (B, L, T, D), zeros where padded, L = 1 unless for the direct projection; mask (B, T), 1 for
-            states.
+            States float32 (B, L, T, D) on the resource's device, zeros where padded, L = 1 unless for the direct
+            projection; mask (B, T), 1 for states.
         """
         self.sequences_read += len(sequences)
         numbers = np.asarray(sequences)
         lengths = self.n_tokens[numbers]
         mask = np.arange(int(lengths.max()))[None, :] < lengths[:, None]
         layers = len(self.layers) if self.weights is None else 1
-        states_BLTD = torch.zeros(len(numbers), layers, mask.shape[1], self.width, device=self.resource.encoder.device)
+        states_BLTD = torch.zeros(len(numbers), layers, mask.shape[1], self.width, device=self.device)
         together = [np.arange(len(numbers))]
         if not self.resource.padded:
             together = [np.flatnonzero(lengths == length) for length in np.unique(lengths)]
         for rows in together:
             states_BLTD[torch.from_numpy(rows), :, : int(lengths[rows].max())] = self._states(numbers[rows])
-        padding = torch.from_numpy(~mask)[:, None, :, None].to(states_BLTD.device)
-        return states_BLTD.masked_fill_(padding, 0).cpu().numpy(), mask.astype(np.int64)
+        padding = torch.from_numpy(~mask)[:, None, :, None].to(self.device)
+        return states_BLTD.masked_fill_(padding, 0), mask.astype(np.int64)
 
     def _states(self, sequences: NDArray[np.intp]) -> Tensor:
         """(B, L, T, D), padded positions included."""

@@ -37,7 +37,6 @@ from kr2cache.device import choose_device
 from kr2cache.distill import soft_loss
 from kr2cache.errors import ConfigError, TrainingError, unknown_name
 from kr2cache.evaluate import predict
-from kr2cache.features import DeviceFeatures
 from kr2cache.fusion import Fusion
 from kr2cache.interrupt import interrupt_between_batches
 from kr2cache.kreader import KReader, TaskCheckpoint
@@ -125,6 +124,10 @@ def training_arguments(config: TrainConfig, folder: Path, seed: int) -> Training
         "save_strategy": "no",
         "logging_strategy": "epoch",
         "report_to": "none",
+        # A GPU is waited for neither after each step, to look at its loss, nor when a batch is copied to it: the next
+        # batch is gathered meanwhile. Weights that are no longer finite are noticed at the end of the run.
+        "logging_nan_inf_filter": False,
+        "accelerator_config": {"non_blocking": device.type == "cuda"},
         **config.training,
         "output_dir": str(folder),
         "num_train_epochs": config.epochs,
@@ -226,6 +229,7 @@ class _KeepBest(TrainerCallback):
     best: float = -1.0
     best_epoch: float = 0.0
     best_weights: dict[str, Tensor] = field(default_factory=dict)
+    """Empty where they are those of the last epoch, which the model has at the end."""
     best_predictions: list[Prediction] = field(default_factory=list)
 
     def on_epoch_end(
@@ -237,7 +241,8 @@ class _KeepBest(TrainerCallback):
         self.history.append({"epoch": epoch, **{f"dev_{name}": value for name, value in metrics.items()}})
         if metrics[self.metric] > self.best:
             self.best, self.best_epoch, self.best_predictions = metrics[self.metric], epoch, predictions
-            weights = kwargs["model"].state_dict()
+            is_last = state.global_step >= state.max_steps
+            weights = {} if is_last else kwargs["model"].state_dict()
             self.best_weights = {name: tensor.detach().to("cpu", copy=True) for name, tensor in weights.items()}
 
 
@@ -288,7 +293,8 @@ def train_seed(job: Job, seed: int, folder: Path, title: str) -> Trained:
         title: Of the progress line.
     """
     arguments = training_arguments(job.config, folder, seed)
-    if isinstance(job.splits["train"].features, DeviceFeatures):
+    features = job.splits["train"].features
+    if features is not None and features.device.type != "cpu":
         # States that live on the GPU can be neither pinned nor gathered by another process.
         arguments.dataloader_pin_memory = False
         arguments.dataloader_num_workers = 0
@@ -331,7 +337,7 @@ def train_seed(job: Job, seed: int, folder: Path, title: str) -> Trained:
             check()
     finally:
         progress.bar.stop()
-    if not all(bool(torch.isfinite(parameter).all()) for parameter in reader.parameters()):
+    if not bool(torch.isfinite(torch.nn.utils.get_total_norm(reader.parameters()))):
         raise TrainingError(
             f"The training of seed {seed} diverged: the reader's weights are no longer finite numbers.",
             f"Lower the learning rate (now {job.config.learning_rate:g}).",
@@ -341,7 +347,8 @@ def train_seed(job: Job, seed: int, folder: Path, title: str) -> Trained:
     predictions: dict[str, list[Prediction]] = {}
     if keep_best is not None:
         predictions["dev"] = keep_best.best_predictions
-        reader.load_state_dict(keep_best.best_weights)
+        if keep_best.best_weights:
+            reader.load_state_dict(keep_best.best_weights)
         history += keep_best.history
         best_epoch = keep_best.best_epoch
     for split in job.splits:

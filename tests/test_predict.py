@@ -325,7 +325,7 @@ def test_online_features_are_those_of_the_cache(tmp_path: Path, fusion: str, pro
             weights = predictor.reader.fusion_weights.detach().numpy()
             expected = np.einsum("l,bltd->btd", weights, expected)[:, None]
         np.testing.assert_allclose(states, expected, rtol=0, atol=1e-4)
-        assert (states[np.broadcast_to(mask[:, None, :, None] == 0, states.shape)] == 0).all()
+        assert (states.numpy()[np.broadcast_to(mask[:, None, :, None] == 0, states.shape)] == 0).all()
     assert online.sequences_read == 6
 
 
