@@ -36,6 +36,14 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def wait_for_gpu() -> None:
+    """Until the work that was issued to a GPU is done; at once where none is in use."""
+    import torch
+
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.synchronize()
+
+
 def device_name(device: torch.device) -> str:
     """``cpu``, or the GPU's own name."""
     import torch

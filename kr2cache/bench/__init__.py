@@ -1,8 +1,8 @@
 """What this machine does: each part of the data path beside its limit and its rivals, measured in one run.
 
 A figure says something only beside another one from the same machine and hour, so everything here comes as a race:
-contenders take turns, and medians of their times are compared. The first contender of a race is its limit: the part of
-the work that a plain script cannot leave out.
+contenders take turns, and medians of their times are compared. First in a race comes its limit: the part of the work
+that a plain script cannot leave out, or what the hardware gives; where there are two, the slower one binds.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from rich.text import Text
 
 from kr2cache.config import ExtractConfig, TrainConfig
 from kr2cache.console import bytes_text, console
+from kr2cache.device import choose_device, device_name, wait_for_gpu
 from kr2cache.memory import peak_of
 
 
@@ -34,9 +35,11 @@ class Race:
     unit: str
     """What a time is for, in words."""
     seconds: dict[str, list[float]]
-    """By contender, the limit first, then ours."""
+    """By contender: what limits, then ours, then rivals."""
     target: float | None
     """Ours should take at most so many times the limit."""
+    limits: int = 1
+    """How many of the contenders are limits."""
     peaks: dict[str, int | None] = field(default_factory=dict)
     """By contender: bytes of memory that it took beyond what the process had."""
 
@@ -45,10 +48,14 @@ class Race:
         return {name: statistics.median(times) for name, times in self.seconds.items()}
 
     @property
+    def limit(self) -> float:
+        """Seconds: the median of the slowest limit."""
+        return max(list(self.medians.values())[: self.limits])
+
+    @property
     def ratio(self) -> float:
-        """Median of ours over median of the limit."""
-        limit, ours, *_ = self.medians.values()
-        return ours / limit
+        """Median of ours over the limit."""
+        return list(self.medians.values())[self.limits] / self.limit
 
     def json(self) -> dict[str, Any]:
         return {
@@ -57,6 +64,8 @@ class Race:
             "seconds": self.seconds,
             "medians": self.medians,
             "peak_bytes": self.peaks,
+            "limits": self.limits,
+            "limit": self.limit,
             "ratio": self.ratio,
             "target": self.target,
             "met": self.target is None or self.ratio <= self.target,
@@ -64,17 +73,25 @@ class Race:
 
 
 def race(
-    title: str, unit: str, contenders: Mapping[str, Callable[[], object]], *, repeats: int, target: float | None
+    title: str,
+    unit: str,
+    contenders: Mapping[str, Callable[[], object]],
+    *,
+    repeats: int,
+    target: float | None,
+    limits: int = 1,
 ) -> Race:
     """Let contenders take turns ``repeats`` times, after one turn that is measured for memory alone."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     peaks = {name: peak_of(work) for name, work in contenders.items()}
     for _ in range(repeats):
         for name, work in contenders.items():
+            wait_for_gpu()
             started = time.perf_counter()
             work()
+            wait_for_gpu()
             seconds[name].append(time.perf_counter() - started)
-    return Race(title=title, unit=unit, seconds=seconds, peaks=peaks, target=target)
+    return Race(title=title, unit=unit, seconds=seconds, peaks=peaks, target=target, limits=limits)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +116,7 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     return {
         "machine": {
             "platform": platform.platform(),
+            "device": device_name(choose_device(config.extraction.device)),
             "cores": os.cpu_count(),
             "threads": _threads(),
             "versions": {name: version(name) for name in ("kr2cache", "torch", "transformers", "h5py", "numpy")},
@@ -124,23 +142,23 @@ def describe_bench(result: dict[str, Any]) -> None:
     for one in result["races"]:
         table.add_section()
         table.add_row(Text(f"{one['title']} ({one['unit']})", style="bold"))
-        limit = next(iter(one["medians"].values()))
         for place, (name, times) in enumerate(one["seconds"].items()):
             median = one["medians"][name]
             target = Text("")
-            if place == 1 and one["target"] is not None:
+            if place == one["limits"] and one["target"] is not None:
                 target = Text(f"≤ {one['target']:.2f}", style="green" if one["met"] else "red")
             peak = one["peak_bytes"].get(name)
             memory = "-" if peak is None else bytes_text(peak)
-            ratio = "1" if not place else f"{median / limit:.2f}"
+            ratio = "1" if median == one["limit"] else f"{median / one['limit']:.2f}"
             cells = (_time(median), _time(min(times)), _time(max(times)), memory, ratio)
             table.add_row(Text(f"  {name}"), *cells, target)
     console.print(table)
-    console.print("Memory: what a contender took beyond what the process had, mapped files included.")
+    console.print("Memory: of the computer's, beyond what the process had, mapped files included.")
     console.print(result["break_even"]["text"])
     machine = result["machine"]
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
-    console.print(f"{machine['platform']}, {machine['cores']} cores, {machine['threads']} threads of torch; {versions}")
+    computer = f"{machine['platform']}, {machine['cores']} cores, {machine['threads']} threads of torch"
+    console.print(f"{computer}, on {machine['device']}; {versions}")
 
 
 def _time(seconds: float) -> str:

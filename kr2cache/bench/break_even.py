@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from kr2cache.bench import BenchConfig, Race
+from kr2cache.bench.stage_one import OURS
 from kr2cache.bench.training import CACHED, ONLINE, STEPS
 from kr2cache.cache.format import row_bytes
 from kr2cache.console import bytes_text
@@ -22,7 +23,7 @@ def of(extracted: Race, plan: ExtractPlan, trained: Race, config: BenchConfig) -
     examples = task.read("train", training.data, training.limit)
     tokenizer = load_tokenizer(find_model(training.resource or "", training.models), words=task.words)
     tokens = int(encode_examples(tokenizer, examples, task, training.max_length).n_tokens.sum())
-    once = extracted.medians["kr2cache extract"] / plan.tokens * tokens
+    once = extracted.medians[OURS] / plan.tokens * tokens
     used = min(STEPS, max(1, len(examples) // training.batch_size)) * min(training.batch_size, len(examples))
     saved = (trained.medians[ONLINE] - trained.medians[CACHED]) / used * len(examples)
     epochs = once / saved if saved > 0 else math.inf

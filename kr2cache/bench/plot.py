@@ -30,13 +30,13 @@ def plot(result: dict[str, Any], path: Path) -> None:
         axes = figure.add_subplot()
         at, ticks, labels = 0.0, [], []
         for one in result["races"]:
-            limit = next(iter(one["medians"].values()))
+            limit, limits = one["limit"], one["limits"]
             at += 2
             axes.text(0, at - 0.9, one["title"], transform=axes.get_yaxis_transform(), weight="bold", fontsize=8)
             for place, (name, median) in enumerate(one["medians"].items()):
                 ratio = median / limit
                 low, high = (bound / limit for bound in (min(one["seconds"][name]), max(one["seconds"][name])))
-                colour = (GREY, PALETTE[0])[place] if place < 2 else PALETTE[4]
+                colour = GREY if place < limits else PALETTE[0 if place == limits else 4]
                 axes.barh(at, ratio, color=colour, height=0.8)
                 axes.errorbar(ratio, at, xerr=[[ratio - low], [high - ratio]], color="black", linewidth=0.8, capsize=2)
                 axes.text(high * 1.05, at, f"{ratio:.2f}", va="center", fontsize=7)

@@ -109,6 +109,7 @@ def bench_cli(
     training_data: Annotated[
         str | None, typer.Option(help="A tagged corpus for the training steps.", show_default="the demo's")
     ] = None,
+    device: Device = None,
     repeats: Annotated[int, typer.Option(help="Turns of each contender.", min=1)] = 5,
     folder: Annotated[
         Path | None, typer.Option(help="On the disk in question; files are removed.", show_default="temporary")
@@ -133,7 +134,7 @@ def bench_cli(
         task=task,
         data=data or str(corpus()),
         limit=limit,
-        device="cpu",
+        device=device or "auto",
         models=overrides,
     )
     training = TrainConfig(
@@ -141,7 +142,7 @@ def bench_cli(
         reader=reader,
         resource=resource,
         data=training_data or str(corpus()),
-        device="cpu",
+        device=device or "auto",
         models=overrides,
     )
     result = bench(BenchConfig(extraction=extraction, training=training, repeats=repeats, folder=folder))
