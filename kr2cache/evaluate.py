@@ -35,6 +35,12 @@ def most_likely(logits: NDArray[np.float32], task: Task) -> Prediction:
     return [None if np.isnan(row[0]) else label for row, label in zip(logits, best, strict=True)]
 
 
+def batches_of(data: SplitData, device: torch.device) -> list[NDArray[np.intp]]:
+    """Example numbers of each batch of an evaluation: like lengths together, longest first."""
+    budget = POSITIONS_PER_BATCH.get(device.type, POSITIONS_PER_BATCH["cpu"])
+    return length_sorted_batches(data.positions(), budget)
+
+
 def example_logits(
     reader: KReader, data: SplitData, task: Task, tokenizer: PreTrainedTokenizerBase
 ) -> list[NDArray[np.float32]]:
@@ -46,13 +52,11 @@ def example_logits(
     """
     device = next(reader.parameters()).device
     batcher = Batcher(data, task, tokenizer)
-    budget = POSITIONS_PER_BATCH.get(device.type, POSITIONS_PER_BATCH["cpu"])
     result: list[NDArray[np.float32]] = [np.empty((0, 0), dtype=np.float32)] * len(data.examples)
     was_training = reader.training
     reader.eval()
-    positions = data.positions()
-    with torch.inference_mode(), prepacked_weights(reader, int(positions.sum())):
-        for numbers in length_sorted_batches(positions, budget):
+    with torch.inference_mode(), prepacked_weights(reader, int(data.positions().sum())):
+        for numbers in batches_of(data, device):
             batch = batcher(numbers.tolist())
             inputs = {name: tensor.to(device) for name, tensor in batch.items() if name not in TARGETS}
             logits = reader(**inputs)["logits"].float().cpu().numpy()

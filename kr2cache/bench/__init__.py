@@ -110,9 +110,10 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     from kr2cache.bench import ablation, break_even, reading, stage_one, training
 
     with tempfile.TemporaryDirectory(dir=config.folder, prefix="kr2cache-bench-") as folder:
-        trained = training.run(config, Path(folder))  # first: what is wrong with models or data shows here
+        job = training.prepared(config, Path(folder))  # first: what is wrong with models or data shows here
+        trained, evaluated = training.steps(config, job), training.evaluation(config, job)
         extracted, plan = stage_one.run(config, Path(folder))
-        races = [extracted, *reading.run(config, Path(folder)), trained, ablation.run(config, Path(folder))]
+        races = [extracted, *reading.run(config, Path(folder)), trained, evaluated, ablation.run(config, Path(folder))]
     return {
         "machine": {
             "platform": platform.platform(),

@@ -1,4 +1,6 @@
-"""Stage two: how much of a KR2 training step is the reader on l1 + l2 positions, and what the cache saves."""
+"""Stage two: how much of a KR2 training step, and of an evaluation, is the reader on l1 + l2 positions, and what the
+cache saves.
+"""
 
 from __future__ import annotations
 
@@ -11,27 +13,35 @@ import torch
 from torch import Tensor
 
 from kr2cache import models
-from kr2cache.batches import Batcher, SplitData, StepBatcher
+from kr2cache.batches import TARGETS, Batcher, SplitData, StepBatcher
 from kr2cache.bench import BenchConfig, Race, race
 from kr2cache.cache.format import SequenceIndex
 from kr2cache.device import choose_device
 from kr2cache.encode import encode_examples
+from kr2cache.evaluate import batches_of, predict
 from kr2cache.predict import OnlineFeatures, OnlineResource
+from kr2cache.prepacked import prepacked_weights
 from kr2cache.prepare import prepare
 from kr2cache.shared import Shared
 from kr2cache.train import PART_OVERHEAD, WHOLE, Job
 
 TARGET = 1.05
+EVALUATION_TARGET = 1 / 0.97
+"""As stage one's."""
 STEPS = 6
 """In one turn."""
 CACHED, ONLINE = "kr2cache, states read from the cache", "the resource runs again in every step"
 
 
-def run(config: BenchConfig, folder: Path) -> Race:
-    """A step of training on cached states, beside the same step without reading them, and with the resource in it."""
-    job = prepare(
+def prepared(config: BenchConfig, folder: Path) -> Job:
+    """The training that is measured, its caches made."""
+    return prepare(
         dataclasses.replace(config.training, cache_dir=folder / "caches", run_dir=folder / "runs"), Shared()
     ).job
+
+
+def steps(config: BenchConfig, job: Job) -> Race:
+    """A step of training on cached states, beside the same step without reading them, and with the resource in it."""
     device = choose_device(job.config.device)
     whole_is_ours = device.type not in PART_OVERHEAD
     torch.manual_seed(1)
@@ -50,7 +60,7 @@ def run(config: BenchConfig, folder: Path) -> Race:
         for batch in map(StepBatcher(Batcher(data, job.task, job.tokenizer), overhead), picks):
             yield {"parts": [{name: _moved(one, device) for name, one in part.items()} for part in batch["parts"]]}
 
-    def steps(batches: Iterable[dict[str, Any]]) -> None:
+    def train(batches: Iterable[dict[str, Any]]) -> None:
         for batch in batches:
             for part in batch["parts"]:
                 inputs = {name: one for name, one in part.items() if name != "labels_share"}
@@ -60,12 +70,12 @@ def run(config: BenchConfig, folder: Path) -> Race:
 
     ready = list(batches(cached))
     contenders: dict[str, Callable[[], object]] = {
-        "the same reader on l1 + l2 positions, batches ready in memory": lambda: steps(ready),
-        CACHED: lambda: steps(batches(cached)),
+        "the same reader on l1 + l2 positions, batches ready in memory": lambda: train(ready),
+        CACHED: lambda: train(batches(cached)),
     }
     if not whole_is_ours:
-        contenders["the same, batches padded and computed whole"] = lambda: steps(batches(cached, WHOLE))
-    contenders[ONLINE] = lambda: steps(batches(online))
+        contenders["the same, batches padded and computed whole"] = lambda: train(batches(cached, WHOLE))
+    contenders[ONLINE] = lambda: train(batches(online))
     return race(
         "training",
         f"{len(picks)} steps of {len(picks[0])} examples, {job.reader.name} with {job.config.resource}, "
@@ -73,6 +83,36 @@ def run(config: BenchConfig, folder: Path) -> Race:
         contenders,
         repeats=config.repeats,
         target=TARGET,
+    )
+
+
+def evaluation(config: BenchConfig, job: Job) -> Race:
+    """What a reader says of a split, beside its forward passes alone: batches ready, logits thrown away."""
+    device = choose_device(job.config.device)
+    torch.manual_seed(1)
+    reader = job.new_reader().to(device).eval()
+    data = job.splits["train"]
+    positions = int(data.positions().sum())
+    batcher = Batcher(data, job.task, job.tokenizer)
+    ready = [
+        {name: _moved(tensor, device) for name, tensor in batcher(numbers.tolist()).items() if name not in TARGETS}
+        for numbers in batches_of(data, device)
+    ]
+
+    def forward_alone() -> None:
+        with torch.inference_mode(), prepacked_weights(reader, positions):
+            for batch in ready:
+                reader(**batch)
+
+    return race(
+        "evaluation",
+        f"{len(data.examples)} examples, {positions:,} positions of {job.reader.name}",
+        {
+            "the same reader's forward passes alone, batches ready in memory": forward_alone,
+            "kr2cache, states read and labels said": lambda: predict(reader, data, job.task, job.tokenizer),
+        },
+        repeats=config.repeats,
+        target=EVALUATION_TARGET,
     )
 
 
