@@ -7,6 +7,7 @@ of a small, but natural training: evaluated examples are a sixth of the trained 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import re
 import time
@@ -61,7 +62,7 @@ def run(config: BenchConfig, folder: Path) -> Race:
     contenders = {"kr2cache, from the cache": cached, "the resource runs again in every step and evaluation": online}
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     first = next(seeds)  # the turn that is measured for memory alone
-    peaks = {name: peak_of(lambda work=work: work(first)) for name, work in contenders.items()}  # type: ignore[misc]
+    peaks = {name: peak_of(functools.partial(work, first)) for name, work in contenders.items()}
     in_steps.clear()
     for seed in itertools.islice(seeds, config.repeats):
         for name, work in contenders.items():

@@ -72,8 +72,12 @@ def row_bytes(width: int, dtype: str) -> int:
 
 
 def chunk_rows(rows: int, width: int, dtype: str) -> int:
-    """C: rows of a chunk of about 8 MiB, at most ``rows``, at least 1."""
-    return max(1, min(rows, CHUNK_BYTES // (width * ON_DISK[dtype].itemsize)))
+    """C: rows of a chunk, at least 1. As few chunks of at most 8 MiB as hold ``rows``, all about equally full: HDF5
+    stores whole chunks, and of a last one that is nearly empty the disk would be.
+    """
+    most = max(1, CHUNK_BYTES // (width * ON_DISK[dtype].itemsize))
+    chunks = max(1, -(-rows // most))
+    return max(1, -(-rows // chunks))
 
 
 def shard_name(number: int, shards: int) -> str:

@@ -73,24 +73,31 @@ def test_data_sets_have_the_names_shapes_and_types_of_the_contract(tmp_path: Pat
 
 
 @pytest.mark.parametrize(("dtype", "item"), [("float16", 2), ("float32", 4), ("bfloat16", 2), ("int8", 1)])
-def test_a_chunk_is_about_8_mib(dtype: str, item: int) -> None:
+def test_a_chunk_is_about_8_mib_and_none_is_nearly_empty(dtype: str, item: int) -> None:
     for width in (1, 384, 768, 1024, 4096, 5000):
-        rows = chunk_rows(10**9, width, dtype)
-        assert 8 * 2**20 - width * item < rows * width * item <= 8 * 2**20
+        most = 8 * 2**20 // (width * item)
+        assert 0.99 * 8 * 2**20 < chunk_rows(10**9, width, dtype) * width * item <= 8 * 2**20
+        for rows in (7, most - 1, most, most + 1, 2 * most + 1, 5 * most - 3):
+            inside = chunk_rows(rows, width, dtype)
+            chunks = -(-rows // inside)
+            assert inside <= most
+            assert chunks == -(-rows // most), "no more of them than needed"
+            assert chunks * inside - rows < chunks, "less than a row of each is left over"
         assert chunk_rows(7, width, dtype) == 7
     assert chunk_rows(10, 10**8, dtype) == 1
+    assert chunk_rows(0, width, dtype) == 1
 
 
 def test_several_chunks_are_one_plain_array(tmp_path: Path) -> None:
-    truth = tiny_cache.make((40, 50, 60), width=32768, layers=(0, 1))
+    truth = tiny_cache.make((40, 50, 61), width=32768, layers=(0, 1))
     path = only_shard(tiny_cache.store(tmp_path / "cache", truth))
     with h5py.File(path, "r") as file:
         hidden = file["hidden"]
-        assert hidden.chunks == (128, 32768)  # 8 MiB of float16; the third chunk is not full
+        assert hidden.chunks == (101, 32768)  # 8 MiB of float16 are 128 rows; the third chunk is not full
         assert hidden.id.get_num_chunks() == 3
         through_hdf5 = hidden[...]
     offset = tiny_cache.byte_offset(path, "hidden")
-    by_hand = np.memmap(path, dtype="<f2", mode="r", offset=offset, shape=(300, 32768))
+    by_hand = np.memmap(path, dtype="<f2", mode="r", offset=offset, shape=(302, 32768))
     assert offset % 4096 == 0
     np.testing.assert_array_equal(by_hand, np.concatenate([raw.reshape(-1, 32768) for raw in truth.raw]))
     np.testing.assert_array_equal(by_hand, through_hdf5)
