@@ -42,8 +42,12 @@ def return_free_memory() -> None:
 @contextlib.contextmanager
 def objects_set_aside() -> Iterator[None]:
     """Inside the block collecting garbage looks at new objects alone: those that torch and transformers import cost a
-    quarter of a second each time, and around every training there are two collections.
+    quarter of a second each time, and around every training there are two collections. Inside another such block it
+    does nothing.
     """
+    if gc.get_freeze_count():
+        yield
+        return
     gc.collect()
     gc.freeze()
     try:

@@ -24,6 +24,7 @@ from kr2cache.console import console, count_text, failed, heading
 from kr2cache.errors import ConfigError, InterruptedWorkError, KR2CacheError, unknown_name
 from kr2cache.fusion import check_fusion_name, parse_fusion
 from kr2cache.locks import check_writable
+from kr2cache.memory import objects_set_aside
 from kr2cache.pipeline import TrainResult, train
 from kr2cache.shared import Shared
 from kr2cache.tasks import find_task
@@ -279,6 +280,7 @@ class Sweep:
         self.run_dir = self.cells[0].config.run_dir
         self.manifest = self.run_dir / MANIFESTS / f"{grid.name}.json"
 
+    @objects_set_aside()
     def run(self) -> SweepResult:
         """Fill every cell.
 

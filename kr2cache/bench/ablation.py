@@ -17,7 +17,7 @@ from kr2cache import models
 from kr2cache.bench import BenchConfig, Race
 from kr2cache.bench.training import load_online, online_index, online_split
 from kr2cache.device import choose_device
-from kr2cache.memory import peak_of
+from kr2cache.memory import objects_set_aside, peak_of
 from kr2cache.pipeline import train
 from kr2cache.prepare import prepare
 from kr2cache.shared import CorpusSplit, Shared
@@ -31,6 +31,7 @@ EXAMPLES = {"train": 256, "dev": 21, "test": 21}
 TARGET = 1.1
 
 
+@objects_set_aside()  # as a sweep does
 def run(config: BenchConfig, folder: Path) -> Race:
     """Trainings with their caches there, beside the time that their steps take; and without a cache."""
     shared = Shared()

@@ -161,7 +161,7 @@ class _File:
         """Where the root's header is, from the superblock."""
         start = os.pread(self.descriptor, 48, 0)
         if not start.startswith(SIGNATURE[: len(start)]) or not start:
-            raise CacheError(f"{self.path} is not an HDF5 file.", "Give the folder of a cache.")
+            raise CacheError(f"{self.path} is not an HDF5 file.", REMEDY)
         if len(start) < 48:
             raise self.damaged(f"cut off after {len(start)} bytes")
         version, offset_size, length_size, _ = struct.unpack_from("<4B", start, 8)
