@@ -50,13 +50,17 @@ TRAIN_OPTIONS = {
 """Those that concern a training; the settings of a grid."""
 
 
-def choose_resource(cache_dir: Path, task: str | None, overrides: Mapping[str, Mapping[str, Any]]) -> str:
-    """The one resource that has caches (of ``task``, if that is known).
+def choose_resource(cache_dir: Path, task: str | None, reader: str, overrides: Mapping[str, Mapping[str, Any]]) -> str:
+    """The one resource that has caches (of ``task``, if that is known). Caches of the reader itself are those that
+    method kreader2 made: they count where there are no others.
 
     Raises:
         ConfigError: If there is none, or there are several.
     """
     held = sorted({resource for name, resource in _held(cache_dir) if task in (None, name)})
+    if len(held) > 1:
+        own = models.find_model(reader, overrides).name
+        held = [name for name in held if name != own] or held
     if len(held) == 1:
         return models.name_of_stored(held[0], overrides, f"A cache in {cache_dir}")
     if held:

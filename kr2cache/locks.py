@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import getpass
 import json
 import os
 import shlex
 import socket
 import sys
+import tempfile
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,14 +25,21 @@ PATIENCE_S = 0.5
 
 
 def check_writable(folder: Path, option: str) -> None:
-    """Raise ``ConfigError`` if ``folder`` cannot be made or written to; makes nothing."""
+    """Raise ``ConfigError`` if ``folder`` cannot be made or written to; leaves nothing behind."""
     there = folder.absolute()
     while not there.exists():
         there = there.parent
     if not there.is_dir():
         raise ConfigError(f"{option} {folder}: {there} is a file.", "Give a folder.")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise ConfigError(f"{option} {folder}: {there} may not be written to.", "Give another folder.")
+    try:  # rights alone do not tell: root has them on a read-only disk too
+        Path(tempfile.mkdtemp(dir=there, prefix=".kr2cache-")).rmdir()
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return  # that has an error of its own, and what is mended in place needs no room
+        reason = error.strerror or str(error)
+        raise ConfigError(
+            f"{option} {folder}: {there} may not be written to ({reason}).", "Give another folder."
+        ) from None
 
 
 @contextlib.contextmanager

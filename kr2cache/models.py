@@ -132,7 +132,9 @@ def known_models(overrides: Mapping[str, Mapping[str, Any]]) -> dict[str, ModelS
             raise unknown_name(f"field in [models.{name}] of kr2cache.toml:", unknown[0], TOML_FIELDS)
         for key, value in values.items():
             if not _may_be(key, value):
-                wanted = "at least 0 and less than 1" if key == "dropout" else TOML_FIELDS[key].__name__
+                wanted = {"dropout": "at least 0 and less than 1", "layers": "a whole number from 1 on"}.get(
+                    key, TOML_FIELDS[key].__name__
+                )
                 raise ConfigError(
                     f"{key} = {value!r} under [models.{name}] in kr2cache.toml should be {wanted}.", "Correct it."
                 )
@@ -387,8 +389,11 @@ def load_tokenizer(spec: ModelSpec, *, words: bool) -> PreTrainedTokenizerBase:
 
     Args:
         words: Whether it will be given texts as lists of words. A byte-level BPE (RoBERTa's) is then told to put a
-        space
-            before each word: without it every word would silently lose its space prefix.
+            space before each word: without it every word would silently lose its space prefix.
+
+    Raises:
+        ModelUnavailableError: If it cannot be loaded, or has no vocabulary: transformers makes one of special tokens
+            alone where the files are missing.
     """
     from transformers import AutoTokenizer
 
@@ -403,6 +408,12 @@ def load_tokenizer(spec: ModelSpec, *, words: bool) -> PreTrainedTokenizerBase:
             tokenizer = AutoTokenizer.from_pretrained(folder, **arguments, add_prefix_space=True)
             if _drops_the_space(tokenizer):
                 raise ValueError("it is a byte-level BPE and does not accept add_prefix_space.")
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+        raise ModelUnavailableError(
+            f"The tokenizer of {spec.name!r} knows no word: {folder} holds no vocabulary (tokenizer.json, vocab.txt or "
+            "the like), and every word would be read as unknown.",
+            "Copy the tokenizer's files there too, beside config.json and the weights.",
+        )
     # The class of a tokenizer says neither: BertTokenizer is used with models that have no segments, and a generic one
     # with those that have.
     names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]

@@ -20,7 +20,7 @@ from kr2cache.cache.reader import FeatureCache
 from kr2cache.cache.shard import headers_left, open_shard
 from kr2cache.cache.writer import unmark
 from kr2cache.config import ExtractConfig
-from kr2cache.console import count_text, done, seconds_text
+from kr2cache.console import count_text, done, note, seconds_text
 from kr2cache.digests import config_digest, weights_digest
 from kr2cache.encode import encode_examples
 from kr2cache.errors import CacheError, CacheMismatchError
@@ -80,6 +80,11 @@ def repair(config: RepairConfig) -> RepairResult:
         if damaged or rebuilt or astray:
             whole_index = not astray and not any(s.unreadable or s.index_damaged for s in found.shards)
             computed, taken = _mend(config, found, _header(found), whole_index=whole_index)
+        if found.damaged_ids:
+            note(
+                "Runs that read these states while they were damaged are still there; remove their folders to train "
+                "them anew. train --check-states reads none that are damaged."
+            )
     return RepairResult(
         cache=config.folder,
         damaged=damaged,

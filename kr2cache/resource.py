@@ -144,6 +144,7 @@ class Resource:
                 f"else: {'; '.join(difference.text for difference in differences)}.",
                 f"Make one that fits:  {self._command(split)}",
             )
+        self._settle_length(wanted)
         if not self.config.extract:
             unreadable = provenance.unreadable_of(self.config.cache_dir, self.task.name, split)
             other += [error.message for f, error in unreadable.items() if f.name.startswith(f"{wanted.resource}-")]
@@ -153,6 +154,28 @@ class Resource:
                 f"Make one:  {self._command(split)}",
             )
         return None
+
+    def _settle_length(self, wanted: provenance.Wanted) -> None:
+        """Where no length was asked for, that of the resource's other caches of the split: the fusions of one ablation
+        would not compare if one that needs another layer read longer texts.
+        """
+        if self.max_length is not None:
+            return
+        chosen = [
+            cache.provenance["chosen"]
+            for cache in provenance.caches_of(self.config.cache_dir, self.task.name, wanted.split)
+        ]
+        lengths = {
+            int(one["max_length"])
+            for one in chosen
+            if (one["resource"], one["corpus"]) == (wanted.resource, wanted.corpus)
+        }
+        if len(lengths) == 1 and lengths != {DEFAULT_MAX_LENGTH}:
+            (self.max_length,) = lengths
+            note(
+                f"{wanted.resource} is run with --resource-max-length {self.max_length}, the length of its caches of "
+                f"{wanted.task}/{wanted.split}."
+            )
 
     def _sort(
         self, wanted: provenance.Wanted

@@ -331,6 +331,9 @@ WRONG: dict[str, tuple[Callable[[Path], object], str, int, tuple[str, ...]]] = {
     "toml type": (write_toml(TOML.format(defaults="epochs = 'ten'")), TRAIN, 1, ("epochs", "'ten'", "float")),
     "toml true for a number": (write_toml(TOML.format(defaults="limit = true")), TRAIN, 1, ("limit", "True", "int")),
     "toml model": (toml_with("[models.x]\npaht = 'y'\n"), EXTRACT, 1, ("models.x", "'paht'", "'path'")),
+    "toml model layers": (toml_with("[models.x]\npath = 'y'\nlayers = 0\n"), EXTRACT, 1, ("layers = 0", "from 1 on")),
+    "run dir": (nothing, f"{TRAIN} --run-dir kr2cache.toml", 1, ("--run-dir", "kr2cache.toml is a file")),
+    "run dir in no file system": (nothing, f"{TRAIN} --run-dir /proc/runs", 1, ("--run-dir", "may not be written to")),
     "toml model type": (toml_with("[models.x]\npath = 3\n"), EXTRACT, 1, ("models.x", "path", "3")),
     "training argument": (toml_with("[training]\nwarmup_step = 3\n"), TRAIN, 1, ("'warmup_step'", "warmup_steps")),
     "training value": (toml_with("[training]\nlr_scheduler_type = 'up'\n"), TRAIN, 1, ("up", "[training]")),
@@ -389,13 +392,40 @@ def test_other_settings_with_no_extract_name_the_field(place: Path, capsys: pyte
 
 
 def test_several_resources_in_the_cache_are_a_question(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (place / "kr2cache.toml").write_text(TOML.format(defaults=QUICK) + "[models.beto]\npath = 'models/gottbert'\n")
     assert command("extract --resource gottbert --split dev") == 0
-    assert command("extract --resource xlm-r --split dev --task udpos-de") == 0
+    assert command("extract --resource beto --split dev --task udpos-de") == 0
     capsys.readouterr()
     assert command("train") == 1
     shown = " ".join(capsys.readouterr().err.split())
-    assert "holds gottbert, xlm-r" in shown
+    assert "holds beto, gottbert" in shown
     assert "--resource" in shown
+
+
+def test_the_readers_own_caches_leave_no_question(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """``kreader2`` makes caches of the reader; the README's next line names no resource."""
+    assert command("extract --resource gottbert --split train") == 0
+    assert command("train --method kreader2 --seeds 1") == 0
+    capsys.readouterr()
+    assert command("train --fusion last4 --seeds 1") == 0
+    assert "kr2 (xlm-r + gottbert, last4)" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("options", "unused"),
+    [
+        ("--method kd --teacher gottbert --fusion last2", "Method kd makes no use of --fusion."),
+        ("--method kreader --temperature 2 --resource-max-length 9", "of --resource-max-length, --temperature."),
+        ("--fusion all --soft-weight 1", "Method kr2 makes no use of --soft-weight."),
+        ("--method kreader2 --fusion last2 --projection mlp", None),
+    ],
+)
+def test_options_that_a_method_has_no_use_for_are_named(
+    place: Path, capsys: pytest.CaptureFixture[str], options: str, unused: str | None
+) -> None:
+    assert command(f"train --resource gottbert --seeds 1 {options}") == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert (unused in shown) if unused else ("makes no use" not in shown)
 
 
 # Ctrl-C --------------------------------------------------------------------------------------------------------------

@@ -292,6 +292,20 @@ def test_an_oscar_checkpoint_loads_by_its_path(tmp_path: Path) -> None:
         np.testing.assert_array_equal(one.numpy(), other.numpy())
 
 
+@pytest.mark.parametrize("left", [(), ("tokenizer_config.json", "special_tokens_map.json")])
+@pytest.mark.parametrize("model_type", ["bert", "distilbert", "electra"])
+def test_a_tokenizer_without_a_vocabulary_is_refused(tmp_path: Path, model_type: str, left: tuple[str, ...]) -> None:
+    """transformers makes one of special tokens alone, to which every word is unknown."""
+    folder = tiny.save_model(tmp_path / "partial-copy", model_type)
+    fields = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(fields | {"tokenizer_class": "BertTokenizer"}))
+    for path in folder.iterdir():
+        if path.name not in ("config.json", "model.safetensors", *left):
+            path.unlink()
+    with pytest.raises(ModelUnavailableError, match=r"partial-copy.*tokeni[sz]er"):
+        load_tokenizer(find_model(str(folder), {}), words=True)
+
+
 def test_remote_code_runs_only_for_the_model_that_asks_for_it() -> None:
     assert not any(spec.trust_remote_code for spec in REGISTRY.values())
     known = known_models({"kobert": {"trust_remote_code": True}})

@@ -326,6 +326,25 @@ def test_without_extraction_the_field_that_differs_is_named(
     assert not (world.folder / "runs").exists()
 
 
+def test_a_cache_that_lacks_a_layer_still_decides_the_length(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    """Else one fusion of an ablation would read longer texts than the others."""
+    world.extract("train", max_length=7, layers="last2")
+    with pytest.raises(CacheError) as caught:
+        world.train(extract=False)
+    assert "--max-length 7" in caught.value.remedy
+    assert "--resource-max-length 7" in " ".join(capsys.readouterr().out.split())
+    run = world.train().runs[0]
+    decided = json.loads((run.folder / "config.json").read_text())["config"]["resource"]
+    assert decided["max_length"] == 7
+    assert len(world.cache_folders()) == 4
+    assert (
+        json.loads((world.train(resource_max_length=9).runs[0].folder / "config.json").read_text())["config"][
+            "resource"
+        ]["max_length"]
+        == 9
+    )
+
+
 def test_what_the_cache_holds_decides_what_was_not_asked_for(world: World) -> None:
     for split in SPLITS:
         world.extract(split, max_length=20, dtype="float32")

@@ -609,6 +609,14 @@ def test_a_blind_file_is_predicted(world: World, tmp_path: Path) -> None:
     ]
 
 
+def test_conllu_under_another_name_is_not_taken_for_text(world: World, tmp_path: Path) -> None:
+    path = tmp_path / "new.conll"
+    path.write_text("# sent_id = s\n1\tdas\t_\t_\t_\t_\t_\t_\t_\t_\n\n")
+    with pytest.raises(DataError, match=r"line-2 has ten columns.*CoNLL-U") as caught:
+        read_file(world.predictor().task, path)
+    assert ".conllu" in caught.value.remedy
+
+
 def test_any_other_file_is_lines_of_text(world: World, tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_bytes("\ufeffüber das\r\n\r\nein\u2028haus\n".encode())

@@ -984,6 +984,7 @@ def test_verify_and_repair_from_the_command_line(
     assert set(mended.document) == {"cache", "damaged", "rebuilt", "computed", "taken_over", "seconds"}
     assert (mended.document["cache"], sorted(mended.document["damaged"])) == (cache, sorted(ids[:2]))
     assert mended.document["rebuilt"] == [second.name, third.name]
+    assert "remove their folders" in mended.people
     assert mended.document["computed"] == sum(map(len, holding(planned(good), {0, 1})))
     assert contents(folder) == contents(good)
     assert Answer(capsys, "cache", "verify", cache).code == 0

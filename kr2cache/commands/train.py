@@ -31,6 +31,7 @@ from kr2cache.config import (
     parse_seeds,
     read_toml,
 )
+from kr2cache.console import note
 from kr2cache.defaults import OPTIONS, choose_resource, choose_task
 from kr2cache.errors import ConfigError
 
@@ -144,13 +145,21 @@ def train_cli(
     where = given.get("cache_dir", default_cache_dir())
     if "resource" not in given:
         try:
-            given["resource"] = choose_resource(where, given.get("task"), toml.models)
+            given["resource"] = choose_resource(
+                where, given.get("task"), given.get("reader", DEFAULT_READER), toml.models
+            )
         except ConfigError:
             if given.get("method", METHODS[0]) in ("kr2", "kresource"):
                 raise
     if "task" not in given:
         given["task"] = choose_task(given.get("resource"), where, toml.models)
     config = TrainConfig(**given, extract=not no_extract, models=toml.models, training=toml.training)
+    of_fusion = {"fusion": fusion, "projection": projection, "fusion-learning-rate": fusion_learning_rate}
+    of_distillation = {"teacher": teacher, "temperature": temperature, "soft-weight": soft_weight}
+    idle = {} if config.method in ("kr2", "kreader2") else of_fusion | {"resource-max-length": resource_max_length}
+    idle |= {} if config.method == "kd" else of_distillation
+    if typed := [f"--{name}" for name, value in idle.items() if value is not None]:
+        note(f"Method {config.method} makes no use of {', '.join(typed)}.")
 
     from kr2cache.pipeline import describe_training, train
 

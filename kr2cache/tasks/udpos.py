@@ -89,6 +89,11 @@ class UdPos(Task):
         return examples
 
     def from_line(self, line: str, name: str) -> Example:
+        if len(columns := line.split("\t")) == 10 and columns[0].isdigit():
+            raise DataError(
+                f"{name} has ten columns, split by tabs: it is CoNLL-U, not a sentence.",
+                "Give it as a file whose name ends in .conllu: --file new.conllu.",
+            )
         words = tuple(line.split())
         if not words:
             raise DataError(f"{name}: no word in it.", "Give a sentence, its words split by spaces.")

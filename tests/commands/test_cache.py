@@ -67,6 +67,8 @@ def test_every_cache_is_listed_with_its_state(place: World, capsys: pytest.Captu
     assert (by_split["train"]["sequences"], by_split["train"]["complete"]) == (12, 12)
     assert (by_split["dev"]["sequences"], by_split["dev"]["complete"]) == (5, 3)
     assert "is not an HDF5 file" in by_split["test"]["problem"]
+    assert command(f"info {folder_of('test')}") == 1
+    assert "kr2cache cache verify" in capsys.readouterr().err
     assert by_split["train"]["bytes"] == sum(path.stat().st_size for path in folder_of("train").glob("*.h5"))
     assert (by_split["train"]["resource"], by_split["train"]["corpus"]) == ("res", "corpus")
     assert command("list") == 0
