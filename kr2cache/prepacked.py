@@ -64,7 +64,7 @@ def prepacked_weights(model: nn.Module, positions: int) -> Iterator[None]:
                 module.__dict__.pop("forward", None)
 
 
-def _pays_here() -> bool:
+def pays_here() -> bool:
     """With AVX-512 alone: with AVX2 torch's own BLAS is as fast, and what is no x86 takes oneDNN or its like already.
     By what the processor can do, not by a measurement: what goes on after a stop has to compute alike.
     """
@@ -73,7 +73,7 @@ def _pays_here() -> bool:
 
 def _is_worthwhile(model: nn.Module) -> bool:
     return (
-        _pays_here()
+        pays_here()
         and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
         and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")

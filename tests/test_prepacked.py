@@ -26,7 +26,7 @@ packs = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="no 
 @pytest.fixture(autouse=True)
 def _as_with_avx512(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where it pays is one question, whether it computes the same another."""
-    monkeypatch.setattr(prepacked, "_pays_here", lambda: True)
+    monkeypatch.setattr(prepacked, "pays_here", lambda: True)
 
 
 def model_of(model_type: str, **settings: Any) -> Any:

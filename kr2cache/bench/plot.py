@@ -46,8 +46,10 @@ def plot(result: dict[str, Any], path: Path) -> None:
         axes.axvline(1, color="black", linewidth=0.8)
         axes.set_yticks(ticks, labels, fontsize=7)
         axes.set_xscale("log")
-        axes.set_xticks([0.5, 1, 2, 4, 8, 16], ["0.5", "1", "2", "4", "8", "16"])
-        axes.set_xlim(0.4, None)
+        smallest = min(median / one["limit"] for one in result["races"] for median in one["medians"].values())
+        ticks_x = [tick for tick in (0.01, 0.1, 0.5, 1, 2, 4, 8, 16) if tick > 0.7 * smallest or tick >= 0.5]
+        axes.set_xticks(ticks_x, [f"{tick:g}" for tick in ticks_x])
+        axes.set_xlim(min(0.4, 0.7 * smallest), None)
         axes.invert_yaxis()
         axes.grid(visible=False, axis="y")
         axes.set_xlabel("times the limit (grey)", fontsize=8)

@@ -20,7 +20,7 @@ from kr2cache.device import choose_device
 from kr2cache.encode import length_sorted_batches
 from kr2cache.extract import extract, fill, hidden_states
 from kr2cache.planning import ExtractPlan, plan_extraction
-from kr2cache.prepacked import prepacked_weights
+from kr2cache.prepacked import pays_here, prepacked_weights
 
 TARGET = {"cpu": 1 / 0.97, "cuda": 1 / 0.8}
 """On a GPU the disk may be slower than the model."""
@@ -76,7 +76,7 @@ def run(config: BenchConfig, folder: Path) -> tuple[Race, ExtractPlan]:
         "writing as many bytes, synced": writing_alone,
         OURS: ours,
     }
-    if device.type == "cpu":
+    if device.type == "cpu" and pays_here():
         contenders["its own forward pass alone (weights prepacked for oneDNN)"] = prepacked
     contenders[f"plain loop in data order, batches of {ROWS_AT_ONCE}, a data set each"] = lambda: loop(ROWS_AT_ONCE)
     contenders["one sequence at a time, a data set each"] = lambda: loop(1)
