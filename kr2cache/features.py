@@ -142,7 +142,7 @@ class DeviceFeatures:
         device = self.device
         T = int(lengths.max())
         length_B = torch.from_numpy(lengths).to(device, non_blocking=True)[:, None, None]
-        first_B = self._first_row[torch.as_tensor(list(sequences), device=device)][:, None, None]
+        first_B = self._first_row[torch.as_tensor(list(sequences)).to(device, non_blocking=True)][:, None, None]
         layer_L, place_T = torch.arange(self.layers, device=device)[:, None], torch.arange(T, device=device)
         rows_BLT = first_B + layer_L * length_B + place_T
         rows_BLT = torch.where(place_T < length_B, rows_BLT, len(self._rows) - 1)

@@ -31,8 +31,8 @@ def check_writable(folder: Path, option: str) -> None:
         there = there.parent
     if not there.is_dir():
         raise ConfigError(f"{option} {folder}: {there} is a file.", "Give a folder.")
-    try:  # rights alone do not tell: root has them on a read-only disk too
-        Path(tempfile.mkdtemp(dir=there, prefix=".kr2cache-")).rmdir()
+    try:  # rights alone do not tell: root has them in /proc too
+        tempfile.TemporaryFile(dir=there).close()
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return  # that has an error of its own, and what is mended in place needs no room

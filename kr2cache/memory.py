@@ -39,20 +39,26 @@ def return_free_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+_set_aside: list[bool] = []
+"""Not empty inside the block (how many objects are frozen does not tell: Python 3.12 freezes some itself)."""
+
+
 @contextlib.contextmanager
 def objects_set_aside() -> Iterator[None]:
     """Inside the block collecting garbage looks at new objects alone: those that torch and transformers import cost a
     quarter of a second each time, and around every training there are two collections. Inside another such block it
     does nothing.
     """
-    if gc.get_freeze_count():
+    if _set_aside:
         yield
         return
     gc.collect()
     gc.freeze()
+    _set_aside.append(True)
     try:
         yield
     finally:
+        _set_aside.clear()
         gc.unfreeze()
 
 

@@ -408,7 +408,7 @@ def load_tokenizer(spec: ModelSpec, *, words: bool) -> PreTrainedTokenizerBase:
             tokenizer = AutoTokenizer.from_pretrained(folder, **arguments, add_prefix_space=True)
             if _drops_the_space(tokenizer):
                 raise ValueError("it is a byte-level BPE and does not accept add_prefix_space.")
-    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
         raise ModelUnavailableError(
             f"The tokenizer of {spec.name!r} knows no word: {folder} holds no vocabulary (tokenizer.json, vocab.txt or "
             "the like), and every word would be read as unknown.",

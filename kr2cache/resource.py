@@ -156,20 +156,17 @@ class Resource:
         return None
 
     def _settle_length(self, wanted: provenance.Wanted) -> None:
-        """Where no length was asked for, that of the resource's other caches of the split: the fusions of one ablation
-        would not compare if one that needs another layer read longer texts.
+        """Where no length was asked for, that of the resource's other caches of the same sequences: the fusions of one
+        ablation would not compare if one that needs another layer read longer texts.
         """
         if self.max_length is not None:
             return
-        chosen = [
-            cache.provenance["chosen"]
-            for cache in provenance.caches_of(self.config.cache_dir, self.task.name, wanted.split)
-        ]
-        lengths = {
-            int(one["max_length"])
-            for one in chosen
-            if (one["resource"], one["corpus"]) == (wanted.resource, wanted.corpus)
-        }
+        lengths = set()
+        for cache in provenance.caches_of(self.config.cache_dir, self.task.name, wanted.split):
+            chosen = cache.provenance["chosen"]
+            same = (chosen["resource"], chosen["corpus"]) == (wanted.resource, wanted.corpus)
+            if same and (cache.find(wanted.ids) >= 0).all():
+                lengths.add(int(chosen["max_length"]))
         if len(lengths) == 1 and lengths != {DEFAULT_MAX_LENGTH}:
             (self.max_length,) = lengths
             note(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -124,8 +125,8 @@ def training_arguments(config: TrainConfig, folder: Path, seed: int) -> Training
         "save_strategy": "no",
         "logging_strategy": "epoch",
         "report_to": "none",
-        # A GPU is waited for neither after each step, to look at its loss, nor when a batch is copied to it: the next
-        # batch is gathered meanwhile. Weights that are no longer finite are noticed at the end of the run.
+        # A GPU's loss is not looked at after each step, nor is a batch's copy to it waited for: the next batch is
+        # gathered meanwhile. Weights that are no longer finite are noticed at the end of the run.
         "logging_nan_inf_filter": False,
         "accelerator_config": {"non_blocking": device.type == "cuda"},
         **config.training,
@@ -342,7 +343,12 @@ def train_seed(job: Job, seed: int, folder: Path, title: str) -> Trained:
             f"The training of seed {seed} diverged: the reader's weights are no longer finite numbers.",
             f"Lower the learning rate (now {job.config.learning_rate:g}).",
         )
-    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    # JSON has no nan: a step of float16 that overflowed was skipped, and its loss says nothing.
+    history = [
+        {name: value for name, value in entry.items() if math.isfinite(value)}
+        for entry in trainer.state.log_history
+        if "loss" in entry
+    ]
     best_epoch = float(job.config.epochs)
     predictions: dict[str, list[Prediction]] = {}
     if keep_best is not None:

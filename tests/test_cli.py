@@ -405,7 +405,7 @@ def test_several_resources_in_the_cache_are_a_question(place: Path, capsys: pyte
 def test_the_readers_own_caches_leave_no_question(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """``kreader2`` makes caches of the reader; the README's next line names no resource."""
     assert command("extract --resource gottbert --split train") == 0
-    assert command("train --method kreader2 --seeds 1") == 0
+    assert command("train --method kreader2 --fusion last2 --seeds 1") == 0
     capsys.readouterr()
     assert command("train --fusion last4 --seeds 1") == 0
     assert "kr2 (xlm-r + gottbert, last4)" in " ".join(capsys.readouterr().out.split())

@@ -293,12 +293,13 @@ def test_an_oscar_checkpoint_loads_by_its_path(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("left", [(), ("tokenizer_config.json", "special_tokens_map.json")])
-@pytest.mark.parametrize("model_type", ["bert", "distilbert", "electra"])
+@pytest.mark.parametrize("model_type", ["bert", "distilbert", "electra", "deberta-v2"])
 def test_a_tokenizer_without_a_vocabulary_is_refused(tmp_path: Path, model_type: str, left: tuple[str, ...]) -> None:
     """transformers makes one of special tokens alone, to which every word is unknown."""
     folder = tiny.save_model(tmp_path / "partial-copy", model_type)
     fields = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps(fields | {"tokenizer_class": "BertTokenizer"}))
+    own = "DebertaV2Tokenizer" if model_type == "deberta-v2" else "BertTokenizer"
+    (folder / "tokenizer_config.json").write_text(json.dumps(fields | {"tokenizer_class": own}))
     for path in folder.iterdir():
         if path.name not in ("config.json", "model.safetensors", *left):
             path.unlink()

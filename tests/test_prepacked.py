@@ -29,6 +29,13 @@ def _as_with_avx512(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prepacked, "pays_here", lambda: True)
 
 
+def test_where_it_does_not_pay_nothing_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepacked, "pays_here", lambda: False)
+    model = model_of("bert")
+    with prepacked_weights(model, MANY):
+        assert not any("forward" in module.__dict__ for module in model.modules())
+
+
 def model_of(model_type: str, **settings: Any) -> Any:
     torch.manual_seed(1)
     try:

@@ -14,7 +14,7 @@ from kr2cache.train import training_arguments
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_a_gpu_is_not_waited_for_between_steps(
+def test_neither_loss_nor_copy_of_a_batch_is_waited_for(
     world: World, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(train, "choose_device", lambda _: torch.device(device))
