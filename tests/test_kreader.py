@@ -356,8 +356,12 @@ def test_a_saved_reader_loads_with_equal_logits(kind: str, head: Head, tmp_path:
     torch.manual_seed(99)
     loaded = KReader.load(tmp_path)
     assert not loaded.training
+    weights = loaded.state_dict()
+    assert weights.keys() == reader.state_dict().keys()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in reader.state_dict().items())
     with torch.no_grad():
-        torch.testing.assert_close(loaded(**inputs)["logits"], expected, rtol=0, atol=0)
+        # A product with one row of weights rounds by where these lie in memory, with some processors.
+        torch.testing.assert_close(loaded(**inputs)["logits"], expected, rtol=0, atol=1e-6)
     assert isinstance(getattr(loaded, "fusion_weights", None), nn.Parameter) == (name == "fuse")
     # The task model beside it is transformers' own.
     assert type(HEADS[head].from_pretrained(tmp_path)) is type(reader.model)
