@@ -9,7 +9,7 @@ demo: $(VENV)/.installed
 	$(BIN)/kr2cache demo
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses=logical --maxprocesses=8 --dist=worksteal
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
