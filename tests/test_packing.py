@@ -1,0 +1,56 @@
+"""Padded layers become the rows of the contract, and no value that is not finite passes, whatever its bits."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from kr2cache.cache.format import SequenceIndex
+from kr2cache.errors import ValueRangeError
+from kr2cache.packing import Packer
+
+CPU = torch.device("cpu")
+
+
+def index(lengths: list[int]) -> SequenceIndex:
+    tokens = sum(lengths)
+    return SequenceIndex(
+        ids=np.array([f"s{i}".encode() for i in range(len(lengths))]),
+        n_tokens=np.array(lengths, dtype=np.int32),
+        text_xxh3=np.zeros(len(lengths), dtype=np.uint64),
+        input_id=np.zeros(tokens, dtype=np.int32),
+        word_index=np.zeros(tokens, dtype=np.int32),
+    )
+
+
+@pytest.mark.parametrize("lengths", [[1], [5, 5, 5], [7, 7, 3, 3, 3, 1], [4, 9, 4]])
+@pytest.mark.parametrize("dtype", ["float16", "float32", "bfloat16"])
+def test_rows_are_the_valid_positions_layer_by_layer(lengths: list[int], dtype: str) -> None:
+    draw = torch.Generator().manual_seed(0)
+    layers = tuple(torch.randn(len(lengths), max(lengths), 6, generator=draw) for _ in range(4))
+    (packed,) = Packer(index(lengths), [0, 2, 3], dtype, CPU)(0, np.arange(len(lengths)), 0, layers)
+    rows = [layers[layer][i, :length] for i, length in enumerate(lengths) for layer in (0, 2, 3)]
+    expected = torch.cat(rows).to(getattr(torch, dtype))
+    given = torch.from_numpy(packed.raw)
+    assert torch.equal(given.view(torch.bfloat16) if dtype == "bfloat16" else given, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_of_all_values_of_16_bits_those_that_are_not_finite_are_refused(dtype: torch.dtype) -> None:
+    every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
+    pack = Packer(index([1]), [0], str(dtype).removeprefix("torch."), CPU)
+    finite = torch.isfinite(every)
+    list(pack(0, np.array([0]), 0, (every[finite].reshape(1, 1, -1),)))
+    for value in every[~finite]:
+        with pytest.raises(ValueRangeError):
+            list(pack(0, np.array([0]), 0, (value.reshape(1, 1, 1),)))
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan, -np.nan])
+@pytest.mark.parametrize("dtype", ["float16", "float32", "bfloat16", "int8"])
+def test_one_such_value_is_named_by_example_and_layer(value: float, dtype: str) -> None:
+    layers = tuple(torch.full((2, 3, 4), -1.0) for _ in range(3))
+    layers[2][1, 1, 3] = value
+    with pytest.raises(ValueRangeError, match=r"'s1' at layer 2 "):
+        list(Packer(index([3, 2]), [0, 1, 2], dtype, CPU)(0, np.arange(2), 0, layers))
