@@ -44,8 +44,6 @@ if TYPE_CHECKING:
 
 TOKENS_PER_BATCH = {"cpu": 1_024, "cuda": 16_384, "mps": 4_096}
 """Positions in one forward pass by device. On 2 CPU cores 1,024 ran 8 to 15 % faster than 4,096 to 8,192."""
-TRIM_EVERY_BATCHES = 16
-"""Kept 5,000 sentences at 385 MB of own memory instead of 461 and rising, at no cost in time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -320,12 +318,11 @@ def _compute(
                 batches = list(_unfinished_batches(plan.index.n_tokens, cuts, writer.unfinished, batch_plan, planned))
                 progress.update(bar, total=sum(len(batch) for _, batch in batches))
                 started, tokens, speed = time.monotonic(), 0, 0.0
-                for number, (shard, batch) in enumerate(batches):
+                for shard, batch in batches:
                     for ready in pack(shard, batch, cuts[shard], _run(encoder, plan, batch)):
                         writer.write(ready)
                     check_interrupt()
-                    if number % TRIM_EVERY_BATCHES == 0:
-                        return_free_memory()
+                    return_free_memory()
                     computed += len(batch)
                     tokens += int(plan.index.n_tokens[batch].sum())
                     speed = tokens / (time.monotonic() - started)

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import gc
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -31,35 +32,47 @@ def total_memory() -> int:
         return 8 * 2**30
 
 
+RETURN_EVERY_S = 5.0
+"""Each time costs as much as setting up a small training: what is given back has to be asked for again."""
+_returned_at = [0.0]
+
+
 def return_free_memory() -> None:
-    """Give freed blocks back to the system: glibc keeps those of shapes that never come again, and memory would grow
-    with the number of batches and trainings. Other C libraries do not have the call, nor the habit.
+    """Give freed blocks back to the system, if that was not done a moment ago: glibc keeps those of shapes that never
+    come again, and memory would grow with the number of batches and trainings. Other C libraries do not have the call,
+    nor the habit.
     """
+    now = time.monotonic()
+    if now - _returned_at[0] < RETURN_EVERY_S:
+        return
+    _returned_at[0] = now
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
-_set_aside: list[bool] = []
-"""Not empty inside the block (how many objects are frozen does not tell: Python 3.12 freezes some itself)."""
+_blocks: list[str] = []
+"""Entered so far, from the outermost one on (how many objects are frozen does not tell: Python 3.12 freezes some)."""
 
 
 @contextlib.contextmanager
 def objects_set_aside() -> Iterator[None]:
     """Inside the block collecting garbage looks at new objects alone: those that torch and transformers import cost a
-    quarter of a second each time, and around every training there are two collections. Inside another such block it
-    does nothing.
+    quarter of a second each time, and around every training there are two collections.
+
+    Blocks may lie inside one another, as trainings do inside a sweep: the second of the inner ones sets aside what was
+    imported and loaded in the first, the others do nothing.
     """
-    if _set_aside:
-        yield
-        return
-    gc.collect()
-    gc.freeze()
-    _set_aside.append(True)
+    _blocks.append("inner" if _blocks else "outermost")
+    outermost = _blocks[-1] == "outermost"
+    if outermost or _blocks.count("inner") == 2:
+        gc.collect()
+        gc.freeze()
     try:
         yield
     finally:
-        _set_aside.clear()
-        gc.unfreeze()
+        if outermost:
+            _blocks.clear()
+            gc.unfreeze()
 
 
 def peak_of(work: Callable[[], object]) -> int | None:

@@ -11,6 +11,7 @@ means: the same names with other contents is a cache gone **stale**, other names
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import platform
 from collections.abc import Mapping, Sequence
@@ -101,15 +102,19 @@ def fingerprint(chosen: Chosen, what: Found) -> str:
 
 def recorded(device: str, threads: int, model: dict[str, Any]) -> dict[str, Any]:
     """Worth knowing later, and never compared: machine, versions, where the model came from. No times."""
-    packages = ("kr2cache", "torch", "transformers", "tokenizers", "h5py", "numpy")
     return {
         "device": device,
         "threads": threads,
         "platform": platform.platform(),
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in packages},
+        "versions": _versions(),
         "model": model,
     }
+
+
+@functools.cache  # each is looked for on the disk, and a sweep asks in every run
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in ("kr2cache", "torch", "transformers", "tokenizers", "h5py", "numpy")}
 
 
 def cache_folder(cache_dir: Path, chosen: Chosen, digest: str) -> Path:

@@ -301,6 +301,8 @@ def train_seed(job: Job, seed: int, folder: Path, title: str) -> Trained:
         arguments.dataloader_num_workers = 0
         arguments.dataloader_persistent_workers = False
         arguments.dataloader_prefetch_factor = None
+        settings: Any = arguments.accelerator_config  # declared as what may be given, it is what was made of it
+        settings.non_blocking = False
     set_seed(seed)
     reader = job.new_reader()
     train = job.splits["train"]
