@@ -23,6 +23,9 @@ from kr2cache.tasks import Example, Task
 
 TARGETS = ("labels", "teacher_logits")
 """Of a batch: what is learned from, not read."""
+WHOLE = 2**40
+PART_OVERHEAD = {"cpu": 128}
+"""Positions: what one part more of a batch costs. A GPU, which small parts leave mostly idle, gets batches whole."""
 POOL_BATCHES = 50
 """Examples of so many batches are sorted by length together, or of a quarter of the split where that is less."""
 

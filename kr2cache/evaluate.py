@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from kr2cache.batches import TARGETS, Batcher, SplitData
+from kr2cache.batches import PART_OVERHEAD, TARGETS, WHOLE, Batcher, SplitData, split_by_length
 from kr2cache.encode import first_subwords, length_sorted_batches
 from kr2cache.kreader import KReader
 from kr2cache.prepacked import prepacked_weights
@@ -36,9 +36,14 @@ def most_likely(logits: NDArray[np.float32], task: Task) -> Prediction:
 
 
 def batches_of(data: SplitData, device: torch.device) -> list[NDArray[np.intp]]:
-    """Example numbers of each batch of an evaluation: like lengths together, longest first."""
+    """Example numbers of each batch of an evaluation: like lengths together, longest first. What is left to pad is cut
+    where that costs less: of a small split all would be one batch.
+    """
     budget = POSITIONS_PER_BATCH.get(device.type, POSITIONS_PER_BATCH["cpu"])
-    return length_sorted_batches(data.positions(), budget)
+    overhead = PART_OVERHEAD.get(device.type, WHOLE)
+    positions = data.positions()
+    whole = length_sorted_batches(positions, budget)
+    return [batch[part] for batch in whole for part in split_by_length(positions[batch], overhead)]
 
 
 def example_logits(

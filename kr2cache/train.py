@@ -31,7 +31,7 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback
 
 from kr2cache import models, runs
-from kr2cache.batches import Batcher, LengthGroupedSampler, SplitData, StepBatcher
+from kr2cache.batches import PART_OVERHEAD, WHOLE, Batcher, LengthGroupedSampler, SplitData, StepBatcher
 from kr2cache.config import Projection, TrainConfig
 from kr2cache.console import work_progress
 from kr2cache.device import choose_device
@@ -90,12 +90,6 @@ class Trained:
     On a GPU it is the time of issuing them: its work is not waited for."""
 
 
-WHOLE = 2**40
-PART_OVERHEAD = {"cpu": 128}
-"""Positions: what one part more of a batch costs, in a forward and a backward pass. On a GPU, where small parts leave
-most of it idle, batches stay whole."""
-
-
 def _part_overhead(arguments: TrainingArguments) -> int:
     # Under torchrun every process has to go through as many backward passes as the others.
     alone = arguments.world_size == 1
@@ -129,6 +123,7 @@ def training_arguments(config: TrainConfig, folder: Path, seed: int) -> Training
         # gathered meanwhile. Weights that are no longer finite are noticed at the end of the run.
         "logging_nan_inf_filter": False,
         "accelerator_config": {"non_blocking": device.type == "cuda"},
+        "dataloader_pin_memory": device.type == "cuda",
         **config.training,
         "output_dir": str(folder),
         "num_train_epochs": config.epochs,
@@ -139,7 +134,6 @@ def training_arguments(config: TrainConfig, folder: Path, seed: int) -> Training
         "disable_tqdm": True,
         "remove_unused_columns": False,
         "label_names": ["labels"],
-        "dataloader_pin_memory": device.type == "cuda",
     }
     try:
         arguments = TrainingArguments(**values)

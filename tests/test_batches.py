@@ -15,14 +15,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kr2cache.batches import Batcher, LengthGroupedSampler, SplitData, StepBatcher, split_by_length
+from kr2cache.batches import WHOLE, Batcher, LengthGroupedSampler, SplitData, StepBatcher, split_by_length
 from kr2cache.distill import TeacherLogits, soft_loss
 from kr2cache.encode import encode_examples
 from kr2cache.fusion import parse_fusion
 from kr2cache.kreader import HEADS, KReader
 from kr2cache.tasks import Example, Task
 from kr2cache.tasks.base import Head
-from kr2cache.train import WHOLE
 
 WIDTH = 6
 

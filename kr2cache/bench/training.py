@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kr2cache import models
-from kr2cache.batches import TARGETS, Batcher, SplitData, StepBatcher
+from kr2cache.batches import PART_OVERHEAD, TARGETS, WHOLE, Batcher, SplitData, StepBatcher
 from kr2cache.bench import BenchConfig, Race, race
 from kr2cache.cache.format import SequenceIndex
 from kr2cache.device import choose_device
@@ -23,7 +23,7 @@ from kr2cache.predict import OnlineFeatures, OnlineResource
 from kr2cache.prepacked import prepacked_weights
 from kr2cache.prepare import prepare
 from kr2cache.shared import Shared
-from kr2cache.train import PART_OVERHEAD, WHOLE, Job
+from kr2cache.train import Job
 
 TARGET = 1.05
 EVALUATION_TARGET = 1 / 0.97
