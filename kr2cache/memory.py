@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import gc
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,26 +33,27 @@ def total_memory() -> int:
         return 8 * 2**30
 
 
-RETURN_EVERY_S = 5.0
-"""Each time costs as much as setting up a small training: what is given back has to be asked for again."""
 _returned_at = [0.0]
 
 
-def return_free_memory() -> None:
-    """Give freed blocks back to the system, if that was not done a moment ago: glibc keeps those of shapes that never
-    come again, and memory would grow with the number of batches and trainings. Other C libraries do not have the call,
-    nor the habit.
+def return_free_memory(every_s: float) -> None:
+    """Give freed blocks back to the system: glibc keeps those of shapes that never come again, and memory would grow
+    with the number of batches and trainings. Other C libraries do not have the call, nor the habit.
+
+    Args:
+        every_s: Do nothing where it was done less than so many seconds ago: what is given back has to be asked for
+            again, which costs 20 to 50 ms.
     """
     now = time.monotonic()
-    if now - _returned_at[0] < RETURN_EVERY_S:
+    if now - _returned_at[0] < every_s:
         return
     _returned_at[0] = now
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
-_blocks: list[str] = []
-"""Entered so far, from the outermost one on (how many objects are frozen does not tell: Python 3.12 freezes some)."""
+_modules: list[int] = []
+"""How many were there when objects were last set aside; empty outside of such a block."""
 
 
 @contextlib.contextmanager
@@ -59,19 +61,19 @@ def objects_set_aside() -> Iterator[None]:
     """Inside the block collecting garbage looks at new objects alone: those that torch and transformers import cost a
     quarter of a second each time, and around every training there are two collections.
 
-    Blocks may lie inside one another, as trainings do inside a sweep: the second of the inner ones sets aside what was
-    imported and loaded in the first, the others do nothing.
+    Blocks may lie inside one another, as trainings do inside a sweep: an inner one does nothing unless modules were
+    imported since; then their objects are set aside too.
     """
-    _blocks.append("inner" if _blocks else "outermost")
-    outermost = _blocks[-1] == "outermost"
-    if outermost or _blocks.count("inner") == 2:
-        gc.collect()
-        gc.freeze()
+    outermost = not _modules
     try:
+        if outermost or len(sys.modules) > _modules[0]:
+            _modules[:] = [len(sys.modules)]
+            gc.collect()
+            gc.freeze()
         yield
     finally:
         if outermost:
-            _blocks.clear()
+            _modules.clear()
             gc.unfreeze()
 
 

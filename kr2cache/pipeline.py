@@ -6,6 +6,7 @@ import contextlib
 import gc
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -29,6 +30,9 @@ from kr2cache.shared import Shared
 from kr2cache.tasks import Task
 from kr2cache.teacher import SEED, Lesson, Teacher
 from kr2cache.train import Job, Trained, train_seed, write_trained
+
+RETURN_MEMORY_EVERY_S = 60.0
+"""The next training needs most of it again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,15 +106,16 @@ def _lesson(student: Prepared, shared: Shared) -> Lesson:
     assert teacher.prepared is not None, "a teacher that is a run has its reader"
     if any(runs.is_finished(folder) for folder in teacher.folders):
         note(f"The teacher's run is there, its reader was dropped: fine-tuning {teacher.name} again.")
-        partial = runs.partial_folder(teacher.folders[0])
-        try:
-            trained_again = train_seed(teacher.prepared.job, SEED, partial, f"teacher {teacher.name}")
-        except KeyboardInterrupt:
-            raise InterruptedWorkError(
-                f"Interrupted while the teacher {teacher.name} was fine-tuned again.", "Run the same command again."
-            ) from None
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+        run_dir = student.job.config.run_dir
+        run_dir.mkdir(parents=True, exist_ok=True)
+        # Not where the run was built: another process may be building its twin there.
+        with tempfile.TemporaryDirectory(dir=run_dir, prefix=".teacher-", ignore_cleanup_errors=True) as folder:
+            try:
+                trained_again = train_seed(teacher.prepared.job, SEED, Path(folder), f"teacher {teacher.name}")
+            except KeyboardInterrupt:
+                raise InterruptedWorkError(
+                    f"Interrupted while the teacher {teacher.name} was fine-tuned again.", "Run the same command again."
+                ) from None
         return teacher.from_trained(trained_again.reader)
     note(f"Fine-tuning the teacher, {teacher.name}, on {student.job.task.name} first.")
     trained: list[Trained] = []
@@ -147,6 +152,16 @@ def _train_seeds(prepared: Prepared, lesson: Lesson | None, keep: Callable[[Trai
             partial = runs.start_run(target) if writes else runs.partial_folder(target)
             try:
                 trained = train_seed(job, seed, partial, f"{folder.name.rpartition('-')[0]} seed {seed}")
+                seconds = time.monotonic() - started
+                if writes:
+                    write_trained(job, trained, partial)
+                    recorded = _recorded(prepared, lesson) | {
+                        "seconds": round(seconds, 1),
+                        "seconds_in_steps": round(trained.step_seconds, 1),
+                        "resource_sequences_read": _sequences_read(job) - read_before,
+                    }
+                    runs.write_json(partial / "config.json", {"config": config, "recorded": recorded})
+                    runs.finish_run(partial, target)
             except BaseException as error:
                 shutil.rmtree(partial, ignore_errors=True)
                 if not isinstance(error, KeyboardInterrupt):
@@ -156,7 +171,6 @@ def _train_seeds(prepared: Prepared, lesson: Lesson | None, keep: Callable[[Trai
                     f"Interrupted in seed {seed}. {kept}: {folder}",
                     "Run the same command again: it trains the seeds that are missing.",
                 ) from None
-            seconds = time.monotonic() - started
             done.append(
                 Run(
                     seed=seed,
@@ -166,20 +180,11 @@ def _train_seeds(prepared: Prepared, lesson: Lesson | None, keep: Callable[[Trai
                     step_seconds=trained.step_seconds,
                 )
             )
-            if writes:
-                write_trained(job, trained, partial)
-                recorded = _recorded(prepared, lesson) | {
-                    "seconds": round(seconds, 1),
-                    "seconds_in_steps": round(trained.step_seconds, 1),
-                    "resource_sequences_read": _sequences_read(job) - read_before,
-                }
-                runs.write_json(partial / "config.json", {"config": config, "recorded": recorded})
-                runs.finish_run(partial, target)
             if keep is not None:
                 keep(trained)
             del trained
             gc.collect()
-            return_free_memory()
+            return_free_memory(RETURN_MEMORY_EVERY_S)
     return done
 
 

@@ -279,9 +279,15 @@ def test_a_run_whose_reader_was_dropped_is_trained_again_to_teach(taught: World)
     logits.unlink()
     (folder,) = (taught.folder / "runs" / "udpos").glob("kresource-res-*/seed-1")
     runs.drop_reader(folder)
+    twin = folder.parent.with_name(folder.parent.name.replace("kresource", "kreader"))
+    being_built = [one / "seed-1.partial" / "by another process" for one in (folder.parent, twin)]
+    for one in being_built:
+        one.mkdir(parents=True)
     train(kd(taught, epochs=1.0, temperature=3.0))
     np.testing.assert_allclose(np.load(logits)["logits"], expected, atol=1e-5)
     assert kept.is_dir()
+    assert all(one.is_dir() for one in being_built)
+    assert not list((taught.folder / "runs").glob(".teacher-*"))
 
 
 def test_a_run_folder_teaches(taught: World) -> None:

@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 import gc
+import sys
+import types
 import weakref
+from collections.abc import Callable
+
+import pytest
 
 from kr2cache.memory import objects_set_aside
 
 
-def test_objects_are_set_aside_twice_at_most_and_come_back() -> None:
+@pytest.fixture
+def imported(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """One more module than before."""
+
+    def add() -> None:
+        monkeypatch.setitem(sys.modules, "a_module_of_this_test", types.ModuleType("a_module_of_this_test"))
+
+    return add
+
+
+def test_objects_are_set_aside_again_after_imports_and_come_back(imported: Callable[[], None]) -> None:
     before = gc.get_freeze_count()
     with objects_set_aside():
         frozen = gc.get_freeze_count()
@@ -17,12 +32,13 @@ def test_objects_are_set_aside_twice_at_most_and_come_back() -> None:
         with objects_set_aside():
             assert gc.get_freeze_count() == frozen, "what is new stays in sight"
         assert gc.get_freeze_count() == frozen, "the inner block gives nothing back"
+        imported()
         with objects_set_aside():
-            assert gc.get_freeze_count() >= frozen + len(new), "what the first inner block loaded is set aside too"
+            assert gc.get_freeze_count() >= frozen + len(new), "modules were imported since"
         frozen = gc.get_freeze_count()
         newer = [[] for _ in range(1_000)]
         with objects_set_aside():
-            assert gc.get_freeze_count() == frozen, "what later ones made stays in sight"
+            assert gc.get_freeze_count() == frozen
         assert len(newer) == 1_000
     assert gc.get_freeze_count() <= before
     with objects_set_aside():
@@ -30,17 +46,28 @@ def test_objects_are_set_aside_twice_at_most_and_come_back() -> None:
     assert gc.get_freeze_count() <= before
 
 
-def test_garbage_of_the_blocks_is_collected() -> None:
-    class Ring:
-        def __init__(self) -> None:
-            self.me = self
+class Ring:
+    """Refers to itself: only a collection takes it away."""
 
-    with objects_set_aside():
-        rings = []
-        for _ in range(4):
+    def __init__(self) -> None:
+        self.me = self
+
+
+def test_garbage_is_collected_and_what_is_set_aside_comes_back(imported: Callable[[], None]) -> None:
+    gc.disable()
+    try:
+        with objects_set_aside():
             with objects_set_aside():
-                ring = Ring()
-                rings.append(weakref.ref(ring))
-                del ring
-                gc.collect()
-                assert rings[-1]() is None
+                dropped, kept = weakref.ref(Ring()), Ring()
+            assert dropped() is not None
+            imported()
+            with objects_set_aside():
+                assert dropped() is None, "collected before the rest was set aside"
+            later = weakref.ref(kept)
+            del kept
+            gc.collect()
+            assert later() is not None, "set aside: no collection sees it"
+        gc.collect()
+        assert later() is None
+    finally:
+        gc.enable()

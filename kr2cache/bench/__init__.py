@@ -7,8 +7,10 @@ that a plain script cannot leave out, or what the hardware gives; where there ar
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
+import shutil
 import statistics
 import tempfile
 import time
@@ -81,19 +83,38 @@ def race(
     target: float | None,
     limits: int = 1,
 ) -> Race:
-    """Let contenders take turns ``repeats`` times, after one turn that is measured for memory alone."""
+    """Let contenders take turns ``repeats`` times, after one turn that is measured for memory alone.
+
+    Args:
+        contenders: What a turn wrote is removed after it where the contender returns its path, a file or a folder.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    peaks = {name: peak_of(work) for name, work in contenders.items()}
+    peaks = {}
+    for name, work in contenders.items():
+        results: list[object] = []
+        peaks[name] = peak_of(functools.partial(_keep, work, results))
+        _remove(results[0])
     for _ in range(repeats):
         for name, work in contenders.items():
             wait_for_gpu()
             if hasattr(os, "sync"):
                 os.sync()  # what another contender left to be written is not this one's to wait for
             started = time.perf_counter()
-            work()
+            left = work()
             wait_for_gpu()
             seconds[name].append(time.perf_counter() - started)
+            _remove(left)
     return Race(title=title, unit=unit, seconds=seconds, peaks=peaks, target=target, limits=limits)
+
+
+def _keep(work: Callable[[], object], results: list[object]) -> None:
+    results.append(work())
+
+
+def _remove(left: object) -> None:
+    """The disk need not hold every turn's output at once."""
+    if isinstance(left, Path):
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -50,19 +50,24 @@ def run(config: BenchConfig, folder: Path) -> tuple[Race, ExtractPlan]:
         for batch in batches:
             forward(batch)
 
-    def writing_alone() -> None:
-        _write(folder / f"written-{next(numbers)}", plan.state_bytes)
+    def writing_alone() -> Path:
+        path = folder / f"written-{next(numbers)}"
+        _write(path, plan.state_bytes)
+        return path
 
     def prepacked() -> None:
         with prepacked_weights(encoder, plan.tokens):
             forward_alone()
 
-    def ours() -> None:
-        fill(plan, encoder, folder / f"ours-{next(numbers)}", header)
+    def ours() -> Path:
+        path = folder / f"ours-{next(numbers)}"
+        fill(plan, encoder, path, header)
+        return path
 
-    def loop(rows: int) -> None:
+    def loop(rows: int) -> Path:
         """In the data's order, padded, one HDF5 data set a sequence."""
-        with h5py.File(folder / f"loop-{next(numbers)}.h5", "w") as file:
+        path = folder / f"loop-{next(numbers)}.h5"
+        with h5py.File(path, "w") as file:
             for start in range(0, len(names), rows):
                 sequences = np.arange(start, min(start + rows, len(names)))
                 output = forward(sequences)
@@ -70,6 +75,7 @@ def run(config: BenchConfig, folder: Path) -> tuple[Race, ExtractPlan]:
                 for row, i in enumerate(sequences.tolist()):
                     part = layers[:, row, : int(plan.index.n_tokens[i])]
                     file.create_dataset(names[i].replace("/", "|"), data=part.astype(np.float16))
+        return path
 
     contenders: dict[str, Callable[[], object]] = {
         "length-sorted forward pass alone, nothing stored": forward_alone,
@@ -92,10 +98,9 @@ def run(config: BenchConfig, folder: Path) -> tuple[Race, ExtractPlan]:
 
 
 def _write(path: Path, size: int) -> None:
-    """``size`` bytes to the disk: what storing the states takes at least. The file does not stay."""
+    """``size`` bytes to the disk: what storing the states takes at least."""
     block = np.random.default_rng(0).bytes(2**23)
     with path.open("wb", buffering=0) as file:
         for start in range(0, size, len(block)):
             file.write(block[: size - start])
         os.fsync(file.fileno())
-    path.unlink()
