@@ -25,7 +25,7 @@ TARGETS = ("labels", "teacher_logits")
 """Of a batch: what is learned from, not read."""
 WHOLE = 2**40
 PART_OVERHEAD = {"cpu": 128}
-"""Positions: what one part more of a batch costs. A GPU, which small parts leave mostly idle, gets batches whole."""
+"""See ``part_overhead``."""
 POOL_BATCHES = 50
 """Examples of so many batches are sorted by length together, or of a quarter of the split where that is less."""
 
@@ -114,6 +114,11 @@ class Batcher:
 
     def _first_subwords(self, example: int) -> tuple[NDArray[np.intp], NDArray[np.int32]]:
         return first_subwords(self.data.index.word_index[self.first[example] : self.first[example + 1]])
+
+
+def part_overhead(device: torch.device) -> int:
+    """Positions: what one part more of a batch costs. A GPU, mostly idle with small parts, gets batches whole."""
+    return PART_OVERHEAD.get(device.type, WHOLE)
 
 
 def split_by_length(lengths: NDArray[np.int64], overhead: int) -> list[NDArray[np.intp]]:

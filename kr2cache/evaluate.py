@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from kr2cache.batches import PART_OVERHEAD, TARGETS, WHOLE, Batcher, SplitData, split_by_length
+from kr2cache.batches import TARGETS, Batcher, SplitData, part_overhead, split_by_length
 from kr2cache.encode import first_subwords, length_sorted_batches
 from kr2cache.kreader import KReader
 from kr2cache.prepacked import prepacked_weights
@@ -40,7 +40,7 @@ def batches_of(data: SplitData, device: torch.device) -> list[NDArray[np.intp]]:
     where that costs less: of a small split all would be one batch.
     """
     budget = POSITIONS_PER_BATCH.get(device.type, POSITIONS_PER_BATCH["cpu"])
-    overhead = PART_OVERHEAD.get(device.type, WHOLE)
+    overhead = part_overhead(device)
     positions = data.positions()
     whole = length_sorted_batches(positions, budget)
     return [batch[part] for batch in whole for part in split_by_length(positions[batch], overhead)]

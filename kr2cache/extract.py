@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 TOKENS_PER_BATCH = {"cpu": 1_024, "cuda": 16_384, "mps": 4_096}
 """Positions in one forward pass by device. On 2 CPU cores 1,024 ran 8 to 15 % faster than 4,096 to 8,192."""
 RETURN_MEMORY_EVERY_S = 10.0
+"""Without it the memory of 5,000 sentences rose from batch to batch."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,7 +31,7 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback
 
 from kr2cache import models, runs
-from kr2cache.batches import PART_OVERHEAD, WHOLE, Batcher, LengthGroupedSampler, SplitData, StepBatcher
+from kr2cache.batches import WHOLE, Batcher, LengthGroupedSampler, SplitData, StepBatcher, part_overhead
 from kr2cache.config import Projection, TrainConfig
 from kr2cache.console import work_progress
 from kr2cache.device import choose_device
@@ -90,10 +90,9 @@ class Trained:
     On a GPU it is the time of issuing them: its work is not waited for."""
 
 
-def _part_overhead(arguments: TrainingArguments) -> int:
+def _overhead(arguments: TrainingArguments) -> int:
     # Under torchrun every process has to go through as many backward passes as the others.
-    alone = arguments.world_size == 1
-    return PART_OVERHEAD.get(arguments.device.type, WHOLE) if alone else WHOLE
+    return part_overhead(arguments.device) if arguments.world_size == 1 else WHOLE
 
 
 def training_arguments(config: TrainConfig, folder: Path, seed: int) -> TrainingArguments:
@@ -303,7 +302,7 @@ def train_seed(job: Job, seed: int, folder: Path, title: str) -> Trained:
     trainer = ReaderTrainer(
         model=reader,
         args=arguments,
-        data_collator=StepBatcher(Batcher(train, job.task, job.tokenizer), _part_overhead(arguments)),
+        data_collator=StepBatcher(Batcher(train, job.task, job.tokenizer), _overhead(arguments)),
         train_dataset=list(range(len(train.examples))),
         config=job.config,
         positions=train.positions(),

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import torch
+from transformers.models.bert.modeling_bert import BertEncoder
 
 from kr2cache.config import ExtractConfig, TrainConfig
 from kr2cache.extract import ExtractResult, extract
 from kr2cache.pipeline import TrainResult, train
 from kr2cache.planning import plan_extraction
+
+SPLITS = {"train": 12, "dev": 5, "test": 6}
+"""Sentences of its corpus."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,3 +72,32 @@ class World:
 
     def cache_folders(self) -> list[Path]:
         return sorted({path.parent for path in self.caches.rglob("*.h5")})
+
+
+@contextmanager
+def count_resource_batches() -> Iterator[list[int]]:
+    """Batch sizes of every forward pass of the resource (the only BERT here; readers are XLM-R)."""
+    sizes: list[int] = []
+
+    def note(module: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
+        if isinstance(module, BertEncoder):
+            sizes.append(inputs[0].shape[0])
+
+    handle = torch.nn.modules.module.register_module_forward_pre_hook(note)
+    try:
+        yield sizes
+    finally:
+        handle.remove()
+
+
+def predictions(run: Path, split: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / f"predictions-{split}.jsonl").read_text("utf-8").splitlines()]
+
+
+def change_the_tokenizer(model: Path) -> None:
+    """Uppercase and lowercase as before, but "haus" is no longer h ##a ##u ##s: two pieces swap their numbers."""
+    path = model / "tokenizer.json"
+    content = json.loads(path.read_text("utf-8"))
+    numbers = content["model"]["vocab"]
+    numbers["h"], numbers["r"] = numbers["r"], numbers["h"]
+    path.write_text(json.dumps(content), "utf-8")

@@ -89,11 +89,7 @@ def race(
         contenders: What a turn wrote is removed after it where the contender returns its path, a file or a folder.
     """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    peaks = {}
-    for name, work in contenders.items():
-        results: list[object] = []
-        peaks[name] = peak_of(functools.partial(_keep, work, results))
-        _remove(results[0])
+    peaks = {name: peak_of(functools.partial(_once, work)) for name, work in contenders.items()}
     for _ in range(repeats):
         for name, work in contenders.items():
             wait_for_gpu()
@@ -107,8 +103,8 @@ def race(
     return Race(title=title, unit=unit, seconds=seconds, peaks=peaks, target=target, limits=limits)
 
 
-def _keep(work: Callable[[], object], results: list[object]) -> None:
-    results.append(work())
+def _once(work: Callable[[], object]) -> None:
+    _remove(work())
 
 
 def _remove(left: object) -> None:

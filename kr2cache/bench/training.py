@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kr2cache import models
-from kr2cache.batches import PART_OVERHEAD, TARGETS, WHOLE, Batcher, SplitData, StepBatcher
+from kr2cache.batches import TARGETS, WHOLE, Batcher, SplitData, StepBatcher, part_overhead
 from kr2cache.bench import BenchConfig, Race, race
 from kr2cache.cache.format import SequenceIndex
 from kr2cache.device import choose_device
@@ -43,7 +43,7 @@ def prepared(config: BenchConfig, folder: Path) -> Job:
 def steps(config: BenchConfig, job: Job) -> Race:
     """A step of training on cached states, beside the same step without reading them, and with the resource in it."""
     device = choose_device(job.config.device)
-    whole_is_ours = device.type not in PART_OVERHEAD
+    whole_is_ours = part_overhead(device) == WHOLE
     torch.manual_seed(1)
     reader = job.new_reader().to(device)
     size = job.config.batch_size
@@ -55,7 +55,7 @@ def steps(config: BenchConfig, job: Job) -> Race:
     optimizer = torch.optim.AdamW(reader.parameters(), lr=1e-5, fused=True)
     reader.train()
 
-    def batches(data: SplitData, overhead: int = PART_OVERHEAD.get(device.type, WHOLE)) -> Iterable[dict[str, Any]]:
+    def batches(data: SplitData, overhead: int = part_overhead(device)) -> Iterable[dict[str, Any]]:
         """On the device, as the Trainer's loader brings them there."""
         for batch in map(StepBatcher(Batcher(data, job.task, job.tokenizer), overhead), picks):
             yield {"parts": [{name: _moved(one, device) for name, one in part.items()} for part in batch["parts"]]}
