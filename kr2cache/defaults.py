@@ -11,7 +11,7 @@ from typing import Any
 
 from kr2cache import models
 from kr2cache.errors import ConfigError
-from kr2cache.tasks import task_names
+from kr2cache.tasks import find_task, task_names
 
 OPTIONS: dict[str, type] = {
     "resource": str,
@@ -55,8 +55,11 @@ def choose_resource(cache_dir: Path, task: str | None, reader: str, overrides: M
     method kreader2 made: they count where there are no others.
 
     Raises:
-        ConfigError: If there is none, or there are several.
+        UnknownNameError: If there is no such task.
+        ConfigError: If there is no resource, or there are several.
     """
+    if task is not None:
+        find_task(task)
     held = sorted({resource for name, resource in _held(cache_dir) if task in (None, name)})
     if len(held) > 1:
         own = models.find_model(reader, overrides).name
@@ -66,7 +69,7 @@ def choose_resource(cache_dir: Path, task: str | None, reader: str, overrides: M
     if held:
         raise ConfigError(f"Which resource? {cache_dir} holds {', '.join(held)}.", "Give --resource.")
     raise ConfigError(
-        f"Which resource? None was given, and {cache_dir} holds no cache yet.",
+        f"Which resource? None was given, and {cache_dir} holds no cache{f' of {task}' if task else ''} yet.",
         f"Give --resource: {', '.join(models.known_models(overrides))}, a hub id or a folder.",
     )
 

@@ -319,6 +319,8 @@ WRONG: dict[str, tuple[Callable[[Path], object], str, int, tuple[str, ...]]] = {
     ),
     "no resource": (nothing, "extract", 1, ("Which resource?", "gottbert")),
     "no cache to choose": (nothing, "train", 1, ("Which resource?", "gottbert")),
+    "no cache of the task": (nothing, "train --task snli", 1, ("Which resource?", "no cache of snli yet", "gottbert")),
+    "task without a resource": (nothing, "train --task udpos-dee", 1, ("'udpos-dee'", "'udpos-de'")),
     "no task": (nothing, "extract --resource xlm-r", 1, ("Which task?", "--task")),
     "model not here": (
         nothing, "extract --resource beto", 1, ("dccuchile/bert-base-spanish-wwm-cased", "hf download", "path =")
