@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 import tiny_cache
 from numpy.typing import NDArray
-from test_pipeline import change_a_weight, change_the_tokenizer, count_resource_batches, predictions
-from world import World
+from world import World, change_a_weight, change_the_tokenizer, count_resource_batches, predictions
 
 from kr2cache import FeatureCache, derive, features, provenance, resource
 from kr2cache.cache.check import check_cache

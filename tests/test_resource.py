@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from safetensors.torch import load_file, save_file
-from world import SPLITS, World, change_the_tokenizer, count_resource_batches, predictions
+from safetensors.torch import load_file
+from world import SPLITS, World, change_a_weight, change_the_tokenizer, count_resource_batches, predictions
 
 from kr2cache import FeatureCache, cli, provenance
 from kr2cache.digests import weights_digest
@@ -24,12 +24,6 @@ from kr2cache.errors import (
     KR2CacheError,
 )
 from kr2cache.models import ModelSpec, load_encoder
-
-
-def change_a_weight(model: Path) -> None:
-    weights = load_file(model / "model.safetensors")
-    weights["embeddings.word_embeddings.weight"][7, 3] += 0.5
-    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
 
 
 def edit_a_text(world: World) -> None:

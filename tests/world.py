@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers.models.bert.modeling_bert import BertEncoder
 
 from kr2cache.config import ExtractConfig, TrainConfig
@@ -92,6 +93,12 @@ def count_resource_batches() -> Iterator[list[int]]:
 
 def predictions(run: Path, split: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / f"predictions-{split}.jsonl").read_text("utf-8").splitlines()]
+
+
+def change_a_weight(model: Path) -> None:
+    weights = load_file(model / "model.safetensors")
+    weights["embeddings.word_embeddings.weight"][7, 3] += 0.5
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
 
 
 def change_the_tokenizer(model: Path) -> None:
