@@ -439,12 +439,19 @@ class CacheWriter:
                     return None
 
     def _fail(self, error: BaseException) -> None:
+        # Set once, in our own words: the model's thread may take it at any moment.
         if self._failure is None:
-            self._failure = error
-            if isinstance(error, OSError):
-                files = [shard.path.stat() for shard in self.shards]
-                missing = sum(max(0, file.st_size - file.st_blocks * 512) for file in files)
-                self._failure = disk_error(error, self.shards[0].path.parent, missing)
+            self._failure = self._explained(error)
+
+    def _explained(self, error: BaseException) -> BaseException:
+        if not isinstance(error, OSError):
+            return error
+        try:
+            files = [shard.path.stat() for shard in self.shards]
+            missing = sum(max(0, file.st_size - file.st_blocks * 512) for file in files)
+            return disk_error(error, self.shards[0].path.parent, missing)
+        except OSError:  # the files are gone as well
+            return error
 
     def _write(self, states: PackedStates) -> None:
         shard, descriptor = self.shards[states.shard], self._files[states.shard]

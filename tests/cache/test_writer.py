@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -353,6 +354,30 @@ def test_a_full_disk_stops_the_writer_and_keeps_what_came_before(
         with pytest.raises(DiskSpaceError, match="what is complete is kept"):
             tiny_cache.write(folder, truth)
     assert tiny_cache.marked_sequences(folder, truth) == [0, 1]
+
+
+def test_a_full_disk_is_said_in_our_words_however_soon_it_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the writer's thread finds the words, the model's thread hands over the next batch."""
+    truth = tiny_cache.make((3, 1, 5, 2))
+    create_shards(tmp_path, truth.header, truth.index, 2**30)
+    explain, asked = writer_module.disk_error, threading.Event()
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def slowly(error: OSError, path: Path, needed: int) -> Exception:
+        asked.set()
+        time.sleep(0.3)
+        return explain(error, path, needed)
+
+    monkeypatch.setattr(os, "pwrite", full)
+    monkeypatch.setattr(writer_module, "disk_error", slowly)
+    with pytest.raises(DiskSpaceError, match="what is complete is kept"), CacheWriter(tmp_path) as writer:
+        for batch in tiny_cache.batches(truth, writer, range(4)):
+            writer.write(batch)
+            assert asked.wait(10)
 
 
 def test_a_write_that_the_system_cuts_short_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

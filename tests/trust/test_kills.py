@@ -130,6 +130,7 @@ def test_a_writer_that_marks_before_it_writes_is_found(tmp_path: Path, monkeypat
         marks = self.shards[states.shard].place("examples/complete")
         for i in states.sequences:
             os.pwrite(self._files[states.shard], b"\x01", marks + i)
+        time.sleep(0.02)  # long enough to be killed in, however busy the machine
         original(self, states)
 
     monkeypatch.setattr(CacheWriter, "_write", too_early)
