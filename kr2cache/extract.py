@@ -33,7 +33,7 @@ from kr2cache.encode import length_sorted_batches, pad
 from kr2cache.errors import CacheError, CacheVersionError, InterruptedWorkError, UnsupportedModelError
 from kr2cache.interrupt import interrupt_between_batches
 from kr2cache.locks import check_writable, only_writer
-from kr2cache.memory import return_free_memory
+from kr2cache.memory import keep_free_memory, return_free_memory
 from kr2cache.packing import Packer
 from kr2cache.planning import ExtractPlan, check_disk
 from kr2cache.prepacked import prepacked_weights
@@ -184,6 +184,7 @@ def fill(plan: ExtractPlan, encoder: PreTrainedModel, folder: Path, header: Shar
     """
     device = choose_device(plan.config.device)
     encoder.to(device)  # type: ignore[arg-type]  # transformers annotates it for itself alone
+    keep_free_memory()
     for stale in folder.glob("*.partial"):
         stale.unlink()
     for path in create_shards(folder, header, plan.index, int(header.batch_plan["shard_bytes"])):

@@ -24,7 +24,7 @@ from kr2cache.console import done as said
 from kr2cache.device import choose_device
 from kr2cache.errors import InterruptedWorkError
 from kr2cache.locks import only_writer
-from kr2cache.memory import objects_set_aside, return_free_memory
+from kr2cache.memory import keep_free_memory, objects_set_aside, return_free_memory
 from kr2cache.prepare import Prepared, prepare
 from kr2cache.shared import Shared
 from kr2cache.tasks import Task
@@ -136,6 +136,7 @@ def _train_seeds(prepared: Prepared, lesson: Lesson | None, keep: Callable[[Trai
     """
     done: list[Run] = []
     job, folder = prepared.job, prepared.folder
+    keep_free_memory()
     # Under torchrun every process trains, and the first one writes.
     writes = int(os.environ.get("RANK", "0")) == 0
     for seed in job.config.seeds:

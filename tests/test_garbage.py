@@ -1,8 +1,11 @@
-"""Collecting garbage looks at new objects alone inside the block, however often it is entered."""
+"""What is freed: collecting garbage looks at new objects alone inside the block, and large blocks are used again."""
 
 from __future__ import annotations
 
 import gc
+import os
+import platform
+import subprocess
 import sys
 import types
 import weakref
@@ -71,3 +74,40 @@ def test_garbage_is_collected_and_what_is_set_aside_comes_back(imported: Callabl
         assert later() is None
     finally:
         gc.enable()
+
+
+CHURN = """
+import resource, sys
+import torch
+from kr2cache.memory import keep_free_memory
+
+if sys.argv[1] == "kept":
+    keep_free_memory()
+for turn in range(10):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    batch = [torch.ones(12_000_000), *(torch.ones(1_500_000) for _ in range(20))]
+    del batch
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    if turn == 0:
+        print(faults)
+print(faults)
+"""
+
+
+def faults(policy: str) -> list[int]:
+    """Page faults of the first of ten batches, and of the last: one block as large as an embedding's gradient, and many
+    as large as states.
+    """
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    done = subprocess.run(
+        [sys.executable, "-c", CHURN, policy], env=environment, capture_output=True, text=True, check=True
+    )
+    return [int(line) for line in done.stdout.split()]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library has another habit")
+def test_the_memory_of_a_batch_is_the_memory_of_the_next() -> None:
+    first, last = faults("kept")
+    assert first > 40_000
+    assert last < 1_000
+    assert faults("as usual")[1] > 10_000, "it is no habit any more: the call can go"

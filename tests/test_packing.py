@@ -8,7 +8,7 @@ import torch
 
 from kr2cache.cache.format import SequenceIndex
 from kr2cache.errors import ValueRangeError
-from kr2cache.packing import Packer
+from kr2cache.packing import HostBuffers, Packer
 
 CPU = torch.device("cpu")
 
@@ -36,6 +36,32 @@ def test_rows_are_the_valid_positions_layer_by_layer(lengths: list[int], dtype: 
     assert torch.equal(given.view(torch.bfloat16) if dtype == "bfloat16" else given, expected)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float32", "bfloat16", "int8"])
+def test_what_is_held_stays_while_other_batches_are_packed(dtype: str) -> None:
+    pack = Packer(index([3, 3]), [0, 1], dtype, CPU)
+    draw = torch.Generator().manual_seed(0)
+    batches = [tuple(torch.randn(2, 3, 4, generator=draw) for _ in range(2)) for _ in range(6)]
+    held = [next(pack(0, np.arange(2), 0, layers)).raw[:5] for layers in batches]  # of each a part, as a writer has it
+    alone = [next(Packer(index([3, 3]), [0, 1], dtype, CPU)(0, np.arange(2), 0, layers)).raw[:5] for layers in batches]
+    for given, expected in zip(held, alone, strict=True):
+        np.testing.assert_array_equal(given, expected)
+
+
+def test_memory_is_used_again_once_nobody_holds_it() -> None:
+    buffers = HostBuffers(pinned=False)
+    place = buffers.empty(100, 8, torch.float16)[1].ctypes.data
+    held = buffers.empty(99, 8, torch.float16)[1]  # a little less, of the same place
+    assert held.ctypes.data == place
+    part = held[3:]
+    del held
+    other = buffers.empty(100, 8, torch.float16)[1]
+    assert other.ctypes.data != place, "a part of it is still held"
+    del part
+    again, stored = buffers.empty(100, 8, torch.bfloat16)
+    assert (again.data_ptr(), stored.ctypes.data) == (place, place)
+    assert stored.dtype == np.int16
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_of_all_values_of_16_bits_those_that_are_not_finite_are_refused(dtype: torch.dtype) -> None:
     every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
@@ -45,6 +71,15 @@ def test_of_all_values_of_16_bits_those_that_are_not_finite_are_refused(dtype: t
     for value in every[~finite]:
         with pytest.raises(ValueRangeError):
             list(pack(0, np.array([0]), 0, (value.reshape(1, 1, 1),)))
+
+
+@pytest.mark.parametrize("place", [0, 7, 31_000, 65_535, 99_998, 99_999])
+@pytest.mark.parametrize("dtype", ["float16", "float32", "bfloat16"])
+def test_one_nan_among_many_values_is_found_wherever_it_is(place: int, dtype: str) -> None:
+    values = torch.randn(100_000, generator=torch.Generator().manual_seed(0))
+    values[place] = np.nan  # whichever core and lane of its vectors looks there
+    with pytest.raises(ValueRangeError):
+        list(Packer(index([1]), [0], dtype, CPU)(0, np.array([0]), 0, (values.reshape(1, 1, -1),)))
 
 
 @pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan, -np.nan])
