@@ -65,7 +65,17 @@ class Batcher:
         self.first = data.index.first_token
 
     def __call__(self, examples: Sequence[int]) -> dict[str, Tensor]:
-        """Inputs of ``KReader.forward``."""
+        """Inputs of ``KReader.forward`` and what they should give."""
+        batch = self.inputs(examples)
+        T = batch["input_ids"].shape[-1]
+        if all(self.data.examples[i].label is not None for i in examples):
+            batch["labels"] = self._labels(examples, T)
+        if self.data.teacher is not None:
+            batch["teacher_logits"] = self._teacher_logits(self.data.teacher, examples, T)
+        return batch
+
+    def inputs(self, examples: Sequence[int]) -> dict[str, Tensor]:
+        """What a reader reads, without labels."""
         per = self.data.sequences_per_example
         sequences = [example * per + choice for example in examples for choice in range(per)]
         tokens = [self.data.index.input_id[self.first[i] : self.first[i + 1]] for i in sequences]
@@ -77,8 +87,6 @@ class Batcher:
             "input_ids": torch.from_numpy(input_ids).reshape(shape),
             "attention_mask": torch.from_numpy(mask).reshape(shape),
         }
-        if all(self.data.examples[i].label is not None for i in examples):
-            batch["labels"] = self._labels(examples, input_ids.shape[1])
         if self.data.index.segment_id is not None:
             segments = [self.data.index.segment_id[self.first[i] : self.first[i + 1]] for i in sequences]
             batch["token_type_ids"] = torch.from_numpy(pad(segments, 0)).reshape(shape)
@@ -86,8 +94,6 @@ class Batcher:
             states, resource_mask = self.data.features.batch(sequences)
             batch["resource_states"] = states if isinstance(states, Tensor) else torch.from_numpy(states)
             batch["resource_mask"] = torch.from_numpy(resource_mask)
-        if self.data.teacher is not None:
-            batch["teacher_logits"] = self._teacher_logits(self.data.teacher, examples, input_ids.shape[1])
         return batch
 
     def _labels(self, examples: Sequence[int], T: int) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from kr2cache.batches import TARGETS, Batcher, SplitData, part_overhead, split_by_length
+from kr2cache.batches import Batcher, SplitData, part_overhead, split_by_length
 from kr2cache.encode import first_subwords, length_sorted_batches
 from kr2cache.kreader import KReader
 from kr2cache.prepacked import prepacked_weights
@@ -29,10 +29,11 @@ def most_likely(logits: NDArray[np.float32], task: Task) -> Prediction:
     Args:
         logits: As ``example_logits`` gives them.
     """
-    best: list[int] = np.nan_to_num(logits, nan=-np.inf).argmax(axis=-1).tolist()
+    unknown = np.isnan(logits)
+    best: list[int] = np.where(unknown, -np.inf, logits).argmax(axis=-1).tolist()
     if task.head != "token":
         return best[0]
-    return [None if np.isnan(row[0]) else label for row, label in zip(logits, best, strict=True)]
+    return [None if cut_off else label for cut_off, label in zip(unknown[:, 0].tolist(), best, strict=True)]
 
 
 def batches_of(data: SplitData, device: torch.device) -> list[NDArray[np.intp]]:
@@ -62,8 +63,7 @@ def example_logits(
     reader.eval()
     with torch.inference_mode(), prepacked_weights(reader, int(data.positions().sum())):
         for numbers in batches_of(data, device):
-            batch = batcher(numbers.tolist())
-            inputs = {name: tensor.to(device) for name, tensor in batch.items() if name not in TARGETS}
+            inputs = {name: tensor.to(device) for name, tensor in batcher.inputs(numbers.tolist()).items()}
             logits = reader(**inputs)["logits"].float().cpu().numpy()
             for i, row in zip(numbers.tolist(), logits, strict=True):
                 result[i] = _per_word(row, data, i) if task.head == "token" else row[None]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kr2cache import models
-from kr2cache.batches import TARGETS, WHOLE, Batcher, SplitData, StepBatcher, part_overhead
+from kr2cache.batches import WHOLE, Batcher, SplitData, StepBatcher, part_overhead
 from kr2cache.bench import BenchConfig, Race, race
 from kr2cache.cache.format import SequenceIndex
 from kr2cache.device import choose_device
@@ -95,7 +95,7 @@ def evaluation(config: BenchConfig, job: Job) -> Race:
     positions = int(data.positions().sum())
     batcher = Batcher(data, job.task, job.tokenizer)
     ready = [
-        {name: _moved(tensor, device) for name, tensor in batcher(numbers.tolist()).items() if name not in TARGETS}
+        {name: _moved(tensor, device) for name, tensor in batcher.inputs(numbers.tolist()).items()}
         for numbers in batches_of(data, device)
     ]
 
