@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 import statistics
 from pathlib import Path
 
+import numpy as np
 import pytest
 from world import World
 
@@ -19,25 +22,52 @@ from kr2cache.memory import peak_of
 from kr2cache.planning import plan_extraction
 
 
-def test_contenders_take_turns_and_the_first_one_does_not_count() -> None:
+def test_contenders_take_turns_and_the_first_one_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Limit and ours more often than rivals, and each time the other way round."""
+    monkeypatch.setattr(bench, "PAIRS", (2, 3))
     turns: list[str] = []
-    one = bench.race(
-        "t", "u", {"limit": lambda: turns.append("a"), "ours": lambda: turns.append("b")}, repeats=3, target=1.0
-    )
-    assert turns == ["a", "b"] * 4
-    assert [len(times) for times in one.seconds.values()] == [3, 3]
+    contenders = {name: functools.partial(turns.append, name) for name in ("limit", "ours", "rival")}
+    one = bench.race("t", "u", contenders, repeats=2, target=1.0)
+    there, back = ["limit", "ours"], ["ours", "limit"]
+    first, second = [*there, *back, *there], [*back, *there, *back]
+    assert turns == ["limit", "ours", "rival", *first, "rival", *second, "rival"]
+    assert [len(times) for times in one.seconds.values()] == [6, 6, 2]
+
+
+def test_slow_contenders_take_as_few_turns_as_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "PAIRS_S", 0.0)
+    one = bench.race("t", "u", {"limit": lambda: None, "ours": lambda: None}, repeats=2, target=1.0)
+    assert [len(times) for times in one.seconds.values()] == [2 * bench.PAIRS[0]] * 2
 
 
 def test_the_slower_of_two_limits_binds() -> None:
-    times: dict[str, list[float]] = {"model": [1, 9, 2], "disk": [4, 4, 5], "ours": [6, 5, 7], "rival": [9, 9, 9]}
+    times: dict[str, list[float]] = {"model": [1, 9, 2], "disk": [4, 4, 5], "ours": [6, 4, 10], "rival": [9, 9, 9]}
     one = Race(title="t", unit="u", seconds=times, target=1.4, limits=2)
-    assert (one.limit, one.ratio, one.json()["met"]) == (4, 1.5, False)
+    assert (one.limit, one.binding, one.ratios, one.ratio) == (4, "disk", [1.5, 1, 2], 1.5)
+    assert not one.json()["met"]
 
 
-def test_the_ratio_is_ours_over_the_limit() -> None:
-    one = Race(title="t", unit="u", seconds={"limit": [1, 9, 2], "ours": [3, 2.5, 4], "rival": [9, 9, 9]}, target=1.4)
-    assert (one.ratio, one.json()["met"]) == (1.5, False)
-    assert one.medians == {"limit": 2, "ours": 3, "rival": 9}
+def test_the_ratio_is_of_neighbours_whatever_the_machine_does_meanwhile() -> None:
+    slower_and_slower = [1.0, 2.0, 3.0, 4.0, 5.0]
+    times = {"limit": slower_and_slower, "ours": [1.1 * one for one in reversed(slower_and_slower)], "rival": [9.0]}
+    one = Race(title="t", unit="u", seconds=times, target=1.4)
+    assert one.medians == {"limit": 3, "ours": pytest.approx(3.3), "rival": 9}
+    assert one.ratio == pytest.approx(1.1)
+    together = dataclasses.replace(one, seconds={**times, "ours": [1.1 * one for one in slower_and_slower]})
+    assert together.ratio_range == pytest.approx((1.1, 1.1)), "drift does not widen what is known"
+    assert one.ratio_range == pytest.approx((0.22, 5.5))
+
+
+@pytest.mark.parametrize("number", [1, 5, 6, 10, 15, 50])
+def test_the_range_of_a_median_is_the_sign_tests(number: int) -> None:
+    """Of all places that leave 2.5 % or less on each side, the inmost; by SciPy's own interval of a quantile."""
+    from scipy.stats import quantile_test
+
+    values = [float(value) for value in np.random.default_rng(number).permutation(number)]
+    low, high = bench.median_range(values)
+    expected = quantile_test(values, q=0, p=0.5).confidence_interval(0.95)
+    assert low == (min(values) if np.isnan(expected.low) else expected.low)
+    assert high == (max(values) if np.isnan(expected.high) else expected.high)
 
 
 def test_the_bench_measures_every_part_and_leaves_nothing(
@@ -67,11 +97,16 @@ def test_the_bench_measures_every_part_and_leaves_nothing(
     ]
     for one in result["races"]:
         times = list(one["medians"].values())
-        limits, (ours, *rivals) = times[: one["limits"]], times[one["limits"] :]
+        limits, (_, *rivals) = times[: one["limits"]], times[one["limits"] :]
         assert rivals or "worker" in one["title"] or one["title"] == "evaluation"
         assert min(times) > 0
         assert one["limit"] == max(limits)
-        assert one["ratio"] == ours / max(limits)
+        names = list(one["seconds"])
+        slowest = names[limits.index(max(limits))]
+        pairs = zip(one["seconds"][names[one["limits"]]], one["seconds"][slowest], strict=True)
+        ratios = [ours / limit for ours, limit in pairs]
+        assert one["ratio"] == statistics.median(ratios)
+        assert min(ratios) <= one["ratio_range"][0] <= one["ratio"] <= one["ratio_range"][1] <= max(ratios)
         assert [statistics.median(times) for times in one["seconds"].values()] == list(one["medians"].values())
         assert one["title"] in captured.err
         assert set(one["peak_bytes"]) == set(one["seconds"])
@@ -93,8 +128,6 @@ def test_a_plot_that_cannot_be_written_is_refused_first(
 
 
 def test_memory_that_work_takes_is_seen() -> None:
-    import numpy as np
-
     if (peak := peak_of(lambda: np.ones(30_000_000))) is None:
         pytest.skip("the system does not say")
     assert 200e6 < peak < 400e6
@@ -124,7 +157,6 @@ def test_the_break_even_by_hand(world: World) -> None:
 def test_all_contenders_read_the_same_states(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """What is stored four times is equal four times: else the race compares nothing."""
     import h5py
-    import numpy as np
     from safetensors.numpy import load_file
 
     from kr2cache import FeatureCache

@@ -1,8 +1,10 @@
 """What this machine does: each part of the data path beside its limit and its rivals, measured in one run.
 
 A figure says something only beside another one from the same machine and hour, so everything here comes as a race:
-contenders take turns, and medians of their times are compared. First in a race comes its limit: the part of the work
-that a plain script cannot leave out, or what the hardware gives; where there are two, the slower one binds.
+contenders take turns. First in a race comes its limit: the part of the work that a plain script cannot leave out, or
+what the hardware gives; where there are two, the slower one binds. Rivals are compared by medians of their times. Ours
+and the limit are close, and a machine's speed drifts by more than lies between them: they take turns more often, each
+time the other way round, and the median of ratios of neighbours counts.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -22,11 +24,18 @@ from typing import Any
 
 from rich.table import Table
 from rich.text import Text
+from scipy.stats import binom
 
 from kr2cache.config import ExtractConfig, TrainConfig
 from kr2cache.console import bytes_text, console
 from kr2cache.device import choose_device, device_name, wait_for_gpu
 from kr2cache.memory import peak_of
+
+PAIRS = (2, 10)
+"""Turns of limit and ours for each turn of a rival, at least and at most."""
+PAIRS_S = 6.0
+"""Seconds: after so many, and the least of ``PAIRS``, it is a rival's turn."""
+CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +46,7 @@ class Race:
     unit: str
     """What a time is for, in words."""
     seconds: dict[str, list[float]]
-    """By contender: what limits, then ours, then rivals."""
+    """By contender: what limits, then ours, then rivals; times at one place of limits and ours are neighbours."""
     target: float | None
     """Ours should take at most so many times the limit."""
     limits: int = 1
@@ -50,14 +59,34 @@ class Race:
         return {name: statistics.median(times) for name, times in self.seconds.items()}
 
     @property
+    def binding(self) -> str:
+        """The limit whose median is the slowest."""
+        medians = self.medians
+        return max(list(medians)[: self.limits], key=medians.__getitem__)
+
+    @property
     def limit(self) -> float:
         """Seconds: the median of the slowest limit."""
-        return max(list(self.medians.values())[: self.limits])
+        return self.medians[self.binding]
+
+    @property
+    def ours(self) -> str:
+        return list(self.seconds)[self.limits]
+
+    @property
+    def ratios(self) -> list[float]:
+        """Ours over the slowest limit, turn by turn."""
+        return [one / limit for one, limit in zip(self.seconds[self.ours], self.seconds[self.binding], strict=True)]
 
     @property
     def ratio(self) -> float:
         """Median of ours over the limit."""
-        return list(self.medians.values())[self.limits] / self.limit
+        return statistics.median(self.ratios)
+
+    @property
+    def ratio_range(self) -> tuple[float, float]:
+        """Where the true median of ours over the limit lies, with ``CONFIDENCE`` where there are turns enough."""
+        return median_range(self.ratios)
 
     def json(self) -> dict[str, Any]:
         return {
@@ -69,9 +98,20 @@ class Race:
             "limits": self.limits,
             "limit": self.limit,
             "ratio": self.ratio,
+            "ratio_range": self.ratio_range,
             "target": self.target,
             "met": self.target is None or self.ratio <= self.target,
         }
+
+
+def median_range(values: Sequence[float]) -> tuple[float, float]:
+    """The interval of the sign test for a median: a value is above it as often as a coin shows heads.
+
+    Of fewer than six values no two make up ``CONFIDENCE``; then it is the smallest and the largest.
+    """
+    ordered = sorted(values)
+    outside = max(0, int(binom.ppf((1 - CONFIDENCE) / 2, len(ordered), 0.5)) - 1)
+    return ordered[outside], ordered[-1 - outside]
 
 
 def race(
@@ -83,24 +123,40 @@ def race(
     target: float | None,
     limits: int = 1,
 ) -> Race:
-    """Let contenders take turns ``repeats`` times, after one turn that is measured for memory alone.
+    """Let contenders take turns, rivals ``repeats`` times, limits and ours more often; one turn before is measured for
+    memory alone.
 
     Args:
         contenders: What a turn wrote is removed after it where the contender returns its path, a file or a folder.
     """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     peaks = {name: peak_of(functools.partial(_once, work)) for name, work in contenders.items()}
+    close, rivals = list(contenders)[: limits + 1], list(contenders)[limits + 1 :]
+    least, most = PAIRS
     for _ in range(repeats):
-        for name, work in contenders.items():
-            wait_for_gpu()
-            if hasattr(os, "sync"):
-                os.sync()  # what another contender left to be written is not this one's to wait for
-            started = time.perf_counter()
-            left = work()
-            wait_for_gpu()
-            seconds[name].append(time.perf_counter() - started)
-            _remove(left)
+        started = time.monotonic()
+        for pair in range(most):
+            if pair >= least and time.monotonic() - started > PAIRS_S:
+                break
+            for name in close:
+                seconds[name].append(_turn(contenders[name]))
+            close.reverse()
+        for name in rivals:
+            seconds[name].append(_turn(contenders[name]))
     return Race(title=title, unit=unit, seconds=seconds, peaks=peaks, target=target, limits=limits)
+
+
+def _turn(work: Callable[[], object]) -> float:
+    """Seconds that it took."""
+    wait_for_gpu()
+    if hasattr(os, "sync"):
+        os.sync()  # what another contender left to be written is not this one's to wait for
+    started = time.perf_counter()
+    left = work()
+    wait_for_gpu()
+    took = time.perf_counter() - started
+    _remove(left)
+    return took
 
 
 def _once(work: Callable[[], object]) -> None:
@@ -155,7 +211,9 @@ def _threads() -> int:
 
 def describe_bench(result: dict[str, Any]) -> None:
     """Print one table of all races."""
-    table = Table(title=f"Medians of {result['repeats']}, contenders taking turns", title_justify="left")
+    table = Table(
+        title=f"Medians of {result['repeats']} turns of rivals, and of more of limit and ours", title_justify="left"
+    )
     table.add_column("what")
     for column in ("median", "from", "to", "memory", "times the limit", "target"):
         table.add_column(column, justify="right")
@@ -170,10 +228,16 @@ def describe_bench(result: dict[str, Any]) -> None:
             peak = one["peak_bytes"].get(name)
             memory = "-" if peak is None else bytes_text(peak)
             ratio = "1" if median == one["limit"] else f"{median / one['limit']:.2f}"
+            if place == one["limits"]:
+                low, high = one["ratio_range"]
+                ratio = f"{one['ratio']:.2f} ({low:.2f} to {high:.2f})"
             cells = (_time(median), _time(min(times)), _time(max(times)), memory, ratio)
             table.add_row(Text(f"  {name}"), *cells, target)
     console.print(table)
-    console.print("Memory: of the computer's, beyond what the process had, mapped files included.")
+    console.print(
+        f"Ours in times the limit: the median of neighbouring turns' ratios, and where it lies with {CONFIDENCE:.0%} "
+        "confidence. Memory: of the computer's, beyond what the process had, mapped files included."
+    )
     console.print(result["break_even"]["text"])
     machine = result["machine"]
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
