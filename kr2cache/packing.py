@@ -178,26 +178,21 @@ class Packer:
         # On the stream that computes, the next batch would wait for the copy.
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._stream):
-            stored = self._to_host(raw)
-            stored_scale = None if scale is None else self._to_host(scale[:, None])[:, 0]
-            is_finite = self._to_host(finite[None, None])
+            packed, stored = self._buffers.empty(raw.shape[0], raw.shape[1], raw.dtype)
+            packed.copy_(raw, non_blocking=True)
+            stored_scale = None if scale is None else _to_pinned(scale)
+            is_finite = _to_pinned(finite)
             done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             done.record(self._stream)
         for tensor in (raw, finite) if scale is None else (raw, finite, scale):
             tensor.record_stream(self._stream)  # their memory is not given out again before they are copied
 
         def ready() -> PackedStates:
-            if not is_finite.all():
+            if not is_finite:
                 self._check(raw.cpu(), None if scale is None else scale.cpu(), batch, lengths)
-            return PackedStates(shard, sequences, stored, stored_scale)
+            return PackedStates(shard, sequences, stored, None if stored_scale is None else stored_scale.numpy())
 
         return done, ready
-
-    def _to_host(self, tensor: torch.Tensor) -> NDArray[Any]:
-        """The array that will hold it once the stream is there."""
-        host, stored = self._buffers.empty(tensor.shape[0], tensor.shape[1], tensor.dtype)
-        host.copy_(tensor, non_blocking=True)
-        return stored
 
     def _finish_copy(self) -> PackedStates:
         done, ready = self._waiting.pop(0)
@@ -205,8 +200,13 @@ class Packer:
         return ready()
 
 
+def _to_pinned(tensor: torch.Tensor) -> torch.Tensor:
+    """Copied by the current stream, once it gets there."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+
+
 def _all_finite(values: torch.Tensor) -> bool:
-    """A tenth of ``isfinite``'s time on a CPU, without memory for an answer: nan is passed on
-    to both ends, and inf is one.
+    """A tenth of ``isfinite``'s time on a CPU, without memory for an answer: nan is passed on to both ends, and inf is
+    one of them.
     """
     return not values.numel() or all(bool(torch.isfinite(end)) for end in torch.aminmax(values))

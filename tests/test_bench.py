@@ -6,10 +6,13 @@ import dataclasses
 import functools
 import json
 import statistics
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from world import World
 
 from kr2cache import bench
@@ -38,6 +41,43 @@ def test_slow_contenders_take_as_few_turns_as_are_asked_for(monkeypatch: pytest.
     monkeypatch.setattr(bench, "PAIRS_S", 0.0)
     one = bench.race("t", "u", {"limit": lambda: None, "ours": lambda: None}, repeats=2, target=1.0)
     assert [len(times) for times in one.seconds.values()] == [2 * bench.PAIRS[0]] * 2
+
+
+def test_ours_stands_still_while_the_limit_catches_up() -> None:
+    order: list[str] = []
+    model = torch.nn.Identity()
+
+    def limit() -> Iterator[None]:
+        for _ in range(6):
+            time.sleep(0.03)
+            order.append("limit")
+            yield
+
+    def ours() -> None:
+        for _ in range(6):
+            model(torch.zeros(1))
+            time.sleep(0.02)
+            order.append("ours")
+
+    took = bench.alternately(model, limit, ours, segment_s=0.01)
+    assert (order.count("limit"), order.count("ours")) == (6, 6)
+    ahead = np.cumsum([1 if one == "ours" else -1 for one in order])
+    assert ahead.min() >= 0, "the limit waits too"
+    assert ahead.max() <= 3
+    assert order[-1] == "limit", "what is left of it comes last"
+    assert took[0] == pytest.approx(0.18, abs=0.06)
+    assert took[1] == pytest.approx(0.12, abs=0.05)
+    assert not model._forward_pre_hooks
+
+
+def test_a_turn_of_both_at_once_counts_for_both() -> None:
+    turns: list[str] = []
+    contenders = {name: functools.partial(turns.append, name) for name in ("limit", "other limit", "ours", "rival")}
+    one = bench.race("t", "u", contenders, repeats=1, target=1.0, limits=2, close=lambda: (2.0, 3.0))
+    number = bench.PAIRS[1]
+    assert turns == [*contenders, *(["other limit"] * number), "rival"]
+    assert (one.seconds["limit"], one.seconds["ours"]) == ([2.0] * number, [3.0] * number)
+    assert one.ratio == 1.5
 
 
 def test_the_slower_of_two_limits_binds() -> None:

@@ -4,23 +4,24 @@ A figure says something only beside another one from the same machine and hour, 
 contenders take turns. First in a race comes its limit: the part of the work that a plain script cannot leave out, or
 what the hardware gives; where there are two, the slower one binds. Rivals are compared by medians of their times. Ours
 and the limit are close, and a machine's speed drifts by more than lies between them: they take turns more often, each
-time the other way round, and the median of ratios of neighbours counts.
+time the other way round, or run bit by bit in alternation, and the median of ratios of neighbours counts.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import os
 import platform
 import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 from rich.text import Text
@@ -30,6 +31,9 @@ from kr2cache.config import ExtractConfig, TrainConfig
 from kr2cache.console import bytes_text, console
 from kr2cache.device import choose_device, device_name, wait_for_gpu
 from kr2cache.memory import peak_of
+
+if TYPE_CHECKING:
+    from torch import nn
 
 PAIRS = (2, 10)
 """Turns of limit and ours for each turn of a rival, at least and at most."""
@@ -122,35 +126,91 @@ def race(
     repeats: int,
     target: float | None,
     limits: int = 1,
+    close: Callable[[], tuple[float, float]] | None = None,
 ) -> Race:
     """Let contenders take turns, rivals ``repeats`` times, limits and ours more often; one turn before is measured for
     memory alone.
 
     Args:
         contenders: What a turn wrote is removed after it where the contender returns its path, a file or a folder.
+        close: A turn of the first limit and ours at once, as ``alternately`` has it; gives the seconds of each.
     """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     peaks = {name: peak_of(functools.partial(_once, work)) for name, work in contenders.items()}
-    close, rivals = list(contenders)[: limits + 1], list(contenders)[limits + 1 :]
+    often, rivals = list(contenders)[: limits + 1], list(contenders)[limits + 1 :]
+    at_once = (often[0], often[-1]) if close else ()
     least, most = PAIRS
     for _ in range(repeats):
         started = time.monotonic()
         for pair in range(most):
             if pair >= least and time.monotonic() - started > PAIRS_S:
                 break
-            for name in close:
-                seconds[name].append(_turn(contenders[name]))
-            close.reverse()
+            took = dict(zip(at_once, close(), strict=True)) if close else {}
+            for name in often:
+                seconds[name].append(took[name] if name in took else _turn(contenders[name]))
+            often.reverse()
         for name in rivals:
             seconds[name].append(_turn(contenders[name]))
     return Race(title=title, unit=unit, seconds=seconds, peaks=peaks, target=target, limits=limits)
 
 
-def _turn(work: Callable[[], object]) -> float:
-    """Seconds that it took."""
+def alternately(
+    model: nn.Module, limit: Callable[[], Iterator[object]], ours: Callable[[], object], *, segment_s: float
+) -> tuple[float, float]:
+    """Run both bit by bit in alternation, so that they meet the same machine, whatever its speed does meanwhile.
+
+    Args:
+        model: What ours calls, and the limit does not: before such a call ours stands still until the limit took as
+            long.
+        limit: Yields after each bit.
+        segment_s: Seconds that ours runs between two stops.
+
+    Returns:
+        Seconds that the limit took, and ours.
+    """
+    bits, end = limit(), object()
+    spent = {"limit": 0.0, "ours": 0.0}
+    since = time.perf_counter()
+
+    def catch_up(enough: float) -> None:
+        started = time.perf_counter()
+        while spent["limit"] + time.perf_counter() - started < enough and next(bits, end) is not end:
+            pass
+        wait_for_gpu()
+        spent["limit"] += time.perf_counter() - started
+
+    def stop(*_: object) -> None:
+        nonlocal since
+        if time.perf_counter() - since < segment_s:
+            return
+        wait_for_gpu()
+        spent["ours"] += time.perf_counter() - since
+        catch_up(spent["ours"])
+        since = time.perf_counter()
+
+    _settle()
+    hook = model.register_forward_pre_hook(stop)
+    try:
+        since = time.perf_counter()
+        left = ours()
+        wait_for_gpu()
+        spent["ours"] += time.perf_counter() - since
+    finally:
+        hook.remove()
+    catch_up(math.inf)
+    _remove(left)
+    return spent["limit"], spent["ours"]
+
+
+def _settle() -> None:
     wait_for_gpu()
     if hasattr(os, "sync"):
         os.sync()  # what another contender left to be written is not this one's to wait for
+
+
+def _turn(work: Callable[[], object]) -> float:
+    """Seconds that it took."""
+    _settle()
     started = time.perf_counter()
     left = work()
     wait_for_gpu()

@@ -24,7 +24,9 @@ def check_plot(path: Path) -> None:
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Bars of what each contender took, in times its race's limit; the suffix of ``path`` decides the format."""
+    """Bars of what each contender took, in times its race's limit, with the smallest and largest, and of ours with the
+    range of its median; the suffix of ``path`` decides the format.
+    """
     rows = [(one, place, name) for one in result["races"] for place, name in enumerate(one["medians"])]
     with canvas((len(rows) + 2 * len(result["races"]) + 3) * ROW) as figure:
         axes = figure.add_subplot()
@@ -34,8 +36,10 @@ def plot(result: dict[str, Any], path: Path) -> None:
             at += 2
             axes.text(0, at - 0.9, one["title"], transform=axes.get_yaxis_transform(), weight="bold", fontsize=8)
             for place, (name, median) in enumerate(one["medians"].items()):
-                ratio = median / limit
-                low, high = (bound / limit for bound in (min(one["seconds"][name]), max(one["seconds"][name])))
+                times = one["seconds"][name]
+                ratio, low, high = (seconds / limit for seconds in (median, min(times), max(times)))
+                if place == limits:
+                    ratio, (low, high) = one["ratio"], one["ratio_range"]
                 colour = GREY if place < limits else PALETTE[0 if place == limits else 4]
                 axes.barh(at, ratio, color=colour, height=0.8)
                 axes.errorbar(ratio, at, xerr=[[ratio - low], [high - ratio]], color="black", linewidth=0.8, capsize=2)

@@ -4,8 +4,10 @@ cache saves.
 
 from __future__ import annotations
 
+import collections
+import copy
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,12 @@ from torch import Tensor
 
 from kr2cache import models
 from kr2cache.batches import WHOLE, Batcher, SplitData, StepBatcher, part_overhead
-from kr2cache.bench import BenchConfig, Race, race
+from kr2cache.bench import BenchConfig, Race, alternately, race
 from kr2cache.cache.format import SequenceIndex
 from kr2cache.device import choose_device
 from kr2cache.encode import encode_examples
 from kr2cache.evaluate import batches_of, predict
+from kr2cache.kreader import KReader
 from kr2cache.predict import OnlineFeatures, OnlineResource
 from kr2cache.prepacked import prepacked_weights
 from kr2cache.prepare import prepare
@@ -30,6 +33,8 @@ EVALUATION_TARGET = 1 / 0.97
 """As stage one's."""
 STEPS = 6
 """In one turn."""
+SEGMENT_S = 0.2
+"""Seconds between stops of ours, for the limit to catch up."""
 CACHED, ONLINE = "kr2cache, states read from the cache", "the resource runs again in every step"
 
 
@@ -52,25 +57,38 @@ def steps(config: BenchConfig, job: Job) -> Race:
     resource = load_online(job)
     cached = job.splits["train"]
     online = online_split(job, "train", resource, online_index(job, "train", resource))
-    optimizer = torch.optim.AdamW(reader.parameters(), lr=1e-5, fused=True)
-    reader.train()
+    limit = copy.deepcopy(reader)
 
     def batches(data: SplitData, overhead: int = part_overhead(device)) -> Iterable[dict[str, Any]]:
         """On the device, as the Trainer's loader brings them there."""
         for batch in map(StepBatcher(Batcher(data, job.task, job.tokenizer), overhead), picks):
             yield {"parts": [{name: _moved(one, device) for name, one in part.items()} for part in batch["parts"]]}
 
+    def training(model: KReader) -> Callable[[Iterable[dict[str, Any]]], Iterator[None]]:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+        model.train()
+
+        def steps(batches: Iterable[dict[str, Any]]) -> Iterator[None]:
+            for batch in batches:
+                for part in batch["parts"]:
+                    inputs = {name: one for name, one in part.items() if name != "labels_share"}
+                    (model(**inputs)["loss"] * part["labels_share"]).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                yield
+
+        return steps
+
+    train_reader, train_limit = training(reader), training(limit)
+
     def train(batches: Iterable[dict[str, Any]]) -> None:
-        for batch in batches:
-            for part in batch["parts"]:
-                inputs = {name: one for name, one in part.items() if name != "labels_share"}
-                (reader(**inputs)["loss"] * part["labels_share"]).backward()
-            optimizer.step()
-            optimizer.zero_grad()
+        collections.deque(train_reader(batches), maxlen=0)
 
     ready = list(batches(cached))
     contenders: dict[str, Callable[[], object]] = {
-        "the same reader on l1 + l2 positions, batches ready in memory": lambda: train(ready),
+        "the same reader on l1 + l2 positions, batches ready in memory": lambda: collections.deque(
+            train_limit(ready), maxlen=0
+        ),
         CACHED: lambda: train(batches(cached)),
     }
     if not whole_is_ours:
@@ -83,6 +101,9 @@ def steps(config: BenchConfig, job: Job) -> Race:
         contenders,
         repeats=config.repeats,
         target=TARGET,
+        close=lambda: alternately(
+            reader, lambda: train_limit(ready), lambda: train(batches(cached)), segment_s=SEGMENT_S
+        ),
     )
 
 
@@ -99,20 +120,30 @@ def evaluation(config: BenchConfig, job: Job) -> Race:
         for numbers in batches_of(data, device)
     ]
 
-    def forward_alone() -> None:
-        with torch.inference_mode(), prepacked_weights(reader, positions):
+    limit = copy.deepcopy(reader)
+
+    def forwards() -> Iterator[None]:
+        with prepacked_weights(limit, positions):
             for batch in ready:
-                reader(**batch)
+                with torch.inference_mode():
+                    limit(**batch)
+                yield
+
+    def ours() -> object:
+        return predict(reader, data, job.task, job.tokenizer)
 
     return race(
         "evaluation",
         f"{len(data.examples)} examples, {positions:,} positions of {job.reader.name}",
         {
-            "the same reader's forward passes alone, batches ready in memory": forward_alone,
-            "kr2cache, states read and labels said": lambda: predict(reader, data, job.task, job.tokenizer),
+            "the same reader's forward passes alone, batches ready in memory": lambda: collections.deque(
+                forwards(), maxlen=0
+            ),
+            "kr2cache, states read and labels said": ours,
         },
         repeats=config.repeats,
         target=EVALUATION_TARGET,
+        close=lambda: alternately(reader, forwards, ours, segment_s=SEGMENT_S),
     )
 
 
