@@ -9,6 +9,7 @@ time the other way round, or run bit by bit in alternation, and the median of ra
 
 from __future__ import annotations
 
+import collections
 import functools
 import math
 import os
@@ -200,6 +201,11 @@ def alternately(
     catch_up(math.inf)
     _remove(left)
     return spent["limit"], spent["ours"]
+
+
+def run_through(bits: Iterator[object]) -> None:
+    """All of it, without a stop."""
+    collections.deque(bits, maxlen=0)
 
 
 def _settle() -> None:

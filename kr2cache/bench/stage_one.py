@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import copy
 import itertools
 import os
@@ -16,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from kr2cache import models
-from kr2cache.bench import BenchConfig, Race, alternately, race, size_text
+from kr2cache.bench import BenchConfig, Race, alternately, race, run_through, size_text
 from kr2cache.cache.shard import open_shard
 from kr2cache.device import choose_device
 from kr2cache.encode import length_sorted_batches
@@ -56,7 +55,7 @@ def run(config: BenchConfig, folder: Path) -> tuple[Race, ExtractPlan]:
             yield
 
     def forward_alone() -> None:
-        collections.deque(forwards(), maxlen=0)
+        run_through(forwards())
 
     def writing_alone() -> Path:
         path = folder / f"written-{next(numbers)}"

@@ -4,7 +4,6 @@ cache saves.
 
 from __future__ import annotations
 
-import collections
 import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from kr2cache import models
 from kr2cache.batches import WHOLE, Batcher, SplitData, StepBatcher, part_overhead
-from kr2cache.bench import BenchConfig, Race, alternately, race
+from kr2cache.bench import BenchConfig, Race, alternately, race, run_through
 from kr2cache.cache.format import SequenceIndex
 from kr2cache.device import choose_device
 from kr2cache.encode import encode_examples
@@ -82,13 +81,11 @@ def steps(config: BenchConfig, job: Job) -> Race:
     train_reader, train_limit = training(reader), training(limit)
 
     def train(batches: Iterable[dict[str, Any]]) -> None:
-        collections.deque(train_reader(batches), maxlen=0)
+        run_through(train_reader(batches))
 
     ready = list(batches(cached))
     contenders: dict[str, Callable[[], object]] = {
-        "the same reader on l1 + l2 positions, batches ready in memory": lambda: collections.deque(
-            train_limit(ready), maxlen=0
-        ),
+        "the same reader on l1 + l2 positions, batches ready in memory": lambda: run_through(train_limit(ready)),
         CACHED: lambda: train(batches(cached)),
     }
     if not whole_is_ours:
@@ -136,9 +133,7 @@ def evaluation(config: BenchConfig, job: Job) -> Race:
         "evaluation",
         f"{len(data.examples)} examples, {positions:,} positions of {job.reader.name}",
         {
-            "the same reader's forward passes alone, batches ready in memory": lambda: collections.deque(
-                forwards(), maxlen=0
-            ),
+            "the same reader's forward passes alone, batches ready in memory": lambda: run_through(forwards()),
             "kr2cache, states read and labels said": ours,
         },
         repeats=config.repeats,
