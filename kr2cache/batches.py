@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from kr2cache import models
 from kr2cache.cache.format import SequenceIndex
 from kr2cache.distill import TeacherLogits
-from kr2cache.encode import first_subwords, pad
+from kr2cache.encode import FirstSubwords, pad
 from kr2cache.features import Features
 from kr2cache.kreader import IGNORED
 from kr2cache.tasks import Example, Task
@@ -45,6 +46,11 @@ class SplitData:
     @property
     def sequences_per_example(self) -> int:
         return len(self.index) // len(self.examples)
+
+    @cached_property
+    def first_subwords(self) -> FirstSubwords:
+        """Of a split of words."""
+        return FirstSubwords(self.index)
 
     def positions(self) -> NDArray[np.int64]:
         """(examples,) how many positions each takes in the encoder, about."""
@@ -103,7 +109,7 @@ class Batcher:
         for row, i in zip(labels, examples, strict=True):
             gold = self.data.examples[i].label
             assert isinstance(gold, tuple), "splits without gold labels are not trained on"
-            starts, words = self._first_subwords(i)
+            starts, words = self.data.first_subwords[i]
             row[starts] = np.array(gold, dtype=np.int64)[words]
         return torch.from_numpy(labels)
 
@@ -114,12 +120,9 @@ class Batcher:
         labels = teacher.logits[examples[0]].shape[1]
         logits = np.full((len(examples), T, labels), np.nan, dtype=np.float32)
         for row, i in zip(logits, examples, strict=True):
-            starts, words = self._first_subwords(i)
+            starts, words = self.data.first_subwords[i]
             row[starts] = teacher.logits[i][words]
         return torch.from_numpy(logits)
-
-    def _first_subwords(self, example: int) -> tuple[NDArray[np.intp], NDArray[np.int32]]:
-        return first_subwords(self.data.index.word_index[self.first[example] : self.first[example + 1]])
 
 
 def part_overhead(device: torch.device) -> int:

@@ -169,18 +169,23 @@ def check_token_ids(index: SequenceIndex, vocabulary: int, who: str) -> None:
         )
 
 
-def first_subwords(word_index: NDArray[np.int32]) -> tuple[NDArray[np.intp], NDArray[np.int32]]:
-    """Where each word of one sequence starts.
+class FirstSubwords:
+    """Where each word of each sequence starts, found for all of them at once."""
 
-    Args:
-        word_index: Shape ``(T,)``, as in ``SequenceIndex``.
+    def __init__(self, index: SequenceIndex) -> None:
+        words, first = index.word_index, index.first_token
+        differs = np.zeros(len(words) + 1, dtype=np.bool_)
+        differs[1:-1] = words[1:] != words[:-1]
+        differs[first] = True  # the last one is the end
+        tokens = np.flatnonzero(differs[:-1] & (words != SPECIAL))
+        self._first = np.searchsorted(tokens, first)
+        self._words = words[tokens]
+        self._tokens = tokens - np.repeat(first[:-1], np.diff(self._first))
 
-    Returns:
-        Token positions and the words they start, each of shape (words that are there,).
-    """
-    before = np.concatenate([[np.int32(SPECIAL)], word_index[:-1]])
-    starts = np.flatnonzero((word_index != SPECIAL) & (word_index != before))
-    return starts, word_index[starts]
+    def __getitem__(self, sequence: int) -> tuple[NDArray[np.intp], NDArray[np.int32]]:
+        """Token positions within the sequence and the words they start, each of shape (words that are there,)."""
+        start, stop = self._first[sequence], self._first[sequence + 1]
+        return self._tokens[start:stop], self._words[start:stop]
 
 
 def length_sorted_batches(

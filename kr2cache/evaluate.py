@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from kr2cache.batches import Batcher, SplitData, part_overhead, split_by_length
-from kr2cache.encode import first_subwords, length_sorted_batches
+from kr2cache.cache.format import offsets
+from kr2cache.encode import length_sorted_batches
 from kr2cache.kreader import KReader
 from kr2cache.prepacked import prepacked_weights
 from kr2cache.tasks import Task
@@ -20,20 +24,27 @@ POSITIONS_PER_BATCH = {"cpu": 2_048, "cuda": 32_768}
 
 def predict(reader: KReader, data: SplitData, task: Task, tokenizer: PreTrainedTokenizerBase) -> list[Prediction]:
     """Label numbers for every example, in order; None for a word that was cut off."""
-    return [most_likely(logits, task) for logits in example_logits(reader, data, task, tokenizer)]
+    return most_likely(example_logits(reader, data, task, tokenizer), task)
 
 
-def most_likely(logits: NDArray[np.float32], task: Task) -> Prediction:
-    """The labels that one example's logits say.
+def most_likely(logits: Sequence[NDArray[np.float32]], task: Task) -> list[Prediction]:
+    """The labels that examples' logits say.
 
     Args:
         logits: As ``example_logits`` gives them.
     """
-    unknown = np.isnan(logits)
-    best: list[int] = np.where(unknown, -np.inf, logits).argmax(axis=-1).tolist()
+    if not logits:
+        return []
+    rows = np.concatenate(logits)
+    unknown = np.isnan(rows)
+    rows[unknown] = -np.inf  # argmax would take nan for the largest
+    best: list[int] = rows.argmax(axis=1).tolist()
     if task.head != "token":
-        return best[0]
-    return [None if cut_off else label for cut_off, label in zip(unknown[:, 0].tolist(), best, strict=True)]
+        return list(best)
+    labels: list[int | None] = list(best)
+    for cut_off in np.flatnonzero(unknown[:, 0]).tolist():
+        labels[cut_off] = None
+    return [labels[start:stop] for start, stop in pairwise(offsets(np.array([len(one) for one in logits])).tolist())]
 
 
 def batches_of(data: SplitData, device: torch.device) -> list[NDArray[np.intp]]:
@@ -65,16 +76,27 @@ def example_logits(
         for numbers in batches_of(data, device):
             inputs = {name: tensor.to(device) for name, tensor in batcher.inputs(numbers.tolist()).items()}
             logits = reader(**inputs)["logits"].float().cpu().numpy()
-            for i, row in zip(numbers.tolist(), logits, strict=True):
-                result[i] = _per_word(row, data, i) if task.head == "token" else row[None]
+            per_example = _at_words(logits, data, numbers.tolist()) if task.head == "token" else logits[:, None]
+            for i, one in zip(numbers.tolist(), per_example, strict=True):
+                result[i] = one
     reader.train(was_training)
     return result
 
 
-def _per_word(logits: NDArray[np.float32], data: SplitData, example: int) -> NDArray[np.float32]:
-    """(T, labels) to (words, labels)."""
-    first = data.index.first_token
-    starts, words = first_subwords(data.index.word_index[first[example] : first[example + 1]])
-    per_word = np.full((len(data.examples[example].texts[0]), logits.shape[1]), np.nan, dtype=np.float32)
-    per_word[words] = logits[starts]
-    return per_word
+def _at_words(
+    logits_BTK: NDArray[np.float32], data: SplitData, examples: Sequence[int]
+) -> Iterator[NDArray[np.float32]]:
+    """(words, K) of each example of a batch."""
+    T, K = logits_BTK.shape[1:]
+    found = [data.first_subwords[i] for i in examples]
+    picked = logits_BTK.reshape(-1, K)[np.concatenate([row * T + starts for row, (starts, _) in enumerate(found)])]
+    at = 0
+    for i, (_, words) in zip(examples, found, strict=True):
+        there, at = picked[at : at + len(words)], at + len(words)
+        all_words = len(data.examples[i].texts[0])
+        if len(words) < all_words:
+            per_word = np.full((all_words, K), np.nan, dtype=np.float32)
+            per_word[words] = there
+            yield per_word
+        else:
+            yield there

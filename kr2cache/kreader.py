@@ -11,6 +11,7 @@ and h1.
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -291,6 +292,8 @@ class TaskCheckpoint:
         self.spec = spec
         self.head = head
         self.labels = labels
+        self.config = models.load_config(spec)
+        """As its file has it, without the task's labels."""
         self._loaded: tuple[type[PreTrainedModel], dict[str, Tensor]] | None = None
         """Its class, and the weights that the files have."""
 
@@ -299,7 +302,7 @@ class TaskCheckpoint:
 
         Always float32: transformers keeps a checkpoint's float16, and AdamW then gives nan.
         """
-        config = models.load_config(self.spec)
+        config = copy.deepcopy(self.config)
         if self.head != "choice":
             config.id2label = dict(enumerate(self.labels))
             config.label2id = {label: number for number, label in enumerate(self.labels)}

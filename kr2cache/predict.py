@@ -163,13 +163,13 @@ class Predictor:
         """
         labels = self.task.labels
         predictions = []
-        for example, logits in zip(examples, self.logits(examples), strict=True):
-            best = most_likely(logits, self.task)
+        logits = self.logits(examples)
+        for example, own, best in zip(examples, logits, most_likely(logits, self.task), strict=True):
             if isinstance(best, list):
                 tags = [None if number is None else labels[number] for number in best]
                 predictions.append(Predicted(id=example.id, predicted=tags, scores=None))
             else:
-                scores = dict(zip(labels, _softmax(logits[0]).tolist(), strict=True))
+                scores = dict(zip(labels, _softmax(own[0]).tolist(), strict=True))
                 predictions.append(Predicted(id=example.id, predicted=labels[best], scores=scores))
         return predictions
 

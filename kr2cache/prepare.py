@@ -98,7 +98,7 @@ def prepare(config: TrainConfig, shared: Shared) -> Prepared:
     if resource_spec is None:
         return Prepared(job=job, reader=reader_spec, deciding=_deciding(job, corpus), notes=corpus.notes)
     resource = Resource(config, resource_spec, task, shared)
-    job, caches = _with_features(job, reader_spec, resource)
+    job, caches = _with_features(job, resource)
     return Prepared(
         job=job,
         reader=reader_spec,
@@ -151,10 +151,10 @@ def _check_length(config: TrainConfig, spec: models.ModelSpec, model_config: Pre
         )
 
 
-def _with_features(job: Job, reader_spec: models.ModelSpec, resource: Resource) -> tuple[Job, dict[str, FeatureCache]]:
+def _with_features(job: Job, resource: Resource) -> tuple[Job, dict[str, FeatureCache]]:
     """The job with the resource's states of every split."""
     config = job.config
-    reader_width = models.encoder_shape(models.load_config(reader_spec))[1]
+    _, reader_width = models.encoder_shape(job.checkpoint.config)
     if resource.on_this_machine:
         # Nothing of this is needed yet; what is wrong shows before anything is extracted.
         model_layers, width = models.encoder_shape(models.load_config(resource.spec))

@@ -22,7 +22,7 @@ from kr2cache.config import PLAIN_METHODS
 from kr2cache.console import count_text
 from kr2cache.device import choose_device
 from kr2cache.distill import TeacherLogits
-from kr2cache.encode import encode_examples, first_subwords
+from kr2cache.encode import encode_examples
 from kr2cache.errors import CacheError, ConfigError
 from kr2cache.evaluate import example_logits
 from kr2cache.kreader import KReader
@@ -179,11 +179,10 @@ class Teacher:
             raise CacheError(f"{self.path} is of other examples.", "Remove it; it is made again.")
         total = sum(len(one) for one in logits.logits)
         taught = 0
-        first = train.index.first_token
         for i, one in enumerate(logits.logits):
             there: NDArray[np.bool_] = np.isfinite(one[:, 0])
             if self.student.job.task.head == "token":
-                _, words = first_subwords(train.index.word_index[first[i] : first[i + 1]])
+                _, words = train.first_subwords[i]
                 there = there[words]
             taught += int(there.sum())
         return Lesson(

@@ -50,7 +50,14 @@ def test_ours_stands_still_while_the_limit_catches_up(monkeypatch: pytest.Monkey
     order: list[str] = []
     model = torch.nn.Identity()
     clock = [0.0]
-    monkeypatch.setattr(bench, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
+
+    pauses: list[float] = []
+
+    def sleep(pause: float) -> None:
+        pauses.append(pause)
+        clock[0] += 7
+
+    monkeypatch.setattr(bench, "time", types.SimpleNamespace(perf_counter=lambda: clock[0], sleep=sleep))
 
     def limit() -> Iterator[None]:
         for _ in range(6):
@@ -68,6 +75,7 @@ def test_ours_stands_still_while_the_limit_catches_up(monkeypatch: pytest.Monkey
     # Ours at 20, 40, 60, 80, 100, 120; the limit only where it took less than that: at 30, 60, 90, 120; the rest last.
     caught_up = ["ours", "limit", "ours", "limit", "ours", "ours", "limit", "ours", "limit", "ours"]
     assert order == [*caught_up, "limit", "limit"]
+    assert len(pauses) == 5, "which counted for nobody"
     assert not model._forward_pre_hooks
 
 

@@ -23,14 +23,14 @@ from transformers import (
     RobertaTokenizer,
 )
 
-from kr2cache.cache.format import SequenceIndex, text_xxh3
+from kr2cache.cache.format import SequenceIndex, encode_ids, text_xxh3
 from kr2cache.encode import (
     SPECIAL,
     TEXTS_AT_ONCE,
+    FirstSubwords,
     check_token_ids,
     encode,
     encode_examples,
-    first_subwords,
     length_sorted_batches,
     pad,
 )
@@ -123,9 +123,10 @@ def test_words_without_a_token_shift_no_other_word() -> None:
     tokenizer = tiny.tokenizer()
     tokenizer.backend_tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     sentence = ["das", "\u200b", "haus", "\ufeff\u200d", "ein"]
-    ((ids, words),) = encode_words(tokenizer, [sentence])
+    index = encode(tokenizer, names(1), [sentence], words=True, max_length=20)
+    ((ids, words),) = by_sequence(index)
     assert sorted(set(words)) == [SPECIAL, 0, 2, 4]
-    starts, started = first_subwords(np.array(words, dtype=np.int32))
+    starts, started = FirstSubwords(index)[0]
     assert started.tolist() == [0, 2, 4]
     first_pieces = [tokenizer.tokenize(word)[0] for word in ("das", "haus", "ein")]
     assert tokenizer.convert_ids_to_tokens([ids[start] for start in starts]) == first_pieces
@@ -291,13 +292,26 @@ def test_plain_text_keeps_the_tokenizer_as_it_is(tmp_path: Path) -> None:
 # Where words start ---------------------------------------------------------------------------------------------------
 
 
-@given(st.lists(st.integers(0, 3), max_size=8), st.booleans())
-def test_first_subwords_by_a_plain_loop(counts: list[int], specials: bool) -> None:
-    inner = [word for word, count in enumerate(counts) for _ in range(count)]
-    word_index = [SPECIAL, *inner, SPECIAL] if specials else inner
-    expected = [(i, word) for i, word in enumerate(word_index) if word >= 0 and word not in word_index[:i]]
-    starts, words = first_subwords(np.array(word_index, dtype=np.int32))
-    assert list(zip(starts.tolist(), words.tolist(), strict=True)) == expected
+@given(st.lists(st.lists(st.integers(0, 3), max_size=8), max_size=6), st.booleans())
+def test_first_subwords_by_a_plain_loop(sentences: list[list[int]], specials: bool) -> None:
+    """Without special tokens a word may follow one of equal number, of the sentence before; one may have no token."""
+    word_indices = []
+    for counts in sentences:
+        inner = [word for word, count in enumerate(counts) for _ in range(count)]
+        word_indices.append([SPECIAL, *inner, SPECIAL] if specials else inner)
+    first_subwords = FirstSubwords(
+        SequenceIndex(
+            ids=encode_ids(names(len(sentences))),
+            n_tokens=np.array([len(one) for one in word_indices], dtype=np.int32),
+            text_xxh3=np.zeros(len(sentences), dtype=np.uint64),
+            input_id=np.zeros(sum(map(len, word_indices)), dtype=np.int32),
+            word_index=np.array([word for one in word_indices for word in one], dtype=np.int32),
+        )
+    )
+    for i, one in enumerate(word_indices):
+        starts, words = first_subwords[i]
+        expected = [(place, word) for place, word in enumerate(one) if word >= 0 and word not in one[:place]]
+        assert list(zip(starts.tolist(), words.tolist(), strict=True)) == expected
 
 
 # Batches -------------------------------------------------------------------------------------------------------------

@@ -124,7 +124,8 @@ def test_a_reader_from_memory_is_the_one_from_the_files(tmp_path: Path, model_ty
 
 def test_few_checkpoints_stay_in_memory(tmp_path: Path) -> None:
     common, task = Shared(), find_task("udpos")
-    specs = [models.ModelSpec(name=f"m{i}", path=tmp_path / f"m{i}") for i in range(CHECKPOINTS + 1)]
+    folder = tiny.save_model(tmp_path / "model")
+    specs = [models.ModelSpec(name=f"m{i}", path=folder) for i in range(CHECKPOINTS + 1)]
     first = common.checkpoint(specs[0], task)
     for spec in specs[1:-1]:
         common.checkpoint(spec, task)

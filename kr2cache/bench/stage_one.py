@@ -28,8 +28,8 @@ TARGET = {"cpu": 1 / 0.97, "cuda": 1 / 0.8}
 OURS = "kr2cache extract"
 ROWS_AT_ONCE = 32
 """Batch size of the plain loop, as most scripts have it."""
-SEGMENT_S = 2.0
-"""Seconds between stops of an extraction: what its thread still writes then is a small part of what it wrote."""
+SEGMENT_S = 1.0
+"""Seconds between stops of an extraction: what its thread writes in a pause is a small part of what it wrote."""
 
 
 def run(config: BenchConfig, folder: Path) -> tuple[Race, ExtractPlan]:

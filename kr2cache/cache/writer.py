@@ -249,6 +249,16 @@ def _size(header: ShardHeader, index: SequenceIndex) -> int:
     return _state_bytes(header, index) + beside + 32 * PAGE
 
 
+def _never_preempt() -> None:
+    """Let this thread wait for a core that is free, rather than take one from the model: all of its threads wait for
+    the slowest. It has as large a share of the cores as before. (A lower priority would take less from the model, but
+    on a busy machine the states would wait for the disk, and the model for this thread's hold on the interpreter.)
+    """
+    if hasattr(os, "SCHED_BATCH"):  # Linux
+        with contextlib.suppress(OSError):
+            os.sched_setscheduler(threading.get_native_id(), os.SCHED_BATCH, os.sched_param(0))
+
+
 def _sync(descriptor: int) -> None:
     """The bytes on disk; macOS knows no fdatasync."""
     (os.fdatasync if hasattr(os, "fdatasync") else os.fsync)(descriptor)
@@ -411,6 +421,7 @@ class CacheWriter:
             raise failure
 
     def _work(self) -> None:
+        _never_preempt()
         while (states := self._next()) is not None:
             if self._failure is not None:
                 continue  # keep taking, so that the model's thread is not left waiting for room

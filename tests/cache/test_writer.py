@@ -416,6 +416,25 @@ def test_the_writer_counts_its_bytes_and_leaves_no_thread_or_file_open(tmp_path:
     assert (threading.active_count(), len(list(Path("/proc/self/fd").iterdir()))) == (threads, files)
 
 
+@pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="Linux alone has it")
+def test_the_writing_thread_takes_no_core_from_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    truth = tiny_cache.make()
+    create_shards(tmp_path / "cache", truth.header, truth.index, 60)
+    policies = []
+    whole = writer_module.write_whole
+
+    def write_whole(*arguments: Any) -> int:
+        policies.append(os.sched_getscheduler(threading.get_native_id()))
+        return whole(*arguments)
+
+    monkeypatch.setattr(writer_module, "write_whole", write_whole)
+    with CacheWriter(tmp_path / "cache") as out:
+        for batch in tiny_cache.batches(truth, out, range(4)):
+            out.write(batch)
+    assert set(policies) == {os.SCHED_BATCH}
+    assert os.sched_getscheduler(0) == os.SCHED_OTHER, "the model's thread stays as it was"
+
+
 def test_creating_again_touches_no_shard_that_is_there(tmp_path: Path) -> None:
     truth = tiny_cache.make()
     folder = tiny_cache.store(tmp_path / "cache", truth, shard_bytes=60, positions=[1, 2])

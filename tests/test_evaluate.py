@@ -1,0 +1,71 @@
+"""What a reader says of examples, by transformers' own forward pass of each example alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from tokenizers import normalizers
+from transformers import AutoModelForTokenClassification
+
+from kr2cache.batches import SplitData
+from kr2cache.encode import encode_examples
+from kr2cache.evaluate import example_logits, most_likely, predict
+from kr2cache.kreader import KReader
+from kr2cache.tasks import Example, find_task
+
+TASK = find_task("udpos")
+MAX_LENGTH = 12
+SENTENCES = (
+    ("das", "haus"),
+    ("das", "\u200b", "haus", "\ufeff"),  # words without a token, in the middle and at the end
+    ("ein",),
+    ("ein", "haus") * 20,  # cut off
+    ("\u200b",),  # no word at all
+    ("ist", "\u200b", "das") * 20,
+    ("das", "haus", "ist"),
+)
+
+
+@pytest.fixture
+def data() -> SplitData:
+    tokenizer = tiny.tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    examples = [Example(f"s{i}", (words,), None) for i, words in enumerate(SENTENCES)]
+    return SplitData(examples=examples, index=encode_examples(tokenizer, examples, TASK, MAX_LENGTH))
+
+
+def test_labels_are_those_of_each_words_first_token(data: SplitData) -> None:
+    torch.manual_seed(0)
+    config = tiny.config("bert", num_labels=len(TASK.labels), initializer_range=0.5)
+    model = AutoModelForTokenClassification.from_config(config).eval()
+    reader = KReader(model, "token")
+    tokenizer = tiny.tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    expected_logits = []
+    for words in SENTENCES:
+        encoded = tokenizer(
+            list(words), is_split_into_words=True, truncation=True, max_length=MAX_LENGTH, return_tensors="pt"
+        )
+        with torch.no_grad():
+            logits = model(**encoded).logits[0].numpy()
+        word_ids = encoded.word_ids(0)
+        nothing = np.full(len(TASK.labels), np.nan, dtype=np.float32)
+        expected_logits.append(
+            np.stack([logits[word_ids.index(w)] if w in word_ids else nothing for w in range(len(words))])
+        )
+    given = example_logits(reader, data, TASK, tokenizer)
+    for one, other in zip(given, expected_logits, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+    labels = [[None if np.isnan(row).any() else int(np.argmax(row)) for row in rows] for rows in expected_logits]
+    assert predict(reader, data, TASK, tokenizer) == labels
+    assert labels[4] == [None]
+    assert None in labels[3]
+    assert len({label for row in labels for label in row}) > 3, "all alike: this would show nothing"
+
+
+def test_a_label_of_unknown_logit_is_never_the_most_likely() -> None:
+    piqa = find_task("piqa")
+    assert most_likely([np.array([[np.nan, -9.0]]), np.array([[2.0, 1.0]]), np.array([[0.0, 0.5]])], piqa) == [1, 0, 1]
+    assert most_likely([], TASK) == most_likely([], piqa) == []
