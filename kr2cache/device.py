@@ -42,6 +42,8 @@ def wait_for_gpu() -> None:
 
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.synchronize()
+    if torch.backends.mps.is_available():
+        torch.mps.synchronize()
 
 
 def device_name(device: torch.device) -> str:

@@ -47,7 +47,7 @@ def keep_free_memory() -> None:
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_MMAP_MAX, 0)  # no block outside of the heap, where it cannot be used again
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(M_TRIM_THRESHOLD, -1)  # none at all
 
 
 _returned_at = [time.monotonic()]

@@ -33,7 +33,8 @@ class HostBuffers:
 
     def empty(self, rows: int, width: int, dtype: torch.dtype) -> tuple[torch.Tensor, NDArray[Any]]:
         """(rows, width) of undefined values, as a tensor to be filled and as the array of the same memory to be kept:
-        bfloat16 as bits in int16.
+        bfloat16 as bits in int16. The memory is used again once the array and all views of it are gone, whether or not
+        somebody still has the tensor.
         """
         size = rows * width * dtype.itemsize
         buffer = self._free.pop() if self._free else None
@@ -98,8 +99,8 @@ class Packer:
     def _copy_out(
         self, layers_BTD: tuple[torch.Tensor, ...], lengths: NDArray[np.int32]
     ) -> tuple[torch.Tensor, NDArray[Any]]:
-        """(rows, D) in memory: the valid positions of each sequence, layer by layer, rounded on the way where no scale
-        is needed. One pass over the states; gathering and casting apart were three.
+        """(rows, D) in memory, as ``HostBuffers.empty`` gives it: the valid positions of each sequence, layer by layer,
+        rounded on the way where no scale is needed. One pass over the states; gathering and casting apart were three.
         """
         L, D = len(self.layers), layers_BTD[0].shape[2]
         dtype = torch.float32 if self.dtype == "int8" else getattr(torch, self.dtype)

@@ -29,10 +29,7 @@ from kr2cache.prepare import Prepared, prepare
 from kr2cache.shared import Shared
 from kr2cache.tasks import Task
 from kr2cache.teacher import SEED, Lesson, Teacher
-from kr2cache.train import Job, Trained, train_seed, write_trained
-
-RETURN_MEMORY_EVERY_S = 60.0
-"""The next training needs most of it again."""
+from kr2cache.train import RETURN_MEMORY_EVERY_S, Job, Trained, train_seed, write_trained
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -76,21 +76,21 @@ def prepare(config: TrainConfig, shared: Shared) -> Prepared:
     config, task = _checked(config)
     reader_spec, resource_spec = _models(config)
     training_arguments(config, config.run_dir, config.seeds[0])
-    reader_config = models.load_config(reader_spec)
+    checkpoint = shared.checkpoint(reader_spec, task)
     if resource_spec is not None:
-        check_admitted(reader_config, f"Reader {reader_spec.name!r}")
-    _check_length(config, reader_spec, reader_config)
+        check_admitted(checkpoint.config, f"Reader {reader_spec.name!r}")
+    _check_length(config, reader_spec, checkpoint.config)
     check_writable(config.run_dir, "--run-dir")
     corpus = shared.corpus(task, config.data, config.limit)
     tokenizer = shared.tokenizer(reader_spec, words=task.words)
     splits = {}
     for split, part in corpus.splits.items():
         index = part.index(reader_spec, tokenizer, config.max_length)
-        check_token_ids(index, int(reader_config.vocab_size), repr(reader_spec.name))
+        check_token_ids(index, int(checkpoint.config.vocab_size), repr(reader_spec.name))
         splits[split] = SplitData(examples=part.examples, index=index)
     job = Job(
         task=task,
-        checkpoint=shared.checkpoint(reader_spec, task),
+        checkpoint=checkpoint,
         tokenizer=tokenizer,
         splits=splits,
         config=config,

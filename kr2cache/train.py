@@ -41,8 +41,12 @@ from kr2cache.evaluate import predict
 from kr2cache.fusion import Fusion
 from kr2cache.interrupt import interrupt_between_batches
 from kr2cache.kreader import KReader, TaskCheckpoint
+from kr2cache.memory import return_free_memory
 from kr2cache.tasks import Task
 from kr2cache.tasks.base import Prediction
+
+RETURN_MEMORY_EVERY_S = 60.0
+"""What is given back has to be asked for again, as long as a step of a small reader takes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,7 +246,7 @@ class _KeepBest(TrainerCallback):
 
 @dataclass
 class _OnStep(TrainerCallback):
-    """Call something after each step, and add up the time of steps."""
+    """Call something after each step, add up the time of steps, and give freed memory back now and then."""
 
     call: Callable[[], None]
     seconds: float = 0.0
@@ -253,6 +257,7 @@ class _OnStep(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.seconds += time.perf_counter() - self._since
+        return_free_memory(RETURN_MEMORY_EVERY_S)
         self.call()
 
 

@@ -82,12 +82,30 @@ def test_ours_stands_still_while_the_limit_catches_up(monkeypatch: pytest.Monkey
 def test_a_turn_of_both_at_once_counts_for_both(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "PAIRS_S", math.inf)  # however long a busy disk takes to sync
     turns: list[str] = []
-    contenders = {name: functools.partial(turns.append, name) for name in ("limit", "other limit", "ours", "rival")}
-    one = bench.race("t", "u", contenders, repeats=1, target=1.0, limits=2, close=lambda: (2.0, 3.0))
+    clock = [0.0]
+    monkeypatch.setattr(bench, "time", types.SimpleNamespace(perf_counter=lambda: clock[0], monotonic=lambda: clock[0]))
+
+    def turn(name: str, takes: float) -> None:
+        turns.append(name)
+        clock[0] += takes
+
+    takes = {"limit": 5.0, "other limit": 4.0, "ours": 6.0, "rival": 9.0}
+    contenders = {name: functools.partial(turn, name, seconds) for name, seconds in takes.items()}
+    one = bench.race("t", "u", contenders, repeats=1, target=1.0, limits=2, close=lambda: (5.0, 7.5))
     number = bench.PAIRS[1]
     assert turns == [*contenders, *(["other limit"] * number), "rival"]
-    assert (one.seconds["limit"], one.seconds["ours"]) == ([2.0] * number, [3.0] * number)
+    assert (one.seconds["limit"], one.seconds["ours"]) == ([5.0] * number, [7.5] * number)
     assert one.ratio == 1.5
+
+    # A disk that is slower goes on while ours stands still: then each takes its own turn.
+    contenders["other limit"] = functools.partial(turn, "other limit", 5.5)
+    one = bench.race("t", "u", contenders, repeats=1, target=1.0, limits=2, close=lambda: (5.0, 7.5))
+    assert one.seconds == {
+        "limit": [5.0] * number,
+        "other limit": [5.5] * number,
+        "ours": [6.0] * number,
+        "rival": [9.0],
+    }
 
 
 def test_the_slower_of_two_limits_binds() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,15 @@ def test_the_training_section_has_the_last_word(world: World, tmp_path: Path) ->
     arguments = training_arguments(world.config(training=chosen), tmp_path, 1)
     assert arguments.logging_nan_inf_filter
     assert arguments.accelerator_config.non_blocking
+
+
+def test_a_long_training_gives_freed_memory_back(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[float] = []
+    monkeypatch.setattr(train_module, "return_free_memory", asked.append)
+    (run,) = world.train(method="kreader", batch_size=4).runs
+    examples = json.loads((run.folder / "config.json").read_text("utf-8"))["recorded"]["examples"]["train"]
+    steps = 2 * math.ceil(examples / 4)
+    assert asked == [train_module.RETURN_MEMORY_EVERY_S] * steps, "after each step, and it looks at its watch"
 
 
 def test_the_same_seed_gives_the_same_run_wherever_it_is_put(world: World) -> None:

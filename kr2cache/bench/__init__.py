@@ -136,11 +136,18 @@ def race(
 
     Args:
         contenders: What a turn wrote is removed after it where the contender returns its path, a file or a folder.
-        close: A turn of the first limit and ours at once, as ``alternately`` has it; gives the seconds of each.
+        close: A turn of the first limit and ours at once, as ``alternately`` has it; gives the seconds of each. Not
+            used where another limit is slower, such as the disk: that one goes on while ours stands still.
     """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    peaks = {name: peak_of(functools.partial(_once, work)) for name, work in contenders.items()}
+    peaks, warm_up = {}, {}
+    for name, work in contenders.items():
+        started = time.perf_counter()
+        peaks[name] = peak_of(functools.partial(_once, work))
+        warm_up[name] = time.perf_counter() - started
     often, rivals = list(contenders)[: limits + 1], list(contenders)[limits + 1 :]
+    if max(often[:-1], key=warm_up.__getitem__) != often[0]:
+        close = None
     at_once = (often[0], often[-1]) if close else ()
     least, most = PAIRS
     for _ in range(repeats):
@@ -178,8 +185,7 @@ def alternately(
     def catch_up(enough: float) -> None:
         started = time.perf_counter()
         while spent["limit"] + time.perf_counter() - started < enough and next(bits, end) is not end:
-            pass
-        wait_for_gpu()
+            wait_for_gpu()  # what was only issued took no time yet
         spent["limit"] += time.perf_counter() - started
 
     def stop(*_: object) -> None:
@@ -280,9 +286,7 @@ def _threads() -> int:
 
 def describe_bench(result: dict[str, Any]) -> None:
     """Print one table of all races."""
-    table = Table(
-        title=f"Medians of {result['repeats']} turns of rivals, and of more of limit and ours", title_justify="left"
-    )
+    table = Table(title=f"Medians of {result['repeats']} turns; limits and ours mostly take more", title_justify="left")
     table.add_column("what")
     for column in ("median", "from", "to", "memory", "times the limit", "target"):
         table.add_column(column, justify="right")
@@ -305,7 +309,8 @@ def describe_bench(result: dict[str, Any]) -> None:
     console.print(table)
     console.print(
         f"Ours in times the limit: the median of neighbouring turns' ratios, and where it lies with {CONFIDENCE:.0%} "
-        "confidence. Memory: of the computer's, beyond what the process had, mapped files included."
+        "confidence (of fewer than six turns, all of them). Memory: of the computer's, beyond what the process had, "
+        "mapped files included."
     )
     console.print(result["break_even"]["text"])
     machine = result["machine"]

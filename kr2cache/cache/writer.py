@@ -249,13 +249,16 @@ def _size(header: ShardHeader, index: SequenceIndex) -> int:
     return _state_bytes(header, index) + beside + 32 * PAGE
 
 
-def _never_preempt() -> None:
-    """Let this thread wait for a core that is free, rather than take one from the model: all of its threads wait for
-    the slowest. It has as large a share of the cores as before. (A lower priority would take less from the model, but
-    on a busy machine the states would wait for the disk, and the model for this thread's hold on the interpreter.)
+def _preempt_nobody() -> None:
+    """Let this thread, when there is something to write, not take a core from the model at once: all of the model's
+    threads wait for the slowest. It has as large a share of the cores as before. (A lower priority would take less
+    from the model, but on a busy machine the states would wait for the disk, and the model for this thread's hold on
+    the interpreter.)
     """
     if hasattr(os, "SCHED_BATCH"):  # Linux
         with contextlib.suppress(OSError):
+            if os.sched_getscheduler(0) != os.SCHED_OTHER:
+                return  # the user chose another
             os.sched_setscheduler(threading.get_native_id(), os.SCHED_BATCH, os.sched_param(0))
 
 
@@ -421,7 +424,7 @@ class CacheWriter:
             raise failure
 
     def _work(self) -> None:
-        _never_preempt()
+        _preempt_nobody()
         while (states := self._next()) is not None:
             if self._failure is not None:
                 continue  # keep taking, so that the model's thread is not left waiting for room

@@ -110,7 +110,7 @@ def bench_cli(
         str | None, typer.Option(help="A tagged corpus for the training steps.", show_default="the demo's")
     ] = None,
     device: Device = None,
-    repeats: Annotated[int, typer.Option(help="Turns of each contender.", min=1)] = 5,
+    repeats: Annotated[int, typer.Option(help="Turns of each rival; limits and ours mostly take more.", min=1)] = 5,
     folder: Annotated[
         Path | None, typer.Option(help="On the disk in question; files are removed.", show_default="temporary")
     ] = None,
