@@ -50,7 +50,6 @@ def test_ours_stands_still_while_the_limit_catches_up(monkeypatch: pytest.Monkey
     order: list[str] = []
     model = torch.nn.Identity()
     clock = [0.0]
-
     pauses: list[float] = []
 
     def sleep(pause: float) -> None:

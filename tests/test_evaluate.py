@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 from tokenizers import normalizers
-from transformers import AutoModelForTokenClassification
+from transformers import AutoModelForTokenClassification, PreTrainedTokenizerFast
 
 from kr2cache.batches import SplitData
 from kr2cache.encode import encode_examples
@@ -29,20 +29,19 @@ SENTENCES = (
 
 
 @pytest.fixture
-def data() -> SplitData:
-    tokenizer = tiny.tokenizer()
-    tokenizer.backend_tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+def tokenizer() -> PreTrainedTokenizerFast:
+    made = tiny.tokenizer()
+    made.backend_tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    return made
+
+
+def test_labels_are_those_of_each_words_first_token(tokenizer: PreTrainedTokenizerFast) -> None:
     examples = [Example(f"s{i}", (words,), None) for i, words in enumerate(SENTENCES)]
-    return SplitData(examples=examples, index=encode_examples(tokenizer, examples, TASK, MAX_LENGTH))
-
-
-def test_labels_are_those_of_each_words_first_token(data: SplitData) -> None:
+    data = SplitData(examples=examples, index=encode_examples(tokenizer, examples, TASK, MAX_LENGTH))
     torch.manual_seed(0)
     config = tiny.config("bert", num_labels=len(TASK.labels), initializer_range=0.5)
     model = AutoModelForTokenClassification.from_config(config).eval()
     reader = KReader(model, "token")
-    tokenizer = tiny.tokenizer()
-    tokenizer.backend_tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     expected_logits = []
     for words in SENTENCES:
         encoded = tokenizer(

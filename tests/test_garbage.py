@@ -109,4 +109,4 @@ def test_the_memory_of_a_batch_is_the_memory_of_the_next() -> None:
     first, last = faults()
     pages = (12_000_000 + 20 * 1_500_000) * 4 // os.sysconf("SC_PAGE_SIZE")
     assert first > 0.8 * pages
-    assert last < first / 20
+    assert last < first / 40
