@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from kr2cache.batches import Batcher, SplitData, part_overhead, split_by_length
 from kr2cache.cache.format import offsets
 from kr2cache.encode import length_sorted_batches
+from kr2cache.forward import cheaper_forward
 from kr2cache.kreader import KReader
-from kr2cache.prepacked import prepacked_weights
 from kr2cache.tasks import Task
 from kr2cache.tasks.base import Prediction
 
@@ -72,7 +72,7 @@ def example_logits(
     result: list[NDArray[np.float32]] = [np.empty((0, 0), dtype=np.float32)] * len(data.examples)
     was_training = reader.training
     reader.eval()
-    with torch.inference_mode(), prepacked_weights(reader, int(data.positions().sum())):
+    with torch.inference_mode(), cheaper_forward(reader, int(data.positions().sum())):
         for numbers in batches_of(data, device):
             inputs = {name: tensor.to(device) for name, tensor in batcher.inputs(numbers.tolist()).items()}
             logits = reader(**inputs)["logits"].float().cpu().numpy()

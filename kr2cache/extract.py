@@ -31,12 +31,12 @@ from kr2cache.device import choose_device, device_name
 from kr2cache.digests import config_digest, weights_digest
 from kr2cache.encode import length_sorted_batches, pad
 from kr2cache.errors import CacheError, CacheVersionError, InterruptedWorkError, UnsupportedModelError
+from kr2cache.forward import cheaper_forward
 from kr2cache.interrupt import interrupt_between_batches
 from kr2cache.locks import check_writable, only_writer
 from kr2cache.memory import keep_free_memory, return_free_memory
 from kr2cache.packing import Packer
 from kr2cache.planning import ExtractPlan, check_disk
-from kr2cache.prepacked import prepacked_weights
 
 if TYPE_CHECKING:
     import torch
@@ -314,7 +314,7 @@ def _compute(
         try:
             with (
                 # By the whole plan, so that what goes on after a stop computes alike.
-                prepacked_weights(encoder, plan.tokens if plan.config.compute_dtype == "float32" else 0),
+                cheaper_forward(encoder, plan.tokens if plan.config.compute_dtype == "float32" else 0),
                 interrupt_between_batches() as check_interrupt,
                 CacheWriter(folder) as writer,
             ):

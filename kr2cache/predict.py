@@ -41,6 +41,7 @@ from kr2cache.errors import (
 )
 from kr2cache.evaluate import example_logits, most_likely
 from kr2cache.extract import hidden_states, padding_is_harmless
+from kr2cache.forward import cheaper_forward
 from kr2cache.kreader import KReader
 from kr2cache.models import (
     ModelSpec,
@@ -52,7 +53,6 @@ from kr2cache.models import (
     pad_id,
     trained_spec,
 )
-from kr2cache.prepacked import prepacked_weights
 from kr2cache.tasks import Example, Task, find_task
 
 
@@ -185,7 +185,7 @@ class Predictor:
             return example_logits(self.reader, SplitData(examples=examples, index=index), self.task, self.tokenizer)
         features = self.online_features(self.resource, self._resource_index(self.resource, examples))
         data = SplitData(examples=examples, index=index, features=features)
-        with prepacked_weights(self.resource.encoder, len(features.index.input_id)):
+        with cheaper_forward(self.resource.encoder, len(features.index.input_id)):
             return example_logits(self.reader, data, self.task, self.tokenizer)
 
     def online_features(self, resource: OnlineResource, index: SequenceIndex) -> OnlineFeatures:

@@ -20,9 +20,9 @@ from kr2cache.cache.format import SequenceIndex
 from kr2cache.device import choose_device
 from kr2cache.encode import encode_examples
 from kr2cache.evaluate import batches_of, predict
+from kr2cache.forward import cheaper_forward
 from kr2cache.kreader import KReader
 from kr2cache.predict import OnlineFeatures, OnlineResource
-from kr2cache.prepacked import prepacked_weights
 from kr2cache.prepare import prepare
 from kr2cache.shared import Shared
 from kr2cache.train import Job
@@ -120,7 +120,7 @@ def evaluation(config: BenchConfig, job: Job) -> Race:
     limit = copy.deepcopy(reader)
 
     def forwards() -> Iterator[None]:
-        with prepacked_weights(limit, positions):
+        with cheaper_forward(limit, positions):
             for batch in ready:
                 with torch.inference_mode():
                     limit(**batch)

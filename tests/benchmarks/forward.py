@@ -1,4 +1,5 @@
-"""What could make stage one's forward pass cheaper: every try beside the plain pass, taking turns.
+"""What could make stage one's forward pass cheaper: every try beside the plain pass, bit by bit in alternation. In
+groups, since one that fills the caches or the heap slows its neighbours.
 
 python tests/benchmarks/forward.py --data FOLDER --task udpos-de [--compile]
 """
@@ -6,17 +7,62 @@ python tests/benchmarks/forward.py --data FOLDER --task udpos-de [--compile]
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import contextlib
+import copy
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from unittest import mock
 
 import torch
+from torch import nn
 
-from kr2cache import models, prepacked
-from kr2cache.bench import race
+from kr2cache import forward, models
 from kr2cache.config import ExtractConfig
 from kr2cache.encode import length_sorted_batches
 from kr2cache.extract import hidden_states
-from kr2cache.planning import plan_extraction
-from kr2cache.prepacked import prepacked_weights
+from kr2cache.planning import ExtractPlan, plan_extraction
+
+BITS = 10
+"""Into how many bits of like many positions a pass is cut, whatever its batches are."""
+
+
+@dataclass
+class Try:
+    """A way to run the model over the split."""
+
+    name: str
+    model: nn.Module
+    positions_per_batch: int = 1_024
+    compute_dtype: str = "float32"
+    threads: int = field(default_factory=torch.get_num_threads)
+
+    def bits(self, plan: ExtractPlan) -> Iterator[None]:
+        """One pass, which stops ``BITS`` times."""
+        seen, bit = 0, 0
+        for batch in length_sorted_batches(plan.index.n_tokens, self.positions_per_batch):
+            while bit <= BITS * seen / plan.tokens:
+                bit += 1
+                yield
+            hidden_states(self.model, plan.index, batch, pad_id=plan.pad_id, compute_dtype=self.compute_dtype)  # type: ignore[arg-type]
+            seen += int(plan.index.n_tokens[batch].sum())
+
+
+def in_turns(tries: list[Try], plan: ExtractPlan) -> dict[str, float]:
+    """Seconds of one pass of each."""
+    running = {one.name: one.bits(plan) for one in tries}
+    spent = dict.fromkeys(running, 0.0)
+    threads = torch.get_num_threads()
+    for bit in range(BITS + 1):
+        for place in range(len(tries)):
+            one = tries[(place + bit) % len(tries)]
+            torch.set_num_threads(one.threads)
+            started = time.perf_counter()
+            next(running[one.name], None)
+            spent[one.name] += time.perf_counter() - started
+    torch.set_num_threads(threads)
+    return spent
 
 
 def main() -> None:
@@ -32,53 +78,56 @@ def main() -> None:
     )
     plan = plan_extraction(config)
     encoder, _ = models.open_encoder(plan.spec)
-    threads = torch.get_num_threads()
+    with contextlib.ExitStack() as inside:
 
-    def forward(model: torch.nn.Module = encoder, budget: int = 1_024, compute_dtype: str = "float32") -> None:
-        for batch in length_sorted_batches(plan.index.n_tokens, budget):
-            hidden_states(model, plan.index, batch, pad_id=plan.pad_id, compute_dtype=compute_dtype)  # type: ignore[arg-type]
+        def changed(*, pack: bool, in_place: bool) -> nn.Module:
+            model = copy.deepcopy(encoder)
+            with contextlib.ExitStack() as only:
+                only.enter_context(mock.patch.object(forward, "packing_pays_here", lambda: pack))
+                if not in_place:
+                    only.enter_context(mock.patch.object(forward, "_compute_in_place", lambda *_: None))
+                inside.enter_context(forward.cheaper_forward(model, plan.tokens))
+            return model
 
-    def packed(budget: int = 1_024) -> None:
-        with prepacked_weights(encoder, plan.tokens):
-            forward(budget=budget)
-
-    def packed_without_gelu() -> None:
-        pairs, prepacked.PAIRS = prepacked.PAIRS, ()  # type: ignore[assignment]
-        try:
-            packed()
-        finally:
-            prepacked.PAIRS = pairs
-
-    def one_thread() -> None:
-        torch.set_num_threads(1)
-        try:
-            forward()
-        finally:
-            torch.set_num_threads(threads)
-
-    tries: dict[str, Callable[[], object]] = {
-        "plain, 1,024 positions a batch": forward,
-        "oneDNN, weights prepacked, GELU inside": packed,
-        "oneDNN, weights prepacked": packed_without_gelu,
-        "plain, 512 positions a batch": lambda: forward(budget=512),
-        "plain, 2,048": lambda: forward(budget=2_048),
-        "plain, 4,096": lambda: forward(budget=4_096),
-        "prepacked, 512": lambda: packed(512),
-        "prepacked, 2,048": lambda: packed(2_048),
-        "plain, one thread": one_thread,
-        "plain, autocast to bfloat16 (other states)": lambda: forward(compute_dtype="bfloat16"),
-    }
-    if arguments.compile:
-        compiled = torch.compile(encoder, dynamic=True)
-        tries["torch.compile, dynamic shapes"] = lambda: forward(compiled)
-    result = race("forward pass", "", tries, repeats=arguments.repeats, target=None)
+        packed, in_place = changed(pack=True, in_place=False), changed(pack=False, in_place=True)
+        both = changed(pack=True, in_place=True)
+        plain = Try("plain, 1,024 positions a batch", encoder)
+        groups = [
+            [
+                plain,
+                Try("in place (with AVX2 as kept)", in_place),
+                Try("oneDNN, weights prepacked", packed),
+                Try("prepacked and in place (with AVX-512 as kept)", both),
+            ],
+            [
+                plain,
+                Try("plain, 512 positions a batch", encoder, 512),
+                Try("plain, 2,048", encoder, 2_048),
+                Try("plain, 4,096", encoder, 4_096),
+                Try("prepacked and in place, 512", both, 512),
+                Try("prepacked and in place, 2,048", both, 2_048),
+            ],
+            [
+                plain,
+                Try("plain, one thread", encoder, threads=1),
+                Try("plain, autocast to bfloat16 (other states)", encoder, compute_dtype="bfloat16"),
+            ],
+        ]
+        if arguments.compile:
+            groups[2].append(Try("torch.compile, dynamic shapes", torch.compile(encoder, dynamic=True)))  # type: ignore[arg-type]
+        for group in groups:
+            _say(group, plan, arguments.repeats)
     batches = length_sorted_batches(plan.index.n_tokens, 1_024)
     positions = sum(len(batch) * int(plan.index.n_tokens[batch].max()) for batch in batches)
     print(f"padding: {100 * (1 - plan.tokens / positions):.1f} % of positions; more than that no packing could save")
-    first = next(iter(result.medians.values()))
-    for name, median in result.medians.items():
-        times = result.seconds[name]
-        print(f"{name:46} {median / first:5.2f}  ({min(times) / first:.2f} to {max(times) / first:.2f})")
+
+
+def _say(tries: list[Try], plan: ExtractPlan, repeats: int) -> None:
+    in_turns(tries, plan)
+    seconds = [in_turns(tries, plan) for _ in range(repeats)]
+    for one in tries:
+        ratios = [turn[one.name] / turn[tries[0].name] for turn in seconds]
+        print(f"{one.name:46} {statistics.median(ratios):5.3f}  ({min(ratios):.3f} to {max(ratios):.3f})", flush=True)
 
 
 if __name__ == "__main__":
