@@ -18,12 +18,12 @@ import xxhash
 from numpy.typing import NDArray
 
 from kr2cache import provenance
-from kr2cache.cache.format import DTYPES, ON_DISK, SequenceIndex, ShardHeader, decode, encode, offsets, row_bytes
+from kr2cache.cache.format import DTYPES, ON_DISK, SequenceIndex, ShardHeader, encode, offsets, row_bytes
 from kr2cache.cache.reader import FeatureCache
 from kr2cache.cache.writer import CacheWriter, PackedStates, create_shards
 from kr2cache.console import bytes_text, work_progress
 from kr2cache.disk import free_bytes
-from kr2cache.errors import CacheError, ConfigError, DiskSpaceError, InterruptedWorkError, ValueRangeError, unknown_name
+from kr2cache.errors import CacheError, ConfigError, DiskSpaceError, InterruptedWorkError, unknown_name
 from kr2cache.fusion import Fusion, parse_fusion, parse_layers
 from kr2cache.interrupt import interrupt_between_batches
 from kr2cache.locks import check_writable, only_writer
@@ -440,10 +440,10 @@ def _stored_as(header: ShardHeader, fusion: Fusion | None, held: list[tuple[Feat
         cache.check(position)
     cache, position = held[0]
     if fusion is not None:
-        return _encoded(header, fusion.apply(cache.states(position, fusion.layers)), cache, position)
+        return encode(fusion.apply(cache.states(position, fusion.layers)), header.dtype)
     if header.dtype != cache.dtype:
         layers = None if cache.fusion is not None else header.layers
-        return _encoded(header, cache.states(position, layers).reshape(-1, header.width), cache, position)
+        return encode(cache.states(position, layers).reshape(-1, header.width), header.dtype)
     if cache.layers == header.layers:
         return cache.stored(position)
     parts = []
@@ -455,19 +455,6 @@ def _stored_as(header: ShardHeader, fusion: Fusion | None, held: list[tuple[Feat
         parts.append((raw[rows], None if scale is None else scale[rows]))
     scales = [scale for _, scale in parts if scale is not None]
     return np.concatenate([raw for raw, _ in parts]), np.concatenate(scales) if scales else None
-
-
-def _encoded(header: ShardHeader, states: NDArray[np.floating], cache: FeatureCache, position: int) -> Stored:
-    raw, scale = encode(states, header.dtype)
-    finite = np.isfinite(scale if scale is not None else decode(raw, None, header.dtype))
-    if not finite.all():
-        row = int(np.flatnonzero(~finite.reshape(len(raw), -1).all(axis=1))[0])
-        layer = header.layers[row // int(cache.n_tokens[position])]
-        raise ValueRangeError(
-            f"A state of {cache.all_ids[position]!r} at layer {layer} is not a finite {header.dtype} value.",
-            "float16 ends at 65,504: --dtype bfloat16 holds larger values.",
-        )
-    return raw, scale
 
 
 def ranges(mask: NDArray[np.bool_]) -> list[list[int]]:

@@ -6,7 +6,7 @@ Shape letters: B sequences, T positions (padded), L stored layers, D width.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from kr2cache.cache.format import SequenceIndex
 from kr2cache.cache.writer import PackedStates
-from kr2cache.errors import ValueRangeError
 
 
 class HostBuffers:
@@ -67,7 +66,7 @@ class Packer:
         self.layers = layers
         self.dtype = dtype
         self.device = device
-        self._waiting: list[tuple[Any, Callable[[], PackedStates]]] = []
+        self._waiting: list[tuple[Any, PackedStates]] = []
         self._buffers = HostBuffers(pinned=device.type == "cuda")
         self._stream: torch.cuda.Stream | None = None
 
@@ -79,7 +78,7 @@ class Packer:
         sequences = (batch - shard_start).tolist()
         if self.device.type == "cuda":
             raw, scale = self._encode(self._gather(layers_BTD, lengths))
-            self._waiting.append(self._start_copy(shard, sequences, batch, lengths, raw, scale))
+            self._waiting.append(self._start_copy(shard, sequences, raw, scale))
             if len(self._waiting) > 1:
                 yield self._finish_copy()
             return
@@ -88,7 +87,6 @@ class Packer:
         if self.dtype == "int8":
             packed, scale = self._encode(packed)
             stored = packed.numpy()
-        self._check(packed, scale, batch, lengths)
         yield PackedStates(shard, sequences, stored, None if scale is None else scale.numpy())
 
     def rest(self) -> Iterator[PackedStates]:
@@ -142,38 +140,12 @@ class Packer:
             return torch.round(states / safe[:, None]).to(torch.int8), scale
         return states.to(getattr(torch, dtype)), None
 
-    def _check(
-        self, raw: torch.Tensor, scale: torch.Tensor | None, batch: NDArray[np.intp], lengths: NDArray[np.int32]
-    ) -> None:
-        """Raise ``ValueRangeError`` naming example and layer for a value the stored dtype cannot hold."""
-        values = scale if scale is not None else raw
-        if _all_finite(values):
-            return
-        finite = torch.isfinite(values)
-        bad_row = int((~finite).reshape(len(raw), -1).any(dim=1).nonzero()[0])
-        ends = np.cumsum(lengths.astype(np.int64) * len(self.layers))
-        i = int(np.searchsorted(ends, bad_row, side="right"))
-        inside = bad_row - (int(ends[i - 1]) if i else 0)
-        layer = self.layers[inside // int(lengths[i])]
-        name = self.index.ids[batch[i]].decode("utf-8")
-        raise ValueRangeError(
-            f"A state of {name!r} at layer {layer} is not a finite {self.dtype} value.",
-            "float16 ends at 65,504: --dtype bfloat16 or float32 holds larger values. If it is nan there too, the "
-            "model itself gives nan. What is complete is kept.",
-        )
-
     # CUDA only ------------------------------------------------------------------------------------------------------
 
     def _start_copy(
-        self,
-        shard: int,
-        sequences: list[int],
-        batch: NDArray[np.intp],
-        lengths: NDArray[np.int32],
-        raw: torch.Tensor,
-        scale: torch.Tensor | None,
-    ) -> tuple[Any, Callable[[], PackedStates]]:
-        finite = torch.isfinite(scale if scale is not None else raw).all()
+        self, shard: int, sequences: list[int], raw: torch.Tensor, scale: torch.Tensor | None
+    ) -> tuple[Any, PackedStates]:
+        """An event, and what is there once it has happened."""
         if self._stream is None:
             self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         # On the stream that computes, the next batch would wait for the copy.
@@ -182,32 +154,18 @@ class Packer:
             packed, stored = self._buffers.empty(raw.shape[0], raw.shape[1], raw.dtype)
             packed.copy_(raw, non_blocking=True)
             stored_scale = None if scale is None else _to_pinned(scale)
-            is_finite = _to_pinned(finite)
             done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             done.record(self._stream)
-        for tensor in (raw, finite) if scale is None else (raw, finite, scale):
+        for tensor in (raw,) if scale is None else (raw, scale):
             tensor.record_stream(self._stream)  # their memory is not given out again before they are copied
-
-        def ready() -> PackedStates:
-            if not is_finite:
-                self._check(raw.cpu(), None if scale is None else scale.cpu(), batch, lengths)
-            return PackedStates(shard, sequences, stored, None if stored_scale is None else stored_scale.numpy())
-
-        return done, ready
+        return done, PackedStates(shard, sequences, stored, None if stored_scale is None else stored_scale.numpy())
 
     def _finish_copy(self) -> PackedStates:
-        done, ready = self._waiting.pop(0)
+        done, states = self._waiting.pop(0)
         done.synchronize()
-        return ready()
+        return states
 
 
 def _to_pinned(tensor: torch.Tensor) -> torch.Tensor:
     """Copied by the current stream, once it gets there."""
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
-
-
-def _all_finite(values: torch.Tensor) -> bool:
-    """A tenth of ``isfinite``'s time on a CPU, without memory for an answer: nan is passed on to both ends, and inf is
-    one of them.
-    """
-    return not values.numel() or all(bool(torch.isfinite(end)) for end in torch.aminmax(values))

@@ -17,6 +17,7 @@ from world import World, change_a_weight, change_the_tokenizer, count_resource_b
 
 from kr2cache import FeatureCache, derive, features, provenance, resource
 from kr2cache.cache.check import check_cache
+from kr2cache.cache.writer import create_shards
 from kr2cache.errors import CacheError, ConfigError, DiskSpaceError, UnknownNameError, ValueRangeError
 from kr2cache.extract import ExtractResult
 
@@ -114,9 +115,11 @@ def test_what_float16_cannot_hold_is_named(tmp_path: Path) -> None:
     truth.raw[1][1, 2, 0] = 7e4
     cache = FeatureCache.open(tiny_cache.store(tmp_path / "cache", truth))
     header = tiny_cache.make((3, 4), dtype="float16", layers=(0, 2), model_layers=3).header
-    derive._stored_as(header, None, [(cache, 0)])
+    create_shards(tmp_path / "slice", header, truth.index, 2**30)
+    stored = ((i, derive._stored_as(header, None, [(cache, i)])) for i in range(2))
     with pytest.raises(ValueRangeError, match="state of 's1' at layer 2 is not a finite float16"):
-        derive._stored_as(header, None, [(cache, 1)])
+        derive._write(tmp_path / "slice", stored, 2, "from cache")
+    assert FeatureCache.open(tmp_path / "slice").complete.tolist() == [True, False]
 
 
 def test_what_cannot_be_sliced_is_said(world: World) -> None:

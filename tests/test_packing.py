@@ -1,4 +1,4 @@
-"""Padded layers become the rows of the contract, and no value that is not finite passes, whatever its bits."""
+"""Padded layers become the rows of the contract."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from kr2cache.cache.format import SequenceIndex
-from kr2cache.errors import ValueRangeError
+from kr2cache.cache.format import SequenceIndex, all_finite
 from kr2cache.packing import HostBuffers, Packer
 
 CPU = torch.device("cpu")
@@ -62,30 +61,13 @@ def test_memory_is_used_again_once_nobody_holds_it() -> None:
     assert stored.dtype == np.int16
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_of_all_values_of_16_bits_those_that_are_not_finite_are_refused(dtype: torch.dtype) -> None:
-    every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
-    pack = Packer(index([1]), [0], str(dtype).removeprefix("torch."), CPU)
-    finite = torch.isfinite(every)
-    list(pack(0, np.array([0]), 0, (every[finite].reshape(1, 1, -1),)))
-    for value in every[~finite]:
-        with pytest.raises(ValueRangeError):
-            list(pack(0, np.array([0]), 0, (value.reshape(1, 1, 1),)))
-
-
-@pytest.mark.parametrize("place", [0, 7, 31_000, 65_535, 99_998, 99_999])
-@pytest.mark.parametrize("dtype", ["float16", "float32", "bfloat16"])
-def test_one_nan_among_many_values_is_found_wherever_it_is(place: int, dtype: str) -> None:
-    values = torch.randn(100_000, generator=torch.Generator().manual_seed(0))
-    values[place] = np.nan  # whichever core and lane of its vectors looks there
-    with pytest.raises(ValueRangeError):
-        list(Packer(index([1]), [0], dtype, CPU)(0, np.array([0]), 0, (values.reshape(1, 1, -1),)))
-
-
-@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan, -np.nan])
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan, -np.nan, 1e5])
 @pytest.mark.parametrize("dtype", ["float16", "float32", "bfloat16", "int8"])
-def test_one_such_value_is_named_by_example_and_layer(value: float, dtype: str) -> None:
+def test_what_the_dtype_cannot_hold_is_seen_in_what_is_packed(value: float, dtype: str) -> None:
     layers = tuple(torch.full((2, 3, 4), -1.0) for _ in range(3))
     layers[2][1, 1, 3] = value
-    with pytest.raises(ValueRangeError, match=r"'s1' at layer 2 "):
-        list(Packer(index([3, 2]), [0, 1, 2], dtype, CPU)(0, np.arange(2), 0, layers))
+    (packed,) = Packer(index([3, 2]), [0, 1, 2], dtype, CPU)(0, np.arange(2), 0, layers)
+    holds = value == 1e5 and dtype != "float16"
+    assert all_finite(packed.raw, packed.scale, dtype) == holds
+    first = None if packed.scale is None else packed.scale[:9]
+    assert all_finite(packed.raw[:9], first, dtype), "the sequence before it"

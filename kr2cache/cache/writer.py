@@ -31,7 +31,9 @@ from kr2cache.cache.format import (
     TAIL_MARK,
     SequenceIndex,
     ShardHeader,
+    all_finite,
     chunk_rows,
+    decode,
     header_copy,
     row_bytes,
     shard_name,
@@ -39,14 +41,13 @@ from kr2cache.cache.format import (
 )
 from kr2cache.cache.layout import read_layout
 from kr2cache.cache.shard import Shard, fixed_xxh3, headers_left, is_structure_sound, open_shard, shard_paths
-from kr2cache.errors import CacheError, CacheVersionError, DiskSpaceError
+from kr2cache.errors import CacheError, CacheVersionError, DiskSpaceError, ValueRangeError
 
 PAGE = 4096
 SYNC_EVERY_S = 0.5
 """At most this much computing is lost with the power; and what is not synced at the end of an extraction is waited for:
 with 5 seconds that was a tenth of a short one.
 """
-POLL_S = 0.05
 PENDING_BATCHES = 4
 """Batches that may wait for the disk; bounds memory when the disk is slower than the model."""
 
@@ -225,6 +226,17 @@ def _rewritten(shard: Shard) -> CacheError:
     )
 
 
+def _not_finite(shard: Shard, i: int, raw: NDArray[Any], scale: NDArray[np.float32] | None) -> ValueRangeError:
+    header = shard.header
+    finite = np.isfinite(decode(raw, None, header.dtype) if scale is None else scale[:, None]).all(axis=1)
+    layer = header.layers[int(np.argmin(finite)) // (len(raw) // len(header.layers))]
+    return ValueRangeError(
+        f"A state of {shard.ids[i].decode('utf-8')!r} at layer {layer} is not a finite {header.dtype} value.",
+        "float16 ends at 65,504: --dtype bfloat16 or float32 holds larger values. If it is nan there too, the model "
+        "itself gives nan. What is complete is kept.",
+    )
+
+
 def _reserve(descriptor: int, size: int) -> bool:
     """Reserve space where the platform can; elsewhere (False) a full disk is noticed when it is written to."""
     if not hasattr(os, "posix_fallocate"):
@@ -380,8 +392,11 @@ class CacheWriter:
                 raise _rewritten(shard)
         self.bytes_written = 0
         self._files = [os.open(shard.path, os.O_RDWR) for shard in self.shards]
-        self._queue: queue.Queue[PackedStates | None] = queue.Queue(PENDING_BATCHES)
-        self._closing = False
+        # Simple queues: a Ctrl-C inside leaves neither lock nor waiter behind, so the thread needs no watch.
+        self._states: queue.SimpleQueue[PackedStates | None] = queue.SimpleQueue()
+        self._room: queue.SimpleQueue[None] = queue.SimpleQueue()
+        for _ in range(PENDING_BATCHES):
+            self._room.put(None)
         self._unmarked: list[tuple[int, int]] = []
         self._failure: BaseException | None = None
         self._synced_at = time.monotonic()
@@ -394,9 +409,7 @@ class CacheWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._closing = True
-        with contextlib.suppress(queue.Full):
-            self._queue.put_nowait(None)  # else it looks at its watch
+        self._states.put(None)
         self._thread.join()
         for descriptor in self._files:
             os.close(descriptor)
@@ -414,9 +427,11 @@ class CacheWriter:
 
         Raises:
             DiskSpaceError: If an earlier batch did not fit on the disk.
+            ValueRangeError: If a state of an earlier batch is not a finite value of the stored dtype.
         """
         self._raise_failure()
-        self._queue.put(states)
+        self._room.get()
+        self._states.put(states)
 
     def _raise_failure(self) -> None:
         if self._failure is not None:
@@ -425,7 +440,8 @@ class CacheWriter:
 
     def _work(self) -> None:
         _preempt_nobody()
-        while (states := self._next()) is not None:
+        while (states := self._states.get()) is not None:
+            self._room.put(None)
             if self._failure is not None:
                 continue  # keep taking, so that the model's thread is not left waiting for room
             try:
@@ -438,19 +454,6 @@ class CacheWriter:
             self._mark()
         except BaseException as error:
             self._fail(error)
-
-    def _next(self) -> PackedStates | None:
-        """The next batch; None once there is none and there will be none.
-
-        Never waits for a notification alone: a second Ctrl-C may raise inside ``put`` and leave the queue with a waiter
-        that is not there any more.
-        """
-        while True:
-            try:
-                return self._queue.get(timeout=POLL_S)
-            except queue.Empty:
-                if self._closing and self._queue.empty():  # nothing is put any more once it closes
-                    return None
 
     def _fail(self, error: BaseException) -> None:
         # Set once, in our own words: the model's thread may take it at any moment.
@@ -476,6 +479,8 @@ class CacheWriter:
             row += rows
             if shard.complete[i]:
                 continue  # it ran with its batch, and others may be reading what is there
+            if not all_finite(raw, scale, shard.header.dtype):
+                raise _not_finite(shard, i, raw, scale)
             self._pwrite(descriptor, raw, shard.place("hidden") + first * shard.header.row_bytes)
             if scale is not None:
                 self._pwrite(descriptor, scale, shard.place("hidden_scale") + first * scale.itemsize)
