@@ -21,13 +21,14 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import GELUActivation
 
-ACTIVATED = (("dense", "intermediate_act_fn"), ("lin1", "activation"), ("ffn", "activation"))
+ACTIVATED = (("dense", "intermediate_act_fn"), ("lin1", "activation"))
 """Names that transformers gives a product and the activation that alone reads its result: BERT's intermediate layer and
-all that descend from it, DistilBERT's feed-forward layer, ALBERT's."""
+all that descend from it, DistilBERT's feed-forward layer."""
 ADDED = {"dense", "LayerNorm", "dropout"}
 """What BERT's output layers, and all that descend from them, consist of: LayerNorm(dropout(dense(x)) + residual)."""
 WORTHWHILE = 4_096
-"""Positions that pay for packing: of a model of six layers and width 384 it took as long as 1,400 save."""
+"""Positions that pay for packing, and for trying whether a module computes the same: of a model of six layers and width
+384 either took as long as 1,400 save."""
 TOLERANCE = 1e-4
 """Of the largest value, between oneDNN's product and torch's, on random input."""
 
@@ -40,13 +41,13 @@ def cheaper_forward(model: nn.Module, positions: int) -> Iterator[None]:
     and modules stay as they are. Several threads may be inside at once: each module computes alike before and after.
 
     Args:
-        positions: How many go through the model inside: for many, and with AVX-512, a second copy of the linear layers'
-            weights is made.
+        positions: How many go through the model inside; for few the block does nothing. With AVX-512 a second copy of
+            the linear layers' weights is made.
     """
     replaced: list[nn.Module] = []
     try:
-        if all(parameter.device.type == "cpu" for parameter in model.parameters()):
-            if positions >= WORTHWHILE and packing_pays_here():
+        if positions >= WORTHWHILE and all(parameter.device.type == "cpu" for parameter in model.parameters()):
+            if packing_pays_here():
                 _pack_weights(model, replaced)
             _compute_in_place(model, replaced)
         yield
@@ -99,7 +100,7 @@ def _packed_product(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
 
 def _is_close(linear: nn.Linear, product: Callable[[Tensor], Tensor]) -> bool:
     """torch keeps these operators for its own compiler: what they do may change, and then they are left alone."""
-    x = _random(linear.in_features)
+    x = _random(linear.in_features, linear)
     with torch.inference_mode():
         wanted = linear(x)
         try:
@@ -121,15 +122,40 @@ def _compute_in_place(model: nn.Module, replaced: list[nn.Module]) -> None:
         for name, activation_name in ACTIVATED:
             linear, activation = children.get(name), children.get(activation_name)
             if _gives_new_tensors(linear) and _is_gelu(activation):
-                _replace(activation, _gelu_in_place(activation.forward), replaced)
-        if children.keys() == ADDED and _is_untouched(parent) and _gives_new_tensors(children["dense"]):
+                in_place = _gelu_in_place(activation.forward)
+                if _is_equal(parent, [_random(linear.in_features, linear)], activation, in_place):
+                    _replace(activation, in_place, replaced)
+        linear = children.get("dense")
+        if children.keys() == ADDED and _gives_new_tensors(linear) and _is_output(parent):
             added = _added_in_place(parent)
-            if _is_equal(parent, added):
+            x, residual = _random(linear.in_features, linear), _random(linear.out_features, linear)
+            if _is_equal(parent, [x, residual], parent, added):
                 _replace(parent, added, replaced)
 
 
-def _gives_new_tensors(module: nn.Module | None) -> bool:
+def _gives_new_tensors(module: nn.Module | None) -> TypeGuard[nn.Linear]:
     return type(module) is nn.Linear and not _has_hooks(module)
+
+
+def _is_output(module: Any) -> bool:
+    """It takes what BERT's takes, by these names too, and nobody looks at its dropout, which is not called."""
+    takes = [*inspect.signature(module.forward).parameters]
+    return takes == ["hidden_states", "input_tensor"] and _is_untouched(module) and not _has_hooks(module.dropout)
+
+
+def _is_equal(parent: nn.Module, inputs: list[Tensor], module: nn.Module, forward: Callable[..., Any]) -> bool:
+    """Whether ``parent`` gives the same bits with another ``forward`` of a module in it. The names are no promise: of
+    what is overwritten another architecture may read twice.
+    """
+    with torch.inference_mode():
+        try:
+            expected = parent.forward(*inputs)
+            module.__dict__["forward"] = forward
+            return torch.equal(expected, parent.forward(*inputs))
+        except Exception:  # what takes other arguments, or gives something else, is another architecture
+            return False
+        finally:
+            module.__dict__.pop("forward", None)
 
 
 def _is_gelu(module: nn.Module | None) -> TypeGuard[nn.Module]:
@@ -157,23 +183,11 @@ def _added_in_place(output: Any) -> Callable[[Tensor, Tensor], Any]:
     def forward(hidden_states: Tensor, input_tensor: Tensor) -> Any:
         if output.dropout.training or not _is_plain_inference():
             return plain(hidden_states, input_tensor)
-        product = output.dense(hidden_states)
+        product = output.dense(hidden_states)  # a new tensor, and dropout gives it as it is
         alike = product.shape == input_tensor.shape and product.dtype == input_tensor.dtype
         return output.LayerNorm(product.add_(input_tensor) if alike else product + input_tensor)
 
     return forward
-
-
-def _is_equal(output: Any, added: Callable[[Tensor, Tensor], Any]) -> bool:
-    """Whether a module of these parts computes with them what BERT's does."""
-    if [*inspect.signature(output.forward).parameters] != ["hidden_states", "input_tensor"]:
-        return False
-    if output.dropout.training or not isinstance(output.LayerNorm, nn.LayerNorm) or _has_hooks(output.dropout):
-        return False
-    linear = output.dense
-    x, residual = (_random(width).to(linear.weight.dtype) for width in (linear.in_features, linear.out_features))
-    with torch.inference_mode():
-        return torch.equal(output.forward(x, residual), added(x, residual))
 
 
 # Both ----------------------------------------------------------------------------------------------------------------
@@ -192,8 +206,9 @@ def _has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
-def _random(width: int) -> Tensor:
-    return torch.randn(3, width, generator=torch.Generator().manual_seed(0))
+def _random(width: int, like: nn.Linear) -> Tensor:
+    x = torch.randn(3, width, generator=torch.Generator().manual_seed(width))
+    return x.to(like.weight.dtype)
 
 
 def _replace(module: nn.Module, forward: Callable[..., Any], replaced: list[nn.Module]) -> None:
