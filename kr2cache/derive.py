@@ -235,7 +235,7 @@ def derive(plan: DerivePlan) -> DeriveResult:
 
     Raises:
         DiskSpaceError: If the disk cannot hold it; before anything is written.
-        ValueRangeError: For a state that the new dtype cannot hold.
+        ValueRangeError: For a state that the new dtype cannot hold, or that is not finite in the source.
         CacheError: If a sequence of the source is damaged.
     """
     started = time.monotonic()
@@ -287,6 +287,7 @@ def refill(folder: Path, header: ShardHeader, source: FeatureCache) -> int:
 
     Raises:
         CacheError: If the source is damaged itself, or which of its sequences were taken is not known any more.
+        ValueRangeError: For a state that is not finite.
     """
     create_shards(folder, header, _derived_index(folder, header, source), int(header.batch_plan["shard_bytes"]))
     cache = FeatureCache.open(folder)

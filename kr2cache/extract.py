@@ -313,9 +313,9 @@ def _compute(
         bar = progress.add_task(f"{plan.spec.name} on {plan.config.task}/{plan.config.split}", total=None, note="")
         try:
             with (
+                interrupt_between_batches() as check_interrupt,
                 # By the whole plan, so that what goes on after a stop computes alike.
                 cheaper_forward(encoder, plan.tokens if plan.config.compute_dtype == "float32" else 0),
-                interrupt_between_batches() as check_interrupt,
                 CacheWriter(folder) as writer,
             ):
                 batches = list(_unfinished_batches(plan.index.n_tokens, cuts, writer.unfinished, batch_plan, planned))

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 def interrupt_between_batches() -> Iterator[Callable[[], None]]:
     """Gives a function to call after each batch; it raises KeyboardInterrupt once Ctrl-C was pressed.
 
-    Raised anywhere else it could fall into a queue that holds its lock, and the command would hang, or into code of a
-    library that swallows it, and the work would go on. A second Ctrl-C does not wait.
+    Raised anywhere else it could fall into code of a library that swallows it, and the work would go on, or that holds
+    a lock, and the command would hang. A second Ctrl-C does not wait.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: None

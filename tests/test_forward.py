@@ -11,7 +11,7 @@ import tiny
 import torch
 from torch import nn
 from transformers import AutoModel, BertModel
-from transformers.models.bert.modeling_bert import BertIntermediate, BertOutput
+from transformers.models.bert.modeling_bert import BertIntermediate, BertSelfOutput
 
 from kr2cache import forward
 from kr2cache.forward import cheaper_forward
@@ -74,8 +74,8 @@ def test_states_move_by_rounding_alone(model_type: str) -> None:
     with cheaper_forward(model, MANY):
         inside = states_of(model)
     assert not replaced(model)
-    for plain, packed in zip(before, inside, strict=True):
-        assert float((plain - packed).abs().max()) <= 1e-5 * float(plain.abs().max())
+    for plain, cheaper in zip(before, inside, strict=True):
+        assert float((plain - cheaper).abs().max()) <= 1e-5 * float(plain.abs().max())
     assert all(torch.equal(one, other) for one, other in zip(before, states_of(model), strict=True))
 
 
@@ -173,23 +173,37 @@ def test_dropout_that_draws_is_left_to_draw() -> None:
     assert torch.equal(before, inside)
 
 
-@pytest.mark.usefixtures("as_with_avx2")
-def test_a_module_of_the_same_parts_that_computes_something_else_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    def other(self: Any, hidden_states: torch.Tensor, input_tensor: torch.Tensor) -> torch.Tensor:
-        return self.LayerNorm(self.dense(hidden_states)) + input_tensor
+OTHER_SUMS: dict[str, Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "added after": lambda self, x, residual: self.LayerNorm(self.dense(x)) + residual,
+    "not normalised": lambda self, x, residual: self.dense(x) + residual,  # X-MOD
+    "of itself": lambda self, x, residual: self.LayerNorm(self.dense(x) + x),
+    "the other way round": lambda self, x, residual: self.LayerNorm(self.dense(residual) + x),
+}
 
-    monkeypatch.setattr(BertOutput, "forward", other)
+
+@pytest.mark.usefixtures("as_with_avx2")
+@pytest.mark.parametrize("how", OTHER_SUMS)
+def test_a_module_of_the_same_parts_that_computes_something_else_stays(
+    how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def other(self: Any, hidden_states: torch.Tensor, input_tensor: torch.Tensor) -> torch.Tensor:
+        return OTHER_SUMS[how](self, hidden_states, input_tensor)
+
+    monkeypatch.setattr(BertSelfOutput, "forward", other)
     model = model_of("bert")
     before = states_of(model)
     with cheaper_forward(model, MANY):
-        assert not any(name.endswith(".output") and "attention" not in name for name in replaced(model))
+        assert not any(name.endswith("attention.output") for name in replaced(model))
         assert torch.equal(before[-1], states_of(model)[-1])
 
 
 @pytest.mark.usefixtures("as_with_avx2")
 def test_an_activation_whose_input_is_read_twice_is_not_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    meanwhile: list[str] = []
+
     def other(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
         product = self.dense(hidden_states)
+        meanwhile.extend(replaced(model))
         return self.intermediate_act_fn(product) * product
 
     monkeypatch.setattr(BertIntermediate, "forward", other)
@@ -199,6 +213,15 @@ def test_an_activation_whose_input_is_read_twice_is_not_in_place(monkeypatch: py
         assert not any(name.endswith("act_fn") for name in replaced(model))
         assert torch.equal(before[-1], states_of(model)[-1])
     assert not replaced(model)
+    assert not any(name.endswith("act_fn") for name in meanwhile), "not while it was tried either"
+
+
+@pytest.mark.usefixtures("as_with_avx2")
+def test_an_activation_of_two_modules_is_not_in_place() -> None:
+    model = model_of("bert")
+    model.encoder.layer[1].intermediate.intermediate_act_fn = model.encoder.layer[0].intermediate.intermediate_act_fn
+    with cheaper_forward(model, MANY):
+        assert not any(name.endswith("act_fn") for name in replaced(model))
 
 
 def test_weights_that_change_between_blocks_are_packed_anew() -> None:

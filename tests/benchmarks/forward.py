@@ -22,6 +22,7 @@ from kr2cache import forward, models
 from kr2cache.config import ExtractConfig
 from kr2cache.encode import length_sorted_batches
 from kr2cache.extract import hidden_states
+from kr2cache.memory import keep_free_memory
 from kr2cache.planning import ExtractPlan, plan_extraction
 
 BITS = 10
@@ -77,7 +78,10 @@ def main() -> None:
         resource=arguments.resource, split="test", task=arguments.task, data=arguments.data, device="cpu"
     )
     plan = plan_extraction(config)
+    if plan.tokens < forward.WORTHWHILE:
+        parser.error(f"{plan.tokens:,} tokens are too few: nothing is cheaper below {forward.WORTHWHILE:,}.")
     encoder, _ = models.open_encoder(plan.spec)
+    keep_free_memory()  # as an extraction does
     with contextlib.ExitStack() as inside:
 
         def changed(*, pack: bool, in_place: bool) -> nn.Module:
