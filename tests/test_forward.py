@@ -80,10 +80,30 @@ def test_states_move_by_rounding_alone(model_type: str) -> None:
 
 
 @packs
-def test_every_product_is_packed() -> None:
-    model = model_of("bert")
+@pytest.mark.parametrize(("model_type", "with_gelu"), [("bert", 2), ("distilbert", 0)])
+def test_every_product_is_packed_bert_s_with_its_gelu(model_type: str, with_gelu: int) -> None:
+    model = model_of(model_type)
     with cheaper_forward(model, MANY):
-        assert packed(model) == {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        fused = {name for name in replaced(model) if name.endswith("intermediate")}
+        linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        assert packed(model) == linears - {f"{name}.dense" for name in fused}
+        assert len(fused) == with_gelu
+        assert not any(name.endswith("act_fn") for name in replaced(model))
+    assert not replaced(model)
+
+
+@packs
+def test_what_looks_like_bert_s_intermediate_layer_and_is_not_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    def other(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.intermediate_act_fn(self.dense(hidden_states)) + 1
+
+    monkeypatch.setattr(BertIntermediate, "forward", other)
+    model = model_of("bert")
+    before = states_of(model)
+    with cheaper_forward(model, MANY):
+        assert not any(name.endswith("intermediate") for name in replaced(model))
+        assert "encoder.layer.0.intermediate.dense" in packed(model)
+        torch.testing.assert_close(states_of(model)[-1], before[-1], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.usefixtures("as_with_avx2")
