@@ -100,7 +100,7 @@ def main() -> None:
             [
                 plain,
                 Try("in place (with AVX2 as kept)", in_place),
-                Try("oneDNN, weights prepacked", packed),
+                Try("oneDNN, weights prepacked, GELU inside", packed),
                 Try("prepacked and in place (with AVX-512 as kept)", both),
             ],
             [
