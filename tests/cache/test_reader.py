@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from kr2cache import FeatureCache
 from kr2cache.cache import reader
+from kr2cache.cache.format import decode
 from kr2cache.cache.writer import CacheWriter
 from kr2cache.errors import CacheError, ConfigError, SequenceNotFoundError
 
@@ -214,11 +215,16 @@ def test_bfloat16_and_int8_are_copied_to_float32(folder: Path, stored: str) -> N
 def test_bfloat16_is_what_torch_says_it_is(folder: Path) -> None:
     import torch
 
-    truth = tiny_cache.make((64,), dtype="bfloat16", layers=(0,), width=1024)
-    truth.raw[0][...] = np.arange(2**16, dtype=np.uint16).reshape(1, 64, 1024)  # every bfloat16 there is
+    def as_torch(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
+        values: NDArray[np.float32] = torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16).float().numpy()
+        return values
+
+    every = np.arange(2**16, dtype=np.uint16)
+    np.testing.assert_array_equal(decode(every, None, "bfloat16"), as_torch(every), strict=True)
+    truth = tiny_cache.make((64,), dtype="bfloat16", layers=(0,), width=1020)
+    truth.raw[0][...] = every[np.isfinite(as_torch(every))].reshape(1, 64, 1020)  # the others are never stored
     states = FeatureCache.open(tiny_cache.store(folder, truth))["s0"]
-    expected = torch.from_numpy(truth.raw[0].view(np.int16)).view(torch.bfloat16).float().numpy()
-    np.testing.assert_array_equal(states, expected, strict=True)
+    np.testing.assert_array_equal(states, as_torch(truth.raw[0]), strict=True)
 
 
 def test_opening_leaves_no_hdf5_handle(folder: Path, dtype: str) -> None:
