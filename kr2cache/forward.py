@@ -84,13 +84,15 @@ def _pack_weights(model: nn.Module, replaced: list[nn.Module]) -> None:
         linear, activation = children.get("dense"), children.get("intermediate_act_fn")
         if children.keys() == INTERMEDIATE and _is_plain_linear(linear) and _takes(module, "hidden_states"):
             product = _packed_product(linear, "gelu", module.forward)
-            if _is_gelu(activation) and _is_close(linear, module.forward, product):
+            if _is_gelu(activation) and _agree(
+                module.forward, product, [_random(linear.in_features, linear)], _is_close
+            ):
                 _replace(module, product, replaced)
                 inside.add(linear)
     for module in model.modules():
         if _is_plain_linear(module) and module not in inside:
             product = _packed_product(module, "none", module.forward)
-            if _is_close(module, module.forward, product):
+            if _agree(module.forward, product, [_random(module.in_features, module)], _is_close):
                 _replace(module, product, replaced)
 
 
@@ -115,20 +117,6 @@ def _packed_product(
     return product
 
 
-def _is_close(linear: nn.Linear, plain: Callable[[Tensor], Tensor], product: Callable[[Tensor], Tensor]) -> bool:
-    """torch keeps these operators for its own compiler: what they do may change, and then they are left alone."""
-    x = _random(linear.in_features, linear)
-    with torch.inference_mode(), torch.autocast("cpu", enabled=False):
-        wanted = plain(x)
-        try:
-            given = product(x)
-        except RuntimeError:
-            return False
-    limit = TOLERANCE * float(wanted.abs().max())
-    # Weights that are not finite differ from themselves: their product runs as torch has it.
-    return given.shape == wanted.shape and float((given - wanted).abs().max()) <= limit
-
-
 # What is computed in place -------------------------------------------------------------------------------------------
 
 
@@ -144,13 +132,13 @@ def _compute_in_place(model: nn.Module, replaced: list[nn.Module]) -> None:
             if _gives_new_tensors(linear):
                 in_place = _gelu_in_place(activation.forward)
                 trial = _with_child(parent, activation_name, in_place)
-                if _is_equal(parent.forward, trial.forward, [_random(linear.in_features, linear)]):
+                if _agree(parent.forward, trial.forward, [_random(linear.in_features, linear)], torch.equal):
                     _replace(activation, in_place, replaced)
         linear = children.get("dense")
         if children.keys() == ADDED and _gives_new_tensors(linear) and _is_output(parent):
             added = _added_in_place(parent)
             x, residual = _random(linear.in_features, linear), _random(linear.out_features, linear, seed=1)
-            if _is_equal(parent.forward, added, [x, residual]):
+            if _agree(parent.forward, added, [x, residual], torch.equal):
                 _replace(parent, added, replaced)
 
 
@@ -171,17 +159,6 @@ def _with_child(parent: nn.Module, name: str, forward: Callable[..., Any]) -> nn
     child.__dict__["forward"] = forward
     trial.__dict__["_modules"] = {**parent._modules, name: child}
     return trial
-
-
-def _is_equal(plain: Callable[..., Any], in_place: Callable[..., Any], inputs: list[Tensor]) -> bool:
-    """Whether both give the same bits. Names are no promise: of what is overwritten another architecture may read
-    twice.
-    """
-    with torch.inference_mode(), torch.autocast("cpu", enabled=False):
-        try:
-            return torch.equal(plain(*inputs), in_place(*inputs))
-        except Exception:  # what takes other arguments, or gives something else, is another architecture
-            return False
 
 
 def _is_gelu(module: nn.Module | None) -> TypeGuard[nn.Module]:
@@ -222,6 +199,28 @@ def _takes(module: nn.Module, *names: str) -> bool:
 
 
 # Both ----------------------------------------------------------------------------------------------------------------
+
+
+def _agree(
+    plain: Callable[..., Any],
+    other: Callable[..., Any],
+    inputs: list[Tensor],
+    alike: Callable[[Tensor, Tensor], bool],
+) -> bool:
+    """Whether both give the same. Names are no promise: another architecture may read twice what is overwritten; and
+    torch keeps oneDNN's operators for its own compiler: what they do may change.
+    """
+    with torch.inference_mode(), torch.autocast("cpu", enabled=False):
+        try:
+            return alike(plain(*inputs), other(*inputs))
+        except Exception:  # what takes other arguments, or gives something else, is another architecture
+            return False
+
+
+def _is_close(wanted: Tensor, given: Tensor) -> bool:
+    """Weights that are not finite differ from themselves: their product runs as torch has it."""
+    limit = TOLERANCE * float(wanted.abs().max())
+    return given.shape == wanted.shape and float((given - wanted).abs().max()) <= limit
 
 
 def _is_plain_inference() -> bool:

@@ -106,6 +106,14 @@ def test_what_looks_like_bert_s_intermediate_layer_and_is_not_stays(monkeypatch:
         torch.testing.assert_close(states_of(model)[-1], before[-1], rtol=1e-5, atol=1e-5)
 
 
+@packs
+def test_an_intermediate_layer_that_gives_two_things_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of("bert")
+    monkeypatch.setattr(BertIntermediate, "forward", lambda self, hidden_states: (hidden_states, hidden_states))
+    with cheaper_forward(model, MANY):
+        assert not any(name.endswith(("intermediate", "act_fn")) for name in replaced(model))
+
+
 @pytest.mark.usefixtures("as_with_avx2")
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_in_place_the_states_are_the_same_bit_for_bit(model_type: str) -> None:
