@@ -18,9 +18,10 @@ import xxhash
 from numpy.typing import NDArray
 
 from kr2cache import provenance
+from kr2cache.cache.create import create_shards
 from kr2cache.cache.format import DTYPES, ON_DISK, SequenceIndex, ShardHeader, encode, offsets, row_bytes
 from kr2cache.cache.reader import FeatureCache
-from kr2cache.cache.writer import CacheWriter, PackedStates, create_shards
+from kr2cache.cache.writer import CacheWriter, PackedStates
 from kr2cache.console import bytes_text, work_progress
 from kr2cache.disk import free_bytes
 from kr2cache.errors import CacheError, ConfigError, DiskSpaceError, InterruptedWorkError, unknown_name

@@ -21,10 +21,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kr2cache import models, provenance
+from kr2cache.cache.create import create_shards, shard_cuts
 from kr2cache.cache.format import SequenceIndex, ShardHeader
 from kr2cache.cache.reader import FeatureCache
 from kr2cache.cache.shard import headers_left
-from kr2cache.cache.writer import CacheWriter, create_shards, shard_cuts
+from kr2cache.cache.writer import CacheWriter
 from kr2cache.console import bytes_text, count_text, done, note, seconds_text, work_progress
 from kr2cache.derive import find_donors, in_ranges, ranges
 from kr2cache.device import choose_device, device_name

@@ -17,7 +17,7 @@ from world import World, change_a_weight, change_the_tokenizer, count_resource_b
 
 from kr2cache import FeatureCache, derive, features, provenance, resource
 from kr2cache.cache.check import check_cache
-from kr2cache.cache.writer import create_shards
+from kr2cache.cache.create import create_shards
 from kr2cache.errors import CacheError, ConfigError, DiskSpaceError, UnknownNameError, ValueRangeError
 from kr2cache.extract import ExtractResult
 

@@ -22,9 +22,10 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from kr2cache.bench import BenchConfig, Race, race, size_text
+from kr2cache.cache.create import create_shards
 from kr2cache.cache.format import SequenceIndex, ShardHeader, encode_ids, offsets
 from kr2cache.cache.reader import FeatureCache
-from kr2cache.cache.writer import CacheWriter, PackedStates, create_shards
+from kr2cache.cache.writer import CacheWriter, PackedStates
 
 LAYERS, WIDTH, TOKENS = 13, 768, 34
 BATCH = 32

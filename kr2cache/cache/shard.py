@@ -83,6 +83,11 @@ class Shard:
         states = ["hidden", "hidden_scale"] if self.header.dtype == "int8" else ["hidden"]
         return all(self.offset(name) is not None for name in states)
 
+    @property
+    def completable(self) -> bool:
+        """Whether checksums and marks are so too, so that it can be completed in place."""
+        return self.mappable and all(self.offset(name) is not None for name in ("examples/xxh3", "examples/complete"))
+
     def read(self, name: str) -> NDArray[Any]:
         """A whole data set, read anew."""
         return _read(self.path, self.layout, name)

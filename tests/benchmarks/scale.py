@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kr2cache.cache import writer
+from kr2cache.cache import create
 from kr2cache.cache.format import SequenceIndex, ShardHeader, encode_ids
 from kr2cache.cache.shard import open_shard, shard_paths
 from kr2cache.console import bytes_text
@@ -81,9 +81,9 @@ def make(folder: Path, sequences: int) -> None:
         provenance={},
         batch_plan={},
     )
-    writer._reserve = lambda *_: False  # the files stay sparse: terabytes are not there to be reserved
-    writer.shutil.disk_usage = lambda *_: type("Usage", (), {"free": 2**60})
-    writer.create_shards(folder, header, index, SHARD_BYTES)
+    create.reserve = lambda *_: False  # the files stay sparse: terabytes are not there to be reserved
+    create.free_bytes = lambda *_: 2**60
+    create.create_shards(folder, header, index, SHARD_BYTES)
     for path in shard_paths(folder):
         shard = open_shard(path)
         at = shard.offset("examples/complete")

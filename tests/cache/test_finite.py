@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import tiny_cache
 
+from kr2cache.cache.create import create_shards
 from kr2cache.cache.format import all_finite
 from kr2cache.cache.reader import FeatureCache
-from kr2cache.cache.writer import create_shards
 from kr2cache.errors import ValueRangeError
 
 BITS = {"float16": "<u2", "bfloat16": "<u2", "float32": "<u4"}

@@ -9,8 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +18,12 @@ import pytest
 import tiny_cache
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from processes import LIMITED, run_python, traced
 
 from kr2cache.cache import writer as writer_module
+from kr2cache.cache.create import create_shards
 from kr2cache.cache.reader import FeatureCache
-from kr2cache.cache.writer import CacheWriter, create_shard, create_shards, shard_cuts
+from kr2cache.cache.writer import CacheWriter
 from kr2cache.errors import CacheError, DiskSpaceError, KR2CacheError
 
 HERE = Path(__file__).parent
@@ -34,7 +34,7 @@ import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import tiny_cache
-from kr2cache.cache import writer
+from kr2cache.cache import create, writer
 
 left = int(sys.argv[3])
 pwrite = os.pwrite
@@ -48,16 +48,11 @@ def dying_pwrite(descriptor, data, offset):
     return pwrite(descriptor, data, offset)
 
 truth = tiny_cache.make((3, 1, 5, 2, 4, 6), dtype=sys.argv[4], width=5)
-writer.create_shards(Path(sys.argv[2]), truth.header, truth.index, 400)
+create.create_shards(Path(sys.argv[2]), truth.header, truth.index, 400)
 os.pwrite = dying_pwrite
 writer.SYNC_EVERY_S = 0.0
 tiny_cache.store(Path(sys.argv[2]), truth, shard_bytes=400, positions=(4, 2, 5, 0, 3, 1))
 """
-
-
-def run_python(program: str, *arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", program, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, **options)
 
 
 def assert_valid_hdf5(folder: Path) -> None:
@@ -95,10 +90,10 @@ def test_a_writer_killed_from_outside_leaves_only_right_sequences(tmp_path: Path
     folder = tmp_path / "cache"
     program = (
         "import sys, time\nfrom pathlib import Path\nsys.path.insert(0, sys.argv[1])\n"
-        "import tiny_cache\nfrom kr2cache.cache import writer\n"
+        "import tiny_cache\nfrom kr2cache.cache import create, writer\n"
         "writer.SYNC_EVERY_S = 0.01\n"
         "truth = tiny_cache.make((5,) * 300, width=64)\n"
-        "writer.create_shards(Path(sys.argv[2]), truth.header, truth.index, 2**20)\n"
+        "create.create_shards(Path(sys.argv[2]), truth.header, truth.index, 2**20)\n"
         "with writer.CacheWriter(Path(sys.argv[2])) as out:\n"
         "    for number, batch in enumerate(tiny_cache.batches(truth, out, range(300))):\n"
         "        out.write(batch)\n"
@@ -117,51 +112,6 @@ def test_a_writer_killed_from_outside_leaves_only_right_sequences(tmp_path: Path
     tiny_cache.write(folder, truth, [i for i in range(300) if i not in marked])
     whole = tiny_cache.store(tmp_path / "whole", truth, shard_bytes=2**20)
     assert tiny_cache.folder_bytes(folder) == tiny_cache.folder_bytes(whole)
-
-
-@pytest.mark.parametrize("call", ["posix_fallocate", "fsync"])
-def test_killed_while_creating_a_shard_nothing_bears_its_name(tmp_path: Path, call: str) -> None:
-    program = (
-        "import os, signal, sys\nfrom pathlib import Path\nsys.path.insert(0, sys.argv[1])\n"
-        "import tiny_cache\n"
-        f"os.{call} = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "tiny_cache.store(Path(sys.argv[2]), tiny_cache.make())\n"
-    )
-    folder = tmp_path / "cache"
-    done = run_python(program, HERE, folder)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    assert [path.name for path in folder.iterdir()] == ["shard-00000-of-00001.h5.partial"]
-    with pytest.raises(CacheError, match="holds no shard"):
-        FeatureCache.open(folder)
-
-    whole = tiny_cache.store(tmp_path / "whole", tiny_cache.make())
-    tiny_cache.store(folder, tiny_cache.make())
-    assert tiny_cache.folder_bytes(folder) == tiny_cache.folder_bytes(whole)
-
-
-def test_what_a_killed_run_left_under_the_temporary_name_is_not_trusted(tmp_path: Path) -> None:
-    whole = tiny_cache.store(tmp_path / "whole", tiny_cache.make())
-    folder = tmp_path / "cache"
-    folder.mkdir()
-    (folder / "shard-00000-of-00001.h5.partial").write_bytes(b"\xff" * 300_000)
-    tiny_cache.store(folder, tiny_cache.make())
-    assert tiny_cache.folder_bytes(folder) == tiny_cache.folder_bytes(whole)
-
-
-def traced(monkeypatch: pytest.MonkeyPatch, *names: str) -> list[tuple[Any, ...]]:
-    """The calls of these functions of ``os``, with their arguments; they still do their work."""
-    calls: list[tuple[Any, ...]] = []
-
-    def follow(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any, **options: Any) -> Any:
-            calls.append((name, *(bytes(a) if isinstance(a, memoryview) else a for a in arguments)))
-            return real(*arguments, **options)
-
-        return call
-
-    for name in names:
-        monkeypatch.setattr(os, name, follow(name, getattr(os, name)))
-    return calls
 
 
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
@@ -225,60 +175,6 @@ def test_a_sync_that_failed_once_is_not_taken_back_by_one_that_works(
     assert tiny_cache.marked_sequences(folder, truth) == []
 
 
-def test_a_shard_gets_its_name_only_when_all_of_it_is_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = traced(monkeypatch, "posix_fallocate", "fsync", "rename", "open")
-    truth = tiny_cache.make()
-    path = tmp_path / "shard-00000-of-00001.h5"
-    create_shard(path, truth.header, truth.index)
-    assert [name for name, *_ in calls[-6:]] == ["open", "posix_fallocate", "fsync", "rename", "open", "fsync"]
-    assert [name for name, *_ in calls].count("rename") == 1
-    synced, folder = calls[-6], calls[-2]
-    assert str(synced[1]) == f"{path}.partial"
-    assert calls[-4][1] == calls[-5][1], "what is reserved is what is synced"
-    assert str(folder[1]) == str(tmp_path), "the folder is synced after the renaming"
-
-
-def test_the_space_of_a_shard_is_reserved(tmp_path: Path) -> None:
-    truth = tiny_cache.make((400,), width=1024)  # 2.4 MB, nothing of it written
-    create_shards(tmp_path / "cache", truth.header, truth.index, 2**30)
-    (path,) = tiny_cache.shards(tmp_path / "cache")
-    assert path.stat().st_blocks * 512 >= path.stat().st_size > 1200 * 1024 * 2
-
-
-# A full disk -----------------------------------------------------------------------------------------------------
-
-LIMITED = """
-import resource, sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-import tiny_cache
-from kr2cache.cache import writer
-from kr2cache.errors import DiskSpaceError
-
-folder, limit, created = Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "created"
-truth = tiny_cache.make((40, 60, 50), width=64)
-if created:
-    writer.create_shards(folder, truth.header, truth.index, 2**30)
-resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-try:
-    tiny_cache.store(folder, truth)
-except DiskSpaceError as error:
-    print("DiskSpaceError", error)
-else:
-    print("written")
-"""
-
-
-@pytest.mark.parametrize("limit", [0, 100, 3000, 60_000])
-def test_a_disk_too_small_for_the_file_leaves_nothing(tmp_path: Path, limit: int) -> None:
-    done = run_python(LIMITED, HERE, tmp_path / "cache", limit, "new")
-    assert done.stdout.startswith("DiskSpaceError No space left for "), done.stderr
-    assert str(tmp_path / "cache" / "shard-00000-of-00001.h5") in done.stdout
-    assert "Make room" in done.stdout
-    assert done.returncode == 0, done.stderr
-    assert list((tmp_path / "cache").iterdir()) == []
-
-
 def test_a_disk_that_fills_while_writing_keeps_what_is_complete(tmp_path: Path) -> None:
     truth = tiny_cache.make((40, 60, 50), width=64)
     folder = tmp_path / "cache"
@@ -292,46 +188,6 @@ def test_a_disk_that_fills_while_writing_keeps_what_is_complete(tmp_path: Path) 
     assert marked in ([], [0])
     tiny_cache.write(folder, truth, [i for i in range(3) if i not in marked])
     assert tiny_cache.folder_bytes(folder) == tiny_cache.folder_bytes(probe)
-
-
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
-def test_no_space_to_reserve_is_a_disk_space_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
-) -> None:
-    def full(*_: object) -> None:
-        raise OSError(number, os.strerror(number))
-
-    truth = tiny_cache.make()
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "posix_fallocate", full)
-        with pytest.raises(DiskSpaceError, match=r"No space left for .*shard-00000-of-00001\.h5"):
-            create_shards(tmp_path / "cache", truth.header, truth.index, 2**30)
-    assert list((tmp_path / "cache").iterdir()) == []
-    tiny_cache.store(tmp_path / "cache", truth)
-    assert tiny_cache.marked_sequences(tmp_path / "cache", truth) == [0, 1, 2, 3]
-
-
-def test_shards_that_fitted_before_the_disk_was_full_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = os.posix_fallocate
-    truth = tiny_cache.make()
-    folder = tmp_path / "cache"
-
-    def fills_up(*arguments: int) -> None:
-        if tiny_cache.shards(folder):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        real(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "posix_fallocate", fills_up)
-        with pytest.raises(DiskSpaceError):
-            create_shards(folder, truth.header, truth.index, 60)
-    (first,) = folder.iterdir()
-    inode = first.stat().st_ino
-    with pytest.raises(CacheError, match="should hold 00004 shards, but holds 1"):
-        FeatureCache.open(folder)
-    tiny_cache.store(folder, truth, shard_bytes=60)
-    assert first.stat().st_ino == inode
-    assert tiny_cache.marked_sequences(folder, truth) == [0, 1, 2, 3]
 
 
 def test_a_full_disk_stops_the_writer_and_keeps_what_came_before(
@@ -436,14 +292,6 @@ def test_the_writing_thread_takes_no_core_from_the_model(tmp_path: Path, monkeyp
     assert os.sched_getscheduler(0) == before, "the model's thread stays as it was"
 
 
-def test_creating_again_touches_no_shard_that_is_there(tmp_path: Path) -> None:
-    truth = tiny_cache.make()
-    folder = tiny_cache.store(tmp_path / "cache", truth, shard_bytes=60, positions=[1, 2])
-    before = tiny_cache.folder_bytes(folder)
-    assert create_shards(folder, truth.header, truth.index, 60) == [], "nothing was made again"
-    assert tiny_cache.folder_bytes(folder) == before
-
-
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
 def test_what_is_complete_is_never_written_again(tmp_path: Path, dtype: str) -> None:
     """Its batch may run again for a mate's sake, on another device with other last bits, while someone reads it."""
@@ -467,22 +315,6 @@ def test_a_file_that_another_tool_rewrote_is_not_written_in_place(tmp_path: Path
     with pytest.raises(CacheError, match=f"{path.name} was rewritten by another tool"):
         CacheWriter(folder)
     assert path.read_bytes() == before
-
-
-@given(
-    lengths=st.lists(st.integers(1, 600), min_size=1, max_size=40),
-    token_bytes=st.integers(1, 100),
-    shard_bytes=st.integers(1, 30_000),
-)
-@settings(deadline=None, max_examples=40)
-def test_cuts_keep_every_shard_within_its_size(lengths: list[int], token_bytes: int, shard_bytes: int) -> None:
-    cuts = shard_cuts(np.array(lengths, dtype=np.int32), token_bytes, shard_bytes)
-    parts = [lengths[start:stop] for start, stop in pairwise(cuts)]
-    assert [length for part in parts for length in part] == lengths
-    assert all(part for part in parts)
-    assert all(sum(part) * token_bytes <= shard_bytes or len(part) == 1 for part in parts)
-    for part, following in pairwise(parts):  # none was closed early
-        assert (sum(part) + following[0]) * token_bytes > shard_bytes
 
 
 @given(data=st.data(), at_once=st.integers(1, 4), dtype=st.sampled_from(tiny_cache.DTYPES))

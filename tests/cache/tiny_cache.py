@@ -12,8 +12,9 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from kr2cache.cache.create import create_shards
 from kr2cache.cache.format import SequenceIndex, ShardHeader, encode_ids, text_xxh3
-from kr2cache.cache.writer import CacheWriter, PackedStates, create_shards
+from kr2cache.cache.writer import CacheWriter, PackedStates
 
 DTYPES = ("float16", "float32", "bfloat16", "int8")
 STORED = {"float16": "<f2", "float32": "<f4", "bfloat16": "<u2", "int8": "|i1"}

@@ -41,7 +41,7 @@ from numpy.typing import NDArray
 from transformers.utils.logging import disable_progress_bar
 
 from kr2cache import derive, extract, planning
-from kr2cache.cache import writer
+from kr2cache.cache import create, writer
 from kr2cache.cache.reader import FeatureCache
 from kr2cache.config import ExtractConfig
 from kr2cache.console import console
@@ -209,7 +209,7 @@ def slow_down(pause: float) -> None:
     """Let this process's extractions mark often, and wait wherever a kill could do harm: before every write and in its
     middle, while a shard is made, before and after every sync.
     """
-    pwrite, write_whole, build = os.pwrite, writer.write_whole, writer._build
+    pwrite, write_whole, build = os.pwrite, writer.write_whole, create._build
 
     def slow_pwrite(descriptor: int, data: Any, offset: int) -> int:
         time.sleep(pause)
@@ -236,10 +236,10 @@ def slow_down(pause: float) -> None:
 
     writer.SYNC_EVERY_S = 0.01
     os.pwrite = slow_pwrite
-    writer.write_whole = in_halves
-    writer._build = slow_build
+    create.write_whole = writer.write_whole = in_halves
+    create._build = slow_build
     os.fsync = slowed(os.fsync, 0.005)
-    writer._sync = slowed(writer._sync, pause)
+    writer.sync = slowed(writer.sync, pause)
 
 
 # What is there -------------------------------------------------------------------------------------------------------

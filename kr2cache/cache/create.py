@@ -1,0 +1,241 @@
+"""Make the shards of a cache: all HDF5 metadata and the whole index written, space for the states reserved.
+
+A shard is built under a temporary name and synced, and only then renamed, so that every ``shard-*.h5`` on disk is valid
+HDF5 at any instant; the writer fills it in place.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from kr2cache.cache.format import (
+    ON_DISK,
+    TAIL_MARK,
+    SequenceIndex,
+    ShardHeader,
+    chunk_rows,
+    header_copy,
+    row_bytes,
+    shard_name,
+    states_xxh3,
+)
+from kr2cache.cache.layout import read_layout
+from kr2cache.cache.shard import Shard, fixed_xxh3, headers_left, is_structure_sound, open_shard
+from kr2cache.disk import disk_error, free_bytes, reserve, sync_folder, write_whole
+from kr2cache.errors import CacheError, CacheVersionError
+
+PAGE = 4096
+
+
+def shard_cuts(n_tokens: NDArray[np.int32], token_bytes: int, shard_bytes: int) -> list[int]:
+    """Where to cut the sequences into shards of at most ``shard_bytes`` of states: ``[0, ..., n]``.
+
+    A sequence larger than a shard gets one of its own.
+    """
+    cuts, held = [0], 0
+    for i, tokens in enumerate(n_tokens.tolist()):
+        wanted = tokens * token_bytes
+        if held and held + wanted > shard_bytes:
+            cuts.append(i)
+            held = 0
+        held += wanted
+    return [*cuts, len(n_tokens)]
+
+
+def create_shards(folder: Path, header: ShardHeader, index: SequenceIndex, shard_bytes: int) -> list[Path]:
+    """Make the shards of a cache, space reserved and nothing complete. Those that are there already are kept; one that
+    is damaged, or is not what ``header`` and ``index`` say, is made again with the sequences that are left of it.
+
+    Returns:
+        The shards that were made again.
+
+    Raises:
+        DiskSpaceError: If the space cannot be reserved; no unfinished file stays.
+        CacheVersionError: For a shard of another version of the format; it is left as it is.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    token_bytes = row_bytes(header.width, header.dtype) * len(header.layers)
+    cuts = shard_cuts(index.n_tokens, token_bytes, shard_bytes)
+    paths = [folder / shard_name(number, len(cuts) - 1) for number in range(len(cuts) - 1)]
+    made_again = []
+    for path, start, stop in zip(paths, cuts[:-1], cuts[1:], strict=True):
+        part = index.part(start, stop)
+        if not path.exists():
+            create_shard(path, header, part)
+        elif not _is_shard_of(path, header, part):
+            create_shard(path, header, part, salvage=path)
+            made_again.append(path)
+    return made_again
+
+
+def _is_shard_of(path: Path, header: ShardHeader, index: SequenceIndex) -> bool:
+    """Whether the file is a shard of this cache, its index as it was written."""
+    try:
+        shard = open_shard(path)
+        layers = len(header.layers)
+        same = shard.header == header and shard.tokens().xxh3(layers) == index.xxh3(layers)
+        return same and is_structure_sound(shard) and shard.completable
+    except CacheVersionError:
+        raise
+    except CacheError:
+        return False
+
+
+def create_shard(path: Path, header: ShardHeader, index: SequenceIndex, salvage: Path | None = None) -> None:
+    """Build one shard under a temporary name, reserve its space, sync it, rename it.
+
+    Args:
+        salvage: A damaged shard whose sound sequences are copied into the new one before it gets its name.
+    """
+    partial = path.with_name(path.name + ".partial")
+    try:
+        # Twice: a disk that fills while HDF5 builds the file leaves HDF5 unable to close it, and the process dies.
+        with partial.open("wb") as file:
+            reserved = reserve(file.fileno(), _size(header, index))
+        if not reserved and free_bytes(path.parent) < _size(header, index) - _state_bytes(header, index):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        _build(partial, header, index)
+        with partial.open("ab") as file:
+            file.write(header_copy(header))
+        fixed = struct.pack("<Q", fixed_xxh3(partial, read_layout(partial)))
+        descriptor = os.open(partial, os.O_RDWR)
+        try:
+            size = os.fstat(descriptor).st_size
+            write_whole(descriptor, fixed, size - len(fixed) - len(TAIL_MARK))
+            reserve(descriptor, size)
+            if salvage is not None:
+                _salvage(salvage, open_shard(partial), descriptor)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        partial.rename(path)
+        sync_folder(path.parent)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise disk_error(error, path, _size(header, index)) from error
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def _salvage(damaged: Path, fresh: Shard, descriptor: int) -> None:
+    """Copy the sequences of a damaged file that are marked complete, equal their checksum, and have the id and the
+    tokens that the new file has. Equal content lies at equal offsets, so the damaged file's own structures need not be
+    read.
+    """
+    places = {name: fresh.place(name) for name in ("examples/id", "tokens/input_id", "examples/xxh3", "hidden")}
+    marks, width = fresh.place("examples/complete"), fresh.header.row_bytes
+    id_bytes = fresh.ids.dtype.itemsize
+    first_token = fresh.first_row // len(fresh.header.layers)
+    # The same corpus by another model has the same ids and tokens: the file has to be of this cache.
+    if not any(header.fingerprint == fresh.header.fingerprint for header in headers_left(damaged)):
+        return
+    old = os.open(damaged, os.O_RDONLY)
+    try:
+        for i in range(len(fresh.ids)):
+            start, stop = int(fresh.first_row[i]), int(fresh.first_row[i + 1])
+            tokens = 4 * int(first_token[i]), 4 * int(first_token[i + 1] - first_token[i])
+            same = all(
+                os.pread(old, count, at) == os.pread(descriptor, count, at)
+                for at, count in (
+                    (places["examples/id"] + i * id_bytes, id_bytes),
+                    (places["tokens/input_id"] + tokens[0], tokens[1]),
+                )
+            )
+            if not same or os.pread(old, 1, marks + i) != b"\x01":
+                continue
+            raw = np.frombuffer(os.pread(old, (stop - start) * width, places["hidden"] + start * width), dtype=np.uint8)
+            scale = None
+            if fresh.header.dtype == "int8":
+                at = fresh.place("hidden_scale") + start * 4
+                scale = np.frombuffer(os.pread(old, (stop - start) * 4, at), dtype=np.uint8)
+            digest = os.pread(old, 8, places["examples/xxh3"] + 8 * i)
+            if states_xxh3(raw, scale) != int.from_bytes(digest, "little") or len(raw) != (stop - start) * width:
+                continue
+            write_whole(descriptor, raw.data, places["hidden"] + start * width)
+            if scale is not None:
+                write_whole(descriptor, scale.data, fresh.place("hidden_scale") + start * 4)
+            write_whole(descriptor, digest, places["examples/xxh3"] + 8 * i)
+            write_whole(descriptor, b"\x01", marks + i)
+    finally:
+        os.close(old)
+
+
+def _build(path: Path, header: ShardHeader, index: SequenceIndex) -> None:
+    layers = len(header.layers)
+    first_row = index.first_row(layers)
+    rows = int(first_row[-1])
+    dtype = ON_DISK[header.dtype]
+    creation = h5py.h5p.create(h5py.h5p.FILE_CREATE)
+    creation.set_obj_track_times(False)
+    creation.set_attr_phase_change(32, 16)  # all attributes in the root's header: layout.py looks nowhere else
+    access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
+    access.set_libver_bounds(h5py.h5f.LIBVER_V110, h5py.h5f.LIBVER_V110)
+    access.set_alignment(1, PAGE)  # however small: a mapped array should start on a page
+    access.set_fclose_degree(h5py.h5f.CLOSE_STRONG)
+    with h5py.File(h5py.h5f.create(os.fsencode(path), h5py.h5f.ACC_TRUNC, creation, access)) as file:
+        # First, so that they lie in front: a file that is cut off still says what it was.
+        for name, value in header.attributes().items():
+            file.attrs[name] = value
+        file.attrs["index_xxh3"] = np.uint64(index.xxh3(layers))
+        for group in ("examples", "tokens"):
+            properties = h5py.h5p.create(h5py.h5p.GROUP_CREATE)
+            properties.set_obj_track_times(False)
+            h5py.h5g.create(file.id, group.encode(), gcpl=properties)
+        _dataset(
+            file,
+            "hidden",
+            (rows, header.width),
+            dtype,
+            chunks=(chunk_rows(rows, header.width, header.dtype), header.width),
+        )
+        if header.dtype == "int8":
+            _dataset(file, "hidden_scale", (rows,), np.dtype("<f4"))
+        string = h5py.string_dtype("utf-8", index.ids.dtype.itemsize)
+        n = len(index)
+        fixed: dict[str, NDArray[Any]] = {
+            "examples/id": index.ids.astype(string),
+            "examples/first_row": first_row,
+            "examples/n_tokens": index.n_tokens,
+            "examples/text_xxh3": index.text_xxh3,
+            "examples/xxh3": np.zeros(n, dtype=np.uint64),
+            "examples/complete": np.zeros(n, dtype=np.uint8),
+            "tokens/input_id": index.input_id,
+            "tokens/word_index": index.word_index,
+        }
+        for name, array in fixed.items():
+            _dataset(file, name, array.shape, array.dtype)[...] = array
+
+
+def _dataset(
+    file: h5py.File, name: str, shape: tuple[int, ...], dtype: np.dtype[Any], chunks: tuple[int, int] | None = None
+) -> h5py.Dataset:
+    """A data set with its space allocated at once, never filled, without times."""
+    properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    properties.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    properties.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    properties.set_obj_track_times(False)
+    if chunks:
+        properties.set_chunk(chunks)
+    space = h5py.h5s.create_simple(shape)
+    kind = h5py.h5t.py_create(dtype, logical=True)
+    return h5py.Dataset(h5py.h5d.create(file.id, name.encode(), kind, space, properties))
+
+
+def _state_bytes(header: ShardHeader, index: SequenceIndex) -> int:
+    rows = int(index.n_tokens.sum(dtype=np.int64)) * len(header.layers)
+    return rows * row_bytes(header.width, header.dtype)
+
+
+def _size(header: ShardHeader, index: SequenceIndex) -> int:
+    """Bytes of a shard, within a few pages: states, index (29 bytes a sequence beside its id), tokens, HDF5's own."""
+    beside = len(index) * (index.ids.dtype.itemsize + 29) + 8 * len(index.input_id) + len(header_copy(header)) * 2
+    return _state_bytes(header, index) + beside + 32 * PAGE
