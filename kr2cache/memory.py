@@ -11,11 +11,22 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+CONTROL_GROUPS, MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+
 
 def free_memory() -> int:
-    """Bytes, those included that hold files and are given up when asked for; a careful guess where the system does not
-    say.
+    """Bytes that this process may still take, those included that hold files and are given up when asked for; a careful
+    guess where the system does not say.
     """
+    return max(0, min([_free_memory_of_computer(), *(limit - used for limit, used in _limits())]))
+
+
+def total_memory() -> int:
+    """Bytes that this process may take if no other does; a careful guess where the system does not say."""
+    return min([_memory_of_computer(), *(limit for limit, _ in _limits())])
+
+
+def _free_memory_of_computer() -> int:
     with contextlib.suppress(OSError, StopIteration, ValueError):
         lines = Path("/proc/meminfo").read_text().splitlines()
         return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
@@ -25,12 +36,55 @@ def free_memory() -> int:
         return 4 * 2**30
 
 
-def total_memory() -> int:
-    """Bytes of the computer's memory; a careful guess where the system does not say."""
+def _memory_of_computer() -> int:
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError):
         return 8 * 2**30
+
+
+def _limits() -> Iterator[tuple[int, int]]:
+    """Limit and use, in bytes, of each control group that holds this process and has a limit: a job of a batch system
+    or a container may take far less than the computer has, and is killed where it takes more. Pages that hold files are
+    counted as the group's by the system, but not here: they are given up when asked for.
+    """
+    for folder in _control_groups():
+        for limit_file, use_file in (
+            ("memory.max", "memory.current"),
+            ("memory.high", "memory.current"),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes"),  # version 1
+        ):
+            # Not there, or "max", which is none.
+            with contextlib.suppress(OSError, ValueError):
+                limit, used = (int((folder / name).read_text()) for name in (limit_file, use_file))
+                yield limit, max(0, used - _pages_of_files(folder))
+
+
+def _pages_of_files(group: Path) -> int:
+    """Bytes, of a group and those below it; 0 where it does not say."""
+    try:
+        numbers = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        prefix = "total_" if "total_inactive_file" in numbers else ""  # so in version 1
+        return sum(int(numbers[f"{prefix}{kind}_file"]) for kind in ("inactive", "active"))
+    except (OSError, ValueError, KeyError):
+        return 0
+
+
+def _control_groups() -> Iterator[Path]:
+    """Folders of the control groups that count this process's memory, with those that they lie in."""
+    try:
+        lines = MEMBERSHIP.read_text().splitlines()
+    except OSError:  # no Linux
+        return
+    for line in lines:
+        _, controllers, name = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        root = CONTROL_GROUPS / "memory" if controllers else CONTROL_GROUPS
+        # In a container the name may be one of outside, whose folder is not there: its root is then the group.
+        folder = root / name.strip("/")
+        yield folder
+        yield from (parent for parent in folder.parents if parent.is_relative_to(root))
 
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4

@@ -206,10 +206,20 @@ def _cold(config: BenchConfig, stored: Stored) -> Race:
     order = np.random.default_rng(1).permutation(stored.names).tolist()
     shard = next(stored.cache.glob("*.h5"))
 
-    def ours() -> None:
+    def batches() -> None:
+        cache = FeatureCache.open(stored.cache)
+        for start in range(0, SEQUENCES, BATCH):
+            cache.batch(order[start : start + BATCH])
+
+    def views() -> None:
         cache = FeatureCache.open(stored.cache)
         for name in order:
             np.array(cache[name])
+
+    def safetensors() -> None:
+        with safe_open(stored.tensors, "np") as file:
+            for name in order:
+                file.get_tensor(name)
 
     def apart() -> None:
         with h5py.File(stored.apart, "r") as file:
@@ -218,7 +228,9 @@ def _cold(config: BenchConfig, stored: Stored) -> Race:
 
     contenders = {
         "the file, read once from end to end": _dropping(shard, lambda: _read_all(shard)),
-        "kr2cache, a view and a copy of each": _dropping(shard, ours),
+        "kr2cache, FeatureCache.batch": _dropping(shard, batches),
+        "kr2cache, a view and a copy of each": _dropping(shard, views),
+        "safetensors, a tensor each": _dropping(stored.tensors, safetensors),
         "h5py, a data set each": _dropping(stored.apart, apart),
     }
     unit = f"in random order: {size_text(SEQUENCES, stored.states.nbytes)}"

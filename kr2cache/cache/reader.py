@@ -30,8 +30,10 @@ from kr2cache.memory import total_memory
 
 PAGE = mmap.PAGESIZE
 READ_AHEAD: int | None = getattr(mmap, "MADV_WILLNEED", None)
+READ_AHEAD_BYTES = 2**17
+"""Asked for at once: Linux cuts what is more than a disk's own read-ahead, which is 128 KiB or more, in silence."""
 MEMORY_SHARE = 0.5
-"""Of the computer's memory: a larger cache counts as one that does not stay in it."""
+"""Of the memory that there is: a larger cache counts as one that does not stay in it."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,7 @@ class FeatureCache:
         self.check_on_read = False
         """Compare each sequence with its checksum when it is first read; a worker process compares for itself."""
         self._checked = np.zeros(len(self.n_tokens), dtype=bool)
+        self._asked_for = np.zeros(len(self.n_tokens), dtype=bool)
 
     @classmethod
     def open(cls, folder: str | Path) -> FeatureCache:
@@ -243,10 +246,13 @@ class FeatureCache:
         Raises:
             SequenceNotFoundError: If it is not there, or not complete.
         """
-        return self.states(int(self.positions([sequence_id])[0]))
+        positions = self.positions([sequence_id])
+        self.read_ahead(positions)
+        return self.states(int(positions[0]))
 
     def states(self, position: int, layers: Sequence[int] | None = None) -> NDArray[np.floating]:
-        """The states of the sequence at ``position``; the caller knows it is complete.
+        """The states of the sequence at ``position``; the caller knows it is complete, and may have asked for it and
+        others with ``read_ahead``.
 
         Args:
             position: As ``positions`` gives it.
@@ -275,17 +281,26 @@ class FeatureCache:
         return number, first + min(stored) * tokens, first + (max(stored) + 1) * tokens
 
     def read_ahead(self, positions: NDArray[np.int64], layers: Sequence[int] | None = None) -> None:
-        """Of a cache too large to stay in memory, ask the system for these states before they are touched: it then
-        reads them all at once, not page by page. What is in memory already would be asked for in vain, at some cost.
+        """Ask the system for these states before they are touched: it then reads them all at once, and nothing else,
+        not page by page with much of what lies around each. Where they are in memory already that is in vain, at some
+        cost: of a cache that stays there each sequence is asked for once.
+
+        Args:
+            positions: (B,) as ``positions`` gives them.
+            layers: As for ``states``.
         """
-        if not self._is_large or READ_AHEAD is None:
+        if not self._is_large:
+            positions = positions[~self._asked_for[positions]]
+        if READ_AHEAD is None or not len(positions):
             return
+        self._asked_for[positions] = True
         for number, start, stop in zip(*self._ranges(positions, self._stored_positions(layers)), strict=True):
             if (one := self._maps[number]) is not None:
                 shard = self._shards[number]
-                offset = shard.place("hidden")
-                first = (offset + start * shard.header.row_bytes) // PAGE * PAGE
-                one.madvise(READ_AHEAD, first, offset + stop * shard.header.row_bytes - first)
+                offset, width = shard.place("hidden"), shard.header.row_bytes
+                end = offset + stop * width
+                for first in range((offset + start * width) // PAGE * PAGE, end, READ_AHEAD_BYTES):
+                    one.madvise(READ_AHEAD, first, min(READ_AHEAD_BYTES, end - first))
 
     def stored(self, position: int) -> tuple[NDArray[Any], NDArray[np.float32] | None]:
         """All stored layers of a sequence as they are on disk: values (L * T, D), and for int8 scales (L * T,)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import multiprocessing
 import os
 import pickle
@@ -843,6 +844,61 @@ def test_reading_ahead_changes_no_result(dtype: str, tmp_path: Path, monkeypatch
         np.testing.assert_array_equal(ahead.batch(names, layers).states, as_ever.batch(names, layers).states)
         for position in range(5):
             np.testing.assert_array_equal(ahead.states(position, layers), as_ever.states(position, layers))
+
+
+class WatchedMap:
+    """A map that writes down for what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[int, int]] = []
+
+    def madvise(self, advice: int, start: int, length: int) -> None:
+        assert advice == reader.READ_AHEAD
+        self.asked.append((start, start + length))
+
+
+@pytest.mark.parametrize("large", [False, True], ids=["stays in memory", "larger than memory"])
+def test_states_are_asked_for_before_they_are_touched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, large: bool
+) -> None:
+    """All of them, nothing else, in pieces that every disk takes; of what stays in memory once."""
+    width, layers = 2_000, 3
+    truth = tiny_cache.make([3, 70, 1, 2], width=width)
+    folder = tiny_cache.store(tmp_path / "cache", truth)
+    (shard,) = tiny_cache.shards(folder)
+    hidden, row = tiny_cache.byte_offset(shard, "hidden"), 2 * width
+    if large:
+        monkeypatch.setattr(reader, "MEMORY_SHARE", 0)
+
+    def asked(read: Callable[[FeatureCache], object]) -> list[tuple[int, int]]:
+        watched.asked.clear()
+        read(cache)
+        assert all(start % mmap.PAGESIZE == 0 and 0 < stop - start <= 128 * 1024 for start, stop in watched.asked)
+        assert all(stop <= shard.stat().st_size for _, stop in watched.asked)
+        joined: list[tuple[int, int]] = []
+        for start, stop in watched.asked:
+            if joined and joined[-1][1] == start:
+                joined[-1] = (joined[-1][0], stop)
+            else:
+                joined.append((start, stop))
+        return [(max(start, hidden), stop) for start, stop in joined]
+
+    def places(*rows: tuple[int, int]) -> list[tuple[int, int]]:
+        """Bytes of these rows, from the page on that the first of them lies in."""
+        pages = mmap.PAGESIZE
+        return [(max((hidden + start * row) // pages * pages, hidden), hidden + stop * row) for start, stop in rows]
+
+    cache, watched = FeatureCache.open(folder), WatchedMap()
+    cache._maps = [watched]  # type: ignore[list-item]
+    long, last = (3 * layers, 73 * layers), (74 * layers, 76 * layers)
+    assert asked(lambda cache: cache.batch(["s1", "s3"])) == places(long, last)
+    assert len(watched.asked) > 6, "840 kB are asked for in pieces"
+    assert asked(lambda cache: cache.batch(["s3", "s1"])) == (places(last, long) if large else [])
+    assert asked(lambda cache: cache["s3"]) == (places(last) if large else [])
+    assert asked(lambda cache: cache["s0"]) == places((0, 3 * layers))
+    assert asked(lambda cache: cache.batch(["s2"], layers=(1, 2))) == places((73 * layers + 1, 73 * layers + 3))
+    with pytest.raises(SequenceNotFoundError):
+        cache["s4"]
 
 
 def test_a_position_in_place_of_an_id_is_named(tmp_path: Path) -> None:

@@ -1,0 +1,160 @@
+"""Read random batches of a cache that is larger than the memory there is.
+
+python tests/benchmarks/larger.py --folder /somewhere/with/10/GB     (Linux, as root)
+
+Makes the same states twice, as a cache and as an HDF5 data set a sequence, and reads each in a control group whose
+memory holds a quarter of it: what was read before is mostly gone when it is asked for again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from kr2cache.cache import reader
+from kr2cache.cache.create import create_shards
+from kr2cache.cache.format import SequenceIndex, ShardHeader, encode_ids
+from kr2cache.cache.reader import FeatureCache
+from kr2cache.cache.writer import CacheWriter, PackedStates
+from kr2cache.memory import CONTROL_GROUPS, total_memory
+
+LAYERS, WIDTH, MEAN_TOKENS = 13, 768, 27
+"""BERT-base on SNLI."""
+BATCH = 32
+TURN_S, TURNS = 3.0, 5
+ROW_BYTES = 2 * WIDTH
+
+
+def make(cache: Path, apart: Path, sequences: int) -> None:
+    """The same random states, as a cache and as a data set a sequence."""
+    draw = np.random.default_rng(0)
+    lengths = np.clip(draw.poisson(MEAN_TOKENS, sequences), 5, 128).astype(np.int32)
+    names, tokens = names_of(sequences), int(lengths.sum())
+    index = SequenceIndex(
+        ids=encode_ids(names),
+        n_tokens=lengths,
+        text_xxh3=np.arange(sequences, dtype=np.uint64),
+        input_id=np.zeros(tokens, dtype=np.int32),
+        word_index=np.zeros(tokens, dtype=np.int32),
+    )
+    header = ShardHeader(
+        dtype="float16",
+        layers=tuple(range(LAYERS)),
+        model_layers=LAYERS,
+        width=WIDTH,
+        fingerprint="0" * 64,
+        provenance={},
+        batch_plan={},
+    )
+    create_shards(cache, header, index, 2**40)
+    with CacheWriter(cache) as writer, h5py.File(apart, "w") as file:
+        for i, (name, length) in enumerate(zip(names, lengths.tolist(), strict=True)):
+            states = draw.standard_normal((LAYERS * length, WIDTH), dtype=np.float32).astype(np.float16)
+            writer.write(PackedStates(0, [i], states, None))
+            file.create_dataset(name, data=states)
+
+
+def names_of(sequences: int) -> list[str]:
+    return [f"train-{i}" for i in range(sequences)]
+
+
+@contextlib.contextmanager
+def control_group(limit: int) -> Iterator[Path]:
+    """A group of so many bytes of memory, of either version."""
+    version_1 = (CONTROL_GROUPS / "memory" / "memory.limit_in_bytes").exists()
+    folder = (CONTROL_GROUPS / "memory" if version_1 else CONTROL_GROUPS) / f"kr2cache-{os.getpid()}"
+    folder.mkdir()
+    try:
+        (folder / ("memory.limit_in_bytes" if version_1 else "memory.max")).write_text(str(limit))
+        yield folder
+    finally:
+        folder.rmdir()
+
+
+def read(cache: Path, apart: Path, sequences: int) -> None:
+    """Each way in turn, so many seconds; says their medians."""
+    open_cache, draw, names = FeatureCache.open(cache), np.random.default_rng(1), names_of(sequences)
+    file = h5py.File(apart, "r")
+    ways: dict[str, Callable[[list[str]], object]] = {
+        "kr2cache, FeatureCache.batch": open_cache.batch,
+        "the same, not asked for ahead": functools.partial(_by_page_faults, open_cache),
+        "h5py, a data set each": functools.partial(_apart, file),
+    }
+    seconds_per_byte: dict[str, list[float]] = {name: [] for name in ways}
+    from_disk: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(TURNS):
+        for name, way in ways.items():
+            asked, before, started = 0, _read_from_disk(), time.perf_counter()
+            while time.perf_counter() - started < TURN_S:
+                picks = draw.integers(0, sequences, BATCH)
+                way([names[i] for i in picks.tolist()])
+                asked += int(open_cache.n_tokens[picks].sum()) * LAYERS * ROW_BYTES
+            seconds_per_byte[name].append((time.perf_counter() - started) / asked)
+            from_disk[name].append((_read_from_disk() - before) / asked)
+    best = statistics.median(seconds_per_byte["kr2cache, FeatureCache.batch"])
+    print(f"memory {total_memory() / 2**20:,.0f} MiB, cache {open_cache.stored_bytes / 2**20:,.0f} MiB")
+    print(f"{'':32}{'times as long':>15}{'MB a second':>15}{'read from disk, of what was asked for':>40}")
+    for name, times in seconds_per_byte.items():
+        median = statistics.median(times)
+        print(f"{name:32}{median / best:15.2f}{1e-6 / median:15,.0f}{statistics.median(from_disk[name]):40.2f}")
+
+
+def _by_page_faults(cache: FeatureCache, names: list[str]) -> None:
+    ahead, reader.READ_AHEAD = reader.READ_AHEAD, None
+    try:
+        cache.batch(names)
+    finally:
+        reader.READ_AHEAD = ahead
+
+
+def _apart(file: h5py.File, names: list[str]) -> None:
+    for name in names:
+        file[name][...]
+
+
+def _read_from_disk() -> int:
+    """Bytes, by this process."""
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=None)
+    parser.add_argument("--sequences", type=int, default=4_000)
+    parser.add_argument("--inside", type=Path, default=None, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.inside:
+        read(arguments.inside / "cache", arguments.inside / "apart.h5", arguments.sequences)
+        return
+    folder = Path(tempfile.mkdtemp(dir=arguments.folder))
+    try:
+        make(folder / "cache", folder / "apart.h5", arguments.sequences)
+        for path in folder.rglob("*.h5"):  # pages that another group made stay that group's
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(descriptor)
+        command = [sys.executable, __file__, "--inside", str(folder), "--sequences", str(arguments.sequences)]
+        with control_group(FeatureCache.open(folder / "cache").stored_bytes // 4) as group:
+            enter = functools.partial((group / "cgroup.procs").write_text, "0")
+            subprocess.run(command, check=True, preexec_fn=enter)
+    finally:
+        shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()
