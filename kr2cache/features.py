@@ -25,7 +25,7 @@ from kr2cache.fusion import Fusion
 from kr2cache.memory import free_memory
 
 MEMORY_SHARE = 0.25
-"""Of the free memory, the computer's or the GPU's, may go to states."""
+"""Of the free memory, the process's or the GPU's, may go to states."""
 SEQUENCES_AT_ONCE = 256
 
 
@@ -90,14 +90,18 @@ class ResourceFeatures:
             states.
         """
         self.sequences_read += len(sequences)
-        if self._fused is None:
-            self.cache.read_ahead(self._positions[list(sequences)], self._layers_read)
+        self.read_ahead(sequences)
         lengths = self.n_tokens[list(sequences)]
         shape = (len(sequences), self.layers, int(lengths.max()), self.width)
         states_BLTD = np.zeros(shape, dtype=self.cache.states_dtype)
         for row, sequence, length in zip(states_BLTD, sequences, lengths.tolist(), strict=True):
             row[:, :length] = self.states(sequence)
         return states_BLTD, (np.arange(states_BLTD.shape[2])[None, :] < lengths[:, None]).astype(np.int64)
+
+    def read_ahead(self, sequences: Sequence[int]) -> None:
+        """As ``FeatureCache.read_ahead``; what is fused is in memory, or in a file that was just written."""
+        if self._fused is None:
+            self.cache.read_ahead(self._positions[list(sequences)], self._layers_read)
 
     def states(self, sequence: int) -> NDArray[np.floating]:
         """(L, T, D) of one sequence; not counted as read."""
@@ -131,6 +135,7 @@ class DeviceFeatures:
         self._rows = torch.zeros(int(self._first_row[-1]) + 1, features.width, dtype=dtype, device=device)
         for start in range(0, len(self.n_tokens), SEQUENCES_AT_ONCE):
             part = range(start, min(start + SEQUENCES_AT_ONCE, len(self.n_tokens)))
+            features.read_ahead(part)
             packed = np.concatenate([features.states(i).reshape(-1, features.width) for i in part])
             first = int(self._first_row[start])
             self._rows[first : first + len(packed)] = torch.from_numpy(packed).to(device)

@@ -9,21 +9,53 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 CONTROL_GROUPS, MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+
+
+@dataclass(frozen=True)
+class _Limit:
+    """Of a control group that this process is in (Linux). A job of a batch system or a container may take far less than
+    the computer has, and is killed where it takes more.
+    """
+
+    bytes: int
+    use: Path
+    """A file that says how much is taken."""
+
+    def left(self) -> int:
+        """Bytes; all of them where the group does not say what it takes."""
+        try:
+            return max(0, self.bytes - max(0, int(self.use.read_text()) - self._given_up()))
+        except (OSError, ValueError):
+            return self.bytes
+
+    def _given_up(self) -> int:
+        """Bytes that count as taken, and are given up when asked for, such as pages that hold files; 0 where the group
+        does not say.
+        """
+        try:
+            lines = self.use.with_name("memory.stat").read_text().splitlines()
+            numbers = {name: int(number) for name, number in (line.split() for line in lines)}
+        except (OSError, ValueError):
+            return 0
+        prefix = "total_" if "total_inactive_file" in numbers else ""  # with the groups below it: so in version 1
+        names = (f"{prefix}inactive_file", f"{prefix}active_file", "slab_reclaimable")
+        return sum(numbers.get(name, 0) for name in names)
 
 
 def free_memory() -> int:
     """Bytes that this process may still take, those included that hold files and are given up when asked for; a careful
     guess where the system does not say.
     """
-    return max(0, min([_free_memory_of_computer(), *(limit - used for limit, used in _limits())]))
+    return min([_free_memory_of_computer(), *(limit.left() for limit in _limits())])
 
 
 def total_memory() -> int:
     """Bytes that this process may take if no other does; a careful guess where the system does not say."""
-    return min([_memory_of_computer(), *(limit for limit, _ in _limits())])
+    return min([_memory_of_computer(), *(limit.bytes for limit in _limits())])
 
 
 def _free_memory_of_computer() -> int:
@@ -43,48 +75,27 @@ def _memory_of_computer() -> int:
         return 8 * 2**30
 
 
-def _limits() -> Iterator[tuple[int, int]]:
-    """Limit and use, in bytes, of each control group that holds this process and has a limit: a job of a batch system
-    or a container may take far less than the computer has, and is killed where it takes more. Pages that hold files are
-    counted as the group's by the system, but not here: they are given up when asked for.
-    """
-    for folder in _control_groups():
-        for limit_file, use_file in (
-            ("memory.max", "memory.current"),
-            ("memory.high", "memory.current"),
-            ("memory.limit_in_bytes", "memory.usage_in_bytes"),  # version 1
-        ):
-            # Not there, or "max", which is none.
-            with contextlib.suppress(OSError, ValueError):
-                limit, used = (int((folder / name).read_text()) for name in (limit_file, use_file))
-                yield limit, max(0, used - _pages_of_files(folder))
-
-
-def _pages_of_files(group: Path) -> int:
-    """Bytes, of a group and those below it; 0 where it does not say."""
+def _limits() -> Iterator[_Limit]:
+    """Of all control groups that count this process's memory: its own and those that they lie in."""
     try:
-        numbers = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        prefix = "total_" if "total_inactive_file" in numbers else ""  # so in version 1
-        return sum(int(numbers[f"{prefix}{kind}_file"]) for kind in ("inactive", "active"))
-    except (OSError, ValueError, KeyError):
-        return 0
-
-
-def _control_groups() -> Iterator[Path]:
-    """Folders of the control groups that count this process's memory, with those that they lie in."""
-    try:
-        lines = MEMBERSHIP.read_text().splitlines()
+        lines = os.fsdecode(MEMBERSHIP.read_bytes()).split("\n")
     except OSError:  # no Linux
         return
-    for line in lines:
-        _, controllers, name = line.split(":", 2)
+    for _, controllers, name in (line.split(":", 2) for line in lines if line.count(":") >= 2):
         if controllers and "memory" not in controllers.split(","):
             continue
-        root = CONTROL_GROUPS / "memory" if controllers else CONTROL_GROUPS
-        # In a container the name may be one of outside, whose folder is not there: its root is then the group.
-        folder = root / name.strip("/")
-        yield folder
-        yield from (parent for parent in folder.parents if parent.is_relative_to(root))
+        if controllers:  # version 1
+            root, limits, use = CONTROL_GROUPS / "memory", ["memory.limit_in_bytes"], "memory.usage_in_bytes"
+        else:
+            hybrid = CONTROL_GROUPS / "unified"  # beside those of version 1
+            root = hybrid if hybrid.is_dir() else CONTROL_GROUPS
+            limits, use = ["memory.max", "memory.high"], "memory.current"
+        # In a container the name may be one of outside, whose folder is not there: the root is then the group.
+        own = root / name.strip("/")
+        for folder in (own, *(parent for parent in own.parents if parent.is_relative_to(root))):
+            for limit in limits:
+                with contextlib.suppress(OSError, ValueError):  # not there, or "max", which is none
+                    yield _Limit(int((folder / limit).read_text()), folder / use)
 
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from numpy.typing import NDArray
 
 from kr2cache import features
 from kr2cache.cache.reader import FeatureCache
@@ -170,6 +172,41 @@ def test_fusing_in_parts_is_fusing(caches: dict[str, FeatureCache], monkeypatch:
     monkeypatch.setattr(features, "SEQUENCES_AT_ONCE", 5)
     in_parts, _ = ResourceFeatures(cache, cache.ids, fusion, keep_layers=False).batch(range(12))
     np.testing.assert_array_equal(at_once, in_parts)
+
+
+def test_what_is_read_from_the_cache_is_asked_for_ahead(
+    caches: dict[str, FeatureCache], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch, and a split that goes to a device, all at once; nothing of what is fused already."""
+    cache, events = FeatureCache.open(caches["float32"].folder), []
+    ahead, states = FeatureCache.read_ahead, FeatureCache.states
+
+    def read_ahead(self: FeatureCache, positions: NDArray[np.int64], layers: Sequence[int] | None = None) -> None:
+        events.append(("asked", positions.tolist(), layers))
+        ahead(self, positions, layers)
+
+    def read(self: FeatureCache, position: int, layers: Sequence[int] | None = None) -> NDArray[np.floating]:
+        events.append(("read", [position], layers))
+        return states(self, position, layers)
+
+    monkeypatch.setattr(FeatureCache, "read_ahead", read_ahead)
+    monkeypatch.setattr(FeatureCache, "states", read)
+    monkeypatch.setattr(features, "SEQUENCES_AT_ONCE", 7)
+    fusion = parse_fusion("last2", MODEL_LAYERS)
+    kept = ResourceFeatures(cache, cache.ids[::-1], fusion, keep_layers=True)
+    kept.batch([3, 0])
+    asked = [("asked", [8, 11], (3, 4)), ("read", [8], (3, 4)), ("read", [11], (3, 4))]
+    assert events == asked
+    events.clear()
+    DeviceFeatures(kept, torch.device("cpu"))
+    assert [(kind, len(positions)) for kind, positions, _ in events] == [
+        *[("asked", 7), *[("read", 1)] * 7],
+        *[("asked", 5), *[("read", 1)] * 5],
+    ]
+    fused = ResourceFeatures(cache, cache.ids, fusion, keep_layers=False)
+    events.clear()
+    fused.batch([3, 0])
+    assert events == []
 
 
 # On a device ----------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Where HDF5 has put things in a shard, read without HDF5.
 
-A shard as the writer makes it uses a small corner of HDF5: one superblock, object headers with checksums, contiguous
+A shard as ``create`` makes it uses a small corner of HDF5: one superblock, object headers with checksums, contiguous
 data sets, one chunked data set without index or filter, and strings in a global heap. This module reads that corner and
 nothing else, with every length, offset and count checked against the file before it is used. That matters because HDF5
 itself trusts the global heap (one flipped bit there and it loops for ever), and because opening a cache then costs a
@@ -30,7 +30,7 @@ from kr2cache.errors import CacheError
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
 UNDEFINED = 2**64 - 1
 MAX_HEADER = 2**16
-"""Bytes of one object header's chunk; the writer's have under 1,000."""
+"""Bytes of one object header's chunk; this project's have under 1,000."""
 MAX_CONTINUATIONS = 16
 MAX_HEAP = 2**26
 """Bytes of one global heap collection: provenance and batch plan."""
@@ -64,7 +64,7 @@ SHARED = 0x02
 
 
 class NotPlainError(Exception):
-    """The file may be sound HDF5, but is not laid out as this project's writer does it."""
+    """The file may be sound HDF5, but is not laid out as this project does it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +88,7 @@ class Layout:
     datasets: dict[str, StoredDataset]
     attributes: dict[str, Any]
     plain: bool
-    """Whether the file is laid out as this project's writer does it."""
+    """Whether the file is laid out as this project does it."""
     has_tail: bool = False
     """Whether bytes follow those of HDF5."""
 
@@ -116,7 +116,7 @@ def read_layout(path: Path, *, what_is_left: bool = False) -> Layout:
 
 
 ROOT = 4096
-"""Where the writer's alignment puts the root's header."""
+"""Where the alignment that it is made with puts the root's header."""
 REMEDY = "kr2cache cache verify says what is left of it; the kr2cache extract that made it mends it."
 
 

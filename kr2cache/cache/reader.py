@@ -10,6 +10,7 @@ and pickled to a spawned worker, which maps the files again.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import mmap
 from collections.abc import Iterable, Sequence
@@ -21,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kr2cache.cache.format import ON_DISK, SequenceIndex, decode, offsets, row_bytes, states_xxh3
+from kr2cache.cache.format import ON_DISK, SCALE_BYTES, SequenceIndex, decode, offsets, row_bytes, states_xxh3
 from kr2cache.cache.hdf5 import read_rows
 from kr2cache.cache.ids import IdIndex
 from kr2cache.cache.shard import Shard, open_shard, shard_paths
@@ -30,8 +31,8 @@ from kr2cache.memory import total_memory
 
 PAGE = mmap.PAGESIZE
 READ_AHEAD: int | None = getattr(mmap, "MADV_WILLNEED", None)
-READ_AHEAD_BYTES = 2**17
-"""Asked for at once: Linux cuts what is more than a disk's own read-ahead, which is 128 KiB or more, in silence."""
+READ_AHEAD_BYTES = max(2**17, PAGE)
+"""Asked for at once: what is more than a disk's own read-ahead, 128 KiB by default, Linux cuts off in silence."""
 MEMORY_SHARE = 0.5
 """Of the memory that there is: a larger cache counts as one that does not stay in it."""
 
@@ -86,7 +87,8 @@ class FeatureCache:
         self.check_on_read = False
         """Compare each sequence with its checksum when it is first read; a worker process compares for itself."""
         self._checked = np.zeros(len(self.n_tokens), dtype=bool)
-        self._asked_for = np.zeros(len(self.n_tokens), dtype=bool)
+        self._asked_for: dict[tuple[int, ...], NDArray[np.bool_]] = {}
+        """By layers: (n,) whether ``read_ahead`` has asked for them before."""
 
     @classmethod
     def open(cls, folder: str | Path) -> FeatureCache:
@@ -281,26 +283,42 @@ class FeatureCache:
         return number, first + min(stored) * tokens, first + (max(stored) + 1) * tokens
 
     def read_ahead(self, positions: NDArray[np.int64], layers: Sequence[int] | None = None) -> None:
-        """Ask the system for these states before they are touched: it then reads them all at once, and nothing else,
-        not page by page with much of what lies around each. Where they are in memory already that is in vain, at some
-        cost: of a cache that stays there each sequence is asked for once.
+        """Ask the system for these states before they are touched: it then reads them all at once, and not page by page
+        with much of what lies around each. Of a cache that stays in memory each sequence is asked for once, whether it
+        is there already or not: asking in vain takes about half as long as copying. A larger one is asked every time.
 
         Args:
             positions: (B,) as ``positions`` gives them.
             layers: As for ``states``.
         """
-        if not self._is_large:
-            positions = positions[~self._asked_for[positions]]
-        if READ_AHEAD is None or not len(positions):
+        stored = self._stored_positions(layers)
+        if READ_AHEAD is None:
             return
-        self._asked_for[positions] = True
-        for number, start, stop in zip(*self._ranges(positions, self._stored_positions(layers)), strict=True):
-            if (one := self._maps[number]) is not None:
-                shard = self._shards[number]
-                offset, width = shard.place("hidden"), shard.header.row_bytes
-                end = offset + stop * width
-                for first in range((offset + start * width) // PAGE * PAGE, end, READ_AHEAD_BYTES):
-                    one.madvise(READ_AHEAD, first, min(READ_AHEAD_BYTES, end - first))
+        if self.check_on_read and not self._checked[positions].all():
+            stored = self._stored_positions(None)  # a checksum is of all layers
+        if not self._is_large:
+            if (asked_for := self._asked_for.get(tuple(stored))) is None:
+                asked_for = self._asked_for[tuple(stored)] = np.zeros(len(self.n_tokens), dtype=bool)
+            positions = positions[~asked_for[positions]]
+            if not len(positions):
+                return
+            asked_for[positions] = True
+        for neighbours in _runs(stored):
+            for number, start, stop in zip(*self._ranges(positions, neighbours), strict=True):
+                self._ask_for(number, start, stop)
+
+    def _ask_for(self, number: int, start: int, stop: int) -> None:
+        if (one := self._maps[number]) is None:
+            return
+        shard = self._shards[number]
+        arrays = {"hidden": shard.header.row_bytes}
+        if shard.header.dtype == "int8":
+            arrays["hidden_scale"] = SCALE_BYTES
+        for name, width in arrays.items():
+            first, end = shard.place(name) + start * width, shard.place(name) + stop * width
+            for at in range(first // PAGE * PAGE, end, READ_AHEAD_BYTES):
+                with contextlib.suppress(OSError):  # advice that the system will not take
+                    one.madvise(READ_AHEAD, at, min(READ_AHEAD_BYTES, end - at))  # type: ignore[arg-type]
 
     def stored(self, position: int) -> tuple[NDArray[Any], NDArray[np.float32] | None]:
         """All stored layers of a sequence as they are on disk: values (L * T, D), and for int8 scales (L * T,)."""
@@ -421,6 +439,19 @@ def _reopen(folder: Path, fingerprint: str, check_on_read: bool) -> FeatureCache
     if cache.fingerprint != fingerprint:
         raise CacheError(f"{folder} was replaced by another cache meanwhile.", "Start the run again.")
     return cache
+
+
+def _runs(places: list[int]) -> list[list[int]]:
+    """Places that are neighbours, in ascending order, each run by its first and its last."""
+    there = set(places)
+    return [
+        [first, last]
+        for first, last in zip(
+            sorted(place for place in there if place - 1 not in there),
+            sorted(place for place in there if place + 1 not in there),
+            strict=True,
+        )
+    ]
 
 
 def _joined(arrays: list[NDArray[Any]]) -> NDArray[Any]:

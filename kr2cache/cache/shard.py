@@ -85,7 +85,7 @@ class Shard:
 
     @property
     def completable(self) -> bool:
-        """Whether checksums and marks are so too, so that it can be completed in place."""
+        """Whether states, checksums and marks are plain arrays of the file, so that it can be completed in place."""
         return self.mappable and all(self.offset(name) is not None for name in ("examples/xxh3", "examples/complete"))
 
     def read(self, name: str) -> NDArray[Any]:

@@ -76,9 +76,12 @@ def control_group(limit: int) -> Iterator[Path]:
     """A group of so many bytes of memory, of either version."""
     version_1 = (CONTROL_GROUPS / "memory" / "memory.limit_in_bytes").exists()
     folder = (CONTROL_GROUPS / "memory" if version_1 else CONTROL_GROUPS) / f"kr2cache-{os.getpid()}"
+    limit_file = folder / ("memory.limit_in_bytes" if version_1 else "memory.max")
     folder.mkdir()
     try:
-        (folder / ("memory.limit_in_bytes" if version_1 else "memory.max")).write_text(str(limit))
+        if not limit_file.exists():
+            sys.exit(f"{limit_file} is not there: {CONTROL_GROUPS}/cgroup.subtree_control has to hold memory.")
+        limit_file.write_text(str(limit))
         yield folder
     finally:
         folder.rmdir()
@@ -95,15 +98,22 @@ def read(cache: Path, apart: Path, sequences: int) -> None:
     }
     seconds_per_byte: dict[str, list[float]] = {name: [] for name in ways}
     from_disk: dict[str, list[float]] = {name: [] for name in ways}
+
+    def turn(way: Callable[[list[str]], object]) -> tuple[float, float]:
+        """Seconds, and bytes from the disk, for each byte that was asked for."""
+        asked, before, started = 0, _read_from_disk(), time.perf_counter()
+        while time.perf_counter() - started < TURN_S:
+            picks = draw.integers(0, sequences, BATCH)
+            way([names[i] for i in picks.tolist()])
+            asked += int(open_cache.n_tokens[picks].sum()) * LAYERS * ROW_BYTES
+        return (time.perf_counter() - started) / asked, (_read_from_disk() - before) / asked
+
     for _ in range(TURNS):
         for name, way in ways.items():
-            asked, before, started = 0, _read_from_disk(), time.perf_counter()
-            while time.perf_counter() - started < TURN_S:
-                picks = draw.integers(0, sequences, BATCH)
-                way([names[i] for i in picks.tolist()])
-                asked += int(open_cache.n_tokens[picks].sum()) * LAYERS * ROW_BYTES
-            seconds_per_byte[name].append((time.perf_counter() - started) / asked)
-            from_disk[name].append((_read_from_disk() - before) / asked)
+            turn(way)  # what another left in memory goes
+            took, read_bytes = turn(way)
+            seconds_per_byte[name].append(took)
+            from_disk[name].append(read_bytes)
     best = statistics.median(seconds_per_byte["kr2cache, FeatureCache.batch"])
     print(f"memory {total_memory() / 2**20:,.0f} MiB, cache {open_cache.stored_bytes / 2**20:,.0f} MiB")
     print(f"{'':32}{'times as long':>15}{'MB a second':>15}{'read from disk, of what was asked for':>40}")

@@ -832,7 +832,7 @@ def test_a_file_that_this_process_has_open_already_is_read_all_the_same(shard: P
 
 @pytest.mark.parametrize("dtype", tiny_cache.DTYPES)
 def test_reading_ahead_changes_no_result(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For a cache too large to stay in memory; every range has to lie in its file, the last one too."""
+    """Every range has to lie in its file, the last one too."""
     truth = tiny_cache.make([3, 1, 7, 2, 5], dtype=dtype, layers=[0, 1, 2, 4], model_layers=5, width=2_000)
     folder = tiny_cache.store(tmp_path / "cache", truth, shard_bytes=150_000)
     as_ever = FeatureCache.open(folder)
@@ -841,64 +841,112 @@ def test_reading_ahead_changes_no_result(dtype: str, tmp_path: Path, monkeypatch
     assert (as_ever._is_large, ahead._is_large) == (False, True)
     names = [*ahead.ids[::-1], ahead.ids[2]]
     for layers in (None, (4,), (1, 2), (2, 1), (4, 0), (0, 2, 4)):
-        np.testing.assert_array_equal(ahead.batch(names, layers).states, as_ever.batch(names, layers).states)
-        for position in range(5):
-            np.testing.assert_array_equal(ahead.states(position, layers), as_ever.states(position, layers))
+        with monkeypatch.context() as patch:
+            patch.setattr(reader, "READ_AHEAD", None)
+            expected = as_ever.batch(names, layers).states
+        np.testing.assert_array_equal(ahead.batch(names, layers).states, expected)
+        np.testing.assert_array_equal(as_ever.batch(names, layers).states, expected)
 
 
-class WatchedMap:
-    """A map that writes down for what it was asked."""
+class Watched:
+    """What the states of a cache of one shard were asked for, and when they were touched, as ranges of bytes."""
 
-    def __init__(self) -> None:
-        self.asked: list[tuple[int, int]] = []
+    def __init__(self, cache: FeatureCache, shard: Path, row_bytes: int) -> None:
+        self.size, self.row_bytes = shard.stat().st_size, row_bytes
+        self.hidden = tiny_cache.byte_offset(shard, "hidden")
+        self.events: list[tuple[str, int, int]] = []
+        self._rows = cache._hidden[0]
+        cache._maps, cache._hidden = [self], [self]  # type: ignore[list-item]
 
     def madvise(self, advice: int, start: int, length: int) -> None:
         assert advice == reader.READ_AHEAD
-        self.asked.append((start, start + length))
+        assert start % mmap.PAGESIZE == 0
+        assert 0 < length <= 128 * 1024, "more than every disk takes"
+        assert start + length <= self.size
+        first = start if start > self.hidden else self.hidden  # the first page may begin before
+        if self.events and self.events[-1][0] == "asked" and self.events[-1][2] == start:
+            self.events[-1] = ("asked", self.events[-1][1], start + length)
+        else:
+            self.events.append(("asked", first, start + length))
+
+    def __getitem__(self, rows: slice) -> NDArray[np.generic]:
+        self.events.append(("touched", *self.bytes(rows.start, rows.stop)))
+        assert self._rows is not None
+        return self._rows[rows]
+
+    def bytes(self, start: int, stop: int) -> tuple[int, int]:
+        return self.hidden + start * self.row_bytes, self.hidden + stop * self.row_bytes
+
+    def asked(self, start: int, stop: int) -> tuple[str, int, int]:
+        """For these rows, from the page on that the first of them lies in."""
+        first, last = self.bytes(start, stop)
+        return "asked", max(first // mmap.PAGESIZE * mmap.PAGESIZE, self.hidden), last
+
+    def touched(self, start: int, stop: int) -> tuple[str, int, int]:
+        return "touched", *self.bytes(start, stop)
+
+    def of(self, read: Callable[[], object]) -> list[tuple[str, int, int]]:
+        self.events = []
+        read()
+        return self.events
 
 
 @pytest.mark.parametrize("large", [False, True], ids=["stays in memory", "larger than memory"])
 def test_states_are_asked_for_before_they_are_touched(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, large: bool
 ) -> None:
-    """All of them, nothing else, in pieces that every disk takes; of what stays in memory once."""
-    width, layers = 2_000, 3
+    """All of them, nothing else; of what stays in memory once."""
+    width, layers = 20_000, 3
     truth = tiny_cache.make([3, 70, 1, 2], width=width)
     folder = tiny_cache.store(tmp_path / "cache", truth)
-    (shard,) = tiny_cache.shards(folder)
-    hidden, row = tiny_cache.byte_offset(shard, "hidden"), 2 * width
     if large:
         monkeypatch.setattr(reader, "MEMORY_SHARE", 0)
-
-    def asked(read: Callable[[FeatureCache], object]) -> list[tuple[int, int]]:
-        watched.asked.clear()
-        read(cache)
-        assert all(start % mmap.PAGESIZE == 0 and 0 < stop - start <= 128 * 1024 for start, stop in watched.asked)
-        assert all(stop <= shard.stat().st_size for _, stop in watched.asked)
-        joined: list[tuple[int, int]] = []
-        for start, stop in watched.asked:
-            if joined and joined[-1][1] == start:
-                joined[-1] = (joined[-1][0], stop)
-            else:
-                joined.append((start, stop))
-        return [(max(start, hidden), stop) for start, stop in joined]
-
-    def places(*rows: tuple[int, int]) -> list[tuple[int, int]]:
-        """Bytes of these rows, from the page on that the first of them lies in."""
-        pages = mmap.PAGESIZE
-        return [(max((hidden + start * row) // pages * pages, hidden), hidden + stop * row) for start, stop in rows]
-
-    cache, watched = FeatureCache.open(folder), WatchedMap()
-    cache._maps = [watched]  # type: ignore[list-item]
+    cache = FeatureCache.open(folder)
+    watched = Watched(cache, tiny_cache.shards(folder)[0], 2 * width)
+    asked, touched = watched.asked, watched.touched
     long, last = (3 * layers, 73 * layers), (74 * layers, 76 * layers)
-    assert asked(lambda cache: cache.batch(["s1", "s3"])) == places(long, last)
-    assert len(watched.asked) > 6, "840 kB are asked for in pieces"
-    assert asked(lambda cache: cache.batch(["s3", "s1"])) == (places(last, long) if large else [])
-    assert asked(lambda cache: cache["s3"]) == (places(last) if large else [])
-    assert asked(lambda cache: cache["s0"]) == places((0, 3 * layers))
-    assert asked(lambda cache: cache.batch(["s2"], layers=(1, 2))) == places((73 * layers + 1, 73 * layers + 3))
+    both = [touched(*long), touched(*last)]
+    assert watched.of(lambda: cache.batch(["s1", "s3"])) == [asked(*long), asked(*last), *both]
+    again = [asked(*last), asked(*long)] if large else []
+    assert watched.of(lambda: cache.batch(["s3", "s1"])) == [*again, *both[::-1]]
+    assert watched.of(lambda: cache["s3"]) == [*([asked(*last)] if large else []), touched(*last)]
+    assert watched.of(lambda: cache["s0"]) == [asked(0, 3 * layers), touched(0, 3 * layers)]
+    # Layer by layer: s3 has two rows of each.
+    at = 74 * layers
+    for names in ((1, 2), (2,)):
+        rows = (at + 2 * names[0], at + 6)
+        assert watched.of(lambda names=names: cache.batch(["s3"], names)) == [asked(*rows), touched(*rows)]
+    apart = [asked(at, at + 2), asked(at + 4, at + 6), touched(at, at + 6)]
+    assert watched.of(lambda: cache.batch(["s3"], (2, 0))) == apart, "layer 1 is not asked for"
     with pytest.raises(SequenceNotFoundError):
         cache["s4"]
+
+
+def test_what_is_checked_is_asked_for_whole(tmp_path: Path) -> None:
+    folder = tiny_cache.store(tmp_path / "cache", tiny_cache.make([3, 4], width=20_000))
+    cache = FeatureCache.open(folder)
+    watched = Watched(cache, tiny_cache.shards(folder)[0], 40_000)
+    cache.check_on_read = True
+    assert watched.of(lambda: cache.batch(["s1"], (2,)))[:2] == [watched.asked(9, 21), watched.touched(9, 21)]
+
+
+def test_scales_are_asked_for_as_well(tmp_path: Path) -> None:
+    folder = tiny_cache.store(tmp_path / "cache", tiny_cache.make([300, 400], dtype="int8", width=5))
+    (shard,) = tiny_cache.shards(folder)
+    cache = FeatureCache.open(folder)
+    watched = Watched(cache, shard, 5)
+    scales = tiny_cache.byte_offset(shard, "hidden_scale")
+    page = mmap.PAGESIZE
+    *asked, _ = watched.of(lambda: cache["s1"])
+    first = (scales + 4 * 900) // page * page
+    assert asked == [watched.asked(900, 2100), ("asked", max(first, watched.hidden), scales + 4 * 2100)]
+
+
+def test_advice_that_the_system_does_not_take_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    truth = tiny_cache.make([3, 4])
+    cache = FeatureCache.open(tiny_cache.store(tmp_path / "cache", truth))
+    monkeypatch.setattr(reader, "READ_AHEAD", 9999)
+    np.testing.assert_array_equal(cache["s1"], truth.states(1))
 
 
 def test_a_position_in_place_of_an_id_is_named(tmp_path: Path) -> None:

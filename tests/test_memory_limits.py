@@ -87,6 +87,33 @@ def test_version_1(groups: Path) -> None:
     assert free_and_total() == (100, 500)
 
 
+def test_both_versions_beside_each_other(groups: Path) -> None:
+    """The second one may have a folder of its own, and count memory there."""
+    version_1(groups / "memory" / "job", 500 * MIB, 450 * MIB, 50 * MIB)
+    (groups / "unified").mkdir()
+    member_of(groups, "0::/memory/job\n")
+    assert free_and_total() == (600, 1_000), "a group of version 1 that this process is not in"
+    version_2(groups / "unified" / "memory" / "job", 300 * MIB, 100 * MIB, 20 * MIB)
+    assert free_and_total() == (220, 300)
+
+
+@pytest.mark.parametrize(
+    "text", [b"", b"junk\n", b"0:\n\n", b"0::/\xff\n", "0::/a\u2028b\n".encode(), b"\x85:x:\x0b\n"]
+)
+def test_odd_names_of_groups_are_no_error(groups: Path, text: bytes) -> None:
+    version_2(groups, 400 * MIB, 100 * MIB, 50 * MIB)
+    groups.with_name("membership").write_bytes(text)
+    assert free_and_total() == ((350, 400) if text.startswith(b"0::/") else (600, 1_000))
+
+
+def test_what_the_kernel_keeps_of_files_is_given_up_too(groups: Path) -> None:
+    member_of(groups, "0::/job\n")
+    version_2(groups / "job", 300 * MIB, 250 * MIB, 50 * MIB)
+    with (groups / "job" / "memory.stat").open("a") as file:
+        file.write(f"slab_reclaimable {30 * MIB}\nslab_unreclaimable {40 * MIB}\n")
+    assert free_and_total() == (130, 300)
+
+
 def test_a_group_that_is_full_leaves_nothing(groups: Path) -> None:
     member_of(groups, "0::/job\n")
     version_2(groups / "job", 100 * MIB, 120 * MIB, 7)
@@ -101,10 +128,11 @@ def test_of_a_group_that_does_not_say_what_it_holds_all_counts_as_used(groups: P
     assert free_and_total() == (50, 100)
     (groups / "job" / "memory.stat").unlink()
     assert free_and_total() == (50, 100)
+    (groups / "job" / "memory.current").unlink()
+    assert free_and_total() == (100, 100), "the limit counts all the same"
 
 
 def test_of_this_computer() -> None:
-    """Whatever limits it: something is free, and not more than there is."""
-    assert 0 < memory.free_memory() <= memory.total_memory()
-    if hasattr(os, "sysconf"):
-        assert memory.total_memory() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    """Whatever limits it."""
+    assert 0 <= memory.free_memory() <= memory.total_memory()
+    assert 0 < memory.total_memory() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
