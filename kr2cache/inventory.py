@@ -124,8 +124,8 @@ def portrait(cache: FeatureCache) -> Portrait:
     sums = np.zeros(len(cache.layers))
     largest = np.zeros(len(cache.layers))
     tokens = 0
-    cache.read_ahead(sample)
     for position in sample.tolist():
+        cache.read_ahead(np.array([position]))
         states_LTD = cache.states(position).astype(np.float32)
         sums += np.linalg.norm(states_LTD, axis=2).sum(axis=1)
         largest = np.maximum(largest, np.abs(states_LTD).max(axis=(1, 2)))

@@ -12,7 +12,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-CONTROL_GROUPS, MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+MEMBERSHIP, MOUNTS = Path("/proc/self/cgroup"), Path("/proc/self/mountinfo")
+LIMITS = {
+    1: [("memory.limit_in_bytes", "memory.usage_in_bytes")],
+    2: [("memory.max", "memory.current"), ("memory.high", "memory.current")],
+}
+"""By the version of control groups: files of a limit and of what is taken."""
 
 
 @dataclass(frozen=True)
@@ -77,25 +82,42 @@ def _memory_of_computer() -> int:
 
 def _limits() -> Iterator[_Limit]:
     """Of all control groups that count this process's memory: its own and those that they lie in."""
-    try:
-        lines = os.fsdecode(MEMBERSHIP.read_bytes()).split("\n")
-    except OSError:  # no Linux
-        return
-    for _, controllers, name in (line.split(":", 2) for line in lines if line.count(":") >= 2):
-        if controllers and "memory" not in controllers.split(","):
+    names = dict(_names())
+    for version, mounted, top in _hierarchies():
+        if version not in names:
             continue
-        if controllers:  # version 1
-            root, limits, use = CONTROL_GROUPS / "memory", ["memory.limit_in_bytes"], "memory.usage_in_bytes"
-        else:
-            hybrid = CONTROL_GROUPS / "unified"  # beside those of version 1
-            root = hybrid if hybrid.is_dir() else CONTROL_GROUPS
-            limits, use = ["memory.max", "memory.high"], "memory.current"
-        # In a container the name may be one of outside, whose folder is not there: the root is then the group.
-        own = root / name.strip("/")
-        for folder in (own, *(parent for parent in own.parents if parent.is_relative_to(root))):
-            for limit in limits:
+        # A container may see the names of outside, of which the mounted folder is the part up to ``top``.
+        inside = os.path.relpath(names[version], top)
+        own = mounted if inside.startswith("..") else mounted / inside
+        for folder in (own, *(parent for parent in own.parents if parent.is_relative_to(mounted))):
+            for limit, use in LIMITS[version]:
                 with contextlib.suppress(OSError, ValueError):  # not there, or "max", which is none
                     yield _Limit(int((folder / limit).read_text()), folder / use)
+
+
+def _names() -> Iterator[tuple[int, str]]:
+    """By version, the control group that counts this process's memory."""
+    for line in _lines(MEMBERSHIP):
+        _, controllers, name = (*line.split(":", 2), "", "")[:3]
+        if name.startswith("/") and (not controllers or "memory" in controllers.split(",")):
+            yield 1 if controllers else 2, name
+
+
+def _hierarchies() -> Iterator[tuple[int, Path, str]]:
+    """Version, folder and topmost group of where control groups of memory are mounted."""
+    for line in _lines(MOUNTS):
+        place, _, kind = line.partition(" - ")
+        fields, (system, *_, options) = place.split(), (*kind.split(), "", "")[:3]
+        version = 2 if system == "cgroup2" else 1 if system == "cgroup" and "memory" in options.split(",") else 0
+        if version and len(fields) > 4:
+            yield version, Path(fields[4]), fields[3]
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return os.fsdecode(path.read_bytes()).split("\n")
+    except OSError:  # no Linux
+        return []
 
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4

@@ -12,14 +12,32 @@ from kr2cache import memory
 MIB = 2**20
 
 
+class World:
+    """A computer with 1,000 MiB, of which 600 are free, and its control groups."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        (folder / "mounts").write_text("31 23 0:28 / /sys rw,relatime shared:7 - sysfs sysfs rw\nodd line\n\n")
+
+    def member_of(self, lines: str | bytes) -> None:
+        (self.folder / "membership").write_bytes(lines if isinstance(lines, bytes) else lines.encode())
+
+    def mount(self, version: int, top: str = "/") -> Path:
+        """Where the groups below ``top`` lie."""
+        at = self.folder / f"version-{version}"
+        kind = "shared:9 - cgroup2 cgroup2 rw,nsdelegate" if version == 2 else "- cgroup cgroup rw,cpu,memory"
+        with (self.folder / "mounts").open("a") as file:
+            file.write(f"41 31 0:38 {top} {at} rw,relatime {kind}\n")
+        return at
+
+
 @pytest.fixture
-def groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty /sys/fs/cgroup, and a computer with 1,000 MiB, of which 600 are free."""
-    monkeypatch.setattr(memory, "CONTROL_GROUPS", tmp_path / "cgroup")
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
+    monkeypatch.setattr(memory, "MOUNTS", tmp_path / "mounts")
     monkeypatch.setattr(memory, "MEMBERSHIP", tmp_path / "membership")
     monkeypatch.setattr(memory, "_memory_of_computer", lambda: 1_000 * MIB)
     monkeypatch.setattr(memory, "_free_memory_of_computer", lambda: 600 * MIB)
-    return tmp_path / "cgroup"
+    return World(tmp_path)
 
 
 def version_2(folder: Path, limit: int | str, used: int, files: int, **more: str) -> None:
@@ -40,95 +58,123 @@ def version_1(folder: Path, limit: int, used: int, files: int) -> None:
     )
 
 
-def member_of(groups: Path, text: str) -> None:
-    groups.with_name("membership").write_text(text)
-
-
 def free_and_total() -> tuple[float, float]:
     return memory.free_memory() / MIB, memory.total_memory() / MIB
 
 
-def test_without_control_groups_it_is_the_computers(groups: Path) -> None:
+def test_without_control_groups_it_is_the_computers(world: World) -> None:
     assert free_and_total() == (600, 1_000)
-    member_of(groups, "0::/\n")  # the root, which has no limit
+    world.member_of("0::/\n")
+    assert free_and_total() == (600, 1_000)
+    world.mount(2)  # the root, which has no limit
     assert free_and_total() == (600, 1_000)
 
 
-def test_a_jobs_limit_counts_and_pages_of_files_count_as_free(groups: Path) -> None:
-    member_of(groups, "0::/slurm/job_7/step_0\n")
-    version_2(groups / "slurm" / "job_7" / "step_0", "max", 90 * MIB, 10 * MIB)
-    version_2(groups / "slurm" / "job_7", 300 * MIB, 250 * MIB, 150 * MIB)
-    version_2(groups / "slurm", "max", 500 * MIB, 10 * MIB)
+def test_a_jobs_limit_counts_and_pages_of_files_count_as_free(world: World) -> None:
+    world.member_of("0::/slurm/job_7/step_0\n")
+    root = world.mount(2)
+    version_2(root / "slurm" / "job_7" / "step_0", "max", 90 * MIB, 10 * MIB)
+    version_2(root / "slurm" / "job_7", 300 * MIB, 250 * MIB, 150 * MIB)
+    version_2(root / "slurm", "max", 500 * MIB, 10 * MIB)
     assert free_and_total() == (200, 300)
 
 
-def test_of_several_limits_the_narrowest_counts(groups: Path) -> None:
-    member_of(groups, "0::/outer/inner\n")
-    version_2(groups / "outer", 200 * MIB, 150 * MIB, 10 * MIB)
-    version_2(groups / "outer" / "inner", 300 * MIB, 20 * MIB, 10 * MIB)
+def test_of_several_limits_the_narrowest_counts(world: World) -> None:
+    world.member_of("0::/outer/inner\n")
+    root = world.mount(2)
+    version_2(root / "outer", 200 * MIB, 150 * MIB, 10 * MIB)
+    version_2(root / "outer" / "inner", 300 * MIB, 20 * MIB, 10 * MIB)
     assert free_and_total() == (60, 200)
-    version_2(groups / "outer" / "inner", 300 * MIB, 20 * MIB, 10 * MIB, high=f"{50 * MIB}\n")
+    version_2(root / "outer" / "inner", 300 * MIB, 20 * MIB, 10 * MIB, high=f"{50 * MIB}\n")
     assert free_and_total() == (40, 50), "where it is slowed down counts as well"
 
 
-def test_a_container_sees_its_own_group_at_the_root(groups: Path) -> None:
-    member_of(groups, "0::/docker/abc\n")
-    version_2(groups, 400 * MIB, 100 * MIB, 50 * MIB)
-    assert free_and_total() == (350, 400)
-    member_of(groups, "0::/../..\n")  # of a group outside of the container
+@pytest.mark.parametrize(
+    ("name", "top"),
+    [("/", "/"), ("/docker/abc", "/docker/abc"), ("/docker/abc", "/elsewhere"), ("/../..", "/"), ("/", "/../..")],
+)
+def test_a_container_sees_its_own_group_at_the_root(world: World, name: str, top: str) -> None:
+    world.member_of(f"0::{name}\n")
+    version_2(world.mount(2, top), 400 * MIB, 100 * MIB, 50 * MIB)
     assert free_and_total() == (350, 400)
 
 
-def test_version_1(groups: Path) -> None:
-    member_of(groups, "9:pids:/x\n4:cpu,memory:/job\n1:name=systemd:/y\n0::/\n")
-    version_1(groups / "memory", 2**63 - 4096, 700 * MIB, 100 * MIB)
-    version_1(groups / "memory" / "job", 500 * MIB, 450 * MIB, 50 * MIB)
-    version_1(groups / "memory" / "x", 1, 1, 7)  # another, in which it is for its number of processes alone
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_group_that_was_made_inside_a_container_counts(world: World, version: int) -> None:
+    world.member_of("4:memory:/docker/abc/job\n" if version == 1 else "0::/docker/abc/job\n")
+    root = world.mount(version, "/docker/abc")
+    made = version_1 if version == 1 else version_2
+    made(root, 400 * MIB, 100 * MIB, 50 * MIB)
+    made(root / "job", 300 * MIB, 100 * MIB, 50 * MIB)
+    assert free_and_total() == (250, 300)
+
+
+def test_version_1(world: World) -> None:
+    world.member_of("9:pids:/x\n4:cpu,memory:/job\n1:name=systemd:/y\n0::/\n")
+    root = world.mount(1)
+    version_1(root, 2**63 - 4096, 700 * MIB, 100 * MIB)
+    version_1(root / "job", 500 * MIB, 450 * MIB, 50 * MIB)
+    version_1(root / "x", 1, 1, 7)  # another, in which it is for its number of processes alone
     assert free_and_total() == (100, 500)
 
 
-def test_both_versions_beside_each_other(groups: Path) -> None:
-    """The second one may have a folder of its own, and count memory there."""
-    version_1(groups / "memory" / "job", 500 * MIB, 450 * MIB, 50 * MIB)
-    (groups / "unified").mkdir()
-    member_of(groups, "0::/memory/job\n")
-    assert free_and_total() == (600, 1_000), "a group of version 1 that this process is not in"
-    version_2(groups / "unified" / "memory" / "job", 300 * MIB, 100 * MIB, 20 * MIB)
-    assert free_and_total() == (220, 300)
+def test_both_versions_beside_each_other(world: World) -> None:
+    world.member_of("4:cpu,memory:/one\n0::/two\n")
+    version_2(world.mount(2) / "two", 300 * MIB, 100 * MIB, 20 * MIB)
+    first = world.mount(1)
+    version_1(first / "one", 500 * MIB, 450 * MIB, 100 * MIB)
+    version_1(first / "two", 1, 1, 7)
+    assert free_and_total() == (150, 300), "each by its own name: 220 are left of the one, 150 of the other"
 
 
 @pytest.mark.parametrize(
-    "text", [b"", b"junk\n", b"0:\n\n", b"0::/\xff\n", "0::/a\u2028b\n".encode(), b"\x85:x:\x0b\n"]
+    "text", [b"", b"junk\n", b"0:\n\n", b"0::\n", b"4:memory:\n", b"\x85:memory:\x0b\n", b"4:cpuset,memory_x:/\n"]
 )
-def test_odd_names_of_groups_are_no_error(groups: Path, text: bytes) -> None:
-    version_2(groups, 400 * MIB, 100 * MIB, 50 * MIB)
-    groups.with_name("membership").write_bytes(text)
-    assert free_and_total() == ((350, 400) if text.startswith(b"0::/") else (600, 1_000))
+def test_what_names_no_group_is_no_error(world: World, text: bytes) -> None:
+    for version, made in ((1, version_1), (2, version_2)):
+        made(world.mount(version), 400 * MIB, 100 * MIB, 50 * MIB)
+    world.member_of(text)
+    assert free_and_total() == (600, 1_000)
 
 
-def test_what_the_kernel_keeps_of_files_is_given_up_too(groups: Path) -> None:
-    member_of(groups, "0::/job\n")
-    version_2(groups / "job", 300 * MIB, 250 * MIB, 50 * MIB)
-    with (groups / "job" / "memory.stat").open("a") as file:
+@pytest.mark.parametrize("name", ["job", "\u2028", "a\x85b", "a:b", "a b"])
+def test_a_group_may_have_any_name(world: World, name: str) -> None:
+    world.member_of(f"0::/{name}\n")
+    version_2(world.mount(2) / name, 400 * MIB, 100 * MIB, 50 * MIB)
+    assert free_and_total() == (350, 400)
+
+
+def test_a_name_that_is_no_text_is_no_error(world: World) -> None:
+    world.member_of(b"0::/\xff\n")
+    version_2(world.mount(2), 400 * MIB, 100 * MIB, 50 * MIB)
+    assert free_and_total() == (350, 400)
+
+
+def test_what_the_kernel_keeps_of_files_is_given_up_too(world: World) -> None:
+    world.member_of("0::/job\n")
+    job = world.mount(2) / "job"
+    version_2(job, 300 * MIB, 250 * MIB, 50 * MIB)
+    with (job / "memory.stat").open("a") as file:
         file.write(f"slab_reclaimable {30 * MIB}\nslab_unreclaimable {40 * MIB}\n")
     assert free_and_total() == (130, 300)
 
 
-def test_a_group_that_is_full_leaves_nothing(groups: Path) -> None:
-    member_of(groups, "0::/job\n")
-    version_2(groups / "job", 100 * MIB, 120 * MIB, 7)
+def test_a_group_that_is_full_leaves_nothing(world: World) -> None:
+    world.member_of("0::/job\n")
+    version_2(world.mount(2) / "job", 100 * MIB, 120 * MIB, 7)
     assert free_and_total() == (0, 100)
 
 
 @pytest.mark.parametrize("stat", ["", "anon 1\n", "inactive_file x\nactive_file 7\n", "1 2 3\n"])
-def test_of_a_group_that_does_not_say_what_it_holds_all_counts_as_used(groups: Path, stat: str) -> None:
-    member_of(groups, "0::/job\n")
-    version_2(groups / "job", 100 * MIB, 50 * MIB, 7)
-    (groups / "job" / "memory.stat").write_text(stat)
+def test_of_a_group_that_does_not_say_what_it_holds_all_counts_as_used(world: World, stat: str) -> None:
+    world.member_of("0::/job\n")
+    job = world.mount(2) / "job"
+    version_2(job, 100 * MIB, 50 * MIB, 7)
+    (job / "memory.stat").write_text(stat)
     assert free_and_total() == (50, 100)
-    (groups / "job" / "memory.stat").unlink()
+    (job / "memory.stat").unlink()
     assert free_and_total() == (50, 100)
-    (groups / "job" / "memory.current").unlink()
+    (job / "memory.current").unlink()
     assert free_and_total() == (100, 100), "the limit counts all the same"
 
 

@@ -32,7 +32,7 @@ from kr2cache.memory import total_memory
 PAGE = mmap.PAGESIZE
 READ_AHEAD: int | None = getattr(mmap, "MADV_WILLNEED", None)
 READ_AHEAD_BYTES = max(2**17, PAGE)
-"""Asked for at once: what is more than a disk's own read-ahead, 128 KiB by default, Linux cuts off in silence."""
+"""Asked for at once: of more than a disk's own read-ahead, 128 KiB by default, Linux may drop the rest in silence."""
 MEMORY_SHARE = 0.5
 """Of the memory that there is: a larger cache counts as one that does not stay in it."""
 
@@ -88,7 +88,7 @@ class FeatureCache:
         """Compare each sequence with its checksum when it is first read; a worker process compares for itself."""
         self._checked = np.zeros(len(self.n_tokens), dtype=bool)
         self._asked_for: dict[tuple[int, ...], NDArray[np.bool_]] = {}
-        """By layers: (n,) whether ``read_ahead`` has asked for them before."""
+        """By places of layers: (n,) whether ``read_ahead`` has asked for them before."""
 
     @classmethod
     def open(cls, folder: str | Path) -> FeatureCache:
@@ -272,9 +272,14 @@ class FeatureCache:
 
     def _states(self, position: int, stored: list[int]) -> NDArray[np.floating]:
         number, start, stop = self._range(position, stored)
-        rows = self._rows(number, start, stop).reshape(-1, int(self.n_tokens[position]), self.width)
+        raw, scale = self._stored_rows(number, start, stop)
+        raw = raw.reshape(-1, int(self.n_tokens[position]), self.width)
+        scale = None if scale is None else scale.reshape(raw.shape[:2])
         wanted = [place - min(stored) for place in stored]
-        return rows if wanted == list(range(len(rows))) else rows[wanted]
+        if wanted != list(range(len(raw))):  # before decoding, which would touch the layers between
+            raw, scale = raw[wanted], None if scale is None else scale[wanted]
+        states = decode(raw, scale, self.dtype)
+        return states if self._hidden[number] is not None else states.astype(np.float32, copy=False)
 
     def _range(self, position: int, stored: list[int]) -> tuple[int, int, int]:
         """Shard, and the rows from the first to the last of the stored layers; neighbouring layers are all of them."""
@@ -286,12 +291,16 @@ class FeatureCache:
         """Ask the system for these states before they are touched: it then reads them all at once, and not page by page
         with much of what lies around each. Of a cache that stays in memory each sequence is asked for once, whether it
         is there already or not: asking in vain takes about half as long as copying. A larger one is asked every time.
+        Where the system knows no such advice, or a file is not mapped, nothing happens.
 
         Args:
             positions: (B,) as ``positions`` gives them.
-            layers: As for ``states``.
+            layers: As for ``states``; all of them where ``check_on_read`` has yet to see their checksums.
+
+        Raises:
+            ConfigError: For a layer that is not stored.
         """
-        stored = self._stored_positions(layers)
+        stored = sorted(set(self._stored_positions(layers)))
         if READ_AHEAD is None:
             return
         if self.check_on_read and not self._checked[positions].all():
@@ -410,11 +419,6 @@ class FeatureCache:
                 "Extract again with --layers all.",
             )
         return [self.layers.index(layer) for layer in layers]
-
-    def _rows(self, number: int, start: int, stop: int) -> NDArray[np.floating]:
-        raw, scale = self._stored_rows(number, start, stop)
-        rows = decode(raw, scale, self.dtype)
-        return rows if self._hidden[number] is not None else rows.astype(np.float32, copy=False)
 
     def _stored_rows(self, number: int, start: int, stop: int) -> tuple[NDArray[Any], NDArray[np.float32] | None]:
         hidden, scale = self._hidden[number], self._scale[number]

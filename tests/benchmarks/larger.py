@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import functools
 import os
-import shutil
 import statistics
 import subprocess
 import sys
@@ -29,13 +28,14 @@ from kr2cache.cache.create import create_shards
 from kr2cache.cache.format import SequenceIndex, ShardHeader, encode_ids
 from kr2cache.cache.reader import FeatureCache
 from kr2cache.cache.writer import CacheWriter, PackedStates
-from kr2cache.memory import CONTROL_GROUPS, total_memory
+from kr2cache.memory import total_memory
 
 LAYERS, WIDTH, MEAN_TOKENS = 13, 768, 27
 """BERT-base on SNLI."""
 BATCH = 32
 TURN_S, TURNS = 3.0, 5
 ROW_BYTES = 2 * WIDTH
+CONTROL_GROUPS = Path("/sys/fs/cgroup")
 
 
 def make(cache: Path, apart: Path, sequences: int) -> None:
@@ -72,8 +72,8 @@ def names_of(sequences: int) -> list[str]:
 
 
 @contextlib.contextmanager
-def control_group(limit: int) -> Iterator[Path]:
-    """A group of so many bytes of memory, of either version."""
+def control_group() -> Iterator[Path]:
+    """A file that sets the memory of a new group, of either version."""
     version_1 = (CONTROL_GROUPS / "memory" / "memory.limit_in_bytes").exists()
     folder = (CONTROL_GROUPS / "memory" if version_1 else CONTROL_GROUPS) / f"kr2cache-{os.getpid()}"
     limit_file = folder / ("memory.limit_in_bytes" if version_1 else "memory.max")
@@ -81,8 +81,7 @@ def control_group(limit: int) -> Iterator[Path]:
     try:
         if not limit_file.exists():
             sys.exit(f"{limit_file} is not there: {CONTROL_GROUPS}/cgroup.subtree_control has to hold memory.")
-        limit_file.write_text(str(limit))
-        yield folder
+        yield limit_file
     finally:
         folder.rmdir()
 
@@ -91,6 +90,8 @@ def read(cache: Path, apart: Path, sequences: int) -> None:
     """Each way in turn, so many seconds; says their medians."""
     open_cache, draw, names = FeatureCache.open(cache), np.random.default_rng(1), names_of(sequences)
     file = h5py.File(apart, "r")
+    if not open_cache._is_large:
+        sys.exit(f"{open_cache.stored_bytes:,} bytes do not count as more than fits in {total_memory():,} of memory.")
     ways: dict[str, Callable[[list[str]], object]] = {
         "kr2cache, FeatureCache.batch": open_cache.batch,
         "the same, not asked for ahead": functools.partial(_by_page_faults, open_cache),
@@ -150,8 +151,8 @@ def main() -> None:
     if arguments.inside:
         read(arguments.inside / "cache", arguments.inside / "apart.h5", arguments.sequences)
         return
-    folder = Path(tempfile.mkdtemp(dir=arguments.folder))
-    try:
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as name, control_group() as limit_file:
+        folder = Path(name)
         make(folder / "cache", folder / "apart.h5", arguments.sequences)
         for path in folder.rglob("*.h5"):  # pages that another group made stay that group's
             descriptor = os.open(path, os.O_RDONLY)
@@ -159,11 +160,9 @@ def main() -> None:
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
             os.close(descriptor)
         command = [sys.executable, __file__, "--inside", str(folder), "--sequences", str(arguments.sequences)]
-        with control_group(FeatureCache.open(folder / "cache").stored_bytes // 4) as group:
-            enter = functools.partial((group / "cgroup.procs").write_text, "0")
-            subprocess.run(command, check=True, preexec_fn=enter)
-    finally:
-        shutil.rmtree(folder)
+        limit_file.write_text(str(FeatureCache.open(folder / "cache").stored_bytes // 4))
+        enter = functools.partial(limit_file.with_name("cgroup.procs").write_text, "0")
+        sys.exit(subprocess.run(command, check=False, preexec_fn=enter).returncode)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -918,8 +919,6 @@ def test_states_are_asked_for_before_they_are_touched(
         assert watched.of(lambda names=names: cache.batch(["s3"], names)) == [asked(*rows), touched(*rows)]
     apart = [asked(at, at + 2), asked(at + 4, at + 6), touched(at, at + 6)]
     assert watched.of(lambda: cache.batch(["s3"], (2, 0))) == apart, "layer 1 is not asked for"
-    with pytest.raises(SequenceNotFoundError):
-        cache["s4"]
 
 
 def test_what_is_checked_is_asked_for_whole(tmp_path: Path) -> None:
@@ -928,6 +927,23 @@ def test_what_is_checked_is_asked_for_whole(tmp_path: Path) -> None:
     watched = Watched(cache, tiny_cache.shards(folder)[0], 40_000)
     cache.check_on_read = True
     assert watched.of(lambda: cache.batch(["s1"], (2,)))[:2] == [watched.asked(9, 21), watched.touched(9, 21)]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_layers_between_are_not_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
+    """They would be touched, and were not asked for."""
+    truth = tiny_cache.make([3, 4], dtype=dtype)
+    cache = FeatureCache.open(tiny_cache.store(tmp_path / "cache", truth))
+    decoded: list[tuple[int, ...]] = []
+
+    def watched(raw: NDArray[np.generic], *rest: Any) -> NDArray[np.floating]:
+        decoded.append(raw.shape)
+        return decode(raw, *rest)
+
+    monkeypatch.setattr(reader, "decode", watched)
+    np.testing.assert_array_equal(cache.states(1, (2, 0)), truth.states(1)[[2, 0]])
+    np.testing.assert_array_equal(cache.states(1, (1, 2)), truth.states(1)[[1, 2]])
+    assert [shape[:2] for shape in decoded] == [(2, 4), (2, 4)]
 
 
 def test_scales_are_asked_for_as_well(tmp_path: Path) -> None:
