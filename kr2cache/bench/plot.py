@@ -11,8 +11,8 @@ from kr2cache.report.svg import GREY, PALETTE, canvas
 
 ROW = 0.2
 """Inches."""
-
-
+OVER_LINES = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
+"""A text's ground, so that the line at 1 does not cross it."""
 FORMATS = (".svg", ".png", ".pdf")
 
 
@@ -34,7 +34,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
         for one in result["races"]:
             limit, limits = one["limit"], one["limits"]
             at += 2
-            axes.text(0, at - 0.9, one["title"], transform=axes.get_yaxis_transform(), weight="bold", fontsize=8)
+            beginning = axes.get_yaxis_transform()
+            axes.text(0.01, at - 0.9, one["title"], transform=beginning, weight="bold", fontsize=8, bbox=OVER_LINES)
             for place, (name, median) in enumerate(one["medians"].items()):
                 times = one["seconds"][name]
                 ratio, low, high = (seconds / limit for seconds in (median, min(times), max(times)))
@@ -43,7 +44,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
                 colour = GREY if place < limits else PALETTE[0 if place == limits else 4]
                 axes.barh(at, ratio, color=colour, height=0.8)
                 axes.errorbar(ratio, at, xerr=[[ratio - low], [high - ratio]], color="black", linewidth=0.8, capsize=2)
-                axes.text(high * 1.05, at, f"{ratio:.2f}", va="center", fontsize=7)
+                axes.text(high * 1.05, at, f"{ratio:.2f}", va="center", fontsize=7, bbox=OVER_LINES)
                 ticks.append(at)
                 labels.append(name if len(name) <= 46 else name[:45] + "…")
                 at += 1
