@@ -22,7 +22,7 @@ from torch import Tensor
 from kr2cache.cache.format import offsets
 from kr2cache.cache.reader import FeatureCache
 from kr2cache.fusion import Fusion
-from kr2cache.memory import free_memory
+from kr2cache.memory import aligned_empty, free_memory
 
 MEMORY_SHARE = 0.25
 """Of the free memory, the process's or the GPU's, may go to states."""
@@ -93,9 +93,10 @@ class ResourceFeatures:
         self.read_ahead(sequences)
         lengths = self.n_tokens[list(sequences)]
         shape = (len(sequences), self.layers, int(lengths.max()), self.width)
-        states_BLTD = np.zeros(shape, dtype=self.cache.states_dtype)
+        states_BLTD = aligned_empty(shape, self.cache.states_dtype)
         for row, sequence, length in zip(states_BLTD, sequences, lengths.tolist(), strict=True):
             row[:, :length] = self.states(sequence)
+            row[:, length:] = 0
         return states_BLTD, (np.arange(states_BLTD.shape[2])[None, :] < lengths[:, None]).astype(np.int64)
 
     def read_ahead(self, sequences: Sequence[int]) -> None:

@@ -1,16 +1,21 @@
-"""How much memory is free, and giving back what is not used any more."""
+"""How much memory is free, where it begins, and giving back what is not used any more."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import gc
+import math
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 MEMBERSHIP, MOUNTS = Path("/proc/self/cgroup"), Path("/proc/self/mountinfo")
 LIMITS = {
@@ -122,6 +127,19 @@ def _lines(path: Path) -> list[str]:
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 """As glibc's malloc.h numbers them."""
+
+
+CACHE_LINE = 64
+
+
+def aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """An array, not filled, that begins with a cache line as a mapped array of a file does. NumPy's begin 16 bytes
+    after one, and copying between two that lie askew takes up to half as long again.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + CACHE_LINE, dtype=np.uint8)
+    start = -memory.__array_interface__["data"][0] % CACHE_LINE
+    return memory[start : start + size].view(dtype).reshape(shape)
 
 
 def keep_free_memory() -> None:

@@ -1,10 +1,11 @@
-"""How much memory there is: a job or a container may take less than the computer has."""
+"""How much memory there is: a job or a container may take less than the computer has; and where arrays begin."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from kr2cache import memory
@@ -176,6 +177,20 @@ def test_of_a_group_that_does_not_say_what_it_holds_all_counts_as_used(world: Wo
     assert free_and_total() == (50, 100)
     (job / "memory.current").unlink()
     assert free_and_total() == (100, 100), "the limit counts all the same"
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (3, 0, 5), (1,), (7, 5), (2, 3, 1_000)])
+@pytest.mark.parametrize("dtype", ["<f2", "<f4"])
+def test_an_array_begins_with_a_cache_line(shape: tuple[int, ...], dtype: str) -> None:
+    arrays = [memory.aligned_empty(shape, np.dtype(dtype)) for _ in range(20)]
+    for number, array in enumerate(arrays):
+        assert (array.shape, array.dtype) == (shape, np.dtype(dtype))
+        assert array.size == 0 or array.ctypes.data % 64 == 0
+        assert array.flags.c_contiguous
+        assert array.flags.writeable
+        array[...] = number
+    for number, array in enumerate(arrays):
+        assert (array == number).all(), "each has its own memory"
 
 
 def test_of_this_computer() -> None:

@@ -27,7 +27,7 @@ from kr2cache.cache.hdf5 import read_rows
 from kr2cache.cache.ids import IdIndex
 from kr2cache.cache.shard import Shard, open_shard, shard_paths
 from kr2cache.errors import CacheError, ConfigError, SequenceNotFoundError
-from kr2cache.memory import total_memory
+from kr2cache.memory import aligned_empty, total_memory
 
 PAGE = mmap.PAGESIZE
 READ_AHEAD: int | None = getattr(mmap, "MADV_WILLNEED", None)
@@ -374,7 +374,7 @@ class FeatureCache:
         wanted = self.layers if layers is None else tuple(layers)
         n_tokens = self.n_tokens[positions]
         packed = PackedBatch(
-            np.empty((int(n_tokens.sum()) * len(wanted), self.width), dtype=self.states_dtype), n_tokens, wanted
+            aligned_empty((int(n_tokens.sum()) * len(wanted), self.width), self.states_dtype), n_tokens, wanted
         )
         stored = self._stored_positions(layers)
         self.read_ahead(positions, layers)
