@@ -22,16 +22,14 @@ from pathlib import Path
 
 import h5py
 import numpy as np
+from scale import LAYERS, WIDTH, described
 
 from kr2cache.cache import reader
 from kr2cache.cache.create import create_shards
-from kr2cache.cache.format import SequenceIndex, ShardHeader, encode_ids
 from kr2cache.cache.reader import FeatureCache
 from kr2cache.cache.writer import CacheWriter, PackedStates
 from kr2cache.memory import total_memory
 
-LAYERS, WIDTH, MEAN_TOKENS = 13, 768, 27
-"""BERT-base on SNLI."""
 BATCH = 32
 TURN_S, TURNS = 3.0, 5
 ROW_BYTES = 2 * WIDTH
@@ -41,27 +39,11 @@ CONTROL_GROUPS = Path("/sys/fs/cgroup")
 def make(cache: Path, apart: Path, sequences: int) -> None:
     """The same random states, as a cache and as a data set a sequence."""
     draw = np.random.default_rng(0)
-    lengths = np.clip(draw.poisson(MEAN_TOKENS, sequences), 5, 128).astype(np.int32)
-    names, tokens = names_of(sequences), int(lengths.sum())
-    index = SequenceIndex(
-        ids=encode_ids(names),
-        n_tokens=lengths,
-        text_xxh3=np.arange(sequences, dtype=np.uint64),
-        input_id=np.zeros(tokens, dtype=np.int32),
-        word_index=np.zeros(tokens, dtype=np.int32),
-    )
-    header = ShardHeader(
-        dtype="float16",
-        layers=tuple(range(LAYERS)),
-        model_layers=LAYERS,
-        width=WIDTH,
-        fingerprint="0" * 64,
-        provenance={},
-        batch_plan={},
-    )
+    header, index = described(sequences)
+    names = names_of(sequences)
     create_shards(cache, header, index, 2**40)
     with CacheWriter(cache) as writer, h5py.File(apart, "w") as file:
-        for i, (name, length) in enumerate(zip(names, lengths.tolist(), strict=True)):
+        for i, (name, length) in enumerate(zip(names, index.n_tokens.tolist(), strict=True)):
             states = draw.standard_normal((LAYERS * length, WIDTH), dtype=np.float32).astype(np.float16)
             writer.write(PackedStates(0, [i], states, None))
             file.create_dataset(name, data=states)

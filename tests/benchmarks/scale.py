@@ -61,8 +61,8 @@ print(json.dumps({"sequences": n, "open_s": opened, "first_lookup_s": first, "lo
 """
 
 
-def make(folder: Path, sequences: int) -> None:
-    """The shards, every sequence marked complete, no state ever written."""
+def described(sequences: int) -> tuple[ShardHeader, SequenceIndex]:
+    """Of a cache of BERT-base's shape, float16, with lengths drawn as SNLI's."""
     lengths = np.clip(np.random.default_rng(0).poisson(MEAN_TOKENS, sequences), 5, 128).astype(np.int32)
     tokens = int(lengths.sum(dtype=np.int64))
     index = SequenceIndex(
@@ -81,6 +81,12 @@ def make(folder: Path, sequences: int) -> None:
         provenance={},
         batch_plan={},
     )
+    return header, index
+
+
+def make(folder: Path, sequences: int) -> None:
+    """The shards, every sequence marked complete, no state ever written."""
+    header, index = described(sequences)
     create.reserve = lambda *_: False  # the files stay sparse: terabytes are not there to be reserved
     create.free_bytes = lambda *_: 2**60
     create.create_shards(folder, header, index, SHARD_BYTES)
