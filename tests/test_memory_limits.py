@@ -119,6 +119,21 @@ def test_version_1(world: World) -> None:
     assert free_and_total() == (100, 500)
 
 
+def test_groups_of_something_else_are_left_out(world: World) -> None:
+    world.member_of("4:memory:/job\n")
+    with (world.folder / "mounts").open("a") as file:
+        file.write(f"39 31 0:36 / {world.folder / 'pids'} rw,relatime - cgroup cgroup rw,pids\n")
+    version_1(world.folder / "pids" / "job", 1, 1, 7)
+    assert free_and_total() == (600, 1_000)
+
+
+def test_what_lies_outside_of_the_mounted_folder_is_left_out(world: World) -> None:
+    world.member_of("0::/docker/abc\n")
+    version_2(world.mount(2, "/elsewhere"), 400 * MIB, 100 * MIB, 50 * MIB)
+    version_2(world.folder / "docker" / "abc", 1, 1, 7)
+    assert free_and_total() == (350, 400)
+
+
 def test_both_versions_beside_each_other(world: World) -> None:
     world.member_of("4:cpu,memory:/one\n0::/two\n")
     version_2(world.mount(2) / "two", 300 * MIB, 100 * MIB, 20 * MIB)
