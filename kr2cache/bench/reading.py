@@ -282,15 +282,20 @@ def _dropping(path: Path, read: Callable[[], object]) -> Callable[[], object]:
     """``read`` after the system was asked to forget the file's pages."""
 
     def turn() -> object:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(descriptor)
+        drop_pages(path)
         return read()
 
     return turn
+
+
+def drop_pages(path: Path) -> None:
+    """Ask the system (Linux) to forget what it holds of a file in memory; what is not on the disk is written first."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(descriptor)
 
 
 def _read_all(path: Path) -> None:

@@ -24,6 +24,7 @@ import h5py
 import numpy as np
 from scale import LAYERS, WIDTH, described
 
+from kr2cache.bench.reading import drop_pages
 from kr2cache.cache import reader
 from kr2cache.cache.create import create_shards
 from kr2cache.cache.reader import FeatureCache
@@ -137,10 +138,7 @@ def main() -> None:
         folder = Path(name)
         make(folder / "cache", folder / "apart.h5", arguments.sequences)
         for path in folder.rglob("*.h5"):  # pages that another group made stay that group's
-            descriptor = os.open(path, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.close(descriptor)
+            drop_pages(path)
         command = [sys.executable, __file__, "--inside", str(folder), "--sequences", str(arguments.sequences)]
         limit_file.write_text(str(FeatureCache.open(folder / "cache").stored_bytes // 4))
         enter = functools.partial(limit_file.with_name("cgroup.procs").write_text, "0")
