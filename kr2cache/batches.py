@@ -142,18 +142,19 @@ def split_by_length(lengths: NDArray[np.int64], overhead: int) -> list[NDArray[n
     """
     order = np.argsort(-lengths, kind="stable")
     longest_first = lengths[order]
-    B = len(order)
-    cost, begins = np.zeros(B + 1, dtype=np.int64), np.zeros(B + 1, dtype=np.intp)
-    for stop in range(1, B + 1):  # the cheapest way to cut what comes before ``stop``
-        starts = np.arange(stop)
-        candidates = cost[:stop] + longest_first[:stop] * (stop - starts) + overhead
+    starts = np.flatnonzero(np.diff(longest_first, prepend=-1))  # between equal lengths no cut saves anything
+    longest, cuts = longest_first[starts], np.append(starts, len(order))
+    cost, begins = np.zeros(len(cuts), dtype=np.int64), np.zeros(len(cuts), dtype=np.intp)
+    for stop in range(1, len(cuts)):  # the cheapest way to cut what comes before ``stop``
+        candidates = cost[:stop] + longest[:stop] * (cuts[stop] - cuts[:stop]) + overhead
         begins[stop] = candidates.argmin()
         cost[stop] = candidates[begins[stop]]
     parts = []
-    stop = B
+    stop = len(starts)
     while stop:
-        parts.append(order[begins[stop] : stop])
-        stop = int(begins[stop])
+        begin = int(begins[stop])
+        parts.append(order[cuts[begin] : cuts[stop]])
+        stop = begin
     return parts[::-1]
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from kr2cache.cache.format import SequenceIndex, encode_ids, text_xxh3
+from kr2cache.cache.format import SequenceIndex, encode_ids, places_in, text_xxh3
 from kr2cache.errors import ConfigError, DataError
 from kr2cache.tasks import Example, Task
 
@@ -186,6 +186,13 @@ class FirstSubwords:
         """Token positions within the sequence and the words they start, each of shape (words that are there,)."""
         start, stop = self._first[sequence], self._first[sequence + 1]
         return self._tokens[start:stop], self._words[start:stop]
+
+    def of(self, sequences: NDArray[np.intp]) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.int32]]:
+        """The same for several: each word's place among ``sequences``, its token position and the word, in order."""
+        starts = self._first[sequences]
+        counts = self._first[sequences + 1] - starts
+        at = places_in(starts, counts)
+        return np.repeat(np.arange(len(sequences)), counts), self._tokens[at], self._words[at]
 
 
 def length_sorted_batches(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -69,34 +69,23 @@ def example_logits(
     """
     device = next(reader.parameters()).device
     batcher = Batcher(data, task, tokenizer)
-    result: list[NDArray[np.float32]] = [np.empty((0, 0), dtype=np.float32)] * len(data.examples)
+    is_token = task.head == "token"
+    first_row = offsets(
+        np.array([len(example.texts[0]) if is_token else 1 for example in data.examples], dtype=np.int64)
+    )
+    rows: NDArray[np.float32] | None = None
     was_training = reader.training
     reader.eval()
     with torch.inference_mode(), cheaper_forward(reader, int(data.positions().sum())):
         for numbers in batches_of(data, device):
             inputs = {name: tensor.to(device) for name, tensor in batcher.inputs(numbers.tolist()).items()}
             logits = reader(**inputs)["logits"].float().cpu().numpy()
-            per_example = _at_words(logits, data, numbers.tolist()) if task.head == "token" else logits[:, None]
-            for i, one in zip(numbers.tolist(), per_example, strict=True):
-                result[i] = one
+            if rows is None:  # the first batch says how many labels or choices there are
+                rows = np.full((first_row[-1], logits.shape[-1]), np.nan, dtype=np.float32)
+            if is_token:
+                places, tokens, words = data.first_subwords.of(numbers)
+                rows[first_row[numbers][places] + words] = logits[places, tokens]
+            else:
+                rows[first_row[numbers]] = logits
     reader.train(was_training)
-    return result
-
-
-def _at_words(
-    logits_BTK: NDArray[np.float32], data: SplitData, examples: Sequence[int]
-) -> Iterator[NDArray[np.float32]]:
-    """(words, K) of each example of a batch."""
-    T, K = logits_BTK.shape[1:]
-    found = [data.first_subwords[i] for i in examples]
-    picked = logits_BTK.reshape(-1, K)[np.concatenate([row * T + starts for row, (starts, _) in enumerate(found)])]
-    at = 0
-    for i, (_, words) in zip(examples, found, strict=True):
-        there, at = picked[at : at + len(words)], at + len(words)
-        all_words = len(data.examples[i].texts[0])
-        if len(words) < all_words:
-            per_word = np.full((all_words, K), np.nan, dtype=np.float32)
-            per_word[words] = there
-            yield per_word
-        else:
-            yield there
+    return [] if rows is None else [rows[start:stop] for start, stop in pairwise(first_row.tolist())]

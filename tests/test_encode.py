@@ -312,6 +312,13 @@ def test_first_subwords_by_a_plain_loop(sentences: list[list[int]], specials: bo
         starts, words = first_subwords[i]
         expected = [(place, word) for place, word in enumerate(one) if word >= 0 and word not in one[:place]]
         assert list(zip(starts.tolist(), words.tolist(), strict=True)) == expected
+    several = np.arange(len(sentences))[::-2]
+    together = [
+        (place, start, word)
+        for place, i in enumerate(several.tolist())
+        for start, word in zip(*(part.tolist() for part in first_subwords[i]), strict=True)
+    ]
+    assert list(zip(*(part.tolist() for part in first_subwords.of(several)), strict=True)) == together
 
 
 # Batches -------------------------------------------------------------------------------------------------------------

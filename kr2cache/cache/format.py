@@ -145,10 +145,8 @@ class SequenceIndex:
 
     def select(self, positions: NDArray[np.int64]) -> SequenceIndex:
         """The sequences at ``positions``, in that order."""
-        first = self.first_token
         lengths = self.n_tokens[positions]
-        inside = np.arange(int(lengths.sum())) - np.repeat(offsets(lengths)[:-1], lengths)
-        tokens = np.repeat(first[positions], lengths) + inside
+        tokens = places_in(self.first_token[positions], lengths)
         return SequenceIndex(
             ids=self.ids[positions],
             n_tokens=lengths,
@@ -178,6 +176,12 @@ def offsets(lengths: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
     result = np.zeros(len(lengths) + 1, dtype=np.int64)
     np.cumsum(lengths, out=result[1:])
     return result
+
+
+def places_in(starts: NDArray[np.integer[Any]], lengths: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
+    """Every place of the ranges that begin at ``starts``, (sum of ``lengths``,), a range after the other."""
+    before = offsets(lengths)
+    return np.arange(int(before[-1])) + np.repeat(starts - before[:-1], lengths)
 
 
 def encode_ids(ids: Sequence[str]) -> NDArray[np.bytes_]:
