@@ -88,4 +88,5 @@ def example_logits(
             else:
                 rows[first_row[numbers]] = logits
     reader.train(was_training)
-    return [] if rows is None else [rows[start:stop] for start, stop in pairwise(first_row.tolist())]
+    assert rows is not None, "splits without an example are refused"
+    return [rows[start:stop] for start, stop in pairwise(first_row.tolist())]

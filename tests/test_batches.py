@@ -123,6 +123,13 @@ def test_a_batch_is_cut_where_that_costs_least(seed: int, overhead: int) -> None
     assert overhead < WHOLE or len(parts) == 1
 
 
+def test_of_ways_that_cost_alike_the_one_of_fewest_parts_is_taken() -> None:
+    """Whole 3 * 4 + 4, in two parts 3 * 2 + 1 * 2 + 8; the order of ties decides the last bits of every result."""
+    lengths = np.array([1, 3, 3, 1])
+    assert [part.tolist() for part in split_by_length(lengths, 4)] == [[1, 2, 0, 3]]
+    assert [part.tolist() for part in split_by_length(lengths, 3)] == [[1, 2], [0, 3]]
+
+
 class States:
     """States of a resource, drawn."""
 

@@ -9,10 +9,11 @@ import torch
 from tokenizers import normalizers
 from transformers import AutoModelForTokenClassification, PreTrainedTokenizerFast
 
+from kr2cache import evaluate
 from kr2cache.batches import SplitData
 from kr2cache.encode import encode_examples
 from kr2cache.evaluate import example_logits, most_likely, predict
-from kr2cache.kreader import KReader
+from kr2cache.kreader import HEADS, KReader
 from kr2cache.tasks import Example, find_task
 
 TASK = find_task("udpos")
@@ -62,6 +63,35 @@ def test_labels_are_those_of_each_words_first_token(tokenizer: PreTrainedTokeniz
     assert labels[4] == [None]
     assert None in labels[3]
     assert len({label for row in labels for label in row}) > 3, "all alike: this would show nothing"
+
+
+@pytest.mark.parametrize(("name", "choices"), [("snli", 1), ("piqa", 2), ("swag", 4), ("swag", 1)])
+def test_logits_are_in_the_order_of_the_examples(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, name: str, choices: int
+) -> None:
+    monkeypatch.setitem(evaluate.POSITIONS_PER_BATCH, "cpu", 60 * choices)  # so that there are several batches
+    task = find_task(name)
+    draw = np.random.default_rng(5)
+    words = ("das", "haus", "ein", "ist")
+
+    def text() -> str:
+        return " ".join(draw.choice(words, draw.integers(1, 9)))
+
+    examples = [Example(str(i), tuple((text(), text()) for _ in range(choices)), None) for i in range(12)]
+    data = SplitData(examples=examples, index=encode_examples(tokenizer, examples, task, 32))
+    torch.manual_seed(0)
+    config = tiny.config("bert", num_labels=1 if task.head == "choice" else 3, initializer_range=0.5)
+    model = HEADS[task.head].from_config(config).eval()
+    expected = []
+    for example in examples:
+        pairs = [list(part) for part in zip(*example.texts, strict=True)]
+        inputs = tokenizer(*pairs, truncation=True, max_length=32, padding=True, return_tensors="pt")
+        with torch.no_grad():
+            alone = {key: tensor[None] if task.head == "choice" else tensor for key, tensor in inputs.items()}
+            expected.append(model(**alone).logits.numpy())
+    given = example_logits(KReader(model, task.head), data, task, tokenizer)
+    np.testing.assert_allclose(np.stack(given), np.stack(expected), rtol=1e-4, atol=1e-5)
+    assert len(np.unique(np.stack(expected).round(4), axis=0)) > 6, "all alike: this would show nothing"
 
 
 def test_a_label_of_unknown_logit_is_never_the_most_likely() -> None:

@@ -149,7 +149,7 @@ def _moved(one: Any, device: torch.device) -> Any:
 
 
 def load_online(job: Job) -> OnlineResource:
-    """The resource of a job, to be run in every step."""
+    """The resource of a job, to be run in every step: as transformers loads it, nothing made cheaper."""
     spec = models.find_model(job.config.resource or "", job.config.models)
     return OnlineResource(
         name=spec.name,
