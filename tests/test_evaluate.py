@@ -69,7 +69,7 @@ def test_labels_are_those_of_each_words_first_token(tokenizer: PreTrainedTokeniz
 def test_logits_are_in_the_order_of_the_examples(
     tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, name: str, choices: int
 ) -> None:
-    monkeypatch.setitem(evaluate.POSITIONS_PER_BATCH, "cpu", 60 * choices)  # so that there are several batches
+    monkeypatch.setitem(evaluate.POSITIONS_PER_BATCH, "cpu", 120 * choices)  # so that there are several batches
     task = find_task(name)
     draw = np.random.default_rng(5)
     words = ("das", "haus", "ein", "ist")
@@ -77,7 +77,7 @@ def test_logits_are_in_the_order_of_the_examples(
     def text() -> str:
         return " ".join(draw.choice(words, draw.integers(1, 9)))
 
-    examples = [Example(str(i), tuple((text(), text()) for _ in range(choices)), None) for i in range(12)]
+    examples = [Example(str(i), tuple((text(), text()) for _ in range(choices)), None) for i in range(24)]
     data = SplitData(examples=examples, index=encode_examples(tokenizer, examples, task, 32))
     torch.manual_seed(0)
     config = tiny.config("bert", num_labels=1 if task.head == "choice" else 3, initializer_range=0.5)
