@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 from kr2cache.errors import ConfigError, unknown_name
 
 FUSION_EXAMPLES = ("fuse", "all", "last1", "last4", "layer0", "layer11")
+FUSION_FORMS = re.compile(r"fuse|all|last[1-9][0-9]*|layer(0|[1-9][0-9]*)")
+"""One spelling each: a run is named by its fusion's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +70,7 @@ class Fusion:
 
 def check_fusion_name(name: str) -> None:
     """Raise ``UnknownNameError`` for a name that no model could make sense of; costs nothing, so it can come first."""
-    if name not in ("fuse", "all") and not re.fullmatch(r"(last[1-9]\d*|layer\d+)", name):
+    if not FUSION_FORMS.fullmatch(name):
         raise unknown_name("fusion", name, FUSION_EXAMPLES, "lastN averages the last N layers, layerN takes layer N.")
 
 
@@ -101,9 +103,9 @@ def parse_layers(text: str, model_layers: int) -> tuple[int, ...]:
     """
     if text == "all":
         return tuple(range(model_layers))
-    if re.fullmatch(r"last[1-9]\d*", text):
+    if re.fullmatch(r"last[1-9][0-9]*", text):
         return last_layers(int(text.removeprefix("last")), model_layers, f"--layers {text}")
-    if not re.fullmatch(r"\d+(\s*,\s*\d+)*", text):
+    if not re.fullmatch(r"[0-9]+(\s*,\s*[0-9]+)*", text):
         raise ConfigError(f"--layers {text!r} is not understood.", "Give all, lastN (last4) or a list such as 0,3,5.")
     layers = tuple(sorted({int(part) for part in text.split(",")}))
     if layers[-1] >= model_layers:

@@ -188,6 +188,7 @@ def _plan(
         pad_id=models.pad_id(tokenizer),
         template=made.template,
         corpus=chosen.corpus,
+        words_cut_off=0,  # of what was there already; nobody is told
     )
 
 

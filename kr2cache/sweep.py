@@ -28,6 +28,7 @@ from kr2cache.memory import objects_set_aside
 from kr2cache.pipeline import TrainResult, train
 from kr2cache.shared import Shared
 from kr2cache.tasks import find_task
+from kr2cache.tasks.udpos import UdPos
 
 MANIFESTS = "sweeps"
 """Folder in the run folder."""
@@ -277,6 +278,7 @@ class Sweep:
         self._shared = Shared()
         for cell in self.cells:
             _check_names(cell)
+        _check_languages(grid, self.cells)
         self.run_dir = self.cells[0].config.run_dir
         self.manifest = self.run_dir / MANIFESTS / f"{grid.name}.json"
 
@@ -391,6 +393,22 @@ class Sweep:
             },
         )
         partial.replace(self.manifest)
+
+
+def _check_languages(grid: Grid, cells: Sequence[Cell]) -> None:
+    """A folder has sentences of one language: under the names of two a table would be wrong without a word."""
+    first: dict[Path, tuple[str, Cell]] = {}
+    for cell in cells:
+        task, data = find_task(cell.config.task), cell.config.data
+        if not isinstance(task, UdPos) or task.language is None or data is None or not Path(data).is_dir():
+            continue
+        language, other = first.setdefault(Path(data).resolve(), (task.language, cell))
+        if language != task.language:
+            raise ConfigError(
+                f"{grid.name}: columns {other.column.name} ({other.config.task}) and {cell.column.name} "
+                f"({cell.config.task}) would read the same sentences, {data}.",
+                "Give each column data of its own; what [defaults] of kr2cache.toml says serves all that have none.",
+            )
 
 
 def _check_names(cell: Cell) -> None:

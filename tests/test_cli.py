@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import tiny
+from transformers import AutoTokenizer
 
 from kr2cache import FeatureCache, __version__
 from kr2cache.cli import run
@@ -129,6 +130,34 @@ def test_people_get_their_text_on_standard_output_again_after_json(
     captured = capsys.readouterr()
     assert "Already complete" in captured.out
     assert captured.err == ""
+
+
+def test_extract_says_how_many_words_get_no_states(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(place / "models" / "gottbert")
+    lost = 0
+    for block in (place / "corpus" / "train.conllu").read_text("utf-8").strip().split("\n\n"):
+        words = [line.split("\t")[1] for line in block.splitlines() if line.split("\t")[0].isdigit()]
+        there = tokenizer(words, is_split_into_words=True, truncation=True, max_length=6).word_ids()
+        lost += len(words) - len(set(there) - {None})
+    assert lost > 0
+    assert command("extract --resource gottbert --split train --max-length 6") == 0
+    said = f"No states for {lost} words: their sentences have more than 6 tokens (--max-length)."
+    assert said in capsys.readouterr().out
+    assert command("extract --resource gottbert --split train --max-length 100") == 0
+    assert "No states" not in capsys.readouterr().out
+
+
+def test_predict_says_how_many_words_it_did_not_read(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trained = Answer("train --resource gottbert --fusion last2 --seeds 1 --max-length 8", capsys).document
+    run_folder = trained["runs"][0]["folder"]
+    assert command(f"predict --run {run_folder} '{'das ' * 20}'") == 0
+    captured = capsys.readouterr()
+    count = captured.out.split().count("das/_")
+    assert 0 < count < 20
+    assert f"{count} words without a label, shown as _" in captured.err
+    assert "more than 8 tokens" in captured.err
+    assert command(f"predict --run {run_folder} das") == 0
+    assert "without a label" not in capsys.readouterr().err
 
 
 def test_options_go_before_toml_and_toml_before_what_is_written_down(

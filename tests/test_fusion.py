@@ -43,7 +43,11 @@ def test_a_layer_beyond_the_last() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["", "lst4", "last0", "last", "last-1", "layer", "layer1.5", "Fuse", "fused", "all ", "4"]
+    "name",
+    [
+        *("", "lst4", "last0", "last", "last-1", "layer", "layer1.5", "Fuse", "fused", "all ", "4"),
+        *("layer04", "layer00", "last04", "layer\uff14", "last1\uff12"),
+    ],
 )
 def test_unknown_names_are_answered_with_the_known_ones(name: str) -> None:
     with pytest.raises(UnknownNameError, match="Unknown fusion") as caught:
@@ -109,7 +113,9 @@ def test_layers_of_extract(text: str, layers: tuple[int, ...]) -> None:
     assert parse_layers(text, 5) == layers
 
 
-@pytest.mark.parametrize("text", ["", "last0", "last", "0,,2", "0-3", "-1", "0,2,", "every", "1;2"])
+@pytest.mark.parametrize(
+    "text", ["", "last0", "last", "0,,2", "0-3", "-1", "0,2,", "every", "1;2", "last1\uff12", "\uff10,3"]
+)
 def test_layers_that_are_not_understood(text: str) -> None:
     with pytest.raises(ConfigError, match="is not understood") as caught:
         parse_layers(text, 5)

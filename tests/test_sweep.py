@@ -170,6 +170,17 @@ def test_a_cell_that_could_never_run_is_refused_before_any_is_run(
     assert not (world.folder / "runs").exists()
 
 
+def test_two_languages_in_one_folder_are_refused(world: World) -> None:
+    german = GRID.replace('task = "udpos"', 'task = "udpos-de"')
+    korean = '\n[[columns]]\nname = "Ko"\ntask = "udpos-ko"\nreader = "reader"\nresource = "res"\n'
+    with pytest.raises(ConfigError, match=r"columns X \(udpos-de\) and Ko \(udpos-ko\) would read the same sentences"):
+        planned(world, german + korean)
+    other = world.folder / "korean"
+    shutil.copytree(world.data, other)
+    assert len(planned(world, german + korean + f"data = '{other}'\n").cells) == 4
+    assert len(planned(world, german + korean.replace("udpos-ko", "udpos")).cells) == 4, "udpos is of no language"
+
+
 def test_later_places_override_earlier_ones(tmp_path: Path) -> None:
     text = GRID.replace('fusion = "last4"', 'fusion = "last4"\nlearning-rate = 3e-3\nswap = true')
     grid = grid_of(tmp_path, text.replace('task = "udpos"', 'task = "udpos"\nbatch-size = 7'))

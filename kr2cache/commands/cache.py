@@ -358,7 +358,13 @@ def remove_cli(
         question = f"Remove {count_text(len(folders), 'cache')} and free {bytes_text(total)}?"
         if as_json:
             raise ConfigError("Nothing was removed: with --json nobody is asked.", "Give --yes.")
-        if not typer.confirm(question):
+        try:
+            agreed = typer.confirm(question)
+        except typer.Abort as error:
+            if not isinstance(error.__context__, EOFError):  # Ctrl-C
+                raise
+            raise ConfigError("Nothing was removed: no answer came.", "Give --yes.") from None
+        if not agreed:
             console.print("Nothing was removed.")
             raise typer.Exit(1)
     for folder in folders:

@@ -10,7 +10,7 @@ import typer
 
 from kr2cache.commands.options import Debug, Device, Json, print_json
 from kr2cache.config import read_toml
-from kr2cache.console import console, to_stderr
+from kr2cache.console import console, count_text, note, to_stderr
 from kr2cache.defaults import OPTIONS
 from kr2cache.errors import ConfigError
 
@@ -54,6 +54,11 @@ def predict_cli(
         examples = read_file(task, file)
     predicted = predictor(examples)
     metrics = score(task, examples, predicted)
+    if cut_off := sum(one.predicted.count(None) for one in predicted if isinstance(one.predicted, list)):
+        note(
+            f"{count_text(cut_off, 'word')} without a label, shown as _: the rest of sentences that have more than "
+            f"{predictor.max_length} tokens, as many as this run reads (--max-length of train)."
+        )
     if as_json:
         print_json({"task": task.name, "predictions": [one.json() for one in predicted], "metrics": metrics})
         return

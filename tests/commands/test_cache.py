@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -210,6 +211,19 @@ def test_remove_asks_and_frees(
     assert len(removed["removed"]) == 2
     assert removed["bytes"] > size
     assert not list(Path(".kr2cache").rglob("*.h5"))
+
+
+def test_remove_without_anybody_to_answer_says_so(
+    place: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    folder = folder_of("dev")
+    assert command(f"remove {folder.name}") == 1
+    shown = " ".join(capsys.readouterr())
+    assert "Nothing was removed: no answer came." in shown
+    assert "Give --yes." in shown
+    assert "Interrupted" not in shown
+    assert folder.is_dir()
 
 
 def test_remove_takes_nothing_that_is_not_the_caches_own(place: World, capsys: pytest.CaptureFixture[str]) -> None:

@@ -162,8 +162,12 @@ def forked(work: Callable[[], object], log: Path) -> int:
         console.quiet = True
         work()
         code = 0
-    except BaseException:
-        log.write_text(traceback.format_exc(), "utf-8")
+    except BaseException as error:
+        try:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        except KeyboardInterrupt:  # the second of two came here: what is written below is about the first
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        log.write_text("".join(traceback.format_exception(error)), "utf-8")
     finally:
         os._exit(code)
 
