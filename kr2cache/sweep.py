@@ -21,13 +21,14 @@ from typing import Any
 from kr2cache import models, runs
 from kr2cache.config import METHODS, PLAIN_METHODS, PROJECTIONS, TrainConfig, parse_seeds, typed
 from kr2cache.console import console, count_text, failed, heading
-from kr2cache.errors import ConfigError, InterruptedWorkError, KR2CacheError, unknown_name
+from kr2cache.errors import ConfigError, DataError, InterruptedWorkError, KR2CacheError, unknown_name
 from kr2cache.fusion import check_fusion_name, parse_fusion
 from kr2cache.locks import check_writable
 from kr2cache.memory import objects_set_aside
 from kr2cache.pipeline import TrainResult, train
 from kr2cache.shared import Shared
 from kr2cache.tasks import find_task
+from kr2cache.tasks.base import data_folder
 from kr2cache.tasks.udpos import UdPos
 
 MANIFESTS = "sweeps"
@@ -399,14 +400,18 @@ def _check_languages(grid: Grid, cells: Sequence[Cell]) -> None:
     """A folder has sentences of one language: under the names of two a table would be wrong without a word."""
     first: dict[Path, tuple[str, Cell]] = {}
     for cell in cells:
-        task, data = find_task(cell.config.task), cell.config.data
-        if not isinstance(task, UdPos) or task.language is None or data is None or not Path(data).is_dir():
+        task = find_task(cell.config.task)
+        try:
+            folder = data_folder(cell.config.data)
+        except DataError:  # the cell will say so; others can be run
             continue
-        language, other = first.setdefault(Path(data).resolve(), (task.language, cell))
+        if not isinstance(task, UdPos) or task.language is None or folder is None:
+            continue
+        language, other = first.setdefault(folder.resolve(), (task.language, cell))
         if language != task.language:
             raise ConfigError(
-                f"{grid.name}: columns {other.column.name} ({other.config.task}) and {cell.column.name} "
-                f"({cell.config.task}) would read the same sentences, {data}.",
+                f"{grid.name}: {other.row.name} / {other.column.name} ({other.config.task}) and {cell.row.name} / "
+                f"{cell.column.name} ({cell.config.task}) would read the same sentences, {cell.config.data}.",
                 "Give each column data of its own; what [defaults] of kr2cache.toml says serves all that have none.",
             )
 

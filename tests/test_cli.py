@@ -147,6 +147,21 @@ def test_extract_says_how_many_words_get_no_states(place: Path, capsys: pytest.C
     assert "No states" not in capsys.readouterr().out
 
 
+def test_extract_says_how_many_texts_are_as_long_as_they_may_be(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "pairs").mkdir()
+    rows = [
+        {"sentence1": "das " * n, "sentence2": "haus", "gold_label": "neutral", "pairID": str(n)} for n in (1, 9, 20)
+    ]
+    (place / "pairs" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    line = "extract --resource gottbert --task snli --data pairs --split train"
+    assert command(f"{line} --max-length 12") == 0
+    assert "2 sequences of 12 tokens (--max-length): what is longer was cut to that." in capsys.readouterr().out
+    assert command(f"{line} --max-length 100") == 0
+    assert "(--max-length)" not in capsys.readouterr().out
+
+
 def test_predict_says_how_many_words_it_did_not_read(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trained = Answer("train --resource gottbert --fusion last2 --seeds 1 --max-length 8", capsys).document
     run_folder = trained["runs"][0]["folder"]
@@ -155,7 +170,7 @@ def test_predict_says_how_many_words_it_did_not_read(place: Path, capsys: pytest
     count = captured.out.split().count("das/_")
     assert 0 < count < 20
     assert f"{count} words without a label, shown as _" in captured.err
-    assert "more than 8 tokens" in captured.err
+    assert "beyond the first 8 tokens" in captured.err
     assert command(f"predict --run {run_folder} das") == 0
     assert "without a label" not in capsys.readouterr().err
 

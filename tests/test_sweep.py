@@ -170,15 +170,19 @@ def test_a_cell_that_could_never_run_is_refused_before_any_is_run(
     assert not (world.folder / "runs").exists()
 
 
-def test_two_languages_in_one_folder_are_refused(world: World) -> None:
+def test_two_languages_in_one_folder_are_refused(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     german = GRID.replace('task = "udpos"', 'task = "udpos-de"')
     korean = '\n[[columns]]\nname = "Ko"\ntask = "udpos-ko"\nreader = "reader"\nresource = "res"\n'
-    with pytest.raises(ConfigError, match=r"columns X \(udpos-de\) and Ko \(udpos-ko\) would read the same sentences"):
+    with pytest.raises(ConfigError, match=r"/ X \(udpos-de\) and .*/ Ko \(udpos-ko\) would read the same"):
         planned(world, german + korean)
+    monkeypatch.setenv("HOME", str(world.data.parent))
+    with pytest.raises(ConfigError, match="would read the same sentences"):
+        planned(world, german + korean + f"data = '~/{world.data.name}'\n")
     other = world.folder / "korean"
     shutil.copytree(world.data, other)
     assert len(planned(world, german + korean + f"data = '{other}'\n").cells) == 4
     assert len(planned(world, german + korean.replace("udpos-ko", "udpos")).cells) == 4, "udpos is of no language"
+    assert len(planned(world, german + korean + "data = '/nowhere'\n").cells) == 4, "its own cells say so"
 
 
 def test_later_places_override_earlier_ones(tmp_path: Path) -> None:

@@ -56,8 +56,8 @@ def predict_cli(
     metrics = score(task, examples, predicted)
     if cut_off := sum(one.predicted.count(None) for one in predicted if isinstance(one.predicted, list)):
         note(
-            f"{count_text(cut_off, 'word')} without a label, shown as _: the rest of sentences that have more than "
-            f"{predictor.max_length} tokens, as many as this run reads (--max-length of train)."
+            f"{count_text(cut_off, 'word')} without a label, shown as _: beyond the first {predictor.max_length} "
+            "tokens of a sentence, all that this run reads (--max-length of train), or without a token of its own."
         )
     if as_json:
         print_json({"task": task.name, "predictions": [one.json() for one in predicted], "metrics": metrics})
