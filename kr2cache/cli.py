@@ -18,17 +18,17 @@ from kr2cache import __version__
 from kr2cache.commands import cache
 from kr2cache.commands.extract import extract_cli
 from kr2cache.commands.listing import bench_cli, demo_cli, models_cli, tasks_cli
-from kr2cache.commands.options import print_json
+from kr2cache.commands.options import App, print_json
 from kr2cache.commands.predict import predict_cli
 from kr2cache.commands.sweep import report_cli, sweep_cli
 from kr2cache.commands.train import train_cli
 from kr2cache.console import console, to_stderr
-from kr2cache.errors import KR2CacheError
+from kr2cache.errors import KR2CacheError, UsageError
 
 # typer carries click inside; its usage errors are reached through the one class it shows.
-UsageError: Any = typer.BadParameter.__bases__[0]
+WrongUsage: Any = typer.BadParameter.__bases__[0]
 
-app = typer.Typer(
+app = App(
     name="kr2cache",
     no_args_is_help=True,
     add_completion=True,
@@ -97,18 +97,20 @@ def run(arguments: list[str]) -> int:
         if code == 130:  # typer's word for Ctrl-C
             raise KeyboardInterrupt
         return int(code or 0)
-    except UsageError as error:
+    except WrongUsage as error:
         message = error.format_message() or str(error)
         if type(error).__name__ == "NoArgsIsHelpError":
             sys.stderr.write(message + "\n")
             return 2
-        _report("UsageError", message, "kr2cache --help, or kr2cache COMMAND --help, lists what there is.", as_json)
+        _report(
+            UsageError.__name__, message, "kr2cache --help, or kr2cache COMMAND --help, lists what there is.", as_json
+        )
         return 2
     except KR2CacheError as error:
         if debug:
             raise
         _report(type(error).__name__, error.message, error.remedy, as_json)
-        return 1
+        return 2 if isinstance(error, UsageError) else 1
     except (KeyboardInterrupt, typer.Abort):
         _report("Interrupted", "Interrupted. What is complete is kept.", "Run the same command again.", as_json)
         return 1

@@ -22,6 +22,10 @@ class KR2CacheError(Exception):
         return f"{self.message}\n{self.remedy}" if self.remedy else self.message
 
 
+class UsageError(KR2CacheError):
+    """A command line that cannot be understood; the only failure whose exit code is 2."""
+
+
 class UnknownNameError(KR2CacheError, ValueError):
     """A model, task, fusion, split or option that does not exist."""
 

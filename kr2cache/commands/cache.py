@@ -13,14 +13,14 @@ from rich.text import Text
 
 from kr2cache.cache.check import CacheCheck
 from kr2cache.cache.shard import headers_left
-from kr2cache.commands.options import CacheDir, Data, Debug, Device, Json, merge, print_json
+from kr2cache.commands.options import App, CacheDir, Data, Debug, Device, Json, merge, print_json
 from kr2cache.config import default_cache_dir, read_toml
 from kr2cache.console import bytes_text, console, count_text, done, failed, note, ranges_text, seconds_text
 from kr2cache.defaults import OPTIONS
 from kr2cache.errors import CacheError, ConfigError
 from kr2cache.models import known_models
 
-app = typer.Typer(
+app = App(
     no_args_is_help=True,
     help="The caches there are: look at them, check and mend them, make smaller ones, remove them.",
 )

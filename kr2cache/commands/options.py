@@ -5,15 +5,18 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperOption
+from typer.models import CommandFunctionType
 
 from kr2cache.config import Toml, read_toml
 from kr2cache.console import console
 from kr2cache.defaults import OPTIONS
-from kr2cache.errors import KR2CacheError
+from kr2cache.errors import KR2CacheError, UsageError
 from kr2cache.models import known_models
 
 
@@ -40,6 +43,43 @@ Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, mps."
 RunDir = Annotated[Path | None, typer.Option(help="Where runs go.", show_default="runs")]
 Seeds = Annotated[str | None, typer.Option(help="One run each.", show_default="1,2,3")]
 CacheDir = Annotated[Path | None, typer.Option(help="Where caches are.", show_default="$KR2CACHE_DIR, else .kr2cache")]
+
+
+SEVERAL = {
+    "seeds": "Give them in one list: --seeds 1,2",
+    "layers": "Give them in one list: --layers 0,3,5",
+    "resource": "Several resources are not supported yet: run the command once for each.",
+}
+"""What to do instead of giving an option twice, where the reader may have meant a list."""
+
+
+class Command(TyperCommand):
+    """A command that refuses an option given twice; without this, the last value silently wins."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the arguments of one command.
+
+        Raises:
+            UsageError: For an option with a value that is given more than once. Flags may be repeated.
+        """
+        if not ctx.resilient_parsing:  # completion looks at half-typed lines
+            _, _, order = self.make_parser(ctx).parse_args(args=list(args))
+            for option in order:
+                if not isinstance(option, TyperOption) or option.is_flag or option.multiple or option.count:
+                    continue
+                if (times := order.count(option)) > 1:
+                    raise UsageError(
+                        f"{option.opts[0]} is given {times} times, but takes one value.",
+                        SEVERAL.get(option.name, "Give it once."),
+                    )
+        return super().parse_args(ctx, args)
+
+
+class App(typer.Typer):
+    """A group of commands, each a ``Command``."""
+
+    def command(self, name: str | None = None, **settings: Any) -> Callable[[CommandFunctionType], CommandFunctionType]:
+        return super().command(name, cls=Command, **settings)
 
 
 def merge(toml: Toml, **given: Any) -> dict[str, Any]:

@@ -1,0 +1,74 @@
+"""What holds for the options of every command."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import pytest
+import typer
+
+from kr2cache.cli import app, run
+from kr2cache.commands.options import App
+from kr2cache.errors import UsageError
+
+
+def commands(group: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every command below a group, with the words that call it."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from commands(command, (*path, name))
+        else:
+            yield (*path, name), command
+
+
+def test_no_command_takes_an_option_twice(workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tried = set()
+    for path, command in commands(typer.main.get_command(app)):
+        for option in command.params:
+            if option.param_type_name != "option" or option.is_flag:
+                continue
+            long = option.opts[0]
+            assert run([*path, long, "1", f"{long}=1", "--json"]) == 2, (path, long)
+            error = json.loads(capsys.readouterr().out)["error"]
+            assert error["type"] == "UsageError"
+            assert error["message"] == f"{long} is given 2 times, but takes one value."
+            assert error["remedy"]
+            tried.add((*path, long))
+    assert tried >= {("train", "--resource"), ("train", "--seeds"), ("sweep", "--seeds"), ("cache", "slice", "--ids")}
+    assert len(tried) > 60
+    assert list(workdir.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "remedy"),
+    [
+        ("train --seeds 1 --seeds 2", "--seeds 1,2"),
+        ("extract --layers 0 --layers 3", "--layers 0,3,5"),
+        ("train --resource gottbert --resource bert", "not supported yet"),
+    ],
+)
+def test_the_remedy_says_how_several_are_given(line: str, remedy: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(line.split()) == 2
+    assert remedy in " ".join(capsys.readouterr().err.split())
+
+
+def test_short_options_count_and_flags_and_lists_may_be_repeated() -> None:
+    small, got = App(), {}
+
+    @small.command()
+    def only(
+        number: Annotated[int, typer.Option("--number", "-n")] = 0,
+        names: Annotated[list[str] | None, typer.Option("--name")] = None,
+        flag: Annotated[bool, typer.Option("--flag", "-f")] = False,
+        loud: Annotated[int, typer.Option("--loud", "-l", count=True)] = 0,
+    ) -> None:
+        got.update(number=number, names=names, flag=flag, loud=loud)
+
+    small(args=["-n", "3", "--flag", "-ff", "--name", "a", "--name=b", "-ll", "-l"], standalone_mode=False)
+    assert got == {"number": 3, "names": ["a", "b"], "flag": True, "loud": 3}
+    for twice in (["-n1", "-n", "2"], ["-n", "1", "--number=1"], ["-fn1", "-n2"]):
+        with pytest.raises(UsageError, match="--number is given 2 times"):
+            small(args=twice, standalone_mode=False)
