@@ -28,7 +28,7 @@ from kr2cache.memory import objects_set_aside
 from kr2cache.pipeline import TrainResult, train
 from kr2cache.shared import Shared
 from kr2cache.tasks import find_task
-from kr2cache.tasks.base import data_folder
+from kr2cache.tasks.files import data_folder
 from kr2cache.tasks.udpos import UdPos
 
 MANIFESTS = "sweeps"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from kr2cache.errors import unknown_name
-from kr2cache.tasks.base import SPLITS, Example, Task, split_name
+from kr2cache.tasks.base import Example, Task, split_name
+from kr2cache.tasks.files import SPLITS
 from kr2cache.tasks.hellaswag import HellaSwag
 from kr2cache.tasks.piqa import Piqa
 from kr2cache.tasks.rows import RowTask

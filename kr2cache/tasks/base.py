@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,11 +11,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from kr2cache.console import count_text, note
 from kr2cache.errors import ConfigError, DataError, MissingSplitError, unknown_name
-
-SPLITS = ("train", "dev", "test")
-SPLIT_FILES = {"train": ("train",), "dev": ("dev", "valid", "validation", "val"), "test": ("test", "tests")}
-"""The names that a split's file, folder or hub split may have."""
+from kr2cache.tasks.files import SPLIT_FILES, SPLITS, Names, data_folder, names_text, split_files, unread_files
 
 Head = Literal["token", "sequence", "choice"]
 Label = tuple[int, ...] | int | None
@@ -70,6 +68,8 @@ class Task(ABC):
     """Where its files have the gold label, in words for errors."""
     releases: tuple[str, ...] = ()
     """What the files of its official release are called, as patterns with ``{split}``."""
+    parts: tuple[str, ...] = ()
+    """The same for a release that cuts one split into several files."""
 
     @abstractmethod
     def read_file(self, path: Path, split: str) -> list[Example]:
@@ -147,59 +147,45 @@ class Task(ABC):
         return hub_id
 
     def _read_folder(self, folder: Path, split: str) -> list[Example]:
-        files = split_files(folder, split, self.suffixes, self.releases)
-        if not files:
-            looked = ", ".join(
-                [f"{name}{self.suffixes[0]}" for name in SPLIT_FILES[split]]
-                + [release.format(split=split) for release in self.releases]
+        names = Names(suffixes=self.suffixes, releases=self.releases, parts=self.parts)
+        files = split_files(folder, split, names)
+        if unread := unread_files(folder, split, names):
+            note(
+                f"{folder}, {split} split: read {names_text(files, folder)}. Did not read "
+                f"{names_text(unread, folder)}. If they belong to this split, put all its files into {folder / split}/."
             )
+        if not files:
             there = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
             raise MissingSplitError(
-                f"{folder} has no {split} split: looked for {looked}, and a folder of that name; found {there}.",
+                f"{folder} has no {split} split: looked for {', '.join(names.looked_for(split))}, and a folder of that "
+                f"name; found {there}.",
                 "Check --data and --split.",
             )
-        examples: list[Example] = []
-        joined = len(files) > 1 or files[0].parent != folder
-        for path in files:
-            part = self.read_file(path, split)
-            # XTREME joins all treebanks of a language, and sent_ids repeat between treebanks.
-            prefix = f"{path.name}/" if joined else ""
-            examples += [Example(prefix + one.id, one.texts, one.label) for one in part] if prefix else part
-        return examples
+        parts = {path.name: self.read_file(path, split) for path in files}
+        if len(files) == 1 and files[0].parent == folder:
+            return parts[files[0].name]
+        _say_repeated(parts, f"{folder}, {split} split")
+        # XTREME joins all treebanks of a language, and sent_ids repeat between treebanks.
+        return [
+            Example(f"{name}/{one.id}", one.texts, one.label) for name, examples in parts.items() for one in examples
+        ]
 
 
-def data_folder(data: str | None) -> Path | None:
-    """The folder that ``data`` names, or None if it is a hub id (or not given).
-
-    Raises:
-        DataError: If it can only be a folder, and does not exist.
-    """
-    if data is None:
-        return None
-    folder = Path(data).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.is_file():
-        raise DataError(f"{data} is a file; --data takes the folder it is in.", f"Give --data {folder.parent}")
-    # A hub id has one slash at most; with a leading dot, tilde or slash it is meant as a path.
-    if data.startswith((".", "/", "~")) or data.count("/") > 1:
-        raise DataError(f"There is no data folder {data}.", "Check --data, or data under [defaults] in kr2cache.toml.")
-    return None
-
-
-def split_files(folder: Path, split: str, suffixes: Sequence[str], releases: Sequence[str]) -> list[Path]:
-    """The files of a split: ``dev.conllu``, or a folder ``dev/`` of files, or files named as official releases are."""
-    for name in SPLIT_FILES[split]:
-        for suffix in suffixes:
-            if (folder / f"{name}{suffix}").is_file():
-                return [folder / f"{name}{suffix}"]
-        inside = folder / name
-        if inside.is_dir():
-            files = sorted(path for path in inside.iterdir() if path.suffix in suffixes)
-            if files:
-                return files
-    patterns = [release.format(split=name) for release in releases for name in SPLIT_FILES[split]]
-    return sorted({path for pattern in patterns for path in folder.glob(pattern)})
+def _say_repeated(parts: Mapping[str, Sequence[Example]], what: str) -> None:
+    """Say how many examples stand in two files alike, id and text: a file may have been copied or cut anew."""
+    first: dict[tuple[str, tuple[tuple[str, ...], ...]], str] = {}
+    repeated: list[tuple[str, str, str]] = []
+    for name, examples in parts.items():
+        for one in examples:
+            other = first.setdefault((one.id, one.texts), name)
+            if other != name:
+                repeated.append((one.id, other, name))
+    if repeated:
+        one_id, other, name = repeated[0]
+        note(
+            f"{what}: {count_text(len(repeated), 'example')} with the same id and text in two files (first: {one_id!r} "
+            f"in {other} and {name}). If a file is a copy or part of another, remove one of them."
+        )
 
 
 def check_unique(ids: Sequence[str], places: Sequence[str]) -> None:

@@ -49,6 +49,7 @@ class UdPos(Task):
     suffixes = (".conllu",)
     labelled_by = "column 4 (UPOS)"
     releases = ("*-ud-{split}.conllu",)
+    parts = ("*-ud-{split}-*.conllu",)  # large treebanks: de_hdt-ud-train-a-1.conllu, cs_pdt-ud-train-c.conllu
 
     def __init__(self, language: str | None) -> None:
         self.language = language

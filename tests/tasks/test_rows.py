@@ -451,6 +451,18 @@ def test_a_folder_of_files_is_joined_and_ids_carry_the_file(name: str, folder: P
     assert read(name, "train", folder) == expected
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_data_files_that_no_split_reads_are_named(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    suffix = SUFFIX[name]
+    for stem in ("train", "dev", "train_full"):  # SWAG's own folder has a train_full.csv: the same rows once more
+        write(folder / f"{stem}{suffix}", text_of(name, ROW[name](0)))
+    write(folder / "train-labels.lst", "0\n")
+    assert len(read(name, "train", folder)) == 1
+    assert f"read train{suffix}. Did not read train_full{suffix}." in capsys.readouterr().out
+    read(name, "dev", folder)
+    assert capsys.readouterr().out == ""
+
+
 @pytest.mark.parametrize(("name", "release"), [("snli", "snli_1.0_dev.jsonl"), ("hellaswag", "hellaswag_dev.jsonl")])
 def test_a_missing_split_says_what_it_looked_for(name: str, release: str, folder: Path) -> None:
     write(folder / "train.jsonl", jsonl(ROW[name]()))

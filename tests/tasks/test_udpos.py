@@ -268,6 +268,79 @@ def test_files_named_as_ud_releases_name_them(folder: Path) -> None:
     ]
 
 
+HDT = ("de_hdt-ud-train-a-1.conllu", "de_hdt-ud-train-a-2.conllu", "de_hdt-ud-train-b-1.conllu")
+
+
+@pytest.mark.parametrize("beside", [("de_gsd-ud-train.conllu",), ()], ids=["beside another treebank", "alone"])
+def test_a_treebank_whose_train_split_is_cut_into_files(
+    folder: Path, beside: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number, name in enumerate((*HDT, *beside, "de_hdt-ud-dev.conllu", "de_hdt-ud-test.conllu")):
+        write(folder / name, sentence("x", name=f"s{number}") + sentence("y", name=f"t{number}"))
+    examples = UdPos("de").read("train", str(folder))
+    assert [one.id for one in examples] == [
+        f"{name}/{one}" for name in sorted((*beside, *HDT)) for _, one, _, _ in read_conllu(folder / name)
+    ]
+    assert len(examples) == 2 * len(HDT + beside)
+    assert [one.id for one in UdPos("de").read("dev", str(folder))] == [
+        f"s{len(HDT + beside)}",
+        f"t{len(HDT + beside)}",
+    ]
+    assert capsys.readouterr().out == "", "nothing is left over"
+
+
+def test_parts_of_a_treebank_that_is_there_whole_are_not_read_twice(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(folder / "cs_pdt-ud-train.conllu", sentence("x", name="s1"))
+    write(folder / "cs_pdt-ud-train-l.conllu", sentence("x", name="s1"))
+    assert [one.id for one in UdPos(None).read("train", str(folder))] == ["s1"]
+    said = capsys.readouterr().out
+    assert "read cs_pdt-ud-train.conllu. Did not read cs_pdt-ud-train-l.conllu." in said
+
+
+@pytest.mark.parametrize(
+    ("files", "split", "said"),
+    [
+        (("train.conllu", "train-2.conllu"), "train", "read train.conllu. Did not read train-2.conllu."),
+        (("train.conllu", "train-2.conllu", "test.conllu"), "test", ""),
+        (("dev.conllu", "valid.conllu"), "dev", "read dev.conllu. Did not read valid.conllu."),
+        (("train.conllu", "train/a.conllu"), "train", "read train.conllu. Did not read train/a.conllu."),
+        (("train/a.conllu", "train/more/b.conllu"), "train", "read train/a.conllu. Did not read train/more/b.conllu."),
+        (("train.conllu", "x_y-ud-train.conllu"), "train", "Did not read x_y-ud-train.conllu."),
+        (("train.conllu", "train_full.conllu.gz"), "train", "Did not read train_full.conllu.gz."),
+        (("train.conllu", "TRAIN2.CONLLU"), "train", "read train.conllu. "),  # train2: of the first split
+        (("dev.conllu", "test.conllu", "extra.conllu"), "dev", "Did not read extra.conllu."),
+        (("dev.conllu", "test.conllu", "extra.conllu"), "test", ""),
+        (("train.conllu", "README.txt", "train.conllu.gz", "._train.conllu", "notes/b.conllu"), "train", ""),
+    ],
+)
+def test_data_files_that_no_split_reads_are_named_once(
+    folder: Path, files: tuple[str, ...], split: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in files:
+        write(folder / name, sentence("x", name="s1"))
+    UdPos(None).read(split, str(folder))
+    out = capsys.readouterr().out
+    assert said in out
+    assert bool(said) == bool(out)
+
+
+def test_a_missing_split_names_the_files_that_may_be_it(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(folder / "train.conllu", sentence("x"))
+    write(folder / "dev_1.conllu", sentence("y"))
+    with pytest.raises(MissingSplitError):  # a training goes on without it
+        UdPos(None).read("dev", str(folder))
+    assert "dev split: read nothing. Did not read dev_1.conllu." in capsys.readouterr().out
+
+
+def test_examples_that_stand_in_two_files_are_counted_aloud(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(folder / "train" / "a.conllu", sentence("x", name="s1") + sentence("y", name="s2") + sentence("z"))
+    write(folder / "train" / "b.conllu", sentence("other", name="s1") + sentence("y", name="s2"))
+    assert len(UdPos(None).read("train", str(folder))) == 5
+    assert "1 example with the same id and text in two files (first: 's2' in a.conllu and" in capsys.readouterr().out
+
+
 def test_a_duplicate_in_one_file_of_several_is_still_an_error(folder: Path) -> None:
     write(folder / "train" / "a.conllu", sentence("z", name="s1") + sentence("y", name="s1"))
     with pytest.raises(DataError, match=r"a\.conllu:2 and .*a\.conllu:5"):

@@ -1,0 +1,132 @@
+"""Which files of a data folder hold a split.
+
+Three layouts, tried in this order: one file (``dev.conllu``), a folder of files (``dev/*.conllu``), and files named as
+official releases name them (``de_gsd-ud-dev.conllu``). A release may cut a split into parts
+(``de_hdt-ud-train-a-1.conllu``); they are read where the whole (``de_hdt-ud-train.conllu``) is not there.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from kr2cache.errors import DataError
+
+SPLITS = ("train", "dev", "test")
+SPLIT_FILES = {"train": ("train",), "dev": ("dev", "valid", "validation", "val"), "test": ("test", "tests")}
+"""The names that a split's file, folder or hub split may have."""
+COMPRESSED = (".gz", ".bz2", ".xz", ".zip", ".zst")
+NAMES_SHOWN = 8
+"""Of files in one message."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Names:
+    """What a task's files are called."""
+
+    suffixes: tuple[str, ...]
+    """``.conllu``"""
+    releases: tuple[str, ...] = ()
+    """Files of an official release, as patterns with ``{split}``: ``*-ud-{split}.conllu``."""
+    parts: tuple[str, ...] = ()
+    """The same for parts of such files: ``*-ud-{split}-*.conllu``."""
+
+    def looked_for(self, split: str) -> list[str]:
+        """All file names of a split, for errors."""
+        plain = [f"{name}{self.suffixes[0]}" for name in SPLIT_FILES[split]]
+        return plain + [pattern.format(split=split) for pattern in self.releases + self.parts]
+
+
+def data_folder(data: str | None) -> Path | None:
+    """The folder that ``data`` names, or None if it is a hub id (or not given).
+
+    Raises:
+        DataError: If it can only be a folder, and does not exist.
+    """
+    if data is None:
+        return None
+    folder = Path(data).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.is_file():
+        raise DataError(f"{data} is a file; --data takes the folder it is in.", f"Give --data {folder.parent}")
+    # A hub id has one slash at most; with a leading dot, tilde or slash it is meant as a path.
+    if data.startswith((".", "/", "~")) or data.count("/") > 1:
+        raise DataError(f"There is no data folder {data}.", "Check --data, or data under [defaults] in kr2cache.toml.")
+    return None
+
+
+def split_files(folder: Path, split: str, names: Names) -> list[Path]:
+    """The files of a split, sorted; none if the folder does not have this split."""
+    for name in SPLIT_FILES[split]:
+        for suffix in names.suffixes:
+            if (folder / f"{name}{suffix}").is_file():
+                return [folder / f"{name}{suffix}"]
+        inside = folder / name
+        if inside.is_dir():
+            files = sorted(path for path in inside.iterdir() if path.suffix in names.suffixes)
+            if files:
+                return files
+    whole = _matching(folder, split, names.releases)
+    parts = {part for part in _matching(folder, split, names.parts) if whole_of(part, whole) is None}
+    return sorted(whole | parts)
+
+
+def whole_of(part: Path, whole: set[Path]) -> Path | None:
+    """The file among ``whole`` that ``part`` is a part of, going by their names."""
+    return next((one for one in whole if part.stem.startswith(f"{one.stem}-")), None)
+
+
+def unread_files(folder: Path, split: str, names: Names) -> list[Path]:
+    """Data files that no split reads and whose names suggest that they belong to this one.
+
+    A file whose name has no split in it counts for the first split that the folder has, so that each file is reported
+    for one split alone.
+    """
+    found = {one: split_files(folder, one, names) for one in SPLITS}
+    read = {path for files in found.values() for path in files}
+    here = [path for path in folder.iterdir() if path.is_file()]
+    inside = [
+        path
+        for name in (name for own in SPLIT_FILES.values() for name in own)
+        if (folder / name).is_dir()
+        for path in (folder / name).rglob("*")
+        if path.is_file()
+    ]
+    first = next((one for one in SPLITS if found[one]), None)
+    return sorted(
+        path
+        for path in here + inside
+        if path not in read and _is_data(path, names.suffixes) and (_split_of(path, folder) or first) == split
+    )
+
+
+def names_text(paths: Sequence[Path], folder: Path) -> str:
+    """Names below ``folder``: the first few if there are many, ``nothing`` if there is none."""
+    shown = [path.relative_to(folder).as_posix() for path in paths[:NAMES_SHOWN]]
+    more = len(paths) - len(shown)
+    return (", ".join(shown) or "nothing") + (f" and {more:,} more" if more else "")
+
+
+def _matching(folder: Path, split: str, patterns: Sequence[str]) -> set[Path]:
+    spelled = (pattern.format(split=name) for pattern in patterns for name in SPLIT_FILES[split])
+    return {path for pattern in spelled for path in folder.glob(pattern)}
+
+
+def _is_data(path: Path, suffixes: Sequence[str]) -> bool:
+    """Whether it looks like a data file of the task, compressed ones and other spellings of its suffix included."""
+    if path.name.startswith("."):
+        return False
+    plain = path.with_suffix("") if path.suffix.lower() in COMPRESSED else path
+    return plain.suffix.lower() in suffixes and (plain == path or not plain.exists())
+
+
+def _split_of(path: Path, folder: Path) -> str | None:
+    """The split that a file's folder or name speaks of: ``train_full.csv`` is of train."""
+    for text in reversed(path.relative_to(folder).parts):
+        for split, own in SPLIT_FILES.items():
+            if re.search(rf"(?<![a-z])({'|'.join(own)})(?![a-z])", text.lower()):
+                return split
+    return None
