@@ -31,8 +31,10 @@ from kr2cache.shared import Corpus, Shared
 from kr2cache.tasks import Task, find_task
 from kr2cache.train import Job, training_arguments
 
-PROCEDURE = 2
-"""Of training; raised when the same settings begin to mean something else, so that old runs are not taken for new."""
+PROCEDURE = 3
+"""Of training and scoring; raised when the same settings begin to mean something else, so that old runs are not taken
+for new. 3: F1 takes the whole tag for a chunk's type, as XTREME's does (``records.WHOLE_TAGS``). F1 chooses the epoch
+of a tagger, so its weights and its word accuracy can differ as well."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,15 +7,14 @@ import errno
 import json
 import re
 import shutil
-import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import seqeval.metrics
 import tiny
 import torch
+import xtreme
 from safetensors.torch import load_file
 from sklearn.metrics import accuracy_score
 from transformers import AutoTokenizer
@@ -33,6 +32,7 @@ from kr2cache.errors import (
 from kr2cache.kreader import KReader
 from kr2cache.pipeline import TrainResult
 from kr2cache.prepare import prepare
+from kr2cache.report import report
 from kr2cache.runs import mean_and_std
 from kr2cache.shared import Shared
 from kr2cache.tasks.udpos import UPOS, UdPos
@@ -97,10 +97,7 @@ def test_metrics_follow_from_the_predictions(trained: tuple[World, TrainResult])
         for split in metrics:
             rows = predictions(run.folder, split)
             gold, predicted = [row["gold"] for row in rows], [row["predicted"] for row in rows]
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                f1 = seqeval.metrics.f1_score(gold, predicted)
-            assert metrics[split]["f1"] == pytest.approx(f1)
+            assert metrics[split]["f1"] == pytest.approx(xtreme.f1(gold, predicted))
             assert metrics[split]["accuracy"] == pytest.approx(
                 accuracy_score(np.concatenate(gold), np.concatenate(predicted))
             )
@@ -118,6 +115,30 @@ def test_mean_and_standard_deviation_are_numpys(trained: tuple[World, TrainResul
             assert shown["std"][split][name] == pytest.approx(np.std(values, ddof=1))
     _, std = mean_and_std([result.runs[0].metrics])
     assert std["test"]["f1"] is None
+
+
+@pytest.mark.parametrize("values", [[0.5], [0.25, 0.75], [0.1, 0.4, 0.5]])
+def test_the_deviation_is_the_samples_and_none_for_one_seed(values: list[float]) -> None:
+    mean, std = mean_and_std([{"test": {"f1": value}} for value in values])
+    assert mean["test"]["f1"] == pytest.approx(sum(values) / len(values))
+    squares = sum((value - sum(values) / len(values)) ** 2 for value in values)
+    assert std["test"]["f1"] == (pytest.approx((squares / (len(values) - 1)) ** 0.5) if len(values) > 1 else None)
+
+
+def test_a_run_of_an_older_procedure_is_shown_as_older_and_trained_anew(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as before:
+        before.setattr("kr2cache.prepare.PROCEDURE", 2)
+        old = world.train(method="kreader", seeds=(1,), epochs=1.0).runs[0]
+    new = world.train(method="kreader", seeds=(1,), epochs=1.0).runs[0]
+    assert new.folder.parent != old.folder.parent
+    assert new.seconds is not None
+    made = report(old.folder.parents[2], None)
+    (table,) = made.tables
+    shown = {row[table.columns.index("procedure")].text: row[table.columns.index("F1")] for row in table.rows}
+    assert {name: (cell.remark, cell.bold) for name, cell in shown.items()} == {"2": ("older", False), "3": ("", False)}
+    assert any(text.startswith("F1 of 1 configuration is not XTREME") for text in made.notes)
 
 
 def test_seeds_give_different_readers(trained: tuple[World, TrainResult]) -> None:

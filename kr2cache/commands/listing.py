@@ -74,11 +74,11 @@ def tasks_cli(as_json: Json = False, debug: Debug = False) -> None:
     for column in ("name", "what", "metric", "hub data set", "or --data with"):
         table.add_column(column)
     table.add_row(
-        "udpos-LANG", "part-of-speech tagging", "seqeval F1, word accuracy", "google/xtreme", "train.conllu, ..."
+        "udpos-LANG", "part-of-speech tagging", "XTREME's F1, word accuracy", "google/xtreme", "train.conllu, ..."
     )
     for task in tasks:
         if not task.name.startswith("udpos-"):
-            metric = "accuracy" if task.metric == "accuracy" else "seqeval F1, word accuracy"
+            metric = "accuracy" if task.metric == "accuracy" else "XTREME's F1, word accuracy"
             files = f"train{task.suffixes[0]}, ..."
             table.add_row(task.name, task.about, metric, task.default_data or "-", files)
     console.print(table)

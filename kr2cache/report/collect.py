@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from kr2cache.console import count_text
 from kr2cache.errors import CacheError
-from kr2cache.report.records import Collected, Configuration, Run, Sweep, SweepCell, mapping, number, sequence
+from kr2cache.report.records import OLDER, Collected, Configuration, Run, Sweep, SweepCell, mapping, number, sequence
 from kr2cache.runs import is_finished
 
 _SEED_FOLDER = re.compile(r"seed-(\d+)")
@@ -39,6 +40,7 @@ def collect(run_dir: Path) -> Collected:
         except CacheError as error:
             found.notes.append(f"{_relative(path, run_dir)}: {error.message}; the sweep is left out.")
     _note_extra_seeds(found)
+    _note_older_scores(found)
     if not found.configurations:
         reasons = found.notes + [text for sweep in found.sweeps for text in failures(sweep)]
         raise CacheError(
@@ -164,6 +166,17 @@ def _note_extra_seeds(found: Collected) -> None:
         if extra:
             seeds = ", ".join(map(str, extra))
             found.notes.append(f"{one.folder}: no sweep asks for seed {seeds}, so no table shows it.")
+
+
+def _note_older_scores(found: Collected) -> None:
+    """Say which scores were computed in another way than today's."""
+    older = [one.folder for one in found.configurations if "f1" in one.first.scores and one.older("f1")]
+    if older:
+        found.notes.append(
+            f'F1 of {count_text(len(older), "configuration")} is not XTREME\'s and is marked "{OLDER}": an older '
+            "version took CCONJ and SCONJ for one tag. Word accuracy is right, but that F1 chose the epoch. "
+            f"Train them again to compare them. First: {older[0]}."
+        )
 
 
 def _read_object(path: Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from kr2cache.report.records import METHOD_NAMES, Configuration, mean_and_std
+from kr2cache.report.records import METHOD_NAMES, OLDER, Configuration, mean_and_std
 from kr2cache.report.scores import METRICS, percent
 from kr2cache.report.tables import Cell, Record, Table
 
@@ -77,8 +77,8 @@ def _table(task: str, configurations: list[Configuration]) -> Table:
         return [*models, *(one.settings.get(name, "").replace("None", "") for name in settings), one.digits]
 
     def cell(one: Configuration, metric: str) -> Cell:
-        text = _shown(one, metric)
-        return Cell(text, bold=text.split(" ")[0] == best.get(metric))
+        text, older = _shown(one, metric), one.older(metric)
+        return Cell(text, bold=not older and text.split(" ")[0] == best.get(metric), remark=OLDER if older else "")
 
     def record(one: Configuration) -> Record:
         numbers: dict[str, float | None] = {}
@@ -87,7 +87,15 @@ def _table(task: str, configurations: list[Configuration]) -> Table:
             mean, std = mean_and_std(values) if values else (None, None)
             numbers |= {f"{metric}_mean": mean, f"{metric}_std": std}
         described_by = dict(zip(names, described(one), strict=True))
-        return {**described_by, "split": one.split, **numbers, "seeds": len(one.runs), "folder": one.folder}
+        older = any(one.older(metric) for metric in metrics)
+        return {
+            **described_by,
+            "split": one.split,
+            **numbers,
+            "seeds": len(one.runs),
+            "older": older,
+            "folder": one.folder,
+        }
 
     splits = sorted({one.split for one in configurations})
     return Table(
@@ -121,5 +129,6 @@ def _shown(one: Configuration, metric: str) -> str:
 
 
 def _best(configurations: Sequence[Configuration], metric: str) -> str:
-    means = [100 * mean_and_std(values)[0] for one in configurations if (values := one.values(metric))]
+    compared = [one for one in configurations if not one.older(metric)]
+    means = [100 * mean_and_std(values)[0] for one in compared if (values := one.values(metric))]
     return f"{max(means):.1f}" if len(means) > 1 else ""

@@ -13,8 +13,14 @@ from typing import Any
 METHOD_NAMES = {"kreader": "KReader", "kresource": "KResource", "kreader2": "KReader2", "kr2": "KR2", "kd": "KD"}
 """Methods as the paper writes them, in the order of its tables."""
 
+WHOLE_TAGS = 3
+"""The first procedure of training (``config.json``) whose F1 is XTREME's. Before, CCONJ and SCONJ were one tag, and an
+X at the end of a sentence was none."""
+
 _DIGESTS = ("weights", "config", "tokens")
 _NOT_SETTINGS = ("task", "method", "data", "metric", "seed", "fusion")
+OLDER = "older"
+"""Stands beside a score that means something else than today's."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +106,10 @@ class Configuration:
         scores = self.first.scores
         wanted = (self.config.get("metric"), "f1", "accuracy", *sorted(scores))
         return next(str(name) for name in wanted if name in scores)
+
+    def older(self, metric: str) -> bool:
+        """Whether its values of ``metric`` mean something else than today's."""
+        return metric == "f1" and (number(self.config.get("procedure")) or 0) < WHOLE_TAGS
 
     @property
     def settings(self) -> dict[str, str]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from kr2cache.errors import CacheError
 from kr2cache.report import paper
-from kr2cache.report.records import Sweep, SweepCell, mean_and_std
+from kr2cache.report.records import OLDER, Sweep, SweepCell, mean_and_std
 from kr2cache.report.significance import LEVEL, RESAMPLES, Comparer, Comparison
 from kr2cache.report.tables import Cell, Record, Table
 
@@ -24,6 +24,8 @@ class Score:
     mean: float
     std: float | None
     seeds: int
+    older: bool = False
+    """Means something else than today's scores."""
 
     @property
     def shown(self) -> str:
@@ -59,9 +61,9 @@ def sweep_tables(sweep: Sweep, comparer: Comparer, notes: list[str]) -> list[Tab
         comparison = comparisons.get((row, column))
         return Cell(
             score.shown,
-            bold=f"{score.mean:.1f}" == best[column],
+            bold=f"{score.mean:.1f}" == best[column] and not score.older,
             mark=_mark(sweep, row, column, comparison),
-            remark=f"{score.seeds}/{len(planned.seeds)}" if planned and score.seeds < len(planned.seeds) else "",
+            remark=_remark(score, planned),
             under=under,
         )
 
@@ -74,6 +76,7 @@ def sweep_tables(sweep: Sweep, comparer: Comparer, notes: list[str]) -> list[Tab
             "mean": _rounded(score.mean) if score else None,
             "std": _rounded(score.std) if score else None,
             "seeds": score.seeds if score else 0,
+            "older": score.older if score else False,
             "paper": paper.paper_number(sweep.paper, row, column),
             "p_examples": comparison.p_examples if comparison else None,
             "p_seeds": comparison.p_seeds if comparison else None,
@@ -119,7 +122,13 @@ def _score(cell: SweepCell) -> Score | None:
     if cell.configuration is None or not cell.done:
         return None
     values = [100 * value for value in cell.configuration.values(cell.configuration.metric, cell.done)]
-    return Score(*mean_and_std(values), seeds=len(values)) if values else None
+    older = cell.configuration.older(cell.configuration.metric)
+    return Score(*mean_and_std(values), seeds=len(values), older=older) if values else None
+
+
+def _remark(score: Score, planned: SweepCell | None) -> str:
+    seeds = f"{score.seeds}/{len(planned.seeds)}" if planned and score.seeds < len(planned.seeds) else ""
+    return ", ".join(filter(None, (seeds, OLDER if score.older else "")))
 
 
 def _row_mean(sweep: Sweep, row: str, scores: dict[tuple[str, str], Score]) -> Score | None:
@@ -132,12 +141,13 @@ def _row_mean(sweep: Sweep, row: str, scores: dict[tuple[str, str], Score]) -> S
     values = [one.configuration.values(one.configuration.metric, one.done) for one in cells if one.configuration]
     same = len({cell.done for cell in cells}) == 1
     std = mean_and_std([100 * sum(of_seed) / len(cells) for of_seed in zip(*values, strict=True)])[1] if same else None
-    return Score(mean, std, seeds=min(len(cell.done) for cell in cells))
+    older = any(scores[row, column].older for column in sweep.columns)
+    return Score(mean, std, seeds=min(len(cell.done) for cell in cells), older=older)
 
 
 def _best(scores: Iterable[Score | None]) -> str:
     """The highest mean as it is shown, so that what reads as equal is bold together; nothing among fewer than two."""
-    means = [score.mean for score in scores if score is not None]
+    means = [score.mean for score in scores if score is not None and not score.older]
     return f"{max(means):.1f}" if len(means) > 1 else ""
 
 
@@ -210,6 +220,8 @@ def _legend(
         sentences.append(f"Examples: {sizes}.")
     if any(len(cell.done) < len(cell.seeds) for place, cell in sweep.cells.items() if place in scores):
         sentences.append("2/3: two of three seeds are finished.")
+    if any(score.older for score in scores.values()):
+        sentences.append(f"{OLDER}: an F1 in which CCONJ and SCONJ are one tag, as an older version computed it.")
     marks = {_mark(sweep, row, column, comparisons.get((row, column))) for row, column in scores}
     if UNTESTED in marks:
         sentences.append(f"{UNTESTED}: the difference could not be tested.")

@@ -82,6 +82,8 @@ class Comparer:
         scored = [f"{one.folder} has {one.metric} on {one.split}" for one in (this, baseline)]
         if (this.split, this.metric) != (baseline.split, baseline.metric):
             raise CacheError(" and ".join(scored))
+        if len({one.older(one.metric) for one in (this, baseline)}) > 1:
+            raise CacheError("the F1 of one is older than that of the other")
         ours, theirs = (one.values(one.metric, seeds) for one in (this, baseline))
         key = (this.folder, baseline.folder, tuple(seeds))
         if key not in self._p_examples:

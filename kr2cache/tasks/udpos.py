@@ -1,8 +1,12 @@
 """Part-of-speech tagging with Universal Dependencies' UPOS tags: XTREME's ``udpos`` (the data of the paper's tables).
 
 Only lines whose id is a plain integer are words: ``4-5`` is a multiword token, ``8.1`` an empty node (with a real UPOS,
-so looking at the tag would let it through). The first subword of a word carries its label. The score is XTREME's,
-seqeval F1 on the raw tags, and word accuracy; a word that the maximal length cut off counts as wrong in both.
+so looking at the tag would let it through). The first subword of a word carries its label. The scores are XTREME's F1
+and word accuracy; a word that the maximal length cut off counts as wrong in both.
+
+XTREME's F1 was computed by seqeval 0.0.12 on the raw tags. A chunk is a run of words of one tag, except that each word
+tagged SCONJ or SYM is a chunk of its own: their first letter, S, is IOBES's mark for a chunk of one word. A chunk is
+right if its tag, its first and its last word are.
 """
 
 from __future__ import annotations
@@ -33,8 +37,12 @@ LANGUAGES = {
 """Language code to the name of XTREME's configuration, ``udpos.German``."""
 
 LABEL_NUMBER = {tag: number for number, tag in enumerate(UPOS)}
+PREFIXED = tuple(f"{tag[0]}-{tag}" for tag in UPOS)
+"""What seqeval is given for each tag. Since version 1 it takes the first letter of a tag for its prefix and the rest
+for its type: CCONJ and SCONJ would be one type, and X would have none. With prefix and hyphen the whole tag is the
+type, as in 0.0.12."""
 CUT_OFF = "O"
-"""What seqeval is given for a word without a prediction: a tag that is never right."""
+"""What seqeval is given for a word without a prediction: outside every chunk."""
 
 
 class UdPos(Task):
@@ -101,21 +109,32 @@ class UdPos(Task):
         return Example(name, (words,), None)
 
     def score(self, gold: Sequence[Any], predicted: Sequence[Any]) -> dict[str, float]:
-        from seqeval.metrics import f1_score
-
         words = right = cut_off = 0
         for gold_tags, tags in zip(gold, predicted, strict=True):
             words += len(gold_tags)
             cut_off += sum(tag is None for tag in tags)
             right += sum(a == b for a, b in zip(gold_tags, tags, strict=True))
-        with warnings.catch_warnings():
-            # seqeval remarks that NOUN is no IOB tag; XTREME scores the raw tags all the same.
-            warnings.simplefilter("ignore")
-            f1 = f1_score(
-                [[UPOS[tag] for tag in tags] for tags in gold],
-                [[CUT_OFF if tag is None else UPOS[tag] for tag in tags] for tags in predicted],
+        return {"accuracy": accuracy(right, words), "f1": xtreme_f1(gold, predicted), "cut_off_words": cut_off}
+
+
+def xtreme_f1(gold: Sequence[Sequence[int]], predicted: Sequence[Sequence[int | None]]) -> float:
+    """F1 over chunks as seqeval 0.0.12 finds them in raw tags, by today's seqeval.
+
+    Args:
+        gold: A label number a word, one sequence a sentence.
+        predicted: The same, None for a word without a prediction.
+    """
+    from seqeval.metrics import f1_score
+
+    with warnings.catch_warnings():
+        # seqeval remarks that N-NOUN is no IOB tag, and that there is no chunk where every word was cut off.
+        warnings.simplefilter("ignore")
+        return float(
+            f1_score(
+                [[PREFIXED[tag] for tag in tags] for tags in gold],
+                [[CUT_OFF if tag is None else PREFIXED[tag] for tag in tags] for tags in predicted],
             )
-        return {"accuracy": accuracy(right, words), "f1": float(f1), "cut_off_words": cut_off}
+        )
 
 
 def read_conllu(path: Path) -> list[tuple[int, str | None, list[str], list[str]]]:

@@ -49,6 +49,7 @@ def make_run(
         "batch_size": 32,
         "learning_rate": 2e-5,
         "training": {},
+        "procedure": 3,
         "seed": seed,
     }
     if method == "kr2":

@@ -63,6 +63,7 @@ def test_mean_and_std_are_numpys(tmp_path: Path) -> None:
         "mean",
         "std",
         "seeds",
+        "older",
         "paper",
         "p_examples",
         "p_seeds",
@@ -172,6 +173,24 @@ def test_unequal_examples_are_not_compared_and_a_note_says_so(tmp_path: Path) ->
     assert any("?: the difference could not be tested." in sentence for sentence in made.tables[0].legend)
     (note,) = made.notes
     assert note.startswith("Sweep small: KR2 and KReader are not compared on De: the example ids of")
+
+
+def test_an_older_f1_is_marked_and_compared_with_no_other(tmp_path: Path) -> None:
+    two_rows(tmp_path)
+    for seed, score in zip(SEEDS, SCORES[KR2], strict=True):
+        before = {"procedure": 2}
+        make_run(tmp_path, KR2, seed, score, method="kr2", fusion="last4", right=[True] * 20, settings=before)
+    made = report(tmp_path, None)
+    (table,) = made.tables
+    assert [(one.plain, one.bold, one.mark) for one in column(table)] == [
+        ("80.1 ± 0.4", False, ""),
+        ("81.4 ± 0.4 (older)", False, "?"),
+    ]
+    assert "older: an F1 in which CCONJ and SCONJ are one tag" in table.legend[0]
+    assert [row["older"] for row in read_csv(made.folder / "small.csv")] == ["false", "true"]
+    said = " ".join(made.notes)
+    assert "KR2 and KReader are not compared on De: the F1 of one is older" in said
+    assert f"Train them again to compare them. First: {KR2}." in said
 
 
 def test_a_failed_cell_says_so_and_the_reason_is_in_the_page(tmp_path: Path) -> None:
