@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import TYPE_CHECKING
 
 from kr2cache.errors import ConfigError
@@ -44,6 +45,33 @@ def wait_for_gpu() -> None:
         torch.cuda.synchronize()
     if torch.backends.mps.is_available():
         torch.mps.synchronize()
+
+
+OUT_OF_MEMORY = ("MPS backend out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+"""In messages of errors that torch raises as plain RuntimeError."""
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a device, or the computer, had no memory left for a tensor."""
+    import torch
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    return (
+        isinstance(error, torch.OutOfMemoryError)
+        or bool(should_reduce_batch_size(error))
+        or any(part in str(error) for part in OUT_OF_MEMORY)
+    )
+
+
+def drop_unused_memory() -> None:
+    """Give back what torch keeps of a GPU's memory for later, in large blocks, after a shape that did not fit."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.empty_cache()
+    if torch.backends.mps.is_available():
+        torch.mps.empty_cache()
 
 
 def device_name(device: torch.device) -> str:

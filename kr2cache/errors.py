@@ -74,6 +74,10 @@ class DiskSpaceError(KR2CacheError):
     """The disk cannot hold what has to be written."""
 
 
+class DeviceMemoryError(KR2CacheError):
+    """A model, or a batch of it, does not fit into the device's memory."""
+
+
 class ValueRangeError(KR2CacheError, ValueError):
     """A state that the stored dtype cannot hold."""
 

@@ -12,7 +12,9 @@ from transformers import PreTrainedTokenizerBase
 
 from kr2cache.batches import Batcher, SplitData, part_overhead, split_by_length
 from kr2cache.cache.format import offsets
+from kr2cache.device import drop_unused_memory, is_out_of_memory
 from kr2cache.encode import length_sorted_batches
+from kr2cache.errors import DeviceMemoryError
 from kr2cache.forward import cheaper_forward
 from kr2cache.kreader import KReader
 from kr2cache.tasks import Task
@@ -61,7 +63,8 @@ def batches_of(data: SplitData, device: torch.device) -> list[NDArray[np.intp]]:
 def example_logits(
     reader: KReader, data: SplitData, task: Task, tokenizer: PreTrainedTokenizerBase
 ) -> list[NDArray[np.float32]]:
-    """Logits of every example, in order; batches go by length, longest first.
+    """Logits of every example, in order; batches go by length, longest first. One that does not fit into the device's
+    memory is halved: nobody should lose a training to its evaluation.
 
     Returns:
         One array an example: (words, labels) for tagging, at each word's first subword, nan for a word that was cut
@@ -77,9 +80,14 @@ def example_logits(
     was_training = reader.training
     reader.eval()
     with torch.inference_mode(), cheaper_forward(reader, int(data.positions().sum())):
-        for numbers in batches_of(data, device):
-            inputs = {name: tensor.to(device) for name, tensor in batcher.inputs(numbers.tolist()).items()}
-            logits = reader(**inputs)["logits"].float().cpu().numpy()
+        todo = batches_of(data, device)[::-1]
+        while todo:
+            numbers = todo.pop()
+            logits = _logits_if_they_fit(reader, batcher, numbers, device)
+            if logits is None:
+                drop_unused_memory()
+                todo += np.array_split(numbers, 2)[::-1]
+                continue
             if rows is None:  # the first batch says how many labels or choices there are
                 rows = np.full((first_row[-1], logits.shape[-1]), np.nan, dtype=np.float32)
             if is_token:
@@ -90,3 +98,26 @@ def example_logits(
     reader.train(was_training)
     assert rows is not None, "splits without an example are refused"
     return [rows[start:stop] for start, stop in pairwise(first_row.tolist())]
+
+
+def _logits_if_they_fit(
+    reader: KReader, batcher: Batcher, numbers: NDArray[np.intp], device: torch.device
+) -> NDArray[np.float32] | None:
+    """Logits of one batch, on the CPU; None where it does not fit into the device's memory and can be halved.
+
+    Raises:
+        DeviceMemoryError: If one example alone does not fit.
+    """
+    try:
+        inputs = {name: tensor.to(device) for name, tensor in batcher.inputs(numbers.tolist()).items()}
+        logits: NDArray[np.float32] = reader(**inputs)["logits"].float().cpu().numpy()
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        if len(numbers) == 1:
+            raise DeviceMemoryError(
+                f"Example {batcher.data.examples[int(numbers[0])].id!r} does not fit into the memory of {device}.",
+                "Free the device's memory (nvidia-smi shows who has it), or give --device cpu.",
+            ) from None
+        return None
+    return logits

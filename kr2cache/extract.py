@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kr2cache import models, provenance
+from kr2cache import budget, models, provenance
 from kr2cache.cache.create import create_shards, shard_cuts
 from kr2cache.cache.format import SequenceIndex, ShardHeader
 from kr2cache.cache.reader import FeatureCache
@@ -28,10 +28,16 @@ from kr2cache.cache.shard import headers_left
 from kr2cache.cache.writer import CacheWriter
 from kr2cache.console import bytes_text, count_text, done, note, seconds_text, work_progress
 from kr2cache.derive import find_donors, in_ranges, ranges
-from kr2cache.device import choose_device, device_name
+from kr2cache.device import choose_device, device_name, is_out_of_memory
 from kr2cache.digests import config_digest, weights_digest
 from kr2cache.encode import length_sorted_batches, pad
-from kr2cache.errors import CacheError, CacheVersionError, InterruptedWorkError, UnsupportedModelError
+from kr2cache.errors import (
+    CacheError,
+    CacheVersionError,
+    DeviceMemoryError,
+    InterruptedWorkError,
+    UnsupportedModelError,
+)
 from kr2cache.forward import cheaper_forward
 from kr2cache.interrupt import interrupt_between_batches
 from kr2cache.locks import check_writable, only_writer
@@ -43,8 +49,6 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-TOKENS_PER_BATCH = {"cpu": 1_024, "cuda": 16_384, "mps": 4_096}
-"""Positions in one forward pass by device. On 2 CPU cores 1,024 ran 8 to 15 % faster than 4,096 to 8,192."""
 RETURN_MEMORY_EVERY_S = 10.0
 """Without it the memory of 5,000 sentences rose from batch to batch."""
 
@@ -75,6 +79,7 @@ def extract(plan: ExtractPlan) -> ExtractResult:
 
     Raises:
         DiskSpaceError: Before the model is loaded, if the disk cannot hold the cache.
+        DeviceMemoryError: If model or batch do not fit into the device's memory; what is complete is kept.
         InterruptedWorkError: On Ctrl-C; what is complete is kept.
         ValueRangeError: For a state that the stored dtype cannot hold; what is complete is kept.
     """
@@ -142,11 +147,16 @@ def _new_header(
     import torch
 
     device = choose_device(plan.config.device)
-    encoder.to(device)  # type: ignore[arg-type]  # transformers annotates it for itself alone
+    _move(encoder, device, plan)
+    padded = _check_states(plan, encoder)
+    # A CPU's batches are small, and a computer whose memory is short ends the process without an error.
+    fits = device.type == "cpu"
     batch_plan: dict[str, Any] = {
         "order": "longest first",
-        "padded": _check_states(plan, encoder),
-        "tokens_per_batch": plan.config.tokens_per_batch or TOKENS_PER_BATCH.get(device.type, TOKENS_PER_BATCH["cpu"]),
+        "padded": padded,
+        "tokens_per_batch": budget.suiting(plan, device)
+        if fits
+        else budget.that_fits(plan, lambda batch: _run(encoder, plan, batch), device, padded=padded),
         "shard_bytes": int(plan.config.shard_gb * 2**30),
     }
     # No folder of this machine: equal content is equal bytes.
@@ -184,7 +194,7 @@ def fill(plan: ExtractPlan, encoder: PreTrainedModel, folder: Path, header: Shar
         Sequences that went through the model, and sequences that were taken over.
     """
     device = choose_device(plan.config.device)
-    encoder.to(device)  # type: ignore[arg-type]  # transformers annotates it for itself alone
+    _move(encoder, device, plan)
     keep_free_memory()
     for stale in folder.glob("*.partial"):
         stale.unlink()
@@ -200,6 +210,20 @@ def fill(plan: ExtractPlan, encoder: PreTrainedModel, folder: Path, header: Shar
     with _threads(header.provenance.get("recorded", {}).get("threads")):
         computed = _compute(plan, encoder, device, folder, header.batch_plan, planned)
     return computed, taken
+
+
+def _move(encoder: PreTrainedModel, device: torch.device, plan: ExtractPlan) -> None:
+    """Bring the model to the device."""
+    try:
+        encoder.to(device)  # type: ignore[arg-type]  # transformers annotates it for itself alone
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        size = sum(parameter.nbytes for parameter in encoder.parameters())
+        raise DeviceMemoryError(
+            f"{plan.spec.name} takes {bytes_text(size)}; the memory of {device} has no room for it.",
+            "Free the device's memory (nvidia-smi shows who has it), or give --device cpu.",
+        ) from None
 
 
 @contextlib.contextmanager
@@ -280,20 +304,26 @@ def hidden_states(
     """
     import torch
 
+    device = encoder.device
+
+    def moved(array: NDArray[Any]) -> torch.Tensor:
+        # A GPU copies from pinned memory without making this thread wait for the batch that it computes.
+        tensor = torch.from_numpy(array)
+        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
     def tensor(tokens: NDArray[Any], fill: int) -> torch.Tensor:
-        rows = pad([tokens[first[i] : first[i + 1]] for i in sequences], fill)
-        return torch.from_numpy(rows).to(encoder.device, non_blocking=True)
+        return moved(pad([tokens[first[i] : first[i + 1]] for i in sequences], fill))
 
     first = index.first_token
     inputs = {"input_ids": tensor(index.input_id, pad_id)}
     if index.segment_id is not None:
         inputs["token_type_ids"] = tensor(index.segment_id, 0)
-    lengths = torch.from_numpy(index.n_tokens[np.asarray(sequences)]).to(encoder.device, non_blocking=True)
+    lengths = moved(index.n_tokens[np.asarray(sequences)])
     T = inputs["input_ids"].shape[1]
-    inputs["attention_mask"] = (torch.arange(T, device=encoder.device)[None, :] < lengths[:, None]).long()
+    inputs["attention_mask"] = (torch.arange(T, device=device)[None, :] < lengths[:, None]).long()
     autocast = compute_dtype != "float32"
     dtype = getattr(torch, compute_dtype) if autocast else torch.bfloat16
-    with torch.inference_mode(), torch.autocast(encoder.device.type, dtype, enabled=autocast):
+    with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=autocast):
         output = encoder(**inputs, output_hidden_states=True)
     states: tuple[torch.Tensor, ...] = output.hidden_states
     return states
@@ -319,12 +349,22 @@ def _compute(
                 cheaper_forward(encoder, plan.tokens if plan.config.compute_dtype == "float32" else 0),
                 CacheWriter(folder) as writer,
             ):
-                batches = list(_unfinished_batches(plan.index.n_tokens, cuts, writer.unfinished, batch_plan, planned))
+                batches = list(
+                    _unfinished_batches(
+                        plan.index.n_tokens,
+                        cuts,
+                        writer.unfinished,
+                        batch_plan,
+                        planned,
+                        plan.config.tokens_per_batch,
+                    )
+                )
                 progress.update(bar, total=sum(len(batch) for _, batch in batches))
                 started, tokens, speed = time.monotonic(), 0, 0.0
                 for shard, batch in batches:
-                    for ready in pack(shard, batch, cuts[shard], _run(encoder, plan, batch)):
-                        writer.write(ready)
+                    with _fitting(plan, batch, device, folder):
+                        for ready in pack(shard, batch, cuts[shard], _run(encoder, plan, batch)):
+                            writer.write(ready)
                     check_interrupt()
                     return_free_memory(RETURN_MEMORY_EVERY_S)
                     computed += len(batch)
@@ -343,6 +383,25 @@ def _compute(
     return computed
 
 
+@contextlib.contextmanager
+def _fitting(plan: ExtractPlan, batch: NDArray[np.intp], device: torch.device, folder: Path) -> Iterator[None]:
+    """Say which batch did not fit into the device's memory, and what to do."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        longest = int(plan.index.n_tokens[batch].max())
+        less = max(longest, len(batch) * longest // 2)
+        raise DeviceMemoryError(
+            f"{device} ran out of memory at a batch of {count_text(len(batch), 'sequence')} of up to {longest:,} "
+            f"tokens, the first of them {plan.index.ids[batch[0]].decode('utf-8')!r}. What is complete is kept in "
+            f"{folder}.",
+            "Free the device's memory (nvidia-smi shows who has it) and run the same command again, or go on with "
+            f"smaller batches: --tokens-per-batch {less}.",
+        ) from None
+
+
 def _interrupted(folder: Path) -> InterruptedWorkError:
     cache = FeatureCache.open(folder)
     return InterruptedWorkError(
@@ -357,6 +416,7 @@ def _unfinished_batches(
     unfinished: Callable[[int], NDArray[np.bool_]],
     batch_plan: dict[str, Any],
     planned: NDArray[np.bool_],
+    most: int | None,
 ) -> Iterator[tuple[int, NDArray[np.intp]]]:
     """(shard, sequences) of the planned batches that hold something incomplete, whole: a sequence's last bits depend on
     the batch it runs in.
@@ -364,14 +424,22 @@ def _unfinished_batches(
     Args:
         planned: (n,) for which sequences the model was planned. What should have been taken over, but is nowhere any
             more, gets batches of its own.
+        most: Positions that the user wants in a batch; where it is less than was planned, batches are cut further.
     """
-    budget, padded = int(batch_plan["tokens_per_batch"]), bool(batch_plan["padded"])
+    positions, padded = int(batch_plan["tokens_per_batch"]), bool(batch_plan["padded"])
+    if most is not None and most < positions:
+        note(
+            f"Batches of {most:,} positions from here on, where {positions:,} were planned: the last bits of these "
+            "states can differ from those of an uninterrupted run."
+        )
     for shard, (start, stop) in enumerate(pairwise(cuts)):
         todo, here = unfinished(shard), planned[start:stop]
         for members in (np.flatnonzero(here), np.flatnonzero(todo & ~here)):
-            for batch in length_sorted_batches(n_tokens[start + members], budget, padded=padded):
-                if todo[members[batch]].any():
-                    yield shard, members[batch] + start
+            for batch in length_sorted_batches(n_tokens[start + members], positions, padded=padded):
+                whole = members[batch] + start
+                for part in budget.split_further(whole, n_tokens, min(positions, most or positions)):
+                    if todo[part - start].any():
+                        yield shard, part
 
 
 def describe_result(result: ExtractResult) -> None:

@@ -24,6 +24,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from kr2cache import __version__
 from kr2cache.cache.format import SequenceIndex, canonical_json
 from kr2cache.cache.reader import FeatureCache
 from kr2cache.errors import CacheError, ConfigError
@@ -107,14 +108,18 @@ def recorded(device: str, threads: int, model: dict[str, Any]) -> dict[str, Any]
         "threads": threads,
         "platform": platform.platform(),
         "python": platform.python_version(),
-        "versions": _versions(),
+        "versions": library_versions(),
         "model": model,
     }
 
 
 @functools.cache  # each is looked for on the disk, and a sweep asks in every run
-def _versions() -> dict[str, str]:
-    return {name: version(name) for name in ("kr2cache", "torch", "transformers", "tokenizers", "h5py", "numpy")}
+def library_versions() -> dict[str, str]:
+    """The package's own number is its own word: it also runs from a folder, without being installed."""
+    return {
+        "kr2cache": __version__,
+        **{name: version(name) for name in ("torch", "transformers", "tokenizers", "h5py", "numpy")},
+    }
 
 
 def cache_folder(cache_dir: Path, chosen: Chosen, digest: str) -> Path:

@@ -34,7 +34,7 @@ from kr2cache import models, runs
 from kr2cache.batches import WHOLE, Batcher, LengthGroupedSampler, SplitData, StepBatcher, part_overhead
 from kr2cache.config import Projection, TrainConfig
 from kr2cache.console import work_progress
-from kr2cache.device import choose_device
+from kr2cache.device import choose_device, is_out_of_memory
 from kr2cache.distill import soft_loss
 from kr2cache.errors import ConfigError, TrainingError, unknown_name
 from kr2cache.evaluate import predict
@@ -44,6 +44,7 @@ from kr2cache.kreader import KReader, TaskCheckpoint
 from kr2cache.memory import return_free_memory
 from kr2cache.tasks import Task
 from kr2cache.tasks.base import Prediction
+from kr2cache.trial import LongestBatchFirst, out_of_memory
 
 RETURN_MEMORY_EVERY_S = 60.0
 """What is given back has to be asked for again, as long as a step of a small reader takes."""
@@ -195,9 +196,19 @@ class ReaderTrainer(Trainer):
     def log(self, logs: dict[str, float], *arguments: Any, **named: Any) -> None:
         if "loss" in logs and self.soft_losses:
             logs["soft_loss"] = float(torch.stack(self.soft_losses).sum()) / self.batches
-            self.batches = 0
-            self.soft_losses.clear()
+            self._forget_losses()
         super().log(logs, *arguments, **named)
+
+    def try_batch(self, batch: dict[str, Any]) -> None:
+        """Forward and backward, to see whether it fits into memory; nothing of it is left."""
+        self.current_gradient_accumulation_steps = self.args.gradient_accumulation_steps  # set with the first batch
+        self.training_step(self.model_wrapped, batch)
+        self.model_wrapped.zero_grad()
+        self._forget_losses()
+
+    def _forget_losses(self) -> None:
+        self.batches = 0
+        self.soft_losses.clear()
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
@@ -304,10 +315,11 @@ def train_seed(job: Job, seed: int, folder: Path, title: str) -> Trained:
     set_seed(seed)
     reader = job.new_reader()
     train = job.splits["train"]
+    batcher = StepBatcher(Batcher(train, job.task, job.tokenizer), _overhead(arguments))
     trainer = ReaderTrainer(
         model=reader,
         args=arguments,
-        data_collator=StepBatcher(Batcher(train, job.task, job.tokenizer), _overhead(arguments)),
+        data_collator=batcher,
         train_dataset=list(range(len(train.examples))),
         config=job.config,
         positions=train.positions(),
@@ -315,6 +327,8 @@ def train_seed(job: Job, seed: int, folder: Path, title: str) -> Trained:
     trainer.remove_callback(PrinterCallback)
     progress = _Progress(title)
     trainer.add_callback(progress)
+    if arguments.device.type != "cpu":  # a computer whose memory is short ends the process without an error
+        trainer.add_callback(LongestBatchFirst(reader, batcher, trainer.try_batch))
 
     def predicted(split: str) -> list[Prediction]:
         return predict(reader, job.splits[split], job.task, job.tokenizer)
@@ -336,6 +350,10 @@ def train_seed(job: Job, seed: int, folder: Path, title: str) -> Trained:
             trainer.add_callback(on_step)
             trainer.train()
             check()
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise out_of_memory(job.config, arguments.device) from None
     finally:
         progress.bar.stop()
     if not bool(torch.isfinite(torch.nn.utils.get_total_norm(reader.parameters()))):

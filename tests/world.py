@@ -91,6 +91,34 @@ def count_resource_batches() -> Iterator[list[int]]:
         handle.remove()
 
 
+@contextmanager
+def scarce_memory(
+    positions: int, *, after: int = 0, encoder: type[torch.nn.Module] = BertEncoder
+) -> Iterator[list[int]]:
+    """A device with room for so many positions in one forward pass of ``encoder``, which else says what torch does.
+
+    Args:
+        after: The first so many passes fit all the same, as before another program takes the memory.
+
+    Yields:
+        Positions of the passes that fit.
+    """
+    fitted: list[int] = []
+
+    def check(module: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
+        if isinstance(module, encoder):
+            size = inputs[0].shape[0] * inputs[0].shape[1]
+            if size > positions and len(fitted) >= after:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            fitted.append(size)
+
+    handle = torch.nn.modules.module.register_module_forward_pre_hook(check)
+    try:
+        yield fitted
+    finally:
+        handle.remove()
+
+
 def predictions(run: Path, split: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / f"predictions-{split}.jsonl").read_text("utf-8").splitlines()]
 

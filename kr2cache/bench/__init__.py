@@ -20,7 +20,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +31,7 @@ from kr2cache.config import ExtractConfig, TrainConfig
 from kr2cache.console import bytes_text, console
 from kr2cache.device import choose_device, device_name, wait_for_gpu
 from kr2cache.memory import peak_of
+from kr2cache.provenance import library_versions
 
 if TYPE_CHECKING:
     from torch import nn
@@ -270,7 +270,7 @@ def bench(config: BenchConfig) -> dict[str, Any]:
             "device": device_name(choose_device(config.extraction.device)),
             "cores": os.cpu_count(),
             "threads": _threads(),
-            "versions": {name: version(name) for name in ("kr2cache", "torch", "transformers", "h5py", "numpy")},
+            "versions": library_versions(),
         },
         "repeats": config.repeats,
         "races": [one.json() for one in races],
