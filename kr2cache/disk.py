@@ -18,6 +18,17 @@ def free_bytes(path: Path) -> int:
     return shutil.disk_usage(path).free
 
 
+def check_room(folder: Path, needed: int, what: str, remedy: str) -> None:
+    """Raise ``DiskSpaceError`` if the disk of ``folder`` has fewer than ``needed`` bytes free.
+
+    Args:
+        what: Needs them, as the beginning of a sentence.
+    """
+    free = free_bytes(folder)
+    if free < needed:
+        raise DiskSpaceError(f"{what} needs {needed:,} bytes in {folder}, {free:,} are free.", remedy)
+
+
 def reserve(descriptor: int, size: int) -> bool:
     """Reserve space where the platform can; elsewhere (False) a full disk is noticed when it is written to."""
     if not hasattr(os, "posix_fallocate"):

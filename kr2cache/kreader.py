@@ -229,7 +229,8 @@ class KReader(nn.Module):
 
     def save(self, folder: Path) -> None:
         """Write the task model as transformers does, and beside it what makes it a KReader."""
-        self.model.save_pretrained(folder)
+        with models.quiet():
+            self.model.save_pretrained(folder)
         about: dict[str, Any] = {"head": self.head}
         if self.fusion is not None:
             extras = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("model.")}
@@ -242,8 +243,11 @@ class KReader(nn.Module):
         (folder / EXTRAS_CONFIG).write_text(json.dumps(about, indent=2) + "\n", "utf-8")
 
     @classmethod
-    def load(cls, folder: str | Path) -> KReader:
+    def load(cls, folder: str | Path, *, trust_remote_code: bool = False) -> KReader:
         """The KReader that ``save`` wrote (``reader/`` of a run folder), ready to predict.
+
+        Args:
+            trust_remote_code: Run Python code that came with the model that it was trained from.
 
         Raises:
             CacheError: If the folder was not written by ``save``.
@@ -255,7 +259,10 @@ class KReader(nn.Module):
             raise CacheError(
                 f"{folder} is not a trained KReader: {EXTRAS_CONFIG} cannot be read.", "Give reader/ of a run folder."
             ) from error
-        model = HEADS[about["head"]].from_pretrained(folder, dtype=torch.float32)
+        with models.quiet():
+            model = HEADS[about["head"]].from_pretrained(
+                folder, dtype=torch.float32, trust_remote_code=trust_remote_code
+            )
         if "fusion" not in about:
             return cls(model, about["head"]).eval()
         fusion = Fusion(**{**about["fusion"], "layers": tuple(about["fusion"]["layers"])})
@@ -297,15 +304,20 @@ class TaskCheckpoint:
         self._loaded: tuple[type[PreTrainedModel], dict[str, Tensor]] | None = None
         """Its class, and the weights that the files have."""
 
+    def task_config(self) -> PretrainedConfig:
+        """The configuration of a reader: the checkpoint's with the task's labels."""
+        config = copy.deepcopy(self.config)
+        if self.head != "choice":
+            config.id2label = dict(enumerate(self.labels))
+            config.label2id = {label: number for number, label in enumerate(self.labels)}
+        return config
+
     def task_model(self) -> PreTrainedModel:
         """A new model over these weights, in float32; its head is new, drawn from torch's current random state.
 
         Always float32: transformers keeps a checkpoint's float16, and AdamW then gives nan.
         """
-        config = copy.deepcopy(self.config)
-        if self.head != "choice":
-            config.id2label = dict(enumerate(self.labels))
-            config.label2id = {label: number for number, label in enumerate(self.labels)}
+        config = self.task_config()
         if self._loaded is not None:
             architecture, weights = self._loaded
             copies = {name: tensor.clone() for name, tensor in weights.items()}

@@ -266,23 +266,26 @@ def _download(hub_id: str, revision: str | None) -> Path:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Loading without transformers' reports: what matters in them is checked here and said in our own words."""
+def quiet() -> Iterator[None]:
+    """Loading and saving without transformers' reports: what matters in them is checked here and said in our own
+    words. Afterwards transformers reports as before."""
     from transformers.utils import logging
 
-    level = logging.get_verbosity()
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
         logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 @contextlib.contextmanager
 def _explained(spec: ModelSpec, what: str) -> Iterator[None]:
     try:
-        with _quiet():
+        with quiet():
             yield
     except KR2CacheError:
         raise

@@ -19,7 +19,7 @@ from rich.text import Text
 
 from kr2cache import models, provenance, runs
 from kr2cache.config import TrainConfig
-from kr2cache.console import console, count_text, note, seconds_text
+from kr2cache.console import console, count_text, failed, note, seconds_text
 from kr2cache.console import done as said
 from kr2cache.device import choose_device
 from kr2cache.errors import InterruptedWorkError
@@ -29,7 +29,7 @@ from kr2cache.prepare import Prepared, prepare
 from kr2cache.shared import Shared
 from kr2cache.tasks import Task
 from kr2cache.teacher import SEED, Lesson, Teacher
-from kr2cache.train import RETURN_MEMORY_EVERY_S, Job, Trained, train_seed, write_trained
+from kr2cache.train import RETURN_MEMORY_EVERY_S, Job, Trained, train_seed, write_reader, write_trained
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,13 +152,12 @@ def _train_seeds(prepared: Prepared, lesson: Lesson | None, keep: Callable[[Trai
                 trained = train_seed(job, seed, partial, f"{folder.name.rpartition('-')[0]} seed {seed}")
                 seconds = time.monotonic() - started
                 if writes:
-                    write_trained(job, trained, partial)
                     recorded = _recorded(prepared, lesson) | {
                         "seconds": round(seconds, 1),
                         "seconds_in_steps": round(trained.step_seconds, 1),
                         "resource_sequences_read": _sequences_read(job) - read_before,
                     }
-                    runs.write_json(partial / "config.json", {"config": config, "recorded": recorded})
+                    _write_run(job, trained, partial, {"config": config, "recorded": recorded})
                     runs.finish_run(partial, target)
             except BaseException as error:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -184,6 +183,35 @@ def _train_seeds(prepared: Prepared, lesson: Lesson | None, keep: Callable[[Trai
             gc.collect()
             return_free_memory(RETURN_MEMORY_EVERY_S)
     return done
+
+
+def _write_run(job: Job, trained: Trained, folder: Path, content: dict[str, Any]) -> None:
+    """Write the folder of a run, the scores first. If the reader cannot be saved, the scores are kept without it."""
+    seed = content["config"]["seed"]
+    try:
+        write_trained(job, trained, folder)
+        runs.write_json(folder / "config.json", content)
+    except OSError:
+        scores = "; ".join(
+            f"{split}: {', '.join(f'{name} {value:.4g}' for name, value in one.items())}"
+            for split, one in trained.metrics.items()
+        )
+        failed(f"The scores of seed {seed} cannot be written. They are: {scores}.")
+        raise
+    if not job.config.keep_readers:
+        return
+    try:
+        write_reader(job, trained.reader, folder / runs.READER)
+    except Exception as error:  # a full disk, or code that comes with a model: the scores do not need the reader
+        runs.drop_reader(folder)
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        content["recorded"]["reader_lost"] = reason
+        runs.write_json(folder / "config.json", content)
+        failed(
+            f"The trained reader of seed {seed} could not be saved and is lost: {reason}. Its "
+            "scores and predictions are kept. To have the reader, mend the cause, remove the folder of this seed and "
+            "train it again."
+        )
 
 
 def _recorded(prepared: Prepared, lesson: Lesson | None) -> dict[str, Any]:

@@ -128,12 +128,13 @@ class Predictor:
         if not (folder / runs.READER).is_dir():
             raise CacheError(
                 f"{folder} holds no trained reader: there is no {runs.READER}/ in it.",
-                f"It was dropped to save disk, or not copied. Copy it whole, or remove {folder} and train again.",
+                f"{runs.why_no_reader(folder)} To have one, remove {folder} and train again.",
             )
         chosen_device = choose_device(device)
         name = str(config["reader"]["name"])
-        tokenizer = load_tokenizer(trained_spec(name, folder / runs.READER, models), words=task.words)
-        reader = _load_reader(folder / runs.READER, task)
+        spec = trained_spec(name, folder / runs.READER, models)
+        tokenizer = load_tokenizer(spec, words=task.words)
+        reader = _load_reader(folder / runs.READER, task, trust_remote_code=spec.trust_remote_code)
         if (reader.fusion is None) != ("resource" not in config):
             raise CacheError(
                 f"{folder / runs.READER} is not the reader that {folder}/config.json describes: only one of them has a "
@@ -293,9 +294,9 @@ def _read_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return config, (content["recorded"].get("model") or {}).get("resource") or {}
 
 
-def _load_reader(folder: Path, task: Task) -> KReader:
+def _load_reader(folder: Path, task: Task, *, trust_remote_code: bool) -> KReader:
     try:
-        reader = KReader.load(folder)
+        reader = KReader.load(folder, trust_remote_code=trust_remote_code)
     except KR2CacheError:
         raise
     except Exception as error:  # a damaged file makes transformers, safetensors and torch raise almost anything

@@ -94,6 +94,7 @@ def prepare(config: TrainConfig, shared: Shared) -> Prepared:
         task=task,
         checkpoint=checkpoint,
         tokenizer=tokenizer,
+        tokenizer_files=shared.tokenizer_files(checkpoint, task, config) if config.keep_readers else {},
         splits=splits,
         config=config,
     )

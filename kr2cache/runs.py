@@ -73,6 +73,16 @@ def drop_temporary_reader(folder: Path) -> None:
         drop_reader(folder)
 
 
+def why_no_reader(folder: Path) -> str:
+    """Why a finished run has no trained reader, as a sentence."""
+    recorded = read_config(folder)["recorded"]
+    if reason := recorded.get("reader_lost"):
+        return f"It could not be saved when the run was trained: {reason}."
+    if recorded.get("temporary_reader"):
+        return "A sweep drops the readers of its runs to save disk; kr2cache sweep --keep-readers keeps them."
+    return "It was removed, or not copied: copy the run's folder whole."
+
+
 def is_finished(folder: Path) -> bool:
     return (folder / "metrics.json").is_file()
 
@@ -137,8 +147,10 @@ def read_fusion(folder: Path) -> dict[str, Any] | None:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Readable JSON with a final newline."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + os.linesep, "utf-8")
+    """Readable JSON with a final newline. If it cannot be written, the file is what it was before."""
+    new = path.with_name(path.name + ".new")
+    new.write_text(json.dumps(value, indent=2, ensure_ascii=False) + os.linesep, "utf-8")
+    new.replace(path)
 
 
 def write_predictions(path: Path, rows: Iterable[tuple[str, Any, Any]]) -> None:

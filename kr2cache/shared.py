@@ -16,13 +16,17 @@ from transformers import PreTrainedTokenizerBase
 
 from kr2cache import models
 from kr2cache.cache.format import SequenceIndex, canonical_json, text_xxh3
+from kr2cache.config import TrainConfig
 from kr2cache.encode import encode_examples
 from kr2cache.errors import DataError, MissingSplitError
 from kr2cache.kreader import TaskCheckpoint
 from kr2cache.tasks import Example, Task
+from kr2cache.tokenizer_files import proven_files
 
 CHECKPOINTS = 3
 """Kept at most: a table's rows train the reader, the resource and a distilled one in turn."""
+SAMPLE = 64
+"""Examples on which a tokenizer that was loaded again has to give the same tokens."""
 
 
 class CorpusSplit:
@@ -79,6 +83,7 @@ class Shared:
     def __init__(self) -> None:
         self._corpus: tuple[tuple[Any, ...], Corpus] | None = None
         self._tokenizers: dict[tuple[str, bool], PreTrainedTokenizerBase] = {}
+        self._tokenizer_files: dict[tuple[str, bool], dict[str, bytes]] = {}
         self._checkpoints: OrderedDict[tuple[Any, ...], TaskCheckpoint] = OrderedDict()
 
     def corpus(self, task: Task, data: str | None, limit: int | None) -> Corpus:
@@ -95,6 +100,34 @@ class Shared:
         if key not in self._tokenizers:
             self._tokenizers[key] = models.load_tokenizer(spec, words=words)
         return self._tokenizers[key]
+
+    def tokenizer_files(self, checkpoint: TaskCheckpoint, task: Task, config: TrainConfig) -> dict[str, bytes]:
+        """``proven_files`` of a reader's tokenizer, proven on the first examples of the training split.
+
+        Raises:
+            UnsupportedModelError: If it cannot be saved so that it can be loaded again.
+        """
+        spec = checkpoint.spec
+        key = (repr(spec), task.words)
+        if key not in self._tokenizer_files:
+            tokenizer = self.tokenizer(spec, words=task.words)
+            sample = self.corpus(task, config.data, config.limit).splits["train"].examples[:SAMPLE]
+
+            def tokens(of: PreTrainedTokenizerBase) -> tuple[Any, ...]:
+                index = encode_examples(of, sample, task, config.max_length)
+                segments = None if index.segment_id is None else index.segment_id.tolist()
+                return index.input_id.tolist(), index.word_index.tolist(), segments, models.pad_id(of)
+
+            before = tokens(tokenizer)
+            self._tokenizer_files[key] = proven_files(
+                tokenizer,
+                checkpoint.task_config(),
+                spec,
+                config.models,
+                words=task.words,
+                same=lambda again: tokens(again) == before,
+            )
+        return self._tokenizer_files[key]
 
     def checkpoint(self, spec: models.ModelSpec, task: Task) -> TaskCheckpoint:
         """The checkpoint that a reader of ``task`` starts from."""

@@ -146,10 +146,11 @@ class Teacher:
         """
         for folder in self.folders:
             if (folder / runs.READER).is_dir():
-                return self.from_trained(KReader.load(folder / runs.READER))
+                trusted = self._spec(folder).trust_remote_code
+                return self.from_trained(KReader.load(folder / runs.READER, trust_remote_code=trusted))
         if self.prepared is None:
             raise CacheError(
-                f"{self.folders[0]} holds no trained reader any more.",
+                f"{self.folders[0]} holds no trained reader. {runs.why_no_reader(self.folders[0])}",
                 f"Remove {self.folders[0]} and train it again, or give the teacher by its model.",
             )
         return None
@@ -160,8 +161,7 @@ class Teacher:
         if self.prepared is not None:
             data, tokenizer = self.prepared.job.splits["train"], self.prepared.job.tokenizer
         else:
-            spec = models.trained_spec(self.name, self.folders[0] / runs.READER, job.config.models)
-            tokenizer = models.load_tokenizer(spec, words=job.task.words)
+            tokenizer = models.load_tokenizer(self._spec(self.folders[0]), words=job.task.words)
             max_length = int(runs.read_config(self.folders[0])["config"]["reader"]["max_length"])
             examples = job.splits["train"].examples
             data = SplitData(examples=examples, index=encode_examples(tokenizer, examples, job.task, max_length))
@@ -172,6 +172,10 @@ class Teacher:
         )
         logits.save(self.path, self.fingerprint)
         return self._lesson(logits, computed=True)
+
+    def _spec(self, folder: Path) -> models.ModelSpec:
+        """The trained reader of the run in ``folder``."""
+        return models.trained_spec(self.name, folder / runs.READER, self.student.job.config.models)
 
     def _lesson(self, logits: TeacherLogits, *, computed: bool) -> Lesson:
         train = self.student.job.splits["train"]

@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from kr2cache.batches import WHOLE, Batcher, LengthGroupedSampler, SplitData, St
 from kr2cache.config import Projection, TrainConfig
 from kr2cache.console import work_progress
 from kr2cache.device import choose_device, is_out_of_memory
+from kr2cache.disk import check_room
 from kr2cache.distill import soft_loss
 from kr2cache.errors import ConfigError, TrainingError, unknown_name
 from kr2cache.evaluate import predict
@@ -58,6 +59,8 @@ class Job:
     checkpoint: TaskCheckpoint
     """What every reader starts from."""
     tokenizer: PreTrainedTokenizerBase
+    tokenizer_files: Mapping[str, bytes]
+    """What a kept reader's tokenizer is loaded from: file name to content. Empty where readers are not kept."""
     splits: dict[str, SplitData]
     """``train``, and ``dev`` and ``test`` where they have gold labels."""
     config: TrainConfig
@@ -314,6 +317,13 @@ def train_seed(job: Job, seed: int, folder: Path, title: str) -> Trained:
         settings.non_blocking = False
     set_seed(seed)
     reader = job.new_reader()
+    if job.config.keep_readers:
+        check_room(
+            folder,
+            sum(tensor.nbytes for tensor in reader.state_dict().values()) + sum(map(len, job.tokenizer_files.values())),
+            "The trained reader",
+            "Make room, or give another --run-dir.",
+        )
     train = job.splits["train"]
     batcher = StepBatcher(Batcher(train, job.task, job.tokenizer), _overhead(arguments))
     trainer = ReaderTrainer(
@@ -390,7 +400,7 @@ def train_seed(job: Job, seed: int, folder: Path, title: str) -> Trained:
 
 
 def write_trained(job: Job, trained: Trained, folder: Path) -> None:
-    """What a run folder holds beside config.json: metrics, history, predictions, fusion weights, the reader itself."""
+    """What a run folder holds beside config.json and the reader: metrics, history, predictions, fusion weights."""
     names = job.task.labels
 
     def named(label: Any) -> Any:
@@ -418,7 +428,12 @@ def write_trained(job: Job, trained: Trained, folder: Path) -> None:
                 "projection": job.projection,
             },
         )
-    if job.config.keep_readers:
-        trained.reader.save(folder / runs.READER)
-        job.tokenizer.save_pretrained(folder / runs.READER)
     runs.write_json(folder / "metrics.json", trained.metrics)
+
+
+def write_reader(job: Job, reader: KReader, folder: Path) -> None:
+    """The trained reader with its tokenizer, in a folder of its own."""
+    reader.save(folder)
+    for name, content in job.tokenizer_files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)

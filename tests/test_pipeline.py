@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import json
 import re
 import shutil
@@ -251,22 +250,6 @@ def test_an_interrupted_run_is_no_run(world: World) -> None:
     assert again.runs[0].metrics == result.runs[0].metrics
     assert sorted(path.name for path in folder.parent.iterdir()) == ["seed-1"]
     assert not (folder / "left-over").exists()
-
-
-def test_a_run_that_cannot_be_written_leaves_nothing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = KReader.save
-
-    def full(reader: KReader, folder: Path) -> None:
-        whole(reader, folder)
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(KReader, "save", full)
-        with pytest.raises(OSError, match="No space"):
-            world.train(epochs=1.0)
-    (folder,) = (world.folder / "runs" / "udpos").iterdir()
-    assert list(folder.iterdir()) == []
-    assert world.train(epochs=1.0).runs[0].folder.parent == folder
 
 
 # Other settings and data are other runs ------------------------------------------------------------------------------

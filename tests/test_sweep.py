@@ -14,7 +14,15 @@ from world import World
 from kr2cache import cli, pipeline, sweep
 from kr2cache.config import TrainConfig
 from kr2cache.defaults import TRAIN_OPTIONS
-from kr2cache.errors import ConfigError, InterruptedWorkError, KR2CacheError, TrainingError, UnknownNameError
+from kr2cache.errors import (
+    CacheError,
+    ConfigError,
+    InterruptedWorkError,
+    KR2CacheError,
+    TrainingError,
+    UnknownNameError,
+)
+from kr2cache.predict import Predictor
 from kr2cache.sweep import Sweep, SweepResult, read_grid
 
 ROOT = Path(__file__).parents[1]
@@ -343,6 +351,9 @@ def test_readers_are_dropped_unless_asked_for(world: World) -> None:
     result = planned(world, seeds="1").run()
     assert readers(world) == []
     assert all(cell.result is not None for cell in result.cells)
+    assert result.cells[0].result is not None
+    with pytest.raises(CacheError, match=r"kr2cache sweep --keep-readers"):
+        Predictor.load(result.cells[0].result.runs[0].folder, device="cpu")
     planned(world, keep_readers=True, seeds="1,2").run()
     assert {path.parts[-3] for path in readers(world)} == {"seed-2"}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -112,4 +113,72 @@ def save_corpus(folder: Path, *, train: int = 12, dev: int = 5, test: int = 6) -
         if count:
             text = conllu(sentences(count, seed=seed), prefix=f"{split}-s")
             (folder / f"{split}.conllu").write_text(text, "utf-8")
+    return folder
+
+
+CODE_TOKENIZER = '''\
+import os
+
+from transformers import PreTrainedTokenizer
+
+
+class {name}(PreTrainedTokenizer):
+    """A token is a letter."""
+
+    vocab_files_names = {{"vocab_file": "letters.txt"}}
+
+    def __init__(self, vocab_file, **settings):
+        with open(vocab_file, encoding="utf-8") as file:
+            self.letters = file.read().split("\\n")
+        super().__init__(**settings)
+
+    @property
+    def vocab_size(self):
+        return len(self.letters)
+
+    def get_vocab(self):
+        return {{letter: number for number, letter in enumerate(self.letters)}}
+
+    def _tokenize(self, text):
+        return list(text)
+
+    def _convert_token_to_id(self, token):
+        return self.letters.index(token) if token in self.letters else self.letters.index("<unk>")
+
+    def _convert_id_to_token(self, number):
+        return self.letters[number]
+
+    def save_vocabulary(self, save_directory{prefix}):
+        path = os.path.join(save_directory, "letters.txt")
+        with open(path, "w", encoding="utf-8") as file:
+            file.write("\\n".join({saved}))
+        return (path,)
+'''
+PREFIX = ", filename_prefix=None"
+"""What transformers 5 gives to ``save_vocabulary``. KoBERT's tokenizer does not take it."""
+
+
+def use_code_tokenizer(
+    folder: Path,
+    reference: str = "tokenization_letters.LettersTokenizer",
+    *,
+    prefix: str = PREFIX,
+    saved: str = "self.letters",
+    auto_map: Any = None,
+) -> Path:
+    """Give the model in ``folder`` a tokenizer that is code, as KoBERT has.
+
+    Args:
+        reference: Module and class of the code.
+        saved: The letters that ``save_vocabulary`` writes.
+        auto_map: Of tokenizer_config.json; by default what the hub's models have.
+    """
+    module, _, name = reference.partition(".")
+    for path in folder.glob("*token*"):
+        path.unlink()
+    (folder / f"{module}.py").write_text(CODE_TOKENIZER.format(name=name, prefix=prefix, saved=saved), "utf-8")
+    (folder / "letters.txt").write_text("\n".join(VOCABULARY), "utf-8")
+    special = {"pad_token": "<pad>", "unk_token": "<unk>", "cls_token": "<s>", "sep_token": "</s>"}
+    settings = {"auto_map": auto_map or {"AutoTokenizer": [reference, None]}, "tokenizer_class": name, **special}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), "utf-8")
     return folder
