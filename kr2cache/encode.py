@@ -179,8 +179,10 @@ class FirstSubwords:
         differs[first] = True  # the last one is the end
         tokens = np.flatnonzero(differs[:-1] & (words != SPECIAL))
         self._first = np.searchsorted(tokens, first)
+        self.counts = np.diff(self._first)
+        """(sequences,): how many words are there."""
         self._words = words[tokens]
-        self._tokens = tokens - np.repeat(first[:-1], np.diff(self._first))
+        self._tokens = tokens - np.repeat(first[:-1], self.counts)
 
     def __getitem__(self, sequence: int) -> tuple[NDArray[np.intp], NDArray[np.int32]]:
         """Token positions within the sequence and the words they start, each of shape (words that are there,)."""
@@ -193,6 +195,66 @@ class FirstSubwords:
         counts = self._first[sequences + 1] - starts
         at = places_in(starts, counts)
         return np.repeat(np.arange(len(sequences)), counts), self._tokens[at], self._words[at]
+
+
+class MissingWords(NamedTuple):
+    """How many words have no token, so neither a state nor a label."""
+
+    cut_off: int
+    """Their text has more tokens than the maximal length."""
+    no_token: int
+    """The tokenizer turns them into nothing: a zero-width space, a soft hyphen."""
+
+    @property
+    def total(self) -> int:
+        return self.cut_off + self.no_token
+
+    def reasons(self, max_length: int, option: str) -> str:
+        """In words, how many of which: ``2 cut off at 128 tokens (--max-length), 1 that becomes no token``."""
+        parts = [f"{self.cut_off:,} cut off at {max_length} tokens ({option})"] if self.cut_off else []
+        if self.no_token:
+            becomes = "becomes" if self.no_token == 1 else "become"
+            parts.append(f"{self.no_token:,} that {becomes} no token (such as a zero-width space)")
+        return ", ".join(parts)
+
+
+def missing_words(
+    index: SequenceIndex,
+    texts: Sequence[Sequence[str]],
+    max_length: int,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> MissingWords:
+    """Count the words without a token, and why they have none.
+
+    Args:
+        index: The sequences, whether tokenised now or read from a cache.
+        texts: The words of each sequence.
+        max_length: What the sequences were cut to, at their end or at their beginning.
+        tokenizer: Decides about words at the ends of a text that fills the maximal length; without it they count as
+            cut off.
+    """
+    first_subwords = FirstSubwords(index)
+    edges: list[str] = []
+    total = 0
+    for i in np.flatnonzero(first_subwords.counts < np.array([len(text) for text in texts])).tolist():
+        words, (_, there) = texts[i], first_subwords[i]
+        absent = sorted(set(range(len(words))).difference(there.tolist()))
+        total += len(absent)
+        if index.n_tokens[i] >= max_length:
+            # Cutting takes words from one end; what is missing between two words that are there was never a token.
+            edges += [words[k] for k in absent if not len(there) or not there.min() < k < there.max()]
+    nothing = _that_become_nothing(tokenizer, set(edges)) if tokenizer is not None else set()
+    cut_off = sum(word not in nothing for word in edges)
+    return MissingWords(cut_off=cut_off, no_token=total - cut_off)
+
+
+def _that_become_nothing(tokenizer: PreTrainedTokenizerBase, words: set[str]) -> set[str]:
+    """Those of ``words`` that have no token even alone."""
+    align = _encode_fast if tokenizer.is_fast else _encode_word_by_word
+    alone = sorted(words)
+    room = tokenizer.num_special_tokens_to_add() + 1
+    aligned = align(tokenizer, [(word,) for word in alone], True, room) if alone else []
+    return {word for word, one in zip(alone, aligned, strict=True) if all(i == SPECIAL for i in one.word_index)}
 
 
 def length_sorted_batches(

@@ -25,7 +25,7 @@ POSITIONS_PER_BATCH = {"cpu": 2_048, "cuda": 32_768}
 
 
 def predict(reader: KReader, data: SplitData, task: Task, tokenizer: PreTrainedTokenizerBase) -> list[Prediction]:
-    """Label numbers for every example, in order; None for a word that was cut off."""
+    """Label numbers for every example, in order; None for a word without a token."""
     return most_likely(example_logits(reader, data, task, tokenizer), task)
 
 
@@ -44,8 +44,8 @@ def most_likely(logits: Sequence[NDArray[np.float32]], task: Task) -> list[Predi
     if task.head != "token":
         return list(best)
     labels: list[int | None] = list(best)
-    for cut_off in np.flatnonzero(unknown[:, 0]).tolist():
-        labels[cut_off] = None
+    for word in np.flatnonzero(unknown[:, 0]).tolist():
+        labels[word] = None
     return [labels[start:stop] for start, stop in pairwise(offsets(np.array([len(one) for one in logits])).tolist())]
 
 
@@ -67,8 +67,8 @@ def example_logits(
     memory is halved: nobody should lose a training to its evaluation.
 
     Returns:
-        One array an example: (words, labels) for tagging, at each word's first subword, nan for a word that was cut
-        off; else (1, labels or choices).
+        One array an example: (words, labels) for tagging, at each word's first subword, nan for a word without a
+        token; else (1, labels or choices).
     """
     device = next(reader.parameters()).device
     batcher = Batcher(data, task, tokenizer)

@@ -249,13 +249,13 @@ def describe_training(result: TrainResult) -> None:
     table.add_column("seed", justify="right")
     for name in names:
         table.add_column(f"{name} %", justify="right")
-    cut_off = "cut_off_words" in mean[split]
-    if cut_off:
-        table.add_column("words cut off", justify="right")
+    tags_words = "cut_off_words" in mean[split]
+    if tags_words:
+        table.add_column("words without a label", justify="right")
     table.add_column("time", justify="right")
     for run in result.runs:
         cells = [f"{100 * run.metrics[split][name]:.1f}" for name in names]
-        cells += [f"{run.metrics[split]['cut_off_words']:.0f}"] if cut_off else []
+        cells += [f"{run.metrics[split]['cut_off_words']:.0f}"] if tags_words else []
         table.add_row(str(run.seed), *cells, "there" if run.seconds is None else seconds_text(run.seconds))
     table.add_section()
     table.add_row("mean", *(f"[bold]{100 * mean[split][name]:.1f}[/]" for name in names))

@@ -7,7 +7,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-import numpy as np
 from rich.text import Text
 
 from kr2cache import models, provenance
@@ -17,7 +16,7 @@ from kr2cache.config import COMPUTE_DTYPES, ExtractConfig
 from kr2cache.console import bytes_text, console, count_text, note, ranges_text
 from kr2cache.device import choose_device
 from kr2cache.disk import free_bytes
-from kr2cache.encode import check_token_ids, encode_examples
+from kr2cache.encode import MissingWords, check_token_ids, encode_examples, missing_words
 from kr2cache.errors import ConfigError, DiskSpaceError, unknown_name
 from kr2cache.fusion import parse_layers
 from kr2cache.tasks import Example, find_task
@@ -36,8 +35,8 @@ class ExtractPlan:
     pad_id: int
     template: str
     corpus: str
-    words_cut_off: int
-    """Of a task of words: how many get no states, since their sentence has more tokens than the maximal length."""
+    missing_words: MissingWords
+    """Of a task of words: how many get no states."""
 
     @property
     def tokens(self) -> int:
@@ -108,15 +107,9 @@ def plan_extraction(config: ExtractConfig, examples: Sequence[Example] | None = 
         pad_id=models.pad_id(tokenizer),
         template=task.template,
         corpus=task.corpus(config.data),
-        words_cut_off=_words_cut_off(index, examples, config.max_length) if task.words else 0,
-    )
-
-
-def _words_cut_off(index: SequenceIndex, examples: Sequence[Example], max_length: int) -> int:
-    first = index.first_token
-    return sum(
-        len(examples[i].texts[0]) - 1 - int(index.word_index[first[i] : first[i + 1]].max())
-        for i in np.flatnonzero(index.n_tokens == max_length).tolist()
+        missing_words=missing_words(index, [example.texts[0] for example in examples], config.max_length, tokenizer)
+        if task.words
+        else MissingWords(0, 0),
     )
 
 
@@ -171,7 +164,8 @@ def describe(plan: ExtractPlan) -> None:
     console.print(said, soft_wrap=True)
     longest = f"{plan.config.max_length} tokens (--max-length)"
     filled = int((plan.index.n_tokens == plan.config.max_length).sum())
-    if plan.words_cut_off:
-        note(f"No states for {count_text(plan.words_cut_off, 'word')}: their sentences have more than {longest}.")
+    if missing := plan.missing_words.total:
+        reasons = plan.missing_words.reasons(plan.config.max_length, "--max-length")
+        note(f"No states for {count_text(missing, 'word')}: {reasons}.")
     elif filled and not find_task(plan.config.task).words:
         note(f"{count_text(filled, 'sequence')} of {longest}: what is longer was cut to that.")

@@ -30,7 +30,7 @@ from kr2cache.batches import SplitData
 from kr2cache.cache.format import SequenceIndex
 from kr2cache.device import choose_device
 from kr2cache.digests import config_digest, weights_digest
-from kr2cache.encode import check_token_ids, encode, encode_examples
+from kr2cache.encode import MissingWords, check_token_ids, encode, encode_examples, missing_words
 from kr2cache.errors import (
     CacheError,
     CacheMismatchError,
@@ -62,7 +62,7 @@ class Predicted:
 
     id: str
     predicted: list[str | None] | str
-    """The label; for tagging one a word, None for a word that the maximal length cut off."""
+    """The label; for tagging one a word, None for a word without a token."""
     scores: dict[str, float] | None
     """The probability of every label; None for tagging."""
 
@@ -188,6 +188,11 @@ class Predictor:
         data = SplitData(examples=examples, index=index, features=features)
         with cheaper_forward(self.resource.encoder, len(features.index.input_id)):
             return example_logits(self.reader, data, self.task, self.tokenizer)
+
+    def missing_words(self, examples: Sequence[Example]) -> MissingWords:
+        """How many words of these examples get no label, and why (tagging)."""
+        index = encode_examples(self.tokenizer, examples, self.task, self.max_length)
+        return missing_words(index, [example.texts[0] for example in examples], self.max_length, self.tokenizer)
 
     def online_features(self, resource: OnlineResource, index: SequenceIndex) -> OnlineFeatures:
         """The states that the reader's fusion takes, to be computed."""

@@ -17,10 +17,10 @@ from kr2cache import models, provenance, runs
 from kr2cache.batches import SplitData
 from kr2cache.cache.reader import FeatureCache
 from kr2cache.config import METHODS, PLAIN_METHODS, PROJECTIONS, TrainConfig, deciding_training
-from kr2cache.console import bytes_text
+from kr2cache.console import bytes_text, count_text
 from kr2cache.device import choose_device, device_name
 from kr2cache.digests import model_digests
-from kr2cache.encode import check_token_ids
+from kr2cache.encode import check_token_ids, missing_words
 from kr2cache.errors import ConfigError, unknown_name
 from kr2cache.features import DeviceFeatures, Features, ResourceFeatures, room_on
 from kr2cache.fusion import check_fusion_name, parse_fusion
@@ -98,8 +98,9 @@ def prepare(config: TrainConfig, shared: Shared) -> Prepared:
         splits=splits,
         config=config,
     )
+    notes = corpus.notes + _unseen_words(job)
     if resource_spec is None:
-        return Prepared(job=job, reader=reader_spec, deciding=_deciding(job, corpus), notes=corpus.notes)
+        return Prepared(job=job, reader=reader_spec, deciding=_deciding(job, corpus), notes=notes)
     resource = Resource(config, resource_spec, task, shared)
     job, caches = _with_features(job, resource)
     return Prepared(
@@ -108,7 +109,7 @@ def prepare(config: TrainConfig, shared: Shared) -> Prepared:
         resource=resource,
         caches=caches,
         deciding=_deciding(job, corpus) | _resource_decides(job, resource, caches),
-        notes=corpus.notes + resource.notes,
+        notes=notes + resource.notes,
     )
 
 
@@ -152,6 +153,23 @@ def _check_length(config: TrainConfig, spec: models.ModelSpec, model_config: Pre
             f"A maximal length of {config.max_length} is more than {spec.name!r} has positions ({longest}).",
             f"Give --max-length {longest} or less.",
         )
+
+
+def _unseen_words(job: Job) -> list[str]:
+    """What to say of words that the reader has no token for, a sentence for each split that has such words."""
+    if not job.task.words:
+        return []
+    notes = []
+    for split, data in job.splits.items():
+        texts = [example.texts[0] for example in data.examples]
+        missing = missing_words(data.index, texts, job.config.max_length, job.tokenizer)
+        if missing.total:
+            wrong = "" if split == "train" else "; they count as wrong"
+            notes.append(
+                f"The reader does not see {count_text(missing.total, 'word')} of the {split} split{wrong}: "
+                f"{missing.reasons(job.config.max_length, '--max-length')}."
+            )
+    return notes
 
 
 def _with_features(job: Job, resource: Resource) -> tuple[Job, dict[str, FeatureCache]]:

@@ -22,7 +22,7 @@ from kr2cache.cache.writer import unmark
 from kr2cache.config import ExtractConfig
 from kr2cache.console import count_text, done, note, seconds_text
 from kr2cache.digests import config_digest, weights_digest
-from kr2cache.encode import encode_examples
+from kr2cache.encode import MissingWords, encode_examples
 from kr2cache.errors import CacheError, CacheMismatchError
 from kr2cache.extract import fill
 from kr2cache.locks import check_writable, only_writer
@@ -188,7 +188,7 @@ def _plan(
         pad_id=models.pad_id(tokenizer),
         template=made.template,
         corpus=chosen.corpus,
-        words_cut_off=0,  # of what was there already; nobody is told
+        missing_words=MissingWords(0, 0),  # of what was there already; nobody is told
     )
 
 

@@ -44,7 +44,7 @@ class Lesson:
     computed: bool
     """Now, not earlier."""
     recorded: dict[str, Any]
-    """Words (or examples) that teach, and those that either model cut off."""
+    """Words (or examples) that teach, and those that either model has no token for."""
 
     @property
     def notes(self) -> list[str]:
@@ -52,8 +52,8 @@ class Lesson:
         if not left_out:
             return []
         return [
-            f"{count_text(left_out, 'word')} of the training split teach nothing: teacher or student cut them off at "
-            "the maximal length."
+            f"{count_text(left_out, 'word')} of the training split teach nothing: the teacher or the student has no "
+            "token for them (cut off at the maximal length, or no token at all)."
         ]
 
     def given_to(self, student: Prepared) -> Prepared:

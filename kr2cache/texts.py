@@ -74,7 +74,7 @@ UNKNOWN = "_"
 
 
 def as_text(task: Task, example: Example, predicted: Predicted) -> str:
-    """One line for people: ``Das/DET ist/AUX``, ``word/_`` where a word was cut off; else label, probability and text
+    """One line for people: ``Das/DET ist/AUX``, ``word/_`` where a word has no label; else label, probability and text
     (of several choices the one that was chosen)."""
     if isinstance(predicted.predicted, list):
         tags = [UNKNOWN if tag is None else tag for tag in predicted.predicted]

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import tiny
+from tokenizers import normalizers
 from transformers import AutoTokenizer
 
 from kr2cache import FeatureCache, __version__
@@ -141,8 +142,8 @@ def test_extract_says_how_many_words_get_no_states(place: Path, capsys: pytest.C
         lost += len(words) - len(set(there) - {None})
     assert lost > 0
     assert command("extract --resource gottbert --split train --max-length 6") == 0
-    said = f"No states for {lost} words: their sentences have more than 6 tokens (--max-length)."
-    assert said in capsys.readouterr().out
+    expected = f"No states for {lost} words: {lost} cut off at 6 tokens (--max-length)."
+    assert expected in capsys.readouterr().out
     assert command("extract --resource gottbert --split train --max-length 100") == 0
     assert "No states" not in capsys.readouterr().out
 
@@ -170,9 +171,47 @@ def test_predict_says_how_many_words_it_did_not_read(place: Path, capsys: pytest
     count = captured.out.split().count("das/_")
     assert 0 < count < 20
     assert f"{count} words without a label, shown as _" in captured.err
-    assert "beyond the first 8 tokens" in captured.err
+    assert f"shown as _: {count} cut off at 8 tokens (--max-length of train)." in captured.err
     assert command(f"predict --run {run_folder} das") == 0
     assert "without a label" not in capsys.readouterr().err
+
+
+def test_words_without_a_token_are_told_apart_from_words_cut_off(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Models that cut texts at their beginning, and whose tokenizer drops a zero-width space and a soft hyphen."""
+    for model in (place / "models").iterdir():
+        for name, change in (
+            ("tokenizer.json", {"normalizer": json.loads(normalizers.BertNormalizer().__getstate__())}),
+            ("tokenizer_config.json", {"truncation_side": "left"}),
+        ):
+            path = model / name
+            path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | change), "utf-8")
+    forms = {"train": ["das"] * 20 + ["\u200b"], "dev": ["das", "\u00ad", "haus", "\u200b"], "test": ["das"] * 20}
+    for split, words in forms.items():
+        text = tiny.conllu([[(word, "NOUN") for word in words]])
+        (place / "corpus" / f"{split}.conllu").write_text(text, "utf-8")
+    assert command("extract --resource gottbert --split train --max-length 12 --dry-run") == 0
+    beyond = 20 - 10 // len(tiny.tokenizer().tokenize("das"))
+    dropped = "that becomes no token (such as a zero-width space)"
+    assert f"No states for {beyond + 1} words: {beyond} cut off at 12 tokens (--max-length), 1 {dropped}." in said(
+        capsys
+    )
+    line = "train --resource gottbert --fusion last2 --seeds 1 --epochs 1 --max-length 12"
+    assert command(line) == 0
+    shown = said(capsys)
+    assert f"does not see {beyond + 1} words of the train split: {beyond} cut off at 12 tokens" in shown
+    assert "does not see 2 words of the dev split; they count as wrong: 2 that become no token" in shown
+    assert f"does not see {beyond} words of the test split; they count as wrong: {beyond} cut off" in shown
+    assert "words without a label" in shown
+    run = next((place / "runs").glob("*/*/seed-1"))
+    assert json.loads((run / "metrics.json").read_text())["dev"]["cut_off_words"] == 2
+    assert command(f"predict --run {run} 'das \u200b'") == 0
+    assert f"1 word without a label, shown as _: 1 {dropped}." in capsys.readouterr().err
+
+
+def said(capsys: pytest.CaptureFixture[str]) -> str:
+    return " ".join(capsys.readouterr().out.split())
 
 
 def test_options_go_before_toml_and_toml_before_what_is_written_down(

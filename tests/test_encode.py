@@ -28,10 +28,12 @@ from kr2cache.encode import (
     SPECIAL,
     TEXTS_AT_ONCE,
     FirstSubwords,
+    MissingWords,
     check_token_ids,
     encode,
     encode_examples,
     length_sorted_batches,
+    missing_words,
     pad,
 )
 from kr2cache.errors import ConfigError, DataError, ModelUnavailableError
@@ -319,6 +321,57 @@ def test_first_subwords_by_a_plain_loop(sentences: list[list[int]], specials: bo
         for start, word in zip(*(part.tolist() for part in first_subwords[i]), strict=True)
     ]
     assert list(zip(*(part.tolist() for part in first_subwords.of(several)), strict=True)) == together
+
+
+# Words without a token -----------------------------------------------------------------------------------------------
+
+VANISHING = ("\u200b", "\u00ad", "\u200b\u00ad")
+"""A zero-width space and soft hyphens: BERT's normalizer drops them."""
+
+
+def dropping_tokenizer(side: str) -> PreTrainedTokenizerFast:
+    tokenizer = tiny.tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.truncation_side = side
+    return tokenizer
+
+
+DROPPING = {side: dropping_tokenizer(side) for side in ("right", "left")}
+
+
+@given(
+    sentences=st.lists(
+        st.lists(st.sampled_from(("das", "haus", "abx", *VANISHING)), min_size=1, max_size=9), min_size=1, max_size=5
+    ),
+    side=st.sampled_from(("right", "left")),
+    max_length=st.integers(3, 16),
+)
+def test_words_without_a_token_are_counted_by_their_reason(
+    sentences: list[list[str]], side: str, max_length: int
+) -> None:
+    """Against the tokenizer's own answer with and without truncation."""
+    tokenizer = DROPPING[side]
+    cut_off = no_token = 0
+    for sentence in sentences:
+        whole = tokenizer(sentence, is_split_into_words=True)
+        cut = tokenizer(sentence, is_split_into_words=True, truncation=True, max_length=max_length)
+        for word in range(len(sentence)):
+            no_token += word not in whole.word_ids()
+            cut_off += word in whole.word_ids() and word not in cut.word_ids()
+    texts = [tuple(sentence) for sentence in sentences]
+    index = encode(tokenizer, names(len(texts)), texts, words=True, max_length=max_length)
+    assert missing_words(index, texts, max_length, tokenizer) == MissingWords(cut_off, no_token)
+    by_index = missing_words(index, texts, max_length)
+    assert by_index.total == cut_off + no_token
+    assert by_index.cut_off >= cut_off, (
+        "without the tokenizer, dropped words at the end of a full text count as cut off"
+    )
+
+
+def test_words_without_a_token_of_tokenizers_written_in_python(japanese: PreTrainedTokenizerBase) -> None:
+    texts = [("猫", "\u200b", "いる", "\u200b"), ("\u200b", "猫", "猫", "いる"), ("猫",)]
+    index = encode(japanese, names(3), texts, words=True, max_length=4)
+    assert missing_words(index, texts, 4, japanese) == MissingWords(cut_off=1, no_token=3)
 
 
 # Batches -------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from itertools import compress
 from pathlib import Path
 from typing import Annotated
 
@@ -54,11 +55,11 @@ def predict_cli(
         examples = read_file(task, file)
     predicted = predictor(examples)
     metrics = score(task, examples, predicted)
-    if cut_off := sum(one.predicted.count(None) for one in predicted if isinstance(one.predicted, list)):
-        note(
-            f"{count_text(cut_off, 'word')} without a label, shown as _: beyond the first {predictor.max_length} "
-            "tokens of a sentence, all that this run reads (--max-length of train), or without a token of its own."
-        )
+    without = [isinstance(one.predicted, list) and None in one.predicted for one in predicted]
+    if partly := list(compress(examples, without)):
+        missing = predictor.missing_words(partly)
+        reasons = missing.reasons(predictor.max_length, "--max-length of train")
+        note(f"{count_text(missing.total, 'word')} without a label, shown as _: {reasons}.")
     if as_json:
         print_json({"task": task.name, "predictions": [one.json() for one in predicted], "metrics": metrics})
         return

@@ -32,7 +32,8 @@ class Run:
     split: str
     """The scored split: test, or dev where there is no test."""
     scores: Mapping[str, float]
-    """Metric of the scored split to its value: fractions, and counts such as ``cut_off_words``."""
+    """Metric of the scored split to its value: fractions, and counts such as ``cut_off_words``
+    (words without a label)."""
     recorded: Mapping[str, Any]
     history: Sequence[Mapping[str, Any]]
     weights: tuple[float, ...] | None

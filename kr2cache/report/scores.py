@@ -11,7 +11,7 @@ from kr2cache.report.records import OLDER, Sweep, SweepCell, mean_and_std
 from kr2cache.report.significance import LEVEL, RESAMPLES, Comparer, Comparison
 from kr2cache.report.tables import Cell, Record, Table
 
-METRICS = {"f1": "F1", "accuracy": "accuracy"}
+METRICS = {"f1": "F1", "accuracy": "accuracy", "cut_off_words": "words without a label"}
 NOISE = "≈"
 UNTESTED = "?"
 _DECIMALS = 6

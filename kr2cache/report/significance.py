@@ -161,7 +161,7 @@ def p_over_seeds(ours: Sequence[float], theirs: Sequence[float]) -> float | None
 
 
 def read_examples(run: Run) -> ExampleScores:
-    """The predictions of a run's scored split; a word that was cut off (predicted null) is wrong.
+    """The predictions of a run's scored split; a word without a prediction (null) is wrong.
 
     Raises:
         CacheError: If the file is missing or malformed.

@@ -18,7 +18,7 @@ from kr2cache.tasks.files import SPLIT_FILES, SPLITS, Names, data_folder, names_
 Head = Literal["token", "sequence", "choice"]
 Label = tuple[int, ...] | int | None
 Prediction = list[int | None] | int
-"""Label numbers: for tagging one a word, None for a word that was cut off; else one for the example."""
+"""Label numbers: for tagging one a word, None for a word without a token; else one for the example."""
 
 
 def split_name(name: str) -> str:

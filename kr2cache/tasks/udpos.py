@@ -2,7 +2,8 @@
 
 Only lines whose id is a plain integer are words: ``4-5`` is a multiword token, ``8.1`` an empty node (with a real UPOS,
 so looking at the tag would let it through). The first subword of a word carries its label. The scores are XTREME's F1
-and word accuracy; a word that the maximal length cut off counts as wrong in both.
+and word accuracy; a word without a token (cut off at the maximal length, or dropped by the tokenizer) counts as wrong
+in both.
 
 XTREME's F1 was computed by seqeval 0.0.12 on the raw tags. A chunk is a run of words of one tag, except that each word
 tagged SCONJ or SYM is a chunk of its own: their first letter, S, is IOBES's mark for a chunk of one word. A chunk is
@@ -41,7 +42,7 @@ PREFIXED = tuple(f"{tag[0]}-{tag}" for tag in UPOS)
 """What seqeval is given for each tag. Since version 1 it takes the first letter of a tag for its prefix and the rest
 for its type: CCONJ and SCONJ would be one type, and X would have none. With prefix and hyphen the whole tag is the
 type, as in 0.0.12."""
-CUT_OFF = "O"
+NO_TAG = "O"
 """What seqeval is given for a word without a prediction: outside every chunk."""
 
 
@@ -109,12 +110,12 @@ class UdPos(Task):
         return Example(name, (words,), None)
 
     def score(self, gold: Sequence[Any], predicted: Sequence[Any]) -> dict[str, float]:
-        words = right = cut_off = 0
+        words = right = missing = 0
         for gold_tags, tags in zip(gold, predicted, strict=True):
             words += len(gold_tags)
-            cut_off += sum(tag is None for tag in tags)
+            missing += sum(tag is None for tag in tags)
             right += sum(a == b for a, b in zip(gold_tags, tags, strict=True))
-        return {"accuracy": accuracy(right, words), "f1": xtreme_f1(gold, predicted), "cut_off_words": cut_off}
+        return {"accuracy": accuracy(right, words), "f1": xtreme_f1(gold, predicted), "cut_off_words": missing}
 
 
 def xtreme_f1(gold: Sequence[Sequence[int]], predicted: Sequence[Sequence[int | None]]) -> float:
@@ -127,12 +128,12 @@ def xtreme_f1(gold: Sequence[Sequence[int]], predicted: Sequence[Sequence[int | 
     from seqeval.metrics import f1_score
 
     with warnings.catch_warnings():
-        # seqeval remarks that N-NOUN is no IOB tag, and that there is no chunk where every word was cut off.
+        # seqeval remarks that N-NOUN is no IOB tag, and that there is no chunk where no word has a prediction.
         warnings.simplefilter("ignore")
         return float(
             f1_score(
                 [[PREFIXED[tag] for tag in tags] for tags in gold],
-                [[CUT_OFF if tag is None else PREFIXED[tag] for tag in tags] for tags in predicted],
+                [[NO_TAG if tag is None else PREFIXED[tag] for tag in tags] for tags in predicted],
             )
         )
 

@@ -267,7 +267,7 @@ def test_other_runs_show_every_metric_and_the_settings_that_differ(tmp_path: Pat
     assert table.title == "Other runs on udpos-de"
     assert table.columns == (
         *("method", "reader", "resource or teacher", "fusion", "learning_rate", "run"),
-        *("accuracy", "F1", "cut off words", "seeds"),
+        *("accuracy", "F1", "words without a label", "seeds"),
     )
     shown = [[cell.text for cell in row] for row in table.rows]
     assert shown[0] == ["KReader", "xlm-r", "", "", "2e-05", "11111111", "85.0", "80.0", "4", "1"]
