@@ -77,7 +77,8 @@ def report_cli(
 ) -> None:
     """Tables and plots of what was run, beside the paper's numbers where it has them.
 
-    A difference is marked where it could be noise: paired tests over examples and over seeds.
+    A difference is marked where it could be noise (≈), and where there is no verdict (?): paired tests over examples
+    and over seeds, corrected for the number of comparisons.
     """
     toml = read_toml(Path.cwd(), OPTIONS)
     from kr2cache.report import describe, report

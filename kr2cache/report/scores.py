@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from kr2cache.console import count_text
 from kr2cache.errors import CacheError
 from kr2cache.report import paper
 from kr2cache.report.records import OLDER, Sweep, SweepCell, mean_and_std
-from kr2cache.report.significance import LEVEL, RESAMPLES, Comparer, Comparison
+from kr2cache.report.significance import LEVEL, RESAMPLES, Comparer, Comparison, judge
 from kr2cache.report.tables import Cell, Record, Table
 
 METRICS = {"f1": "F1", "accuracy": "accuracy", "cut_off_words": "words without a label"}
 NOISE = "≈"
-UNTESTED = "?"
+OPEN = "?"
+P_VALUES = ("p over examples", "p over seeds", "p corrected")
+VERDICTS = {True: "could be noise", False: "more than noise", None: "no verdict"}
 _DECIMALS = 6
 
 
@@ -44,11 +47,11 @@ def sweep_tables(sweep: Sweep, comparer: Comparer, notes: list[str]) -> list[Tab
         notes: Gets a sentence for each pair of cells that could not be compared.
     """
     scores = {place: score for place, cell in sweep.cells.items() if (score := _score(cell)) is not None}
-    comparisons = _compare(sweep, scores, comparer, notes)
     columns = list(sweep.columns)
     if sweep.paper == "table2" and paper.MEAN not in columns:
         columns.append(paper.MEAN)
         scores |= {(row, paper.MEAN): score for row in sweep.rows if (score := _row_mean(sweep, row, scores))}
+    comparisons = judge(_compare(sweep, scores, comparer, notes))
     best = {column: _best(scores.get((row, column)) for row in sweep.rows) for column in columns}
 
     def cell(row: str, column: str) -> Cell:
@@ -62,7 +65,7 @@ def sweep_tables(sweep: Sweep, comparer: Comparer, notes: list[str]) -> list[Tab
         return Cell(
             score.shown,
             bold=f"{score.mean:.1f}" == best[column] and not score.older,
-            mark=_mark(sweep, row, column, comparison),
+            mark=_mark(sweep, row, comparison),
             remark=_remark(score, planned),
             under=under,
         )
@@ -80,6 +83,7 @@ def sweep_tables(sweep: Sweep, comparer: Comparer, notes: list[str]) -> list[Tab
             "paper": paper.paper_number(sweep.paper, row, column),
             "p_examples": comparison.p_examples if comparison else None,
             "p_seeds": comparison.p_seeds if comparison else None,
+            "p": comparison.p if comparison else None,
             "noise": comparison.noise if comparison else None,
             "folder": planned.folder if planned else None,
         }
@@ -90,8 +94,8 @@ def sweep_tables(sweep: Sweep, comparer: Comparer, notes: list[str]) -> list[Tab
         columns=("", *columns),
         rows=tuple((Cell(row), *(cell(row, column) for column in columns)) for row in sweep.rows),
         legend=(
-            " ".join(_legend(sweep, scores, comparisons)),
-            *([_noise_legend(sweep, comparisons)] if comparisons else []),
+            " ".join(_legend(sweep, scores)),
+            *([" ".join(marks)] if (marks := _marks_legend(sweep, scores, comparisons)) else []),
         ),
         records=tuple(record(row, column) for row in sweep.rows for column in columns),
     )
@@ -111,11 +115,11 @@ def baseline_row(sweep: Sweep, row: str) -> str | None:
     return None if baseline in ("", row) else baseline
 
 
-def _mark(sweep: Sweep, row: str, column: str, comparison: Comparison | None) -> str:
+def _mark(sweep: Sweep, row: str, comparison: Comparison | None) -> str:
     """Nothing where the difference is more than noise, or there is nothing to differ from."""
-    if comparison is not None:
-        return NOISE if comparison.noise else ""
-    return UNTESTED if column in sweep.columns and baseline_row(sweep, row) is not None else ""
+    if comparison is None:
+        return OPEN if baseline_row(sweep, row) is not None else ""
+    return {True: NOISE, False: "", None: OPEN}[comparison.noise]
 
 
 def _score(cell: SweepCell) -> Score | None:
@@ -156,14 +160,15 @@ def _compare(
 ) -> dict[tuple[str, str], Comparison]:
     comparisons = {}
     for row, column in scores:
-        cell, other_row = sweep.cells[row, column], baseline_row(sweep, row)
-        baseline = sweep.cells.get((other_row or "", column))
-        if other_row is None or baseline is None or (other_row, column) not in scores:
+        other_row = baseline_row(sweep, row)
+        if other_row is None or (other_row, column) not in scores:
             continue
-        assert cell.configuration is not None and baseline.configuration is not None, "both have a score"
-        seeds = [seed for seed in cell.done if seed in baseline.done]
+        columns = (column,) if column in sweep.columns else sweep.columns  # the mean is over all
+        cells = [(sweep.cells[row, one], sweep.cells[other_row, one]) for one in columns]
+        done = [set(cell.done) for pair in cells for cell in pair]
+        pairs = [(a.configuration, b.configuration) for a, b in cells if a.configuration and b.configuration]
         try:
-            comparisons[row, column] = comparer.compare(cell.configuration, baseline.configuration, seeds, other_row)
+            comparisons[row, column] = comparer.compare(pairs, sorted(set.intersection(*done)), other_row)
         except CacheError as error:
             notes.append(f"{sweep.title}: {row} and {other_row} are not compared on {column}: {error.message}.")
     return comparisons
@@ -174,15 +179,26 @@ def _differences(sweep: Sweep, comparisons: dict[tuple[str, str], Comparison]) -
         seeds = " ".join(map(str, one.seeds))
         points = round(100 * one.difference, 1)
         difference = f"{points:+.1f}".replace("-", "−") if points else "0.0"
-        texts = (*place, one.baseline, difference, p_text(one.p_examples), p_text(one.p_seeds), seeds)
-        return (*map(Cell, texts), Cell("could be noise" if one.noise else f"both p < {LEVEL}"))
+        tests = (p_text(p) for p in (one.p_examples, one.p_seeds, one.p))
+        return tuple(map(Cell, (*place, one.baseline, difference, *tests, seeds, VERDICTS[one.noise])))
 
     return Table(
         name=f"{sweep.name}-differences",
         title=f"{sweep.title}: differences",
-        columns=("", "column", "against", "points", "p over examples", "p over seeds", "seeds", "verdict"),
+        columns=(
+            "",
+            "column",
+            "against",
+            "points",
+            *P_VALUES,
+            "seeds",
+            "verdict",
+        ),
         rows=tuple(row(place, one) for place, one in comparisons.items()),
-        legend=("Points: difference of the means over the seeds that both have.",),
+        legend=(
+            "Points: difference of the means over the seeds that both have. p corrected: the larger of both, by Holm's "
+            f"method for {count_text(sum(one.p is not None for one in comparisons.values()), 'comparison')}.",
+        ),
         records=tuple(
             {
                 "row": place[0],
@@ -191,7 +207,9 @@ def _differences(sweep: Sweep, comparisons: dict[tuple[str, str], Comparison]) -
                 "points": _rounded(100 * one.difference),
                 "p_examples": one.p_examples,
                 "p_seeds": one.p_seeds,
+                "p": one.p,
                 "noise": one.noise,
+                "reason": one.reason,
                 "seeds": " ".join(map(str, one.seeds)),
             }
             for place, one in comparisons.items()
@@ -208,9 +226,7 @@ def p_text(p: float | None) -> str:
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def _legend(
-    sweep: Sweep, scores: dict[tuple[str, str], Score], comparisons: dict[tuple[str, str], Comparison]
-) -> list[str]:
+def _legend(sweep: Sweep, scores: dict[tuple[str, str], Score]) -> list[str]:
     """How to read the table, and what was scored."""
     sentences = [
         "Mean ± sample standard deviation over seeds, in percent; bold: the best of its column.",
@@ -222,9 +238,6 @@ def _legend(
         sentences.append("2/3: two of three seeds are finished.")
     if any(score.older for score in scores.values()):
         sentences.append(f"{OLDER}: an F1 in which CCONJ and SCONJ are one tag, as an older version computed it.")
-    marks = {_mark(sweep, row, column, comparisons.get((row, column))) for row, column in scores}
-    if UNTESTED in marks:
-        sentences.append(f"{UNTESTED}: the difference could not be tested.")
     columns = [*sweep.columns, paper.MEAN]
     if any(paper.paper_number(sweep.paper, row, column) is not None for row in sweep.rows for column in columns):
         sentence = "Paper: the number that the paper prints, with its models and data."
@@ -234,17 +247,28 @@ def _legend(
     return sentences
 
 
-def _noise_legend(sweep: Sweep, comparisons: dict[tuple[str, str], Comparison]) -> str:
-    baselines = " or ".join(dict.fromkeys(one.baseline for one in comparisons.values()))
-    most = max(len(one.seeds) for one in comparisons.values())
-    tagging = any(cell.configuration is not None and cell.configuration.metric == "f1" for cell in sweep.cells.values())
-    power = ", which needs two seeds" if most < 2 else f", which has little power with {most}" if most < 6 else ""
-    return (
-        f"{NOISE}: the difference to {baselines} could be noise, as not both tests give p < {LEVEL}: a paired "
-        f"permutation test over examples ({RESAMPLES:,} sign flips"
-        f"{', for tagging on word accuracy while the table shows F1' if tagging else ''}) and a paired t-test over "
-        f"seeds{power}; neither is corrected for the number of cells."
-    )
+def _marks_legend(
+    sweep: Sweep, scores: dict[tuple[str, str], Score], comparisons: dict[tuple[str, str], Comparison]
+) -> list[str]:
+    """What is tested, and what each mark says."""
+    sentences = []
+    if comparisons:
+        baselines = " or ".join(dict.fromkeys(one.baseline for one in comparisons.values()))
+        tagging = any(one.configuration and one.configuration.metric == "f1" for one in sweep.cells.values())
+        sentences = [
+            f"The difference to {baselines} is tested over examples (paired permutation test, {RESAMPLES:,} sign flips"
+            f"{', for tagging on word accuracy while the table shows F1' if tagging else ''}) and over seeds (paired "
+            "t-test); the larger p is corrected for the number of comparisons (Holm).",
+            f"No mark: p < {LEVEL}.",
+        ]
+    if any(one.noise for one in comparisons.values()):
+        sentences.append(f"{NOISE}: it could be noise.")
+    reasons = dict.fromkeys(one.reason for one in comparisons.values() if one.reason)
+    if any(_mark(sweep, row, comparisons.get((row, column))) == OPEN for row, column in scores):
+        if any(baseline_row(sweep, row) is not None and (row, column) not in comparisons for row, column in scores):
+            reasons["the difference could not be tested"] = None
+        sentences.append(f"{OPEN}: no verdict: {'; or '.join(reasons)}.")
+    return sentences
 
 
 def _by_column(sweep: Sweep, describe: Callable[[SweepCell], str]) -> str:

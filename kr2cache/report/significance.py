@@ -2,20 +2,26 @@
 
 Over examples: what if the two models had been swapped on any example (a sign-flip permutation test)? It knows nothing
 of the spread between seeds. Over seeds: what if the difference of a pair of seeds were as likely to be negative (a
-paired t-test)? It knows nothing of the examples, and with three seeds it sees large differences only.
+paired t-test)? It knows nothing of the examples. The larger p of the two is corrected for the number of comparisons in
+the table, by Holm's method. Where the tests could hardly have found a difference, there is no verdict.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from statistics import fmean
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from kr2cache.console import count_text
 from kr2cache.errors import CacheError
 from kr2cache.report.records import Configuration, Run
+
+Place = TypeVar("Place")
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,6 +30,11 @@ if TYPE_CHECKING:
     FloatArray = NDArray[np.float64]
 
 LEVEL = 0.05
+FEWEST_SEEDS = 3
+"""For a verdict: a t-test over two seeds finds a difference of 9 standard deviations at best, and what it does find is
+often chance."""
+MOST_SPREADS = 5.0
+"""The t-test over seeds has no power if it finds only differences that are more standard deviations than this."""
 RESAMPLES = 9_999
 RNG_SEED = 20_240_501
 """Fixed, so that the same runs give the same report."""
@@ -35,7 +46,7 @@ _SAME = 1e-12
 
 @dataclass(frozen=True)
 class Comparison:
-    """One configuration against its baseline, on the seeds that both have."""
+    """One row of a table against its baseline, in one column or in the mean of all, on the seeds that both have."""
 
     baseline: str
     """The baseline's row."""
@@ -43,13 +54,17 @@ class Comparison:
     """Of the mean scores over the common seeds, as a fraction."""
     p_examples: float
     p_seeds: float | None
-    """None with a single common seed."""
+    """None if the t-test cannot be computed: one seed, or no spread between seeds."""
     seeds: tuple[int, ...]
-
-    @property
-    def noise(self) -> bool:
-        """The difference could be noise: not both tests are below ``LEVEL``."""
-        return self.p_seeds is None or max(self.p_examples, self.p_seeds) >= LEVEL
+    changed: int
+    """Examples that the two do not get right alike."""
+    p: float | None = None
+    """The larger p, corrected for the number of comparisons; None before ``judge``, and for fewer than
+    ``FEWEST_SEEDS``."""
+    noise: bool | None = None
+    """True: the difference could be noise. False: it is more. None: there is no verdict."""
+    reason: str = ""
+    """Why there is no verdict."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +73,8 @@ class ExampleScores:
 
     right: FloatArray
     """Shape ``(n,)``: right words of a sentence, or 0 and 1 for an example with one label."""
+    answers: int
+    """Words, or examples with one label."""
     ids_digest: str
     gold_digest: str
 
@@ -67,40 +84,59 @@ class Comparer:
 
     def __init__(self) -> None:
         self._examples: dict[Path, ExampleScores] = {}
-        self._p_examples: dict[tuple[str, str, tuple[int, ...]], float] = {}
+        self._tested: dict[tuple[tuple[tuple[str, str], ...], tuple[int, ...]], tuple[float, int]] = {}
 
     def compare(
-        self, this: Configuration, baseline: Configuration, seeds: Sequence[int], baseline_row: str
+        self, pairs: Sequence[tuple[Configuration, Configuration]], seeds: Sequence[int], baseline_row: str
     ) -> Comparison:
-        """Test ``this`` against ``baseline`` on ``seeds``, which both have finished.
+        """Test the first of each pair against the second on ``seeds``, which all have finished.
+
+        Args:
+            pairs: (this, baseline) of one column; of several columns for the mean over them.
 
         Raises:
             CacheError: If the two cannot be compared: other examples, other gold labels, unreadable predictions.
         """
+        import numpy as np
+
         if not seeds:
             raise CacheError("they have no seed in common")
-        scored = [f"{one.folder} has {one.metric} on {one.split}" for one in (this, baseline)]
-        if (this.split, this.metric) != (baseline.split, baseline.metric):
-            raise CacheError(" and ".join(scored))
-        if len({one.older(one.metric) for one in (this, baseline)}) > 1:
-            raise CacheError("the F1 of one is older than that of the other")
-        ours, theirs = (one.values(one.metric, seeds) for one in (this, baseline))
-        key = (this.folder, baseline.folder, tuple(seeds))
-        if key not in self._p_examples:
-            self._p_examples[key] = p_over_examples(self._differences(this, baseline, seeds))
+        for this, baseline in pairs:
+            if (this.split, this.metric) != (baseline.split, baseline.metric):
+                raise CacheError(
+                    " and ".join(f"{one.folder} has {one.metric} on {one.split}" for one in (this, baseline))
+                )
+            if len({one.older(one.metric) for one in (this, baseline)}) > 1:
+                raise CacheError("the F1 of one is older than that of the other")
+        ours, theirs = (
+            [fmean(of_seed) for of_seed in zip(*(one.values(one.metric, seeds) for one in side), strict=True)]
+            for side in zip(*pairs, strict=True)
+        )
+        key = (tuple((this.folder, baseline.folder) for this, baseline in pairs), tuple(seeds))
+        if key not in self._tested:
+            parts = [self._differences(*pair, seeds, share=len(pairs) > 1) for pair in pairs]
+            differences = np.concatenate(parts)
+            self._tested[key] = p_over_examples(differences), int(np.count_nonzero(differences))
+        p_examples, changed = self._tested[key]
         return Comparison(
             baseline=baseline_row,
-            difference=sum(ours) / len(ours) - sum(theirs) / len(theirs),
-            p_examples=self._p_examples[key],
+            difference=fmean(ours) - fmean(theirs),
+            p_examples=p_examples,
             p_seeds=p_over_seeds(ours, theirs),
             seeds=tuple(seeds),
+            changed=changed,
         )
 
-    def _differences(self, this: Configuration, baseline: Configuration, seeds: Sequence[int]) -> FloatArray:
+    def _differences(
+        self, this: Configuration, baseline: Configuration, seeds: Sequence[int], *, share: bool
+    ) -> FloatArray:
         """Sum over the seeds of right answers of ``this`` minus those of ``baseline``, shape ``(n,)``.
 
         A sum of whole numbers has no rounding, and the test cares for no constant factor: this is the mean over seeds,
         and for tagging the difference of word accuracies.
+
+        Args:
+            share: Divide by the number of answers, so that each column has the same weight in a mean over columns.
         """
         pairs = [(self._scores(this.runs[seed]), self._scores(baseline.runs[seed])) for seed in seeds]
         reference = pairs[0][1]
@@ -111,7 +147,7 @@ class Comparer:
                 if scores.gold_digest != reference.gold_digest:
                     raise CacheError(f"the gold labels of {this.folder} and {baseline.folder} differ")
         differences: FloatArray = sum((ours.right - theirs.right for ours, theirs in pairs), start=0 * reference.right)
-        return differences
+        return differences / reference.answers if share else differences
 
     def _scores(self, run: Run) -> ExampleScores:
         key = run.path
@@ -147,7 +183,7 @@ def p_over_examples(differences: FloatArray) -> float:
 def p_over_seeds(ours: Sequence[float], theirs: Sequence[float]) -> float | None:
     """Two-sided p-value of the paired t-test on the scores of common seeds, None for fewer than two.
 
-    Where every seed has the same difference, t is infinite: p is 0, or 1 if that difference is zero.
+    If every seed has the same difference, the spread between seeds is not known: None, or 1 if that difference is zero.
     """
     import numpy as np
     from scipy import stats
@@ -156,8 +192,71 @@ def p_over_seeds(ours: Sequence[float], theirs: Sequence[float]) -> float | None
         return None
     differences = np.subtract(ours, theirs)
     if np.ptp(differences) <= _SAME:
-        return 1.0 if abs(differences[0]) <= _SAME else 0.0
+        return 1.0 if abs(differences[0]) <= _SAME else None
     return float(stats.ttest_rel(ours, theirs).pvalue)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values corrected for their number, in their order: the chance of even one wrong find among all of them stays
+    below the level (Holm 1979, "A simple sequentially rejective multiple test procedure").
+    """
+    corrected = [1.0] * len(p_values)
+    largest = 0.0
+    for rank, place in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[place]))
+        corrected[place] = largest
+    return corrected
+
+
+def detectable(seeds: int, level: float) -> float:
+    """The smallest difference that a paired t-test over so many seeds finds at this level.
+
+    Returns:
+        In standard deviations of the seeds' differences.
+    """
+    from scipy import stats
+
+    return float(stats.t.isf(level / 2, seeds - 1)) / math.sqrt(seeds)
+
+
+def judge(comparisons: Mapping[Place, Comparison]) -> dict[Place, Comparison]:
+    """The comparisons of one table, each with its corrected p and its verdict."""
+    tested = {
+        place: max(one.p_examples, one.p_seeds)
+        for place, one in comparisons.items()
+        if one.p_seeds is not None and len(one.seeds) >= FEWEST_SEEDS
+    }
+    corrected = dict(zip(tested, holm(list(tested.values())), strict=True))
+    found = sum(p < LEVEL for p in corrected.values())
+    # What the first comparison that is not found was held to, and what it would have taken to find it.
+    level = LEVEL / max(1, len(tested) - found)
+    return {place: _judged(one, corrected.get(place), level, len(tested)) for place, one in comparisons.items()}
+
+
+def _judged(one: Comparison, p: float | None, level: float, comparisons: int) -> Comparison:
+    reason = ""
+    if len(one.seeds) < FEWEST_SEEDS:
+        reason = f"it takes {FEWEST_SEEDS} seeds that both rows have"
+    elif p is None:
+        reason = "every seed has the same difference, so the spread between seeds is not known"
+    elif p < LEVEL:
+        return replace(one, p=p, noise=False)
+    elif 2.0 ** (1 - one.changed) > level:
+        reason = "the two rows get too few examples right that the other gets wrong"
+    elif (spreads := detectable(len(one.seeds), level)) > MOST_SPREADS:
+        reason = (
+            f"with {len(one.seeds)} seeds and {count_text(comparisons, 'comparison')} the tests find only differences "
+            f"of {spreads:.0f} standard deviations of the seeds' differences; {_enough_seeds(level)} seeds would do"
+        )
+    return replace(one, p=p, noise=None if reason else True, reason=reason)
+
+
+def _enough_seeds(level: float) -> int:
+    """As many as find a difference of two standard deviations."""
+    seeds = FEWEST_SEEDS
+    while detectable(seeds, level) > 2:
+        seeds += 1
+    return seeds
 
 
 def read_examples(run: Run) -> ExampleScores:
@@ -183,6 +282,7 @@ def read_examples(run: Run) -> ExampleScores:
     rows.sort(key=lambda row: row[0])
     return ExampleScores(
         right=np.array([right for _, _, right in rows], dtype=np.float64),
+        answers=sum(len(gold) if isinstance(gold, list) else 1 for _, gold, _ in rows),
         ids_digest=_digest([name for name, _, _ in rows]),
         gold_digest=_digest([gold for _, gold, _ in rows]),
     )

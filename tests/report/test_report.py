@@ -67,6 +67,7 @@ def test_mean_and_std_are_numpys(tmp_path: Path) -> None:
         "paper",
         "p_examples",
         "p_seeds",
+        "p",
         "noise",
         "folder",
     ]
@@ -100,6 +101,7 @@ def test_a_difference_that_both_tests_see_has_no_mark(tmp_path: Path) -> None:
     assert (baseline["p_examples"], baseline["p_seeds"], baseline["noise"]) == ("", "", "")
     assert float(kr2["p_examples"]) < 0.05
     assert float(kr2["p_seeds"]) < 0.05
+    assert float(kr2["p"]) == max(float(kr2["p_examples"]), float(kr2["p_seeds"]))
     assert kr2["noise"] == "false"
     assert [cell.mark for cell in column(made.tables[0])] == ["", ""]
     (difference,) = read_csv(made.folder / "small-differences.csv")
@@ -120,8 +122,8 @@ def test_points_have_a_sign_unless_they_are_zero(tmp_path: Path, score: float, s
 def test_a_difference_that_could_be_noise_is_marked_and_the_legend_says_what_that_means(tmp_path: Path) -> None:
     two_rows(tmp_path)
     for seed in SEEDS:
-        make_run(tmp_path, KR2, seed, SCORES[KR2][seed - 1], method="kr2", fusion="last4", right=[True, *[False] * 19])
-        make_run(tmp_path, KREADER, seed, SCORES[KREADER][seed - 1], right=[False] * 20)
+        make_run(tmp_path, KR2, seed, SCORES[KR2][seed - 1], method="kr2", fusion="last4", right=[True, False] * 10)
+        make_run(tmp_path, KREADER, seed, SCORES[KREADER][seed - 1], right=[False, True] * 10)
     table = table_of(tmp_path)
     assert [cell.mark for cell in column(table)] == ["", "≈"]
     legend = table.legend[-1]
@@ -129,23 +131,24 @@ def test_a_difference_that_could_be_noise_is_marked_and_the_legend_says_what_tha
         "could be noise",
         "KReader",
         "p < 0.05",
-        "little power with 3",
+        "corrected for the number of comparisons (Holm)",
         "word accuracy while the table shows F1",
     ):
         assert part in legend
 
 
-def test_one_seed_has_no_deviation_and_counts_as_noise(tmp_path: Path) -> None:
+def test_one_seed_has_no_deviation_and_no_verdict(tmp_path: Path) -> None:
     make_run(tmp_path, KREADER, 1, 0.5, right=[False] * 20)
     make_run(tmp_path, KR2, 1, 0.9, method="kr2", right=[True] * 20)
     make_sweep(tmp_path, [cell("KReader", "De", KREADER, [1]), cell("KR2", "De", KR2, [1])], baseline="KReader")
     made = report(tmp_path, None)
     kr2 = read_csv(made.folder / "small.csv")[1]
-    assert (kr2["std"], kr2["p_seeds"], kr2["noise"]) == ("", "", "true")
+    assert (kr2["std"], kr2["p_seeds"], kr2["p"], kr2["noise"]) == ("", "", "", "")
     assert [(cell.text, cell.remark, cell.mark) for cell in column(made.tables[0])] == [
         ("50.0", "", ""),
-        ("90.0", "", "≈"),
+        ("90.0", "", "?"),
     ]
+    assert "?: no verdict: it takes 3 seeds that both rows have." in made.tables[0].legend[1]
 
 
 @pytest.mark.parametrize(("folder", "remarks"), [(KR2, ["", "2/3"]), (KREADER, ["2/3", ""])])
@@ -170,7 +173,7 @@ def test_unequal_examples_are_not_compared_and_a_note_says_so(tmp_path: Path) ->
     assert [table.name for table in made.tables] == ["small"]
     assert read_csv(made.folder / "small.csv")[1]["noise"] == ""
     assert [cell.mark for cell in column(made.tables[0])] == ["", "?"]
-    assert any("?: the difference could not be tested." in sentence for sentence in made.tables[0].legend)
+    assert any("?: no verdict: the difference could not be tested." in sentence for sentence in made.tables[0].legend)
     (note,) = made.notes
     assert note.startswith("Sweep small: KR2 and KReader are not compared on De: the example ids of")
 
@@ -204,7 +207,7 @@ def test_a_failed_cell_says_so_and_the_reason_is_in_the_page(tmp_path: Path) -> 
     assert made.json()["failed"] == made.failures
 
 
-def table2(run_dir: Path, missing: str | None = None) -> None:
+def table2(run_dir: Path, missing: str | None = None, **sweep: Any) -> None:
     cells = []
     for column_name, shift in (("De", 0.0), ("Zh", -0.2)):
         for row, score in (("KReader", 0.8), ("trainable", 0.82)):
@@ -212,18 +215,35 @@ def table2(run_dir: Path, missing: str | None = None) -> None:
             for seed in (1, 2):
                 make_run(run_dir, folder, seed, score + shift + seed * (0.01 if column_name == "De" else 0.03))
             cells.append(cell(row, column_name, None if f"{row} {column_name}" == missing else folder, [1, 2]))
-    make_sweep(run_dir, cells, paper="table2")
+    make_sweep(run_dir, cells, paper="table2", **sweep)
+
+
+def test_with_two_seeds_no_difference_gets_a_verdict(tmp_path: Path) -> None:
+    """One difference of seeds happens to have hardly any spread: it alone would look like more than noise."""
+    scores = {"KReader": (0.80, 0.81), "layer 0": (0.795, 0.8051), "layer 1": (0.78, 0.804), "fuse": (0.81, 0.85)}
+    cells = []
+    for row, of_seed in scores.items():
+        folder = f"piqa/{row.replace(' ', '')}-11111111"
+        for seed, score in enumerate(of_seed, 1):
+            make_run(tmp_path, folder, seed, score, right=[row == "KReader"] * 20)
+        cells.append(cell(row, "PIQA", folder, [1, 2]))
+    make_sweep(tmp_path, cells, baseline="KReader")
+    made = report(tmp_path, None)
+    assert [one.mark for one in column(made.tables[0])] == ["", "?", "?", "?"]
+    assert {row[-1].text for row in made.tables[1].rows} == {"no verdict"}
+    assert "it takes 3 seeds that both rows have" in made.tables[0].legend[1]
 
 
 def test_table_2_has_the_mean_over_its_columns(tmp_path: Path) -> None:
-    table2(tmp_path)
+    table2(tmp_path, baseline="KReader")
     table = table_of(tmp_path)
     assert table.columns == ("", "De", "Zh", "mean")
     mean = next(r for r in table.records if (r["row"], r["column"]) == ("trainable", "mean"))
     of_seeds = [np.mean([82 + seed, 62 + 3 * seed]) for seed in (1, 2)]
     assert mean["mean"] == pytest.approx(np.mean(of_seeds))
     assert mean["std"] == pytest.approx(np.std(of_seeds, ddof=1))
-    assert (mean["paper"], mean["p_examples"]) == (73.1, None)
+    assert (mean["paper"], mean["noise"]) == (73.1, None)
+    assert [one.mark for one in column(table, 3)] == ["", "?"], "two seeds: no verdict, of the mean neither"
     assert [cell.under for cell in column(table, 3)] == ["72.5", "73.1"]
     assert "Its mean is over De, Zh, Ar, Es." in table.legend[0]
 
@@ -450,7 +470,7 @@ def test_describe_shows_tables_notes_and_where_it_was_written(tmp_path: Path) ->
     for part in (
         "Sweep small",
         "81.4 ± 0.4",
-        "could be noise",
+        "is tested over examples",
         "no <room>",
         "there is no metrics.json",
         "forward passes",
