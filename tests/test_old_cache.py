@@ -16,7 +16,8 @@ from transformers import AutoModel, AutoTokenizer
 from world import predictions
 
 from kr2cache import FeatureCache
-from kr2cache.cache.shard import shard_paths
+from kr2cache.cache.format import FORMAT_VERSION, ShardHeader, header_copy
+from kr2cache.cache.shard import headers_left, open_shard, shard_paths
 from kr2cache.cli import run
 from kr2cache.report.collect import collect
 from kr2cache.tasks import find_task
@@ -84,6 +85,17 @@ def test_every_byte_of_them_is_whole(then: Path, capsys: pytest.CaptureFixture[s
     }
 
 
+def test_they_are_whole_once_another_version_is_written(
+    then: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their version is in their checksums: it is that of the file, not that of what is written today."""
+    assert ShardHeader.__init__.__kwdefaults__["format_version"] == FORMAT_VERSION == 1
+    monkeypatch.setitem(ShardHeader.__init__.__kwdefaults__, "format_version", 2)
+    assert answer("cache verify --cache-dir caches", capsys)["ok"]
+    (shard,) = shard_paths(then / "caches" / "udpos" / CACHES["--split dev"])
+    assert [header.format_version for header in headers_left(shard)] == [1, 1]
+
+
 def test_their_states_are_those_of_the_model(then: Path) -> None:
     """As transformers computes them today, a sentence at a time."""
     model = AutoModel.from_pretrained("models/res").eval()
@@ -123,6 +135,9 @@ def test_slices_and_fusions_are_found_and_made_alike(then: Path, capsys: pytest.
         assert (again["cache"], again["made"]) == (f"made/udpos/{folder}", True)
         old, new = (FeatureCache.open(Path(root) / "udpos" / folder) for root in ("caches", "made"))
         assert new.provenance == old.provenance
+        (was,), (now,) = shard_paths(old.folder), shard_paths(new.folder)
+        assert header_copy(open_shard(now).header) == header_copy(open_shard(was).header)
+        assert header_copy(open_shard(was).header)[:-16] in was.read_bytes(), "the same bytes"
         for name in old.ids:
             np.testing.assert_array_equal(new[name], old[name], strict=True)
     shutil.rmtree("made")

@@ -50,6 +50,9 @@ from kr2cache.errors import CacheError, ConfigError
 
 FORMAT = "kr2cache"
 FORMAT_VERSION = 1
+"""Of the files that are written."""
+READ_VERSIONS = (1,)
+"""Of the files that are read."""
 CHUNK_BYTES = 8 * 2**20
 SEPARATOR = "\x1f"
 """Joins the words or segments of a text before it is hashed."""
@@ -213,6 +216,7 @@ class ShardHeader:
     batch_plan: dict[str, Any]
     fusion: dict[str, Any] | None = None
     format_version: int = field(default=FORMAT_VERSION)
+    """Of the file; part of its checksums, so what reads a file takes it from there."""
 
     def __post_init__(self) -> None:
         if self.dtype not in ON_DISK:

@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 
 from kr2cache.cache.format import (
     FORMAT,
-    FORMAT_VERSION,
     HEADER_XXH3,
     ON_DISK,
+    READ_VERSIONS,
     TAIL_MARK,
     SequenceIndex,
     ShardHeader,
@@ -198,9 +198,10 @@ def _header(layout: Layout, path: Path) -> ShardHeader:
     if not _is(attributes.get("format"), FORMAT):
         raise CacheError(f"{path} is an HDF5 file, but not a kr2cache shard.", "Give the folder of a cache.")
     version = int(attributes["format_version"])
-    if version != FORMAT_VERSION:
+    if version not in READ_VERSIONS:
         raise CacheVersionError(
-            f"{path} has format version {version}; this kr2cache reads version {FORMAT_VERSION}.",
+            f"{path} has format version {version}; this kr2cache reads version "
+            f"{' and '.join(map(str, READ_VERSIONS))}.",
             "Install the kr2cache that wrote it, or extract again.",
         )
     dtype = str(attributes["dtype"])
@@ -232,6 +233,7 @@ def _header_of(attributes: Mapping[str, Any], path: Path, width: int) -> ShardHe
         provenance=provenance,
         batch_plan=_json_object(attributes["batch_plan"]),
         fusion=_json_object(attributes["fusion"]) if "fusion" in attributes else None,
+        format_version=int(attributes["format_version"]),
     )
     if digest is not None and digest != f"{header.xxh3():016x}":
         raise CacheError(f"{path} is damaged: its attributes contradict their checksum.", REMEDY)
