@@ -86,11 +86,12 @@ def plan_slice(
         dtype: None for the source's.
         limit: Only the first so many sequences.
         ids: Only these: ids of sequences, or of examples (``ID`` stands for ``ID#0``, ``ID#1``, ...).
-        cache_dir: Where it goes; None for where the source is.
+        cache_dir: Where it goes; None for the cache folder that the source lies in.
 
     Raises:
         CacheError: If the source is not complete, or does not say what it was made from.
-        ConfigError: For layers or ids that the source does not hold, or a dtype that cannot come from the source's.
+        ConfigError: For layers or ids that the source does not hold, a dtype that cannot come from the source's, or no
+            ``cache_dir`` for a source that lies in none.
     """
     wanted = source.layers if layers is None else parse_layers(layers, source.model_layers)
     if source.fusion is not None and layers is not None:
@@ -117,7 +118,8 @@ def plan_fusion(
     """A cache that holds one fixed fusion alone: 1 / (L+1) of the bytes.
 
     Raises:
-        ConfigError: For a fusion that has trainable weights or one layer, or layers that the source does not hold.
+        ConfigError: For a fusion that has trainable weights or one layer, layers that the source does not hold, or no
+            ``cache_dir`` for a source that lies in none.
         CacheError: If the source is not complete.
     """
     if source.fusion is not None:
@@ -209,7 +211,12 @@ def _plan(
     recorded["derived_from"] = source.fingerprint
     if dtype != source.dtype:
         recorded["converted_from"] = source.dtype
-    where = cache_dir or source.folder.parent.parent.parent
+    where = cache_dir or provenance.cache_dir_of(source.folder, before)
+    if where is None:
+        raise ConfigError(
+            f"Where to? {source.folder} does not lie in a cache folder, as {before.task}/{before.split}/NAME.",
+            "Give --cache-dir: the folder that the new cache goes into.",
+        )
     return DerivePlan(
         source=source,
         positions=positions,
@@ -271,7 +278,8 @@ def source_of(folder: Path, header: ShardHeader) -> FeatureCache:
     """
     chosen = provenance.chosen_of(header.provenance, folder)
     origin = header.provenance.get("recorded", {}).get("derived_from")
-    caches = provenance.caches_of(folder.absolute().parent.parent.parent, chosen.task, chosen.split)
+    where = provenance.cache_dir_of(folder, chosen)
+    caches = provenance.caches_of(where, chosen.task, chosen.split) if where is not None else []
     source = next((cache for cache in caches if cache.fingerprint == origin), None)
     if source is None:
         raise CacheError(
@@ -367,7 +375,7 @@ def find_donors(cache_dir: Path, folder: Path, header: ShardHeader, index: Seque
     candidates = [
         cache
         for cache in provenance.caches_of(cache_dir, chosen["task"], chosen["split"])
-        if cache.folder != folder and cache.fusion is None and not provenance.rounded_again(cache)
+        if cache.folder.resolve() != folder.resolve() and cache.fusion is None and not provenance.rounded_again(cache)
     ]
     for cache in sorted(candidates, key=lambda cache: -len(cache.layers)):
         theirs, was = cache.provenance["found"], cache.provenance["chosen"]

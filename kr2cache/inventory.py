@@ -82,16 +82,19 @@ def find_cache(name: str, cache_dir: Path) -> Path:
     """The cache folder that ``name`` means: a folder, a path below ``cache_dir`` (as ``cache list`` shows it), or the
     name of a folder there or its beginning.
 
+    Returns:
+        The folder as ``name`` writes it; in full where that has no name in it (``.``, ``..``).
+
     Raises:
         ConfigError: If there is none, or there are several; they are listed.
     """
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, RuntimeError):  # RuntimeError: ~ of a user that is not there
         for folder in (Path(name).expanduser(), cache_dir / name):
-            if folder.is_dir():
-                return folder
+            if name and folder.is_dir():
+                return folder.resolve() if folder.name in ("", "..") else folder
     name = name.rstrip("/")
     folders = cache_folders(cache_dir)
-    for fits in ([f for f in folders if f.name == name], [f for f in folders if f.name.startswith(name)]):
+    for fits in ([f for f in folders if f.name == name], [f for f in folders if name and f.name.startswith(name)]):
         if len(fits) == 1:
             return fits[0]
         if fits:
@@ -165,7 +168,8 @@ def removable_bytes(folder: Path) -> int:
 
 
 def remove(folder: Path) -> str:
-    """Delete a cache's shards, and the folder if nothing else is in it; returns what was done, in words.
+    """Delete a cache's shards, and the folder if nothing else is in it (with the link that ``folder`` may be); returns
+    what was done, in words.
 
     Raises:
         BusyError: If a process is writing it.
@@ -177,7 +181,9 @@ def remove(folder: Path) -> str:
             path.unlink()
         rest = [path.name for path in folder.iterdir()]
         if not rest:
-            folder.rmdir()
+            folder.resolve().rmdir()
+            if folder.is_symlink():
+                folder.unlink()
     if not rest:
         with contextlib.suppress(OSError):  # others are in them
             folder.parent.rmdir()

@@ -44,7 +44,8 @@ def check_writable(folder: Path, option: str) -> None:
 
 @contextlib.contextmanager
 def only_writer(folder: Path, *, wait: bool = True) -> Iterator[None]:
-    """Hold ``FOLDER.lock`` beside the folder. A dead process holds no lock: it is the operating system's.
+    """Hold ``FOLDER.lock`` beside the folder, one and the same through whatever links it is reached. A dead process
+    holds no lock: it is the operating system's.
 
     Args:
         wait: Whether to wait for another holder.
@@ -52,8 +53,9 @@ def only_writer(folder: Path, *, wait: bool = True) -> Iterator[None]:
     Raises:
         BusyError: If another process holds it, and it is not to be waited for.
     """
-    path = folder.with_name(folder.name + ".lock")
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    place = folder.resolve()
+    path = place.with_name(place.name + ".lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path)
     try:
         lock.acquire(timeout=PATIENCE_S)

@@ -127,6 +127,16 @@ def cache_folder(cache_dir: Path, chosen: Chosen, digest: str) -> Path:
     return cache_dir / chosen.task / chosen.split / f"{chosen.resource}-{digest[:8]}"
 
 
+def cache_dir_of(folder: Path, chosen: Chosen) -> Path | None:
+    """The cache folder that a cache lies in, the reverse of ``cache_folder``: however ``folder`` is written (relative,
+    ``.``, through links), and None where it lies in none, as a copy elsewhere may.
+    """
+    for place in (folder.absolute(), folder.resolve()):  # a link in a cache folder may lead to another disk
+        if (place.parent.parent.name, place.parent.name) == (chosen.task, chosen.split):
+            return place.parent.parent.parent
+    return None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
     """What a run needs of a cache. None: not asked for, so whatever the cache has will do."""

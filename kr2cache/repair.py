@@ -177,7 +177,7 @@ def _plan(
             dtype=chosen.dtype,
             compute_dtype=chosen.compute_dtype,  # type: ignore[arg-type]  # one of them: the fingerprint was compared
             device=config.device,
-            cache_dir=config.folder.absolute().parent.parent.parent,
+            cache_dir=provenance.cache_dir_of(config.folder, chosen) or config.folder.absolute().parent,
             models=config.models,
         ),
         spec=spec,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -117,6 +118,16 @@ def scarce_memory(
         yield fitted
     finally:
         handle.remove()
+
+
+OLD_WORLD = Path(__file__).parent / "old_cache" / "world.tar.xz"
+
+
+def unpack_old_world(folder: Path) -> Path:
+    """A working folder as commit 0485b90 left it (``old_cache/README.md``): models, corpus, finished caches, a run."""
+    with tarfile.open(OLD_WORLD) as archive:
+        archive.extractall(folder, filter="data")
+    return folder
 
 
 def predictions(run: Path, split: str) -> list[dict[str, Any]]:

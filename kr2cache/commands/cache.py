@@ -349,7 +349,8 @@ def remove_cli(
     """Delete caches: says what it frees, and asks."""
     from kr2cache.inventory import removable_bytes, remove
 
-    folders = list(dict.fromkeys(_folder(name, cache_dir) for name in caches))
+    named = [_folder(name, cache_dir) for name in caches]
+    folders = list({folder.resolve(): folder for folder in named}.values())  # one may be named in several ways
     sizes = {folder: removable_bytes(folder) for folder in folders}
     for folder, size in sizes.items():
         console.print(f"{folder}: {bytes_text(size)}", markup=False, soft_wrap=True)

@@ -19,7 +19,7 @@ import h5py
 import numpy as np
 import pytest
 import tiny_cache
-from world import World
+from world import World, unpack_old_world
 
 from kr2cache import FeatureCache, inventory, locks
 from kr2cache.cli import run
@@ -255,6 +255,115 @@ def test_looking_at_caches_imports_neither_torch_nor_transformers(place: World) 
     lines.append(f"remove --yes {folder}")
     done = subprocess.run([sys.executable, "-c", program, *lines], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+# Folders written in other ways ----------------------------------------------------------------------------------------
+
+NAME = "res-949d8033"
+
+
+@pytest.fixture
+def caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Finished caches of res, ``.kr2cache`` of the working folder."""
+    unpack_old_world(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return (tmp_path / "caches").rename(tmp_path / ".kr2cache")
+
+
+def below(folder: Path) -> set[str]:
+    """What lies in it but for the files of caches."""
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.suffix != ".h5"}
+
+
+def test_what_is_made_of_a_cache_goes_beside_it(
+    caches: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From wherever, however its folder is written; and nothing else is made."""
+    root, real = caches.parent, caches / "udpos" / "train" / NAME
+    (root / "elsewhere").mkdir()
+    (root / "elsewhere" / "link").symlink_to(real)
+    (root / "caches").symlink_to(caches)
+    split = caches / "udpos" / "train"
+    ways = [
+        (caches / "udpos", f"train/{NAME}", ""),
+        (split, NAME, ""),
+        (split, f"./{NAME}/", ""),
+        (split, f"../train/{NAME}", ""),
+        (real, ".", ""),
+        (real, f"../{NAME}/.", ""),
+        (root / "elsewhere", "link", ""),
+        (root / "elsewhere", "link/", ""),
+        (root, f"caches/udpos/train/{NAME}/", ""),
+        (root, f"udpos/train/{NAME}", ""),
+        (root, NAME[:-2], "--cache-dir .kr2cache/"),
+        (root / "elsewhere", NAME, "--cache-dir ../caches/"),
+        (caches, NAME, "--cache-dir ."),
+    ]
+    before = below(root)
+    names = set()
+    for folder, name, where in ways:
+        for line in [f"slice {name} --layers 1"] + ([f"fuse {name} --fusion all"] if name == "." else []):
+            monkeypatch.chdir(folder)
+            code, document, _ = answer(f"{line} {where}", capsys)
+            assert code == 0, (folder, line, document)
+            new = Path(document["cache"]).resolve()
+            assert (new.parent, document["made"]) == (split, True), (folder, line)
+            names.add(new.name)
+            assert command(f"remove --yes {document['cache']}") == 0
+    assert below(root) == before
+    assert len(names) == 2
+    code, document, _ = answer(f"slice {real} --layers 1 --cache-dir {root}/other/", capsys)
+    assert Path(document["cache"]).parent == root / "other" / "udpos" / "train"
+
+
+def test_a_cache_on_another_disk_stays_a_cache_of_its_folder(caches: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Moved away, a link in its place: slices go where the link is, and it is repaired and removed through it."""
+    place = caches / "udpos" / "train" / NAME
+    Path("disk").mkdir()
+    moved = place.rename(Path("disk/moved").absolute())
+    place.symlink_to(moved)
+    code, document, _ = answer(f"slice {NAME} --layers 1", capsys)
+    assert (code, Path(document["cache"]).parent.resolve()) == (0, place.parent)
+    with only_writer(moved), pytest.raises(BusyError, match="is being written"):
+        inventory.remove(place)
+    code, document, _ = answer(f"slice {moved} --layers 1", capsys)
+    assert (code, document["error"]["type"]) == (1, "ConfigError")
+    assert "Give --cache-dir" in document["error"]["remedy"]
+    assert command(f"remove --yes {NAME} .kr2cache/udpos/train/{NAME}") == 0
+    assert not moved.exists()
+    assert not place.is_symlink()
+    assert below(Path("disk")) == set()
+
+
+@pytest.mark.parametrize("way", [".", "link"])
+def test_a_cache_is_looked_at_mended_and_removed_by_any_name(
+    caches: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], way: str
+) -> None:
+    fused = caches / "udpos" / "test" / "res-55ed32a3"  # mended from the cache that it was made of
+    (shard,) = fused.glob("*.h5")
+    sound = shard.read_bytes()
+    shard.write_bytes(
+        sound[: (at := tiny_cache.byte_offset(shard, "hidden"))] + bytes([sound[at] ^ 1]) + sound[at + 1 :]
+    )
+    Path("link").symlink_to(fused)
+    if way == ".":
+        monkeypatch.chdir(fused)
+    assert command(f"info {way}") == 0
+    assert command(f"verify {way}") == 1
+    code, document, _ = answer(f"repair {way}", capsys)
+    assert (code, len(document["damaged"]), document["taken_over"]) == (0, 1, 1), document
+    assert shard.read_bytes() == sound
+    assert command(f"verify {way}") == 0
+    assert command(f"remove --yes {way}") == 0
+    assert not fused.exists()
+    assert below(fused.parent) == {"res-014d9356", "res-d364acc9"}
+
+
+def test_no_name_is_no_cache(caches: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("''", "/nowhere", "~nobody-of-that-name/x"):
+        code, document, _ = answer(f"info {name}", capsys)
+        assert (code, document["error"]["type"]) == (1, "ConfigError"), document
+        assert "There is no cache" in document["error"]["message"]
 
 
 # Locks ----------------------------------------------------------------------------------------------------------------
