@@ -44,6 +44,7 @@ from kr2cache.locks import check_writable, only_writer
 from kr2cache.memory import keep_free_memory, return_free_memory
 from kr2cache.packing import Packer
 from kr2cache.planning import ExtractPlan, check_disk
+from kr2cache.repeatable import check_repeatable
 
 if TYPE_CHECKING:
     import torch
@@ -96,7 +97,11 @@ def extract(plan: ExtractPlan) -> ExtractResult:
         check_writable(plan.config.cache_dir, "--cache-dir")
         with only_writer(folder):
             if not _is_finished(folder, digest):
-                header = _existing_header(folder, digest) or _new_header(plan, encoder, folder, digest, what, dropped)
+                header = _existing_header(folder, digest)
+                if header is None:
+                    header = _new_header(plan, encoder, folder, digest, what, dropped)
+                else:
+                    check_history(plan, encoder)
                 computed, taken = fill(plan, encoder, folder, header)
     return ExtractResult(
         cache=folder,
@@ -239,12 +244,24 @@ def _threads(number: object) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def check_history(plan: ExtractPlan, encoder: PreTrainedModel) -> None:
+    """Raise ``UnsupportedModelError`` if the states of these sequences depend on what ran before."""
+    _move(encoder, choose_device(plan.config.device), plan)
+
+    def run(model: PreTrainedModel, sequence: int) -> tuple[torch.Tensor, ...]:
+        return hidden_states(model, plan.index, [sequence], pad_id=plan.pad_id, compute_dtype="float32")
+
+    check_repeatable(encoder, plan.index.n_tokens, run, repr(plan.spec.name))
+
+
 def _check_states(plan: ExtractPlan, encoder: PreTrainedModel) -> bool:
     """Does the model emit L + 1 layers of T x D, as its configuration says; and may its batches be padded?
 
     Raises:
-        UnsupportedModelError: If layers or shapes are not what the configuration says.
+        UnsupportedModelError: If layers or shapes are not what the configuration says, or states depend on what ran
+            before.
     """
+    check_history(plan, encoder)
     shortest, longest = int(np.argmin(plan.index.n_tokens)), int(np.argmax(plan.index.n_tokens))
     expected = (1, int(plan.index.n_tokens[shortest]), plan.width)
     alone = _run(encoder, plan, [shortest])

@@ -53,6 +53,7 @@ from kr2cache.models import (
     pad_id,
     trained_spec,
 )
+from kr2cache.repeatable import check_repeatable
 from kr2cache.tasks import Example, Task, find_task
 
 
@@ -360,6 +361,7 @@ def _load_resource(
         compute_dtype=str(config["compute_dtype"]),
         padded=False,
     )
+    _check_history(resource, words=task.words)
     return dataclasses.replace(resource, padded=_may_be_padded(resource, words=task.words))
 
 
@@ -389,6 +391,20 @@ def _find_resource(name: str, origin: Mapping[str, Any], overrides: Mapping[str,
         f"The run's resource, {name}, is not on this machine{f': it was in {path}' if path else ''}.",
         f'Name its folder: path = "..." under [models.{name}] in kr2cache.toml.',
     )
+
+
+def _check_history(resource: OnlineResource, *, words: bool) -> None:
+    """Raise ``UnsupportedModelError`` if the resource's states depend on what ran before, at any length it may get."""
+    longest = tuple(str(number % 10) for number in range(resource.max_length))
+    texts = [longest[:1], longest[: len(longest) // 2], longest]
+    if not words:
+        texts = [(" ".join(text),) for text in texts]
+    index = encode(resource.tokenizer, ["a", "b", "c"], texts, words=words, max_length=resource.max_length)
+
+    def run(model: PreTrainedModel, sequence: int) -> tuple[Tensor, ...]:
+        return _hidden_states(dataclasses.replace(resource, encoder=model, compute_dtype="float32"), index, [sequence])
+
+    check_repeatable(resource.encoder, index.n_tokens, run, repr(resource.name))
 
 
 def _may_be_padded(resource: OnlineResource, *, words: bool) -> bool:

@@ -24,7 +24,7 @@ from kr2cache.console import count_text, done, note, seconds_text
 from kr2cache.digests import config_digest, weights_digest
 from kr2cache.encode import MissingWords, encode_examples
 from kr2cache.errors import CacheError, CacheMismatchError
-from kr2cache.extract import fill
+from kr2cache.extract import check_history, fill
 from kr2cache.locks import check_writable, only_writer
 from kr2cache.planning import ExtractPlan
 from kr2cache.tasks import Example, find_task
@@ -139,6 +139,7 @@ def _mend(config: RepairConfig, found: CacheCheck, header: ShardHeader, *, whole
                 f"then, {now[:8]} now).",
                 "Give --resource with the folder of the model it was made from.",
             )
+    check_history(plan, encoder)
     _take_back_marks(found)
     return fill(plan, encoder, config.folder, header)
 

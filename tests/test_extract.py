@@ -41,6 +41,8 @@ from kr2cache.errors import (
     UnsupportedModelError,
     ValueRangeError,
 )
+from kr2cache.repair import RepairConfig, repair
+from kr2cache.repeatable import check_repeatable
 from kr2cache.tasks import Example
 
 LIVELY = {"initializer_range": 0.4}
@@ -360,6 +362,7 @@ def test_the_model_runs_the_planned_batches(lively: Path, tmp_path: Path, monkey
         return original(encoder, index, sequences, **settings)
 
     monkeypatch.setattr(extract, "hidden_states", watched)
+    monkeypatch.setattr(extract, "check_history", lambda *_: None)  # its batches are not planned ones
     plan = plan_of(lively, tmp_path, tokens_per_batch=40)
     result = extract.extract(plan)
     ran = seen[2:]  # the first two try the shortest sequence alone and beside the longest
@@ -424,6 +427,7 @@ def interrupt_after(batches: int, error: BaseException, monkeypatch: pytest.Monk
         return original(*arguments, **settings)
 
     monkeypatch.setattr(extract, "hidden_states", interrupted)
+    monkeypatch.setattr(extract, "check_history", lambda *_: None)  # its batches are not counted
 
 
 @pytest.mark.parametrize("shards", [{"tokens_per_batch": 24}, SMALL_SHARDS], ids=["one shard", "shards"])
@@ -485,6 +489,7 @@ def killed(*arguments, **settings):
     return original(*arguments, **settings)
 
 extract.hidden_states = killed
+extract.check_history = lambda *_: None  # its batches are not counted
 test_extract.extracted({model!r}, Path({cache!r}), tokens_per_batch=24)
 """
 
@@ -625,6 +630,87 @@ def test_a_disk_that_fills_up_meanwhile_is_said(lively: Path, tmp_path: Path, mo
         with pytest.raises(DiskSpaceError, match="No space left"):
             extracted(lively, tmp_path)
     assert extract.extract(plan_of(lively, tmp_path)).computed == len(TEXTS)
+
+
+# States that depend on what ran before --------------------------------------------------------------------------------
+
+LONG = " ".join(["das haus und ich"] * 10)
+
+
+def big_bird(folder: Path, **settings: Any) -> Path:
+    """At most 28 tokens switch it from sparse to full attention, for good."""
+    return tiny.save_model(folder, "big_bird", block_size=4, num_random_blocks=1, **LIVELY, **settings)
+
+
+def test_a_model_that_a_short_text_changes_is_refused(tmp_path: Path) -> None:
+    folder = big_bird(tmp_path / "model")
+    # Independently: the same text before and after a short one.
+    model, ids = AutoModel.from_pretrained(folder).eval(), torch.arange(60)[None] % 40 + 5
+    with torch.no_grad():
+        before, _, after = (model(input_ids=one).last_hidden_state for one in (ids, ids[:, :6], ids))
+    assert (before - after).abs().max() > 0.1
+    with pytest.raises(UnsupportedModelError, match=r"'model' \(big_bird\).*when other texts ran before") as caught:
+        extracted(folder, tmp_path / "cache", [*TEXTS, LONG])
+    assert '"attention_type": "original_full"' in caught.value.remedy
+    assert not list(tmp_path.rglob("*.h5"))
+    # What its texts never switch is right, and so is what cannot switch.
+    short = extracted(folder, tmp_path / "cache", TEXTS)
+    assert_states(short, states_alone(folder, TEXTS), rounding=ROUNDING["float16"])
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(fields | {"attention_type": "original_full"}))
+    full = extracted(folder, tmp_path / "cache", [*TEXTS, LONG])
+    assert_states(full, states_alone(folder, [*TEXTS, LONG]), rounding=ROUNDING["float16"])
+
+
+@pytest.mark.parametrize(
+    ("lengths", "attribute"),
+    [
+        # "dynamic" rotary embeddings: frequencies of the longest so far, until one below the limit comes.
+        ((3, 20, 30), "longest"),
+        ((20, 30), "longest"),
+        ((3, 30), "shortest"),
+        ((5,), "runs"),
+    ],
+)
+def test_any_memory_of_what_ran_is_seen(lengths: tuple[int, ...], attribute: str) -> None:
+    class Remembers(torch.nn.Module):
+        config = tiny.config("bert")
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.memory = 0
+
+        def forward(self, length: int) -> tuple[torch.Tensor, ...]:
+            if attribute == "longest":
+                self.memory = 0 if length < 10 else max(self.memory, length)
+            else:
+                self.memory = length if attribute == "shortest" and length < 10 else self.memory + 1
+            memory = self.memory if attribute == "runs" or length >= 10 else 0
+            return torch.ones(1, length, 4), torch.full((1, length, 4), 1.0 + memory)
+
+    model: Any = Remembers()
+    with pytest.raises(UnsupportedModelError, match="layer 1 moves by"):
+        check_repeatable(model, np.array(lengths), lambda one, i: one(lengths[i]), "it")
+    assert model.memory == 0, "copies ran"
+
+
+def test_a_cache_of_such_a_model_is_neither_resumed_nor_repaired(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, texts = big_bird(tmp_path / "model"), [*TEXTS, LONG]
+    with monkeypatch.context() as patch:  # as version 0.1 without the check made it
+        patch.setattr(extract, "check_history", lambda *_: None)
+        cache = extracted(folder, tmp_path / "cache", texts)
+    (shard,) = cache.folder.glob("*.h5")
+    assert extract.extract(plan_of(folder, tmp_path / "cache", texts)).cache == cache.folder, "complete, it is found"
+    with h5py.File(shard, "r+") as file:
+        file["examples/complete"][2] = 0
+    before = shard_bytes(cache)
+    with pytest.raises(UnsupportedModelError, match="interrupted or repaired cache would mix both"):
+        extracted(folder, tmp_path / "cache", texts)
+    with pytest.raises(UnsupportedModelError, match="interrupted or repaired cache would mix both"):
+        repair(RepairConfig(folder=cache.folder, resource=str(folder), device="cpu"))
+    assert shard_bytes(cache) == before
 
 
 # Models that cannot serve --------------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ from kr2cache.errors import (
     KR2CacheError,
     ModelUnavailableError,
     UnknownNameError,
+    UnsupportedModelError,
 )
 from kr2cache.evaluate import example_logits
 from kr2cache.kreader import KReader
@@ -396,6 +397,16 @@ def test_another_configuration_of_the_same_weights_is_refused(own: World) -> Non
     other_configuration(own.resource)
     with pytest.raises(CacheMismatchError, match=r"another configuration \(config\.json\)"):
         Predictor.load(own.run, models={"res": {"path": str(own.resource)}}, device="cpu")
+
+
+def test_a_resource_whose_states_depend_on_what_ran_before_is_refused(own: World) -> None:
+    """No text of the corpus is long enough to tell; one that is to be labelled may be."""
+    shutil.rmtree(own.resource)
+    tiny.save_model(own.resource, "big_bird", layers=4, block_size=16, num_random_blocks=1, initializer_range=0.4)
+    places = {"run_dir": own.folder / "runs-2", "cache_dir": own.folder / "caches-2"}
+    run = train(dataclasses.replace(own.config, resource=str(own.resource), **places)).runs[0].folder
+    with pytest.raises(UnsupportedModelError, match=r"'res' \(big_bird\).*when other texts ran before"):
+        Predictor.load(run, device="cpu")
 
 
 def test_a_dropped_reader_is_said(own: World) -> None:
