@@ -157,7 +157,7 @@ def _show(summary: dict[str, Any], results: dict[str, TrainResult]) -> None:
         cells = [f"{100 * row['mean'][name]:.1f} ± {100 * row['std'][name]:.1f}" for name in ("accuracy", "f1")]
         if row["mean"]["accuracy"] == best:
             cells = [f"[bold]{cell}[/]" for cell in cells]
-        seconds = seconds_text(row["seconds"]) if row["seconds"] else "there"
+        seconds = seconds_text(row["seconds"]) if row["seconds"] else "trained before"
         table.add_row(row["label"], *cells, difference, seconds)
     console.print(table)
     trainable = next(row for row in summary["rows"] if row["fusion"] == "fuse")

@@ -7,6 +7,23 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 
+_pressed = threading.Event()
+
+
+def listen() -> None:
+    """Remember from now on that Ctrl-C was pressed, and raise KeyboardInterrupt as before."""
+
+    def remember(signum: int, frame: object) -> None:
+        _pressed.set()
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, remember)
+
+
+def was_pressed() -> bool:
+    """Whether Ctrl-C was pressed since ``listen``: the cause of whatever error came then."""
+    return _pressed.is_set()
+
 
 @contextlib.contextmanager
 def interrupt_between_batches() -> Iterator[Callable[[], None]]:

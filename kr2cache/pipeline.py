@@ -256,7 +256,7 @@ def describe_training(result: TrainResult) -> None:
     for run in result.runs:
         cells = [f"{100 * run.metrics[split][name]:.1f}" for name in names]
         cells += [f"{run.metrics[split]['cut_off_words']:.0f}"] if tags_words else []
-        table.add_row(str(run.seed), *cells, "there" if run.seconds is None else seconds_text(run.seconds))
+        table.add_row(str(run.seed), *cells, "trained before" if run.seconds is None else seconds_text(run.seconds))
     table.add_section()
     table.add_row("mean", *(f"[bold]{100 * mean[split][name]:.1f}[/]" for name in names))
     table.add_row("std", *("-" if (one := std[split][name]) is None else f"{100 * one:.1f}" for name in names))

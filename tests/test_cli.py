@@ -557,7 +557,7 @@ def test_ctrl_c_in_extraction_keeps_what_is_complete_and_goes_on(
         return bool(cache.states(int(cache.n_tokens.argmax())).any())  # the longest sequence runs first
 
     code, out, err = interrupt(f"{EXTRACT} --tokens-per-batch 24 --json", some_written)
-    assert code == 1, (out, err)
+    assert code == 130, (out, err)
     error = json.loads(out)["error"]
     assert error["type"] == "InterruptedWorkError"
     assert "Traceback" not in err
@@ -583,7 +583,7 @@ def test_ctrl_c_in_training_keeps_the_caches_and_no_half_run(place: Path) -> Non
         f"{TRAIN} --seeds 1,2 --epochs 100000 --limit 2 --json",
         lambda: any(time.time() - path.stat().st_mtime > 1 for path in runs.glob("*/seed-1.partial")),
     )
-    assert code == 1, (out, err)
+    assert code == 130, (out, err)
     error = json.loads(out)["error"]
     assert error["type"] == "InterruptedWorkError"
     assert "Interrupted in seed 1" in error["message"]

@@ -70,7 +70,7 @@ def list_cli(cache_dir: CacheDir = None, as_json: Json = False, debug: Debug = F
             continue
         state = Text("complete", style="green")
         if one.complete < one.sequences:
-            state = Text(f"{one.complete:,} complete", style="yellow")
+            state = Text(f"{one.complete:,} of {one.sequences:,} complete", style="yellow")
         table.add_row(
             Text(name),
             Text(one.corpus),

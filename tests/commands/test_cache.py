@@ -74,7 +74,7 @@ def test_every_cache_is_listed_with_its_state(place: World, capsys: pytest.Captu
     assert (by_split["train"]["resource"], by_split["train"]["corpus"]) == ("res", "corpus")
     assert command("list") == 0
     shown = capsys.readouterr().out
-    for text in ("3 complete", "cannot be read", "udpos/train/res-", "3 caches", "is not an HDF5 file"):
+    for text in ("3 of 5 complete", "cannot be read", "udpos/train/res-", "3 caches", "is not an HDF5 file"):
         assert text in shown
 
 

@@ -10,7 +10,8 @@ from typing import Annotated, Any
 import pytest
 import typer
 
-from kr2cache.cli import app, run
+from kr2cache.cli import run
+from kr2cache.commands.app import app
 from kr2cache.commands.options import App
 from kr2cache.errors import UsageError
 
