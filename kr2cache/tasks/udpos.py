@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from kr2cache.console import note
 from kr2cache.errors import DataError
 from kr2cache.tasks.base import Example, Task, accuracy, check_unique
 from kr2cache.tasks.rows import load_hub
@@ -69,14 +70,22 @@ class UdPos(Task):
         return "google/xtreme" if self.language else None
 
     def read_file(self, path: Path, split: str) -> list[Example]:
+        return self._read(path, split, keep_withheld=False)
+
+    def read_unlabelled(self, path: Path, split: str) -> list[Example]:
+        return self._read(path, split, keep_withheld=True)
+
+    def _read(self, path: Path, split: str, *, keep_withheld: bool) -> list[Example]:
         examples: list[Example] = []
         places: list[str] = []
-        for line, sentence_id, forms, tags in read_conllu(path):
-            examples.append(
-                Example(sentence_id or f"{split}-{len(examples)}", (tuple(forms),), _labels(tags, path, line))
-            )
-            places.append(f"{path}:{line}")
+        sentences = read_conllu(path)
+        for number, (line, sentence_id, forms, tags) in enumerate(sentences):
+            if keep_withheld or not is_withheld(forms):
+                label = _labels(tags, path, line)
+                examples.append(Example(sentence_id or f"{split}-{number}", (tuple(forms),), label))
+                places.append(f"{path}:{line}")
         check_unique([example.id for example in examples], places)
+        _say_withheld(len(sentences) - len(examples), len(sentences), str(path))
         return examples
 
     def read_hub(self, hub_id: str, split: str) -> list[Example]:
@@ -91,11 +100,14 @@ class UdPos(Task):
         for number, row in enumerate(rows):
             place = f"{what}, row {number}"
             marks = row["pos_tags"]
-            label = tuple(_label_number(tag, place) if numbers is None else numbers[tag] for tag in marks)
             words = tuple(str(word) for word in row["tokens"])
+            if is_withheld(words):
+                continue
+            label = tuple(_label_number(tag, place) if numbers is None else numbers[tag] for tag in marks)
             if len(words) != len(label) or not words:
                 raise DataError(f"{place}: {len(words)} tokens, {len(label)} tags.", "Check the data set.")
             examples.append(Example(f"{split}-{number}", (words,), label))
+        _say_withheld(len(rows) - len(examples), len(rows), what)
         return examples
 
     def from_line(self, line: str, name: str) -> Example:
@@ -135,6 +147,24 @@ def xtreme_f1(gold: Sequence[Sequence[int]], predicted: Sequence[Sequence[int | 
                 [[PREFIXED[tag] for tag in tags] for tags in gold],
                 [[NO_TAG if tag is None else PREFIXED[tag] for tag in tags] for tags in predicted],
             )
+        )
+
+
+WITHHELD = "_"
+"""The form of every word in treebanks whose text may not be passed on."""
+
+
+def is_withheld(forms: Sequence[str]) -> bool:
+    """XTREME's rule: sentences are left out in which all words, or all but one, are ``_``."""
+    withheld = forms.count(WITHHELD)
+    return withheld > 0 and withheld >= len(forms) - 1
+
+
+def _say_withheld(count: int, total: int, what: str) -> None:
+    if count:
+        note(
+            f"{what}: {count:,} of {total:,} sentences have {WITHHELD} in place of their words; they are left out, as "
+            "XTREME does. The treebank's README says how to get the text."
         )
 
 

@@ -183,6 +183,47 @@ def test_limit_takes_the_first(folder: Path) -> None:
     assert [example.id for example in UdPos(None).read("train", str(folder), 3)] == ["s0", "s1", "s2"]
 
 
+# Text that is withheld ------------------------------------------------------------------------------------------------
+
+
+def xtreme_keeps(forms: Sequence[str]) -> bool:
+    """What XTREME's preprocessing keeps: no ``_``, or at least two words that are something else."""
+    return "_" not in forms or sum(form != "_" for form in forms) > 1
+
+
+WITHHELD = [
+    ["_"],
+    ["_", "_", "_"],
+    ["_", "."],
+    ["_", "_", "x"],
+    ["_", "x", "y"],
+    ["x", "y"],
+    ["_", "_", "x", "y"],
+    ["x"],
+]
+
+
+def test_sentences_without_text_are_left_out_as_xtreme_does(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(folder / "train.conllu", "".join(sentence(*forms) for forms in WITHHELD))
+    kept = [(f"train-{number}", (tuple(forms),)) for number, forms in enumerate(WITHHELD) if xtreme_keeps(forms)]
+    assert [(one.id, one.texts) for one in UdPos(None).read("train", str(folder))] == kept, "ids count every sentence"
+    assert 0 < len(kept) < len(WITHHELD)
+    said = capsys.readouterr().out
+    assert (
+        f"train.conllu: {len(WITHHELD) - len(kept)} of {len(WITHHELD)} sentences have _ in place of their words" in said
+    )
+    assert [(one.id, one.texts) for one in UdPos(None).read("train", str(folder), 2)] == kept[:2], (
+        "the limit is of those"
+    )
+    assert len(UdPos(None).read_unlabelled(folder / "train.conllu", "new")) == len(WITHHELD), "predict labels all"
+
+
+def test_a_treebank_without_any_text_has_no_example(folder: Path) -> None:
+    write(folder / "train.conllu", sentence("_", "_", tag="_") + sentence("_", "_", "_"))
+    with pytest.raises(DataError, match="train split of corpus holds no example"):
+        UdPos(None).read("train", str(folder))
+
+
 # What is wrong with a file -------------------------------------------------------------------------------------------
 
 
@@ -458,7 +499,12 @@ def test_cutting_words_off_a_perfect_prediction_loses_exactly_their_share(
 
 ORDER_ON_HUB = tuple(reversed(UPOS))
 """Not ours, so that taking numbers for labels would show."""
-ROWS = [(["Das", "Haus", "."], ["DET", "NOUN", "PUNCT"]), (["ja"], ["INTJ"]), (["10 000", "Euro"], ["NUM", "NOUN"])]
+ROWS = [
+    (["Das", "Haus", "."], ["DET", "NOUN", "PUNCT"]),
+    (["_", "_"], ["DET", "NOUN"]),  # text that is withheld
+    (["ja"], ["INTJ"]),
+    (["10 000", "Euro"], ["NUM", "NOUN"]),
+]
 
 
 def hub_rows(named: bool = True) -> datasets.Dataset:
@@ -508,6 +554,7 @@ def expected_hub_examples(split: str) -> list[tuple[str, tuple[tuple[str, ...], 
     return [
         (f"{split}-{i}", (tuple(words),), tuple(UPOS.index(tag) for tag in tags))
         for i, (words, tags) in enumerate(ROWS)
+        if words != ["_", "_"]
     ]
 
 
