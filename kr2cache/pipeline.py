@@ -57,6 +57,8 @@ class TrainResult:
     read: int
     """Sequences whose states were read instead of computed."""
     notes: list[str] = field(default_factory=list)
+    words_without_states: dict[str, int] = field(default_factory=dict)
+    """By split, where a resource is read and the task is one of words."""
 
     def json(self) -> dict[str, Any]:
         mean, std = runs.mean_and_std([run.metrics for run in self.runs])
@@ -65,6 +67,7 @@ class TrainResult:
             "mean": mean,
             "std": std,
             "resource_sequences": {"computed": self.computed, "read": self.read},
+            "words_without_states": self.words_without_states,
         }
 
 
@@ -91,6 +94,7 @@ def train(config: TrainConfig, shared: Shared | None = None) -> TrainResult:
         computed=prepared.resource.computed if prepared.resource else 0,
         read=_sequences_read(prepared.job),
         notes=prepared.notes + (lesson.notes if lesson else []),
+        words_without_states=prepared.resource.words_without_states if prepared.resource else {},
     )
 
 
@@ -252,10 +256,14 @@ def describe_training(result: TrainResult) -> None:
     tags_words = "cut_off_words" in mean[split]
     if tags_words:
         table.add_column("words without a label", justify="right")
+    unread = result.words_without_states.get(split, 0)
+    if unread:
+        table.add_column("words without states", justify="right")
     table.add_column("time", justify="right")
     for run in result.runs:
         cells = [f"{100 * run.metrics[split][name]:.1f}" for name in names]
         cells += [f"{run.metrics[split]['cut_off_words']:.0f}"] if tags_words else []
+        cells += [str(unread)] if unread else []
         table.add_row(str(run.seed), *cells, "trained before" if run.seconds is None else seconds_text(run.seconds))
     table.add_section()
     table.add_row("mean", *(f"[bold]{100 * mean[split][name]:.1f}[/]" for name in names))

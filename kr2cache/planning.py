@@ -150,8 +150,12 @@ def _reserved(plan: ExtractPlan) -> int:
     return most
 
 
-def describe(plan: ExtractPlan) -> None:
-    """Say what the extraction will take."""
+def describe(plan: ExtractPlan, length_option: str = "--max-length") -> None:
+    """Say what the extraction will take.
+
+    Args:
+        length_option: What the command at hand calls the maximal length of this model's sequences.
+    """
     free = free_bytes(plan.config.cache_dir)
     said = Text.assemble(
         (plan.spec.name, "bold"),
@@ -162,10 +166,10 @@ def describe(plan: ExtractPlan) -> None:
         f" ({bytes_text(free)} free in {os.fspath(plan.config.cache_dir)})",
     )
     console.print(said, soft_wrap=True)
-    longest = f"{plan.config.max_length} tokens (--max-length)"
+    longest = f"{plan.config.max_length} tokens ({length_option})"
     filled = int((plan.index.n_tokens == plan.config.max_length).sum())
     if missing := plan.missing_words.total:
-        reasons = plan.missing_words.reasons(plan.config.max_length, "--max-length")
+        reasons = plan.missing_words.reasons(plan.config.max_length, length_option)
         note(f"No states for {count_text(missing, 'word')}: {reasons}.")
     elif filled and not find_task(plan.config.task).words:
         note(f"{count_text(filled, 'sequence')} of {longest}: what is longer was cut to that.")

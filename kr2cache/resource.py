@@ -24,9 +24,10 @@ from kr2cache.config import (
     TrainConfig,
     default_cache_dir,
 )
-from kr2cache.console import bytes_text, note, seconds_text
+from kr2cache.console import bytes_text, count_text, note, seconds_text
 from kr2cache.derive import derive, plan_fusion
 from kr2cache.digests import model_digests
+from kr2cache.encode import missing_words
 from kr2cache.errors import CacheError, CacheMismatchError, DiskSpaceError
 from kr2cache.extract import describe_result, extract
 from kr2cache.features import fits_in_memory
@@ -34,6 +35,9 @@ from kr2cache.fusion import parse_fusion
 from kr2cache.planning import describe, plan_extraction
 from kr2cache.shared import Shared
 from kr2cache.tasks import Task
+
+LENGTH_OPTION = "--resource-max-length"
+"""What a training calls the maximal length of the resource's sequences."""
 
 
 class Resource:
@@ -46,6 +50,8 @@ class Resource:
         self.task = task
         self.computed = 0
         self.notes: list[str] = []
+        self.words_without_states: dict[str, int] = {}
+        """By split, of a task of words: how many are not in the cache that is read."""
         self.on_this_machine = models.local_folder(spec) is not None
         self.weights: str | None = None
         self.config_digest: str | None = None
@@ -54,6 +60,7 @@ class Resource:
         self.dtype = config.dtype
         self.compute_dtype = config.compute_dtype
         self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._note_once = shared.note_once
         if self.on_this_machine:
             digests = model_digests(spec)
             self.weights, self.config_digest = digests.weights, digests.config
@@ -87,7 +94,10 @@ class Resource:
             ids=part.ids,
             text_xxh3=part.text_xxh3,
         )
-        cache = self._with_fusion_stored(self._find(wanted) or self._extract(split), part.ids)
+        found = self._find(wanted)
+        cache = self._with_fusion_stored(found or self._extract(split), part.ids)
+        if self.task.words:
+            self._count_missing_words(cache, split, said=found is None)
         cache.check_on_read = self.config.check_states
         chosen = cache.provenance["chosen"]
         self.max_length, self.dtype, self.compute_dtype = (
@@ -96,6 +106,20 @@ class Resource:
             chosen["compute_dtype"],
         )
         return cache
+
+    def _count_missing_words(self, cache: FeatureCache, split: str, *, said: bool) -> None:
+        """Count the words that the cache has no states for, and say so unless that was ``said`` when it was made."""
+        part = self.corpus.splits[split]
+        index = cache.tokens().select(cache.positions(part.ids))
+        max_length = int(cache.provenance["chosen"]["max_length"])
+        texts = [example.texts[0] for example in part.examples]
+        missing = missing_words(index, texts, max_length, self._tokenizer)
+        self.words_without_states[split] = missing.total
+        if missing.total and not said:
+            self._note_once(
+                f"{self.spec.name}'s cache of {self.task.name}/{split} has no states for "
+                f"{count_text(missing.total, 'word')}: {missing.reasons(max_length, LENGTH_OPTION)}."
+            )
 
     def _with_fusion_stored(self, cache: FeatureCache, ids: Sequence[str]) -> FeatureCache:
         """``cache``, or where a fixed fusion of it is too large for memory that fusion as a cache of its own, made now:
@@ -145,14 +169,14 @@ class Resource:
                 f"Make one that fits:  {self._command(split)}",
             )
         self._settle_length(wanted)
+        unreadable = provenance.unreadable_of(self.config.cache_dir, self.task.name, split)
+        other += [error.message for f, error in unreadable.items() if f.name.startswith(f"{wanted.resource}-")]
+        none_fits = f"No cache of {wanted.resource} on {wanted.task}/{split} fits"
+        detail = f" {'; '.join(other)}." if other else ""
         if not self.config.extract:
-            unreadable = provenance.unreadable_of(self.config.cache_dir, self.task.name, split)
-            other += [error.message for f, error in unreadable.items() if f.name.startswith(f"{wanted.resource}-")]
-            detail = f" {'; '.join(other)}." if other else ""
-            raise CacheError(
-                f"No cache of {wanted.resource} on {wanted.task}/{split} fits, and --no-extract was given.{detail}",
-                f"Make one:  {self._command(split)}",
-            )
+            raise CacheError(f"{none_fits}, and --no-extract was given.{detail}", f"Make one:  {self._command(split)}")
+        if other:
+            note(f"{none_fits}, so a new one is made.{detail}")
         return None
 
     def _settle_length(self, wanted: provenance.Wanted) -> None:
@@ -244,7 +268,7 @@ class Resource:
             ),
             self.corpus.splits[split].examples,
         )
-        describe(plan)
+        describe(plan, LENGTH_OPTION)
         result = extract(plan)
         describe_result(result)
         self.computed += result.computed

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from kr2cache import models
 from kr2cache.cache.format import SequenceIndex, canonical_json, text_xxh3
 from kr2cache.config import TrainConfig
+from kr2cache.console import note
 from kr2cache.encode import encode_examples
 from kr2cache.errors import DataError, MissingSplitError
 from kr2cache.kreader import TaskCheckpoint
@@ -85,6 +86,13 @@ class Shared:
         self._tokenizers: dict[tuple[str, bool], PreTrainedTokenizerBase] = {}
         self._tokenizer_files: dict[tuple[str, bool], dict[str, bytes]] = {}
         self._checkpoints: OrderedDict[tuple[Any, ...], TaskCheckpoint] = OrderedDict()
+        self._noted: set[str] = set()
+
+    def note_once(self, text: str) -> None:
+        """``console.note``, unless a training that shares this said the same."""
+        if text not in self._noted:
+            self._noted.add(text)
+            note(text)
 
     def corpus(self, task: Task, data: str | None, limit: int | None) -> Corpus:
         """The labelled splits."""

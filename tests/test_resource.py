@@ -14,6 +14,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 from world import SPLITS, World, change_a_weight, change_the_tokenizer, count_resource_batches, predictions
 
 from kr2cache import FeatureCache, cli, provenance
@@ -23,7 +24,11 @@ from kr2cache.errors import (
     CacheMismatchError,
     KR2CacheError,
 )
-from kr2cache.models import ModelSpec, load_encoder
+from kr2cache.models import ModelSpec, find_model, load_encoder
+from kr2cache.pipeline import describe_training
+from kr2cache.resource import Resource
+from kr2cache.shared import Shared
+from kr2cache.tasks import find_task
 
 
 def edit_a_text(world: World) -> None:
@@ -271,3 +276,87 @@ def test_a_cache_that_cannot_be_read_is_named_where_none_may_be_made(world: Worl
     assert "kr2cache extract" in caught.value.remedy
     world.train()
     assert len(FeatureCache.open(result.cache)) == 12, "the extraction that training calls makes it again"
+
+
+def resource_of(world: World, **changes: Any) -> Resource:
+    """What a training of these settings finds its caches with."""
+    config = world.config(**changes)
+    assert config.resource is not None
+    return Resource(config, find_model(config.resource, config.models), find_task(config.task), Shared())
+
+
+def said(capsys: pytest.CaptureFixture[str]) -> str:
+    return " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("made", "asked", "lack"),
+    [
+        ({"layers": "last2"}, {"fusion": "all"}, "layers 0, 1, 2 are not stored there"),
+        ({"limit": 2}, {}, "10 of 12 examples are not in it (train-s3, train-s4, train-s5, ...)"),
+        ({"max_length": 9}, {"resource_max_length": 20}, "max_length is 9 there, 20 was asked for"),
+        ({"dtype": "int8"}, {"dtype": "float32"}, "dtype is int8 there, float32 was asked for"),
+    ],
+)
+def test_what_the_cache_at_hand_lacks_is_said_before_a_new_one_is_made(
+    world: World, capsys: pytest.CaptureFixture[str], made: dict[str, Any], asked: dict[str, Any], lack: str
+) -> None:
+    folder = world.extract("train", **made).cache
+    with pytest.raises(CacheError, match="and --no-extract was given") as caught:
+        resource_of(world, extract=False, **asked).cache("train")
+    assert f"{folder}: {lack}." in caught.value.message
+    capsys.readouterr()
+    resource_of(world, **asked).cache("train")
+    shown = said(capsys)
+    why = f"! No cache of res on udpos/train fits, so a new one is made. {folder}: {lack}."
+    assert why in shown
+    assert shown.index(why) < shown.index("12 sequences, "), "before the work"
+    resource_of(world, **asked).cache("train")
+    assert "a new one" not in said(capsys)
+
+
+def test_words_without_states_are_named_with_the_option_that_keeps_them(
+    world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(world.resource)
+    lost = {}
+    for split in SPLITS:
+        lost[split] = 0
+        for block in (world.data / f"{split}.conllu").read_text("utf-8").strip().split("\n\n"):
+            words = [line.split("\t")[1] for line in block.splitlines() if line.split("\t")[0].isdigit()]
+            there = tokenizer(words, is_split_into_words=True, truncation=True, max_length=6).word_ids()
+            lost[split] += len(words) - len(set(there) - {None})
+    assert min(lost.values()) > 0
+    models = {"far": {"path": str(world.resource)}}
+    capsys.readouterr()
+    first = world.train(resource="far", models=models, resource_max_length=6, epochs=1.0)
+    made = said(capsys)
+    shutil.rmtree(world.resource)
+    again = world.train(resource="far", models=models, max_length=100, epochs=1.0)
+    read = said(capsys)
+    for split, count in lost.items():
+        reasons = f"{count} words: {count} cut off at 6 tokens (--resource-max-length)."
+        assert made.count(f"No states for {reasons}") == 1
+        assert f"cache of udpos/{split}" not in made, "said once"
+        assert f"far's cache of udpos/{split} has no states for {reasons}" in read
+    assert "(--max-length)" not in made + read
+    shared = Shared()
+    for _ in range(2):
+        Resource(again.config, find_model("far", models), again.task, shared).cache("dev")
+    assert said(capsys).count("has no states for") == 1, "once in a sweep"
+    for result in (first, again):
+        assert result.json()["words_without_states"] == lost
+        describe_training(result)
+        table = said(capsys)
+        assert "words without states" in table
+        assert f"│ {lost['test']} │" in table
+
+
+def test_a_cache_of_every_word_has_no_such_column(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    result = world.train(epochs=1.0)
+    describe_training(result)
+    assert result.words_without_states == dict.fromkeys(SPLITS, 0)
+    shown = said(capsys)
+    assert "words without a label" in shown
+    assert "states for" not in shown
+    assert "without states" not in shown
