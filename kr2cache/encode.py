@@ -41,6 +41,7 @@ def encode(
 
     Raises:
         ConfigError: If ``max_length`` leaves no room beside the special tokens.
+        DataError: For a text that becomes no token at all, or a tokenizer that contradicts itself.
     """
     special = tokenizer.num_special_tokens_to_add(pair=not words and any(len(text) > 1 for text in texts))
     if max_length <= special:
@@ -56,10 +57,18 @@ def encode(
     for start in range(0, len(texts), TEXTS_AT_ONCE):
         part = texts[start : start + TEXTS_AT_ONCE]
         for offset, one in enumerate(align(tokenizer, part, words, max_length)):
+            _check_lengths(one, tokenizer, ids[start + offset], max_length)
             n_tokens[start + offset] = len(one.token_ids)
             input_ids.append(np.array(one.token_ids, dtype=np.int32))
             word_indices.append(np.array(one.word_index, dtype=np.int32))
             segment_ids.append(np.array(one.segment_ids, dtype=np.int8))
+    if not n_tokens.all():
+        first = int(np.argmin(n_tokens))
+        raise DataError(
+            f"{np.count_nonzero(n_tokens == 0):,} of {len(texts):,} texts become no token at all; the first is "
+            f"{ids[first]}: {' '.join(texts[first])!r}. The tokenizer drops its characters and adds no special tokens.",
+            "Without a token there are no states. Correct these texts, or leave them out.",
+        )
     segments = np.concatenate(segment_ids)
     return SequenceIndex(
         ids=encode_ids(ids),
@@ -129,6 +138,7 @@ def _encode_word_by_word(
         return [_encode_segments(tokenizer, text, max_length) for text in texts]
     room = max_length - tokenizer.num_special_tokens_to_add()
     result: list[Aligned] = []
+    before = _tokens_before(tokenizer)
     for text in texts:
         pieces: list[int] = []
         aligned: list[int] = []
@@ -137,11 +147,22 @@ def _encode_word_by_word(
             pieces.extend(token_ids)
             aligned.extend([number] * len(token_ids))
         pieces, aligned = pieces[:room], aligned[:room]
-        special = tokenizer.get_special_tokens_mask(pieces)
-        inner = iter(aligned)
         whole = tokenizer.build_inputs_with_special_tokens(pieces)
-        result.append(Aligned(whole, [SPECIAL if mark else next(inner) for mark in special], []))
+        if whole[before : before + len(pieces)] == pieces:
+            after = len(whole) - before - len(pieces)
+            aligned = [*[SPECIAL] * before, *aligned, *[SPECIAL] * after]
+        result.append(Aligned(whole, aligned, []))
     return result
+
+
+def _tokens_before(tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many special tokens stand before a text. Tried, for a tokenizer that is code may say something else of itself
+    than it does (``get_special_tokens_mask``, where it overrides one of the two alone).
+    """
+    special = set(tokenizer.all_special_ids)
+    ordinary = next((number for number in range(len(tokenizer)) if number not in special), 0)
+    whole: list[int] = tokenizer.build_inputs_with_special_tokens([ordinary])
+    return whole.index(ordinary)
 
 
 def _encode_segments(tokenizer: PreTrainedTokenizerBase, text: tuple[str, ...], max_length: int) -> Aligned:
@@ -154,9 +175,33 @@ def _encode_segments(tokenizer: PreTrainedTokenizerBase, text: tuple[str, ...], 
         return_special_tokens_mask=True,
         verbose=False,
     )
+    token_ids, mask = encoded["input_ids"], encoded["special_tokens_mask"]
+    segment_ids = encoded.get("token_type_ids") or []
+    if len(mask) != len(token_ids):  # code that adds special tokens without saying which they are
+        special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+        mask = [number in special for number in token_ids]
+    if len(text) == 1 and not any(segment_ids):
+        segment_ids = []  # zeros are what models take of themselves; such code miscounts them too
     numbers = itertools.count()
-    aligned = [SPECIAL if special else next(numbers) for special in encoded["special_tokens_mask"]]
-    return Aligned(encoded["input_ids"], aligned, encoded.get("token_type_ids") or [])
+    return Aligned(token_ids, [SPECIAL if special else next(numbers) for special in mask], segment_ids)
+
+
+def _check_lengths(one: Aligned, tokenizer: PreTrainedTokenizerBase, name: str, max_length: int) -> None:
+    """Raise ``DataError`` unless tokens, words and segments are as many, and no more than ``max_length``."""
+    tokens, words, segments = map(len, one)
+    if words != tokens or segments not in (0, tokens):
+        found = f"{words} word numbers" if words != tokens else f"{segments} segment numbers"
+        raise DataError(
+            f"The tokenizer {type(tokenizer).__name__} gives {tokens} tokens and {found} for {name}.",
+            "Its code contradicts itself (build_inputs_with_special_tokens, create_token_type_ids_from_sequences). "
+            "Correct it, or take another model.",
+        )
+    if tokens > max_length:
+        raise DataError(
+            f"The tokenizer {type(tokenizer).__name__} gives {tokens} tokens for {name}, more than the maximal "
+            f"length of {max_length}.",
+            "Its code miscounts its special tokens (num_special_tokens_to_add). Correct it, or take another model.",
+        )
 
 
 def check_token_ids(index: SequenceIndex, vocabulary: int, who: str) -> None:

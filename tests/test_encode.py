@@ -220,6 +220,68 @@ def test_python_tokenizers_leave_no_room_either(japanese: PreTrainedTokenizerBas
         encode_words(japanese, [["猫"]], 2)
 
 
+class OwnSpecials(BertJapaneseTokenizer):
+    """Adds special tokens of its own; what it says of them is still what the class it is made of says."""
+
+    def build_inputs_with_special_tokens(
+        self, token_ids_0: list[int], token_ids_1: list[int] | None = None
+    ) -> list[int]:
+        return [2, 4, *token_ids_0, 3] + ([*token_ids_1, 3, 3] if token_ids_1 is not None else [])
+
+
+class MoreThanItSays(OwnSpecials):
+    def num_special_tokens_to_add(self, pair: bool = False) -> int:
+        return 1
+
+
+def of_class(kind: type[BertJapaneseTokenizer], folder: Path) -> BertJapaneseTokenizer:
+    return kind(str(japanese_folder(folder) / "vocab.txt"), subword_tokenizer_type="wordpiece")
+
+
+def test_special_tokens_are_seen_not_believed(tmp_path: Path) -> None:
+    own = of_class(OwnSpecials, tmp_path)
+    text = ["猫", "\u200b", "がいる", "走"]
+    pieces = [(number, i) for i, word in enumerate(text) if i != 1 for number in wordpiece(word)]
+    assert len(own.get_special_tokens_mask([5, 6])) != len(own.build_inputs_with_special_tokens([5, 6]))
+    for room in (1, 3, 100):
+        ((ids, words),) = encode_words(own, [text], 3 + room)
+        assert ids == [2, 4, *(number for number, _ in pieces[:room]), 3]
+        assert words == [SPECIAL, SPECIAL, *(word for _, word in pieces[:room]), SPECIAL]
+    ((ids, words),) = encode_words(own, [["[CLS]", "猫"]])  # a word that reads like a special token
+    assert (ids[:2], ids[-2:]) == ([2, 4], [5, 3])
+    assert words == [SPECIAL, SPECIAL, 0, 1, SPECIAL]
+    for segments, expected in (
+        (("猫犬",), [2, 4, *wordpiece("猫犬"), 3]),
+        (("猫犬", "走"), [2, 4, *wordpiece("猫犬"), 3, *wordpiece("走"), 3, 3]),
+    ):
+        ((ids, words),) = by_sequence(encode(own, ["a"], [segments], words=False, max_length=20))
+        assert ids == expected
+        assert [number in (2, 3, 4) for number in ids] == [word == SPECIAL for word in words]
+
+
+def test_a_tokenizer_that_contradicts_itself_is_refused(tmp_path: Path) -> None:
+    own = of_class(OwnSpecials, tmp_path)
+    own.model_input_names = ["input_ids", "token_type_ids"]
+    own.create_token_type_ids_from_sequences = lambda first, second=None: [0] * len(first) + [1] * len(second or ())
+    with pytest.raises(DataError, match=r"OwnSpecials gives 8 tokens and 3 segment numbers for b\."):
+        encode(own, ["a", "b"], [("猫",), ("猫犬", "走")], words=False, max_length=20)
+    more = of_class(MoreThanItSays, tmp_path)
+    with pytest.raises(DataError, match=r"MoreThanItSays gives 10 tokens for s0, more than the maximal length of 8"):
+        encode_words(more, [["猫"] * 20], 8)
+
+
+def test_a_text_without_a_token_is_named(tmp_path: Path, japanese: PreTrainedTokenizerBase) -> None:
+    bare = tiny.tokenizer()
+    bare.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
+    nothing = of_class(OwnSpecials, tmp_path)
+    nothing.build_inputs_with_special_tokens = lambda first, second=None: [*first, *(second or ())]
+    for tokenizer, words in ((bare, True), (bare, False), (nothing, True)):
+        texts = [("das",), ("\u200a",), ("haus",), ("\u2003",)]
+        with pytest.raises(DataError, match=r"2 of 4 texts become no token at all; the first is s1: '\\u200a'\."):
+            encode(tokenizer, names(4), texts, words=words, max_length=9)
+    assert encode_words(japanese, [["\u200a"]]) == [([2, 3], [SPECIAL, SPECIAL])], "special tokens have states"
+
+
 @pytest.mark.skipif(
     not (importlib.util.find_spec("fugashi") and importlib.util.find_spec("ipadic")),
     reason="the extra japanese is not installed",

@@ -58,9 +58,17 @@ def create_shards(folder: Path, header: ShardHeader, index: SequenceIndex, shard
         The shards that were made again.
 
     Raises:
+        CacheError: If lengths of the index disagree; nothing is written then.
         DiskSpaceError: If the space cannot be reserved; no unfinished file stays.
         CacheVersionError: For a shard of another version of the format; it is left as it is.
     """
+    tokens = int(index.n_tokens.sum(dtype=np.int64))
+    if not tokens == len(index.input_id) == len(index.word_index) or index.n_tokens.min(initial=1) < 1:
+        raise CacheError(
+            f"{folder} is not made: the index says {tokens} tokens, {len(index.input_id)} ids and "
+            f"{len(index.word_index)} word numbers, {index.n_tokens.min(initial=1)} tokens or more a sequence.",
+            "Every sequence has at least one token, and every token an id and a word number (-1 for special ones).",
+        )
     folder.mkdir(parents=True, exist_ok=True)
     token_bytes = row_bytes(header.width, header.dtype) * len(header.layers)
     cuts = shard_cuts(index.n_tokens, token_bytes, shard_bytes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 import signal
@@ -36,6 +37,20 @@ def test_cuts_keep_every_shard_within_its_size(lengths: list[int], token_bytes: 
     assert all(sum(part) * token_bytes <= shard_bytes or len(part) == 1 for part in parts)
     for part, following in pairwise(parts):  # none was closed early
         assert (sum(part) + following[0]) * token_bytes > shard_bytes
+
+
+def test_lengths_that_disagree_are_seen_before_anything_is_written(tmp_path: Path) -> None:
+    truth = tiny_cache.make((3, 1, 5))
+    index = truth.index
+    for change in (
+        {"input_id": index.input_id[:-1]},
+        {"word_index": np.append(index.word_index, np.int32(0))},
+        {"n_tokens": np.array([3, 1, 6], dtype=np.int32)},
+        {"n_tokens": np.array([4, 0, 5], dtype=np.int32)},
+    ):
+        with pytest.raises(CacheError, match=r"cache is not made: the index says (9|10) tokens, (8|9) ids and (9|10)"):
+            create_shards(tmp_path / "cache", truth.header, dataclasses.replace(index, **change), 2**30)
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_a_shard_gets_its_name_only_when_all_of_it_is_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
