@@ -10,11 +10,12 @@ import math
 import os
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from kr2cache.errors import ConfigError, unknown_name
+from kr2cache import utf8
+from kr2cache.errors import ConfigError, DataError, unknown_name
 
 TOML = "kr2cache.toml"
 
@@ -70,6 +71,7 @@ class ExtractConfig:
     """``[models]`` of ``kr2cache.toml``."""
 
     def __post_init__(self) -> None:
+        _check_text(self)
         _positive("--max-length", self.max_length)
         _positive("--tokens-per-batch", self.tokens_per_batch)
         _positive("--limit", self.limit)
@@ -125,6 +127,7 @@ class TrainConfig:
     """``[training]`` of ``kr2cache.toml``: passed on to transformers.TrainingArguments."""
 
     def __post_init__(self) -> None:
+        _check_text(self)
         # 10 and 10.0 are one setting, and have to name one run.
         for name in ("epochs", "learning_rate", "fusion_learning_rate", "temperature", "soft_weight"):
             if (value := getattr(self, name)) is not None:
@@ -181,6 +184,14 @@ def deciding_training(training: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in training.items() if not name.startswith(NOT_DECIDING)}
 
 
+def _check_text(config: ExtractConfig | TrainConfig) -> None:
+    """Names and folders are recorded beside the results, and what is recorded is UTF-8."""
+    for one in fields(config):
+        value = getattr(config, one.name)
+        if isinstance(value, str | Path):
+            utf8.check(str(value), f"--{one.name.replace('_', '-')}", ConfigError)
+
+
 def _positive(option: str, value: float | None) -> None:
     if value is not None and not (value > 0 and math.isfinite(value)):
         raise ConfigError(f"{option} {value} makes no sense.", "Give a number above 0.")
@@ -208,6 +219,21 @@ def parse_seeds(text: str) -> tuple[int, ...]:
         raise ConfigError(f"--seeds {text!r} is not a list of numbers.", "Give --seeds 1,2,3") from None
 
 
+def load_toml(path: Path) -> dict[str, Any]:
+    """The content of a TOML file.
+
+    Raises:
+        ConfigError: If it is not TOML.
+        OSError: If it cannot be read.
+    """
+    try:
+        return tomllib.loads("".join(utf8.file_lines(path)))
+    except DataError as error:
+        raise ConfigError(error.message, error.remedy) from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}.", "Correct the file.") from error
+
+
 def read_toml(folder: Path, options: Mapping[str, type]) -> Toml:
     """Read ``kr2cache.toml``; it only sets values, it runs nothing.
 
@@ -222,10 +248,7 @@ def read_toml(folder: Path, options: Mapping[str, type]) -> Toml:
     path = folder / TOML
     if not path.is_file():
         return Toml()
-    try:
-        content = tomllib.loads(path.read_text("utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}.", "Correct the file.") from error
+    content = load_toml(path)
     for section, value in content.items():
         if section not in ("defaults", "models", "training"):
             raise unknown_name(f"section in {TOML}:", section, ("defaults", "models", "training"))

@@ -12,14 +12,13 @@ import dataclasses
 import hashlib
 import json
 import os
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kr2cache import models, runs
-from kr2cache.config import METHODS, PLAIN_METHODS, PROJECTIONS, TrainConfig, parse_seeds, typed
+from kr2cache.config import METHODS, PLAIN_METHODS, PROJECTIONS, TrainConfig, load_toml, parse_seeds, typed
 from kr2cache.console import console, count_text, failed, heading
 from kr2cache.errors import ConfigError, DataError, InterruptedWorkError, KR2CacheError, unknown_name
 from kr2cache.fusion import check_fusion_name, parse_fusion
@@ -120,14 +119,12 @@ def read_grid(path: Path, options: Mapping[str, type]) -> Grid:
         UnknownNameError: For a key that does not exist.
     """
     try:
-        content = tomllib.loads(path.read_text("utf-8"))
+        content = load_toml(path)
     except OSError as error:
         near = ", ".join(sorted(str(one) for one in Path("pipelines").glob("*.toml"))) or "none here"
         raise ConfigError(
             f"There is no grid {path} ({error.strerror}).", f"Grids that come with the project: {near}."
         ) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}.", "Correct the file.") from error
     for key in content:
         if key not in TOP:
             raise unknown_name(f"key in {path}:", key, TOP)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from kr2cache import utf8
 from kr2cache.errors import ConfigError, DataError
 from kr2cache.predict import Predicted
 from kr2cache.tasks import Example, Task
@@ -21,12 +23,24 @@ def read_lines(task: Task, lines: Iterable[str], name: str = "line") -> list[Exa
         name: Ids are this and the number of the line, from 1: ``line-1``.
 
     Raises:
-        DataError: For a line that has not the texts the task needs, or nothing but blank lines.
+        DataError: For a line that is not UTF-8 or has not the texts the task needs, or nothing but blank lines.
     """
-    examples = [task.from_line(line, f"{name}-{number}") for number, line in enumerate(lines, 1) if line.strip()]
+    examples = []
+    for number, line in enumerate(lines, 1):
+        place = f"{name}-{number}"
+        utf8.check(line, place)
+        text = line.removeprefix(utf8.BYTE_ORDER_MARK) if number == 1 else line
+        if text.strip():
+            examples.append(task.from_line(text, place))
     if not examples:
         raise DataError("There is no text to label.", "Give one example a line.")
     return examples
+
+
+def typed_lines(raw_lines: Iterable[bytes], name: str) -> Iterator[str]:
+    """Lines of text as ``utf8.lines`` gives them, whichever way they end (``\\n``, ``\\r\\n``, ``\\r``)."""
+    for line in utf8.lines(raw_lines, name):
+        yield from io.StringIO(line, newline=None)
 
 
 def read_file(task: Task, path: Path) -> list[Example]:
@@ -41,10 +55,8 @@ def read_file(task: Task, path: Path) -> list[Example]:
         if path.suffix in task.suffixes:
             examples = task.read_unlabelled(path, path.stem)
         else:
-            with path.open(encoding="utf-8-sig") as file:
-                return read_lines(task, file)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8: {error}.", "Convert the file.") from error
+            with path.open("rb") as file:
+                return read_lines(task, typed_lines(file, str(path)))
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}.", "Check the path.") from error
     if not examples:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import io
 import json
 import random
+import re
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from kr2cache import runs
+from kr2cache.cli import run
 from kr2cache.config import TrainConfig
 from kr2cache.digests import weights_digest
 from kr2cache.errors import (
@@ -652,6 +656,46 @@ def test_files_that_cannot_be_read_are_named(world: World, tmp_path: Path, name:
     path.write_bytes(b"")
     with pytest.raises(DataError):
         read_file(world.task, path)
+
+
+LATIN_1 = "größe".encode("latin-1")
+
+
+def stdin_of(content: bytes) -> io.TextIOWrapper:
+    return io.TextIOWrapper(io.BytesIO(content), encoding="utf-8", errors="surrogateescape")
+
+
+@pytest.mark.parametrize("content", ["\ufeffüber das\nein haus\n", "über das\r\nein haus", "über das\rein haus\r"])
+def test_text_is_the_same_through_every_door(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], content: str
+) -> None:
+    (tmp_path / "new.txt").write_bytes(content.encode("utf-8"))
+    first, second = re.findall(r"[^\r\n]+", content)
+    answers = []
+    for given in (["--file", str(tmp_path / "new.txt")], ["--file", "-"], [first, second]):
+        monkeypatch.setattr(sys, "stdin", stdin_of(content.encode("utf-8")))
+        assert run(["predict", "--run", str(world.run), "--json", *given]) == 0
+        answers.append([one["predicted"] for one in json.loads(capsys.readouterr().out)["predictions"]])
+    assert [len(tags) for tags in answers[0]] == [2, 2]
+    assert answers[0] == answers[1] == answers[2]
+
+
+def test_text_that_is_not_utf_8_is_refused_at_every_door(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "new.txt").write_bytes(b"das\n" + LATIN_1)
+    argument = LATIN_1.decode("utf-8", "surrogateescape")  # as Python hands it on
+    for given, place in (
+        (["--file", str(tmp_path / "new.txt")], f"{tmp_path / 'new.txt'}:2: not UTF-8"),
+        (["--file", "-"], "standard input:2: not UTF-8"),
+        (["das", argument], "text-2: not UTF-8: gr\\udcf6\\udcdfe"),
+    ):
+        monkeypatch.setattr(sys, "stdin", stdin_of(b"das\n" + LATIN_1))
+        assert run(["predict", "--run", str(world.run), "--json", *given]) == 1
+        error = json.loads(capsys.readouterr().out)["error"]
+        assert error["type"] == "DataError"
+        assert place in error["message"]
+        assert "UTF-8" in error["remedy"]
 
 
 # What comes out ------------------------------------------------------------------------------------------------------

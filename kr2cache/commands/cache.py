@@ -19,6 +19,7 @@ from kr2cache.console import bytes_text, console, count_text, done, failed, note
 from kr2cache.defaults import OPTIONS
 from kr2cache.errors import CacheError, ConfigError
 from kr2cache.models import known_models
+from kr2cache.utf8 import file_lines
 
 app = App(
     no_args_is_help=True,
@@ -297,8 +298,8 @@ def slice_cli(
     names = None
     if ids is not None:
         try:
-            names = [line for line in ids.read_text(encoding="utf-8").splitlines() if line]
-        except (OSError, UnicodeDecodeError) as error:
+            names = [name for line in file_lines(ids) if (name := line.rstrip("\r\n"))]
+        except OSError as error:
             raise ConfigError(f"--ids {ids} cannot be read: {error}.", "Give a text file, one id a line.") from error
     source = FeatureCache.open(_folder(cache, cache_dir))
     plan = plan_slice(source, layers=layers, dtype=dtype, limit=limit, ids=names, cache_dir=cache_dir)

@@ -91,5 +91,7 @@ def merge(toml: Toml, **given: Any) -> dict[str, Any]:
 def print_json(document: Any) -> None:
     if console.quiet:
         return
-    sys.stdout.write(json.dumps(document, ensure_ascii=False, indent=2) + "\n")
+    text = json.dumps(document, ensure_ascii=False, indent=2)
+    # An error may quote an argument that is not UTF-8; \udce4 is how JSON writes such a byte.
+    sys.stdout.write(text.encode("utf-8", "backslashreplace").decode() + "\n")
     sys.stdout.flush()

@@ -42,7 +42,7 @@ def predict_cli(
     to_stderr()  # standard output holds the predictions alone
     toml = read_toml(Path.cwd(), OPTIONS)
     from kr2cache.predict import Predictor
-    from kr2cache.texts import as_text, read_file, read_lines, score
+    from kr2cache.texts import as_text, read_file, read_lines, score, typed_lines
     from kr2cache.texts import conllu as to_conllu
 
     predictor = Predictor.load(run, toml.models, device or toml.defaults.get("device", "auto"))
@@ -50,7 +50,7 @@ def predict_cli(
     if file is None:
         examples = read_lines(task, text or (), name="text")
     elif str(file) == "-":
-        examples = read_lines(task, sys.stdin)
+        examples = read_lines(task, typed_lines(sys.stdin.buffer, "standard input"))
     else:
         examples = read_file(task, file)
     predicted = predictor(examples)

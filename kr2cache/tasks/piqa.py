@@ -8,7 +8,8 @@ from pathlib import Path
 
 from kr2cache.errors import DataError
 from kr2cache.tasks.base import Example
-from kr2cache.tasks.rows import Row, RowTask, json_rows, text_lines
+from kr2cache.tasks.rows import Row, RowTask, json_rows
+from kr2cache.utf8 import file_lines
 
 
 class Piqa(RowTask):
@@ -32,7 +33,7 @@ class Piqa(RowTask):
         if not labels.is_file():
             yield from json_rows(path, split)
             return
-        given = [line.strip() for line in text_lines(labels)]
+        given = [line.strip() for line in file_lines(labels)]
         while given and not given[-1]:
             given.pop()
         rows = list(json_rows(path, split))

@@ -18,6 +18,7 @@ from kr2cache import hub
 from kr2cache.console import note
 from kr2cache.errors import DataError, MissingSplitError
 from kr2cache.tasks.base import Example, Task, accuracy, check_unique
+from kr2cache.utf8 import file_lines
 
 HUB_SPLITS = {"train": "train", "dev": "validation", "test": "test"}
 
@@ -199,7 +200,7 @@ def _by_name(values: Mapping[str, Any], names: Mapping[str, Sequence[str]]) -> M
 def json_rows(path: Path, split: str) -> Iterator[Row]:
     """The objects of a JSON lines file; blank lines are no rows."""
     number = 0
-    for line_number, line in enumerate(text_lines(path), 1):
+    for line_number, line in enumerate(file_lines(path), 1):
         if not line.strip():
             continue
         place = f"{path}:{line_number}"
@@ -215,7 +216,7 @@ def json_rows(path: Path, split: str) -> Iterator[Row]:
 
 def csv_rows(path: Path, split: str) -> Iterator[Row]:
     """The rows of a CSV file under its header; blank lines are no rows."""
-    reader = csv.reader(text_lines(path), strict=True)
+    reader = csv.reader(file_lines(path), strict=True)
     header: list[str] | None = None
     number, first_line = 0, 1  # a row may go over several lines
     try:
@@ -235,21 +236,6 @@ def csv_rows(path: Path, split: str) -> Iterator[Row]:
             number += 1
     except csv.Error as error:
         raise DataError(f"{path}:{first_line}: not CSV: {error}.", "Check the row's quotes.") from error
-
-
-def text_lines(path: Path) -> Iterator[str]:
-    """The lines of a text file, with their ends, without a byte order mark.
-
-    Raises:
-        DataError: Naming the line that is not UTF-8.
-    """
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, 1):
-            try:
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise DataError(f"{path}:{number}: not UTF-8 ({error.reason}).", "Save the file as UTF-8.") from error
-            yield line
 
 
 def load_hub(

@@ -22,6 +22,7 @@ from kr2cache.console import note
 from kr2cache.errors import DataError
 from kr2cache.tasks.base import Example, Task, accuracy, check_unique
 from kr2cache.tasks.rows import load_hub
+from kr2cache.utf8 import file_lines
 
 UPOS = (
     "ADJ", "ADP", "ADV", "AUX", "CCONJ", "DET", "INTJ", "NOUN", "NUM", "PART", "PRON", "PROPN", "PUNCT", "SCONJ", "SYM",
@@ -173,8 +174,7 @@ def read_conllu(path: Path) -> list[tuple[int, str | None, list[str], list[str]]
 
     Raises:
         DataError: For a line without its ten columns, an empty form, a sentence of empty nodes alone, or bytes that are
-        not
-            UTF-8; naming file and line.
+            not UTF-8; naming file and line.
     """
     sentences: list[tuple[int, str | None, list[str], list[str]]] = []
     forms: list[str] = []
@@ -191,45 +191,41 @@ def read_conllu(path: Path) -> list[tuple[int, str | None, list[str], list[str]]
             sentences.append((first_line, sentence_id, forms, tags))
         forms, tags, sentence_id, first_line = [], [], None, 0
 
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, 1):
-            try:
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-            except UnicodeDecodeError as error:
-                raise DataError(f"{path}:{number}: not UTF-8 ({error.reason}).", "Save the file as UTF-8.") from error
-            if not line.strip():
-                finish()
-            elif line.startswith("#"):
-                key, equals, value = line[1:].partition("=")
-                if equals and key.strip() == "sent_id":
-                    if forms:
-                        raise DataError(
-                            f"{path}:{number}: a sent_id in the middle of a sentence.",
-                            "Sentences end with a blank line.",
-                        )
-                    sentence_id = value.strip() or None
-            else:
-                columns = line.split("\t")
-                if len(columns) != 10:
+    for number, whole_line in enumerate(file_lines(path), 1):
+        line = whole_line.rstrip("\r\n")
+        if not line.strip():
+            finish()
+        elif line.startswith("#"):
+            key, equals, value = line[1:].partition("=")
+            if equals and key.strip() == "sent_id":
+                if forms:
                     raise DataError(
-                        f"{path}:{number}: {len(columns)} columns where CoNLL-U has 10, split by tabs: {line[:60]!r}",
-                        "Check the line.",
+                        f"{path}:{number}: a sent_id in the middle of a sentence.",
+                        "Sentences end with a blank line.",
                     )
-                first_line = first_line or number
-                if columns[0].isascii() and columns[0].isdigit():
-                    if int(columns[0]) != len(forms) + 1:
-                        raise DataError(
-                            f"{path}:{number}: word {columns[0]} where word {len(forms) + 1} should come.",
-                            "Words are numbered from 1, and sentences end with a blank line.",
-                        )
-                    if not columns[1].strip():
-                        raise DataError(f"{path}:{number}: word {columns[0]} has no form.", "Check the line.")
-                    forms.append(shared.setdefault(columns[1], columns[1]))
-                    tags.append(shared.setdefault(columns[3], columns[3]))
-                elif not _is_range_or_empty_node(columns[0]):
+                sentence_id = value.strip() or None
+        else:
+            columns = line.split("\t")
+            if len(columns) != 10:
+                raise DataError(
+                    f"{path}:{number}: {len(columns)} columns where CoNLL-U has 10, split by tabs: {line[:60]!r}",
+                    "Check the line.",
+                )
+            first_line = first_line or number
+            if columns[0].isascii() and columns[0].isdigit():
+                if int(columns[0]) != len(forms) + 1:
                     raise DataError(
-                        f"{path}:{number}: {columns[0]!r} is not an id of CoNLL-U (7, 4-5 or 8.1).", "Check the line."
+                        f"{path}:{number}: word {columns[0]} where word {len(forms) + 1} should come.",
+                        "Words are numbered from 1, and sentences end with a blank line.",
                     )
+                if not columns[1].strip():
+                    raise DataError(f"{path}:{number}: word {columns[0]} has no form.", "Check the line.")
+                forms.append(shared.setdefault(columns[1], columns[1]))
+                tags.append(shared.setdefault(columns[3], columns[3]))
+            elif not _is_range_or_empty_node(columns[0]):
+                raise DataError(
+                    f"{path}:{number}: {columns[0]!r} is not an id of CoNLL-U (7, 4-5 or 8.1).", "Check the line."
+                )
     finish()
     return sentences
 
