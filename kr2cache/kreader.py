@@ -138,6 +138,10 @@ class KReader(nn.Module):
         """The task model's; transformers.Trainer asks for it."""
         return self.model.config
 
+    def get_input_embeddings(self) -> nn.Module:
+        """For transformers.Trainer, where [training] asks for noise on them (NEFTune)."""
+        return self.model.get_input_embeddings()
+
     def gradient_checkpointing_enable(self, **options: Any) -> None:
         """For transformers.Trainer, where [training] asks for it."""
         self.model.gradient_checkpointing_enable(**options)  # type: ignore[no-untyped-call]

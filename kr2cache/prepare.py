@@ -14,6 +14,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from kr2cache import models, provenance, runs
+from kr2cache.arguments import training_arguments
 from kr2cache.batches import SplitData
 from kr2cache.cache.reader import FeatureCache
 from kr2cache.config import METHODS, PLAIN_METHODS, PROJECTIONS, TrainConfig, deciding_training
@@ -26,10 +27,11 @@ from kr2cache.features import DeviceFeatures, Features, ResourceFeatures, room_o
 from kr2cache.fusion import check_fusion_name, parse_fusion
 from kr2cache.kreader import check_admitted, projection_kind
 from kr2cache.locks import check_writable
+from kr2cache.rehearsal import rehearse
 from kr2cache.resource import Resource
 from kr2cache.shared import Corpus, Shared
 from kr2cache.tasks import Task, find_task
-from kr2cache.train import Job, training_arguments
+from kr2cache.train import Job
 
 PROCEDURE = 3
 """Of training and scoring; raised when the same settings begin to mean something else, so that old runs are not taken
@@ -90,6 +92,7 @@ def prepare(config: TrainConfig, shared: Shared) -> Prepared:
         index = part.index(reader_spec, tokenizer, config.max_length)
         check_token_ids(index, int(checkpoint.config.vocab_size), repr(reader_spec.name))
         splits[split] = SplitData(examples=part.examples, index=index)
+    rehearse(config, len(splits["train"].examples))
     job = Job(
         task=task,
         checkpoint=checkpoint,

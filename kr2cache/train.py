@@ -6,8 +6,6 @@ split (the best epoch is kept), and at the end. Which caches and examples are tr
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -31,13 +29,14 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback
 
 from kr2cache import models, runs
+from kr2cache.arguments import training_arguments
 from kr2cache.batches import WHOLE, Batcher, LengthGroupedSampler, SplitData, StepBatcher, part_overhead
 from kr2cache.config import Projection, TrainConfig
 from kr2cache.console import work_progress
-from kr2cache.device import choose_device, is_out_of_memory
+from kr2cache.device import is_out_of_memory
 from kr2cache.disk import check_room
 from kr2cache.distill import soft_loss
-from kr2cache.errors import ConfigError, TrainingError, unknown_name
+from kr2cache.errors import ConfigError, KR2CacheError, TrainingError
 from kr2cache.evaluate import predict
 from kr2cache.fusion import Fusion
 from kr2cache.interrupt import interrupt_between_batches
@@ -101,60 +100,6 @@ class Trained:
 def _overhead(arguments: TrainingArguments) -> int:
     # Under torchrun every process has to go through as many backward passes as the others.
     return part_overhead(arguments.device) if arguments.world_size == 1 else WHOLE
-
-
-def training_arguments(config: TrainConfig, folder: Path, seed: int) -> TrainingArguments:
-    """The Trainer's arguments: ours, with ``[training]`` of ``kr2cache.toml`` laid over the defaults.
-
-    Raises:
-        UnknownNameError: For a name that TrainingArguments does not have.
-        ConfigError: For a value it refuses, or several GPUs in one process.
-    """
-    known = {entry.name for entry in dataclasses.fields(TrainingArguments)}
-    for name in config.training:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=6, cutoff=0.4) or sorted(known)[:6]
-            raise unknown_name("argument under [training] in kr2cache.toml:", name, near, "(of many)")
-    device = choose_device(config.device)
-    # With auto, torchrun's processes each have a GPU of their own by now.
-    if config.device != "auto" and device.type == "cuda" and device.index not in (None, 0):
-        raise ConfigError(
-            f"Training on --device {config.device}: the Trainer takes the first GPU it sees.",
-            f"Set CUDA_VISIBLE_DEVICES={device.index} and give --device cuda.",
-        )
-    values: dict[str, Any] = {
-        "save_strategy": "no",
-        "logging_strategy": "epoch",
-        "report_to": "none",
-        # A GPU's loss is not looked at after each step, nor is a batch's copy to it waited for: the next batch is
-        # gathered meanwhile. Weights that are no longer finite are noticed at the end of the run.
-        "logging_nan_inf_filter": False,
-        "accelerator_config": {"non_blocking": device.type == "cuda"},
-        "dataloader_pin_memory": device.type == "cuda",
-        **config.training,
-        "output_dir": str(folder),
-        "num_train_epochs": config.epochs,
-        "per_device_train_batch_size": config.batch_size,
-        "learning_rate": config.learning_rate,
-        "seed": seed,
-        "use_cpu": device.type == "cpu",
-        "disable_tqdm": True,
-        "remove_unused_columns": False,
-        "label_names": ["labels"],
-    }
-    try:
-        arguments = TrainingArguments(**values)
-    except (TypeError, ValueError, ImportError, RuntimeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ConfigError(
-            f"The training arguments are refused: {reason}", "Check [training] in kr2cache.toml."
-        ) from error
-    if arguments.n_gpu > 1:
-        raise ConfigError(
-            f"{arguments.n_gpu} GPUs are visible to one process; DataParallel would lose the resource's states.",
-            "Start through torchrun --nproc-per-node N -m kr2cache.cli train ..., or set CUDA_VISIBLE_DEVICES=0.",
-        )
-    return arguments
 
 
 class ReaderTrainer(Trainer):
@@ -295,6 +240,18 @@ class _Progress(TrainerCallback):
             self.bar.update(self.task, note=f"loss {loss:.3f}")
 
 
+def _first_step_error(config: TrainConfig, error: Exception) -> Exception:
+    """``error``, which came before the end of the first step; settings under ``[training]`` can be its cause."""
+    if not config.training or isinstance(error, KR2CacheError):
+        return error
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return ConfigError(
+        f"The training failed before the end of its first step: {reason}",
+        f"If a setting under [training] in kr2cache.toml is the cause ({', '.join(config.training)}), change it or "
+        "leave it out.",
+    )
+
+
 def train_seed(job: Job, seed: int, folder: Path, title: str) -> Trained:
     """Train one reader.
 
@@ -326,14 +283,17 @@ def train_seed(job: Job, seed: int, folder: Path, title: str) -> Trained:
         )
     train = job.splits["train"]
     batcher = StepBatcher(Batcher(train, job.task, job.tokenizer), _overhead(arguments))
-    trainer = ReaderTrainer(
-        model=reader,
-        args=arguments,
-        data_collator=batcher,
-        train_dataset=list(range(len(train.examples))),
-        config=job.config,
-        positions=train.positions(),
-    )
+    try:
+        trainer = ReaderTrainer(
+            model=reader,
+            args=arguments,
+            data_collator=batcher,
+            train_dataset=list(range(len(train.examples))),
+            config=job.config,
+            positions=train.positions(),
+        )
+    except Exception as error:  # what the rehearsal leaves out, such as push_to_hub
+        raise _first_step_error(job.config, error) from error
     trainer.remove_callback(PrinterCallback)
     progress = _Progress(title)
     trainer.add_callback(progress)
@@ -360,10 +320,12 @@ def train_seed(job: Job, seed: int, folder: Path, title: str) -> Trained:
             trainer.add_callback(on_step)
             trainer.train()
             check()
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        raise out_of_memory(job.config, arguments.device) from None
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise out_of_memory(job.config, arguments.device) from None
+        if trainer.state.global_step == 0:
+            raise _first_step_error(job.config, error) from error
+        raise
     finally:
         progress.bar.stop()
     if not bool(torch.isfinite(torch.nn.utils.get_total_norm(reader.parameters()))):

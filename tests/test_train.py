@@ -13,20 +13,21 @@ from safetensors.torch import load_file
 from transformers import AutoModelForTokenClassification, AutoTokenizer
 from world import SPLITS, World, predictions
 
+from kr2cache import arguments as arguments_module
 from kr2cache import batches
 from kr2cache import train as train_module
+from kr2cache.arguments import training_arguments
 from kr2cache.errors import (
     TrainingError,
 )
 from kr2cache.tasks.udpos import UdPos
-from kr2cache.train import training_arguments
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_neither_loss_nor_copy_of_a_batch_is_waited_for(
     world: World, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train_module, "choose_device", lambda _: torch.device(device))
+    monkeypatch.setattr(arguments_module, "choose_device", lambda _: torch.device(device))
     arguments = training_arguments(world.config(), tmp_path, 1)
     assert arguments.accelerator_config.non_blocking is (device == "cuda")
     assert arguments.dataloader_pin_memory is (device == "cuda")
