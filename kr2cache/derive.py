@@ -247,7 +247,7 @@ def derive(plan: DerivePlan) -> DeriveResult:
         CacheError: If a sequence of the source is damaged.
     """
     started = time.monotonic()
-    check_writable(plan.cache_dir, "--cache-dir")
+    check_writable(plan.folder.parent, "--cache-dir")
     with only_writer(plan.folder):
         there = any(plan.folder.glob("*.h5"))
         if not there and plan.state_bytes > free_bytes(plan.cache_dir):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
+import tempfile
 from pathlib import Path
+from typing import BinaryIO
 
 from kr2cache.errors import DiskSpaceError
 
@@ -16,6 +19,50 @@ def free_bytes(path: Path) -> int:
     while not path.exists():
         path = path.parent
     return shutil.disk_usage(path).free
+
+
+MOUNTS = Path("/proc/self/mountinfo")
+IN_MEMORY = ("tmpfs", "ramfs")
+"""File systems that lie in memory."""
+
+
+def is_in_memory(folder: Path) -> bool:
+    """Whether what is written to ``folder`` takes memory and no disk, as /tmp does on many a Linux."""
+    with contextlib.suppress(OSError):
+        device = folder.stat().st_dev
+        number = f"{os.major(device)}:{os.minor(device)}"
+        for line in MOUNTS.read_text("utf-8", "surrogateescape").splitlines():
+            place, _, kind = line.partition(" - ")
+            if number in place.split()[2:3]:
+                return kind.split(" ")[0] in IN_MEMORY
+    return False
+
+
+def temporary_file(size: int, beside: Path) -> tuple[BinaryIO, Path] | None:
+    """A file of ``size`` bytes without a name, its space reserved: in ``beside``, or where that cannot be written or
+    has no room in the system's folder for temporary files (``$TMPDIR``), if that lies on a disk. None if neither does.
+
+    Returns:
+        The file and the folder that it is in.
+    """
+    folders = [beside]
+    with contextlib.suppress(OSError):  # there is no such folder
+        folders += [folder] if not is_in_memory(folder := Path(tempfile.gettempdir())) else []
+    for folder in folders:
+        if free_bytes(folder) < size:
+            continue
+        try:
+            file = tempfile.TemporaryFile(dir=folder, prefix="kr2cache-")  # noqa: SIM115 (the caller closes it)
+        except OSError:  # a disk, a mount or rights that let nobody write
+            continue
+        try:
+            if not reserve(file.fileno(), size):
+                file.truncate(size)
+        except OSError:
+            file.close()
+            continue
+        return file, folder
+    return None
 
 
 def check_room(folder: Path, needed: int, what: str, remedy: str) -> None:

@@ -7,6 +7,7 @@ an example. The teacher never changes, so its logits are computed once and kept 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import zipfile
 from collections.abc import Sequence
@@ -34,20 +35,29 @@ class TeacherLogits:
     off."""
 
     def save(self, path: Path, fingerprint: str) -> None:
-        """Write them so that a file of this name is complete whenever it is there."""
+        """Write them so that a file of this name is complete whenever it is there.
+
+        Raises:
+            OSError: If it cannot be written; nothing is left of it then.
+        """
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # students may be trained side by side
-        with partial.open("wb") as file:
-            np.savez(
-                file,
-                fingerprint=np.array(fingerprint),
-                id=encode_ids(self.ids),
-                first=offsets(np.array([len(one) for one in self.logits])),
-                logits=np.concatenate(self.logits),
-            )
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        try:
+            with partial.open("wb") as file:
+                np.savez(
+                    file,
+                    fingerprint=np.array(fingerprint),
+                    id=encode_ids(self.ids),
+                    first=offsets(np.array([len(one) for one in self.logits])),
+                    logits=np.concatenate(self.logits),
+                )
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+            raise
 
     @classmethod
     def load(cls, path: Path, fingerprint: str) -> TeacherLogits:

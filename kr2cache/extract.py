@@ -94,7 +94,7 @@ def extract(plan: ExtractPlan) -> ExtractResult:
     folder = provenance.cache_folder(plan.config.cache_dir, plan.chosen, digest)
     computed = taken = 0
     if not _is_finished(folder, digest):
-        check_writable(plan.config.cache_dir, "--cache-dir")
+        check_writable(folder.parent, "--cache-dir")
         with only_writer(folder):
             if not _is_finished(folder, digest):
                 header = _existing_header(folder, digest)

@@ -1,18 +1,17 @@
 """Stage two's data path: from a cache to batches of resource states.
 
-A fixed fusion of several layers is computed once, when training is set up, and kept for every epoch and seed; one
-layer, or a fusion that the cache holds ready, is read straight from the map; only trainable weights and the direct
-projection need several layers in every batch. States that fit on a GPU live there, and batches are gathered there.
+A fixed fusion of several layers is computed once, when training is set up, and kept for every epoch and seed: in
+memory, else in a temporary file; where neither has room it is computed anew for each batch. One layer, or a fusion that
+the cache holds ready, is read straight from the map; only trainable weights and the direct projection need several
+layers in every batch. States that fit on a GPU live there, and batches are gathered there.
 
 Shape letters: B sequences, T positions (padded), L layers that reach the model, D width.
 """
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -21,6 +20,8 @@ from torch import Tensor
 
 from kr2cache.cache.format import offsets
 from kr2cache.cache.reader import FeatureCache
+from kr2cache.console import bytes_text, note
+from kr2cache.disk import temporary_file
 from kr2cache.fusion import Fusion
 from kr2cache.memory import aligned_empty, free_memory
 
@@ -63,7 +64,9 @@ class ResourceFeatures:
         self.n_tokens = cache.n_tokens[self._positions]
         self._fused: NDArray[np.floating] | None = None
         self._layers_read = fusion.layers if cache.fusion is None else None
-        if not fusion.trainable and not keep_layers and len(fusion.layers) > 1 and cache.fusion is None:
+        self._averages = not fusion.trainable and not keep_layers and len(fusion.layers) > 1 and cache.fusion is None
+        """Whether batches are of one layer, the average of those that are read."""
+        if self._averages:
             self._first_token = offsets(self.n_tokens)
             self._fused = self._fuse(list(sequence_ids))
 
@@ -74,7 +77,7 @@ class ResourceFeatures:
     @property
     def layers(self) -> int:
         """L of a batch."""
-        return 1 if self._fused is not None or self._layers_read is None else len(self._layers_read)
+        return 1 if self._averages or self._layers_read is None else len(self._layers_read)
 
     @property
     def nbytes(self) -> int:
@@ -108,17 +111,40 @@ class ResourceFeatures:
         """(L, T, D) of one sequence; not counted as read."""
         if self._fused is not None:
             return self._fused[None, self._first_token[sequence] : self._first_token[sequence + 1]]
-        return self.cache.states(int(self._positions[sequence]), self._layers_read)
+        states_LTD = self.cache.states(int(self._positions[sequence]), self._layers_read)
+        return self.fusion.apply(states_LTD)[None].astype(states_LTD.dtype) if self._averages else states_LTD
 
-    def _fuse(self, sequence_ids: list[str]) -> NDArray[np.floating]:
-        """Eq. 1 for every sequence, (tokens, D), in the precision that the states are read in."""
-        fused = _allocate((int(self._first_token[-1]), self.width), self.cache.states_dtype, self.cache.folder)
+    def _fuse(self, sequence_ids: list[str]) -> NDArray[np.floating] | None:
+        """Eq. 1 for every sequence, (tokens, D), in the precision that the states are read in. None where neither
+        memory nor a disk has room for it.
+        """
+        fused = self._allocate()
+        if fused is None:
+            return None
         for start in range(0, len(sequence_ids), SEQUENCES_AT_ONCE):
             packed = self.cache.batch(sequence_ids[start : start + SEQUENCES_AT_ONCE], self.fusion.layers)
             for i in range(len(packed)):
                 first, last = self._first_token[start + i], self._first_token[start + i + 1]
                 fused[first:last] = self.fusion.apply(packed[i])
         return fused
+
+    def _allocate(self) -> NDArray[np.floating] | None:
+        """Room for what is fused: an array in memory, or where memory is short in a mapped temporary file."""
+        shape, dtype = (int(self._first_token[-1]), self.width), self.cache.states_dtype
+        size = self.nbytes
+        if fits_in_memory(size):
+            return np.empty(shape, dtype=dtype)
+        what = f"The average of {self.fusion.name}, {bytes_text(size)}, is too large for memory"
+        if (there := temporary_file(size, self.cache.folder.parent)) is None:
+            note(
+                f"{what}, and neither {self.cache.folder.parent} nor the folder for temporary files (TMPDIR) takes it: "
+                "it is computed anew for each batch, from all of its layers. A TMPDIR with room is faster."
+            )
+            return None
+        file, folder = there
+        note(f"{what}: it is kept in a temporary file in {folder} until the training ends.")
+        with file:
+            return np.memmap(file, dtype=dtype, mode="r+", shape=shape)
 
 
 class DeviceFeatures:
@@ -166,12 +192,3 @@ def room_on(device: torch.device) -> int:
 def fits_in_memory(size: int) -> bool:
     """Whether ``size`` bytes of fused states may be kept in memory."""
     return size <= MEMORY_SHARE * free_memory()
-
-
-def _allocate(shape: tuple[int, int], dtype: np.dtype[Any], beside: Path) -> NDArray[Any]:
-    """An array in memory, or in a mapped temporary file beside the cache where memory is short."""
-    if fits_in_memory(shape[0] * shape[1] * dtype.itemsize):
-        return np.empty(shape, dtype=dtype)
-    with tempfile.TemporaryFile(dir=beside.parent, prefix="fused-") as file:
-        file.truncate(shape[0] * shape[1] * dtype.itemsize)
-        return np.memmap(file, dtype=dtype, mode="r+", shape=shape)

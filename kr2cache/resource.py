@@ -28,7 +28,7 @@ from kr2cache.console import bytes_text, count_text, note, seconds_text
 from kr2cache.derive import derive, plan_fusion
 from kr2cache.digests import model_digests
 from kr2cache.encode import missing_words
-from kr2cache.errors import CacheError, CacheMismatchError, DiskSpaceError
+from kr2cache.errors import CacheError, CacheMismatchError, ConfigError, DiskSpaceError
 from kr2cache.extract import describe_result, extract
 from kr2cache.features import fits_in_memory
 from kr2cache.fusion import parse_fusion
@@ -142,9 +142,10 @@ class Resource:
             or fits_in_memory(tokens * cache.width * cache.states_dtype.itemsize)
         ):
             return cache
+        plan = plan_fusion(cache, self.config.fusion, cache_dir=self.config.cache_dir)
         try:
-            result = derive(plan_fusion(cache, self.config.fusion, cache_dir=self.config.cache_dir))
-        except DiskSpaceError as error:
+            result = derive(plan)
+        except (DiskSpaceError, ConfigError) as error:  # no room, or a folder that cannot be written
             note(f"{self.config.fusion} is not stored beside its layers: {error.message}")
             return cache
         if result.made:

@@ -19,7 +19,7 @@ from kr2cache import models, runs
 from kr2cache.batches import SplitData
 from kr2cache.cache.format import canonical_json
 from kr2cache.config import PLAIN_METHODS
-from kr2cache.console import count_text
+from kr2cache.console import count_text, note
 from kr2cache.device import choose_device
 from kr2cache.distill import TeacherLogits
 from kr2cache.encode import encode_examples
@@ -170,7 +170,10 @@ class Teacher:
             ids=tuple(example.id for example in data.examples),
             logits=example_logits(reader, data, job.task, tokenizer),
         )
-        logits.save(self.path, self.fingerprint)
+        try:
+            logits.save(self.path, self.fingerprint)
+        except OSError as error:  # the student learns all the same, and the next one has them computed anew
+            note(f"The teacher's logits are not kept: {self.path} cannot be written ({error.strerror or error}).")
         return self._lesson(logits, computed=True)
 
     def _spec(self, folder: Path) -> models.ModelSpec:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tiny_cache
 from numpy.typing import NDArray
-from world import World, change_a_weight, change_the_tokenizer, count_resource_batches, predictions
+from world import World, change_a_weight, change_the_tokenizer, count_resource_batches, predictions, read_only
 
 from kr2cache import FeatureCache, derive, features, provenance, resource
 from kr2cache.cache.check import check_cache
@@ -277,6 +277,30 @@ def test_without_room_for_it_the_layers_are_read(
     monkeypatch.setattr(resource, "derive", full)
     assert world.train(run_dir=world.folder / "second").runs
     assert "last4 is not stored beside its layers: The disk is full." in capsys.readouterr().out
+
+
+def test_caches_that_cannot_be_written_are_trained_from(
+    world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where a fusion would be stored beside them it is kept elsewhere; a teacher's logits are not kept."""
+    kd = {"method": "kd", "teacher": str(world.resource), "resource": None}
+    expected = [world.train(run_dir=world.folder / "first", epochs=1.0, **changes).runs[0] for changes in ({}, kd)]
+    shutil.rmtree(next(world.caches.rglob("logits.npz")).parent)
+    monkeypatch.setattr(features, "MEMORY_SHARE", 0)
+    before = sorted(world.caches.rglob("*"))
+    capsys.readouterr()
+    for number, (changes, said) in enumerate(
+        [
+            ({}, "last4 is not stored beside its layers: --cache-dir"),
+            ({"extract": False}, "is too large for memory"),
+            (kd, "The teacher's logits are not kept"),
+        ]
+    ):
+        with read_only(world.caches):
+            (run,) = world.train(run_dir=world.folder / f"again-{number}", epochs=1.0, **changes).runs
+        assert said in capsys.readouterr().out
+        assert predictions(run.folder, "test") == predictions(expected["method" in changes].folder, "test")
+    assert sorted(world.caches.rglob("*")) == before
 
 
 @pytest.mark.parametrize("changes", [{"fusion": "fuse"}, {"fusion": "last2"}, {"projection": "direct"}])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ import pytest
 import tiny
 import torch
 from numpy.typing import NDArray
+from world import read_only
 
-from kr2cache import features
+from kr2cache import disk, features
 from kr2cache.cache.reader import FeatureCache
 from kr2cache.config import ExtractConfig
 from kr2cache.errors import ConfigError, SequenceNotFoundError
@@ -163,6 +165,51 @@ def test_fused_states_beyond_memory_go_to_a_temporary_file(
         for one, other in zip(in_memory.batch(sequences), on_disk.batch(sequences), strict=True):
             np.testing.assert_array_equal(one, other)
     assert sorted(path.name for path in cache.folder.parent.iterdir()) == before, "the file has no name"
+
+
+def test_the_temporary_file_goes_where_it_may(
+    caches: dict[str, FeatureCache],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Beside a cache that cannot be written: to TMPDIR; if that has no room or takes memory, no file is made."""
+    cache, fusion = caches["float16"], parse_fusion("all", MODEL_LAYERS)
+    usual = ResourceFeatures(cache, cache.ids, fusion, keep_layers=False)
+    beside = cache.folder.parent
+    monkeypatch.setattr(features, "MEMORY_SHARE", 0)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    device = tmp_path.stat().st_dev
+    mounts = tmp_path / "mountinfo"
+
+    def mounted(kind: str) -> None:
+        number = f"{os.major(device)}:{os.minor(device)}"
+        mounts.write_text(f"22 1 0:1 / /proc rw - proc proc rw\n36 35 {number} / /x rw shared:1 - {kind} name rw\n")
+
+    monkeypatch.setattr(disk, "MOUNTS", mounts)
+    mounted("ext4")
+    free = {beside: 2**40, tmp_path: 2**40}
+    monkeypatch.setattr(disk, "free_bytes", free.__getitem__)
+    with read_only(beside):
+        elsewhere = ResourceFeatures(cache, cache.ids, fusion, keep_layers=False)
+        assert f"it is kept in a temporary file in {tmp_path} until" in capsys.readouterr().out
+        free[tmp_path] = usual.nbytes - 1
+        without_room = ResourceFeatures(cache, cache.ids, fusion, keep_layers=False)
+        assert "computed anew for each batch" in capsys.readouterr().out
+        free[tmp_path] = 2**40
+        mounted("tmpfs")
+        in_memory_alone = ResourceFeatures(cache, cache.ids, fusion, keep_layers=False)
+    free[beside] = 0
+    mounted("ext4")
+    beside_is_full = ResourceFeatures(cache, cache.ids, fusion, keep_layers=False)
+    made = [isinstance(one._fused, np.memmap) for one in (elsewhere, without_room, in_memory_alone, beside_is_full)]
+    assert made == [True, False, False, True]
+    for other in (elsewhere, without_room, in_memory_alone, beside_is_full):
+        assert (other.layers, other.nbytes) == (1, usual.nbytes)
+        for sequences in BATCHES:
+            for one, two in zip(usual.batch(sequences), other.batch(sequences), strict=True):
+                np.testing.assert_array_equal(one, two, strict=True)
+    assert list(tmp_path.iterdir()) == [mounts], "the file has no name"
 
 
 def test_fusing_in_parts_is_fusing(caches: dict[str, FeatureCache], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import io
 import json
+import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers.models.bert.modeling_bert import BertEncoder
@@ -118,6 +122,52 @@ def scarce_memory(
         yield fitted
     finally:
         handle.remove()
+
+
+@contextmanager
+def read_only(folder: Path) -> Iterator[None]:
+    """A folder as on a disk that is mounted read-only: for Python, whoever the user is (rights mean nothing to root,
+    and mounting takes rights of its own). Reading works; what HDF5 does in C is not seen.
+    """
+    root = str(folder.resolve())
+
+    def refuse(path: Any) -> None:
+        if not isinstance(path, int) and os.path.commonpath([root, os.path.realpath(os.fspath(path))]) == root:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), os.fspath(path))
+
+    def opened(path: Any, flags: int, *more: Any, **named: Any) -> int:
+        if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            refuse(path)
+        return by_number(path, flags, *more, **named)
+
+    def opened_as(path: Any, mode: str = "r", *more: Any, **named: Any) -> Any:
+        if set(mode) & set("wax+"):
+            refuse(path)
+        return by_name(path, mode, *more, **named)
+
+    def changed(path: Any, *more: Any, **named: Any) -> Any:
+        refuse(path)
+
+    by_number, by_name = os.open, io.open
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "open", opened)
+        patch.setattr(io, "open", opened_as)
+        patch.setattr("builtins.open", opened_as)
+        for name in ("mkdir", "rename", "replace", "unlink", "remove", "rmdir"):
+            patch.setattr(os, name, _first(changed, getattr(os, name)))
+        with pytest.raises(OSError, match="Read-only"):
+            (folder / "new").touch()
+        with pytest.raises(OSError, match="Read-only"):
+            (folder / "new").mkdir()
+        yield
+
+
+def _first(check: Callable[..., Any], do: Callable[..., Any]) -> Callable[..., Any]:
+    def both(*arguments: Any, **named: Any) -> Any:
+        check(*arguments, **named)
+        return do(*arguments, **named)
+
+    return both
 
 
 OLD_WORLD = Path(__file__).parent / "old_cache" / "world.tar.xz"
