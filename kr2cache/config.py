@@ -138,10 +138,7 @@ class TrainConfig:
         _positive("--temperature", self.temperature)
         if not (self.soft_weight >= 0 and math.isfinite(self.soft_weight)):
             raise ConfigError(f"--soft-weight {self.soft_weight} makes no sense.", "Give 0 or more; the paper has 0.5.")
-        if not self.seeds or len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0 or max(self.seeds) >= 2**32:
-            raise ConfigError(
-                f"--seeds {','.join(map(str, self.seeds))} makes no sense.", "Give different numbers: --seeds 1,2,3"
-            )
+        _check_seeds(self.seeds)
         own = sorted(set(self.training) & set(OWN_TRAINING))
         if own:
             raise ConfigError(
@@ -150,6 +147,8 @@ class TrainConfig:
             )
 
 
+LAST_SEED = 2**32 - 1
+"""NumPy takes no larger one."""
 OWN_TRAINING = {
     "output_dir": "--run-dir",
     "num_train_epochs": "--epochs",
@@ -192,6 +191,17 @@ def _check_text(config: ExtractConfig | TrainConfig) -> None:
             utf8.check(str(value), f"--{one.name.replace('_', '-')}", ConfigError)
 
 
+def _check_seeds(seeds: tuple[int, ...]) -> None:
+    remedy = f"Give different whole numbers from 0 to {LAST_SEED}: --seeds 1,2,3"
+    if not seeds:
+        raise ConfigError("--seeds names no seed.", remedy)
+    for seed in seeds:
+        if not 0 <= seed <= LAST_SEED:
+            raise ConfigError(f"--seeds {','.join(map(str, seeds))}: {seed} is not a seed.", remedy)
+        if seeds.count(seed) > 1:
+            raise ConfigError(f"--seeds {','.join(map(str, seeds))} has {seed} more than once.", remedy)
+
+
 def _positive(option: str, value: float | None) -> None:
     if value is not None and not (value > 0 and math.isfinite(value)):
         raise ConfigError(f"{option} {value} makes no sense.", "Give a number above 0.")
@@ -216,7 +226,7 @@ def parse_seeds(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise ConfigError(f"--seeds {text!r} is not a list of numbers.", "Give --seeds 1,2,3") from None
+        raise ConfigError(f"--seeds {text!r} is not a list of whole numbers.", "Give --seeds 1,2,3") from None
 
 
 def load_toml(path: Path) -> dict[str, Any]:

@@ -93,6 +93,7 @@ class InterruptedWorkError(KR2CacheError):
 def unknown_name(kind: str, name: str, known: Iterable[str], remedy: str = "") -> UnknownNameError:
     """Say that ``name`` is not a ``kind``, with the nearest known name and the list of those that exist."""
     known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
+    spelled = {one.casefold(): one for one in known}  # kr2 is near KR2
+    near = difflib.get_close_matches(name.casefold(), spelled, n=1, cutoff=0.5)
+    hint = f" Did you mean {spelled[near[0]]!r}?" if near else ""
     return UnknownNameError(f"Unknown {kind} {name!r}.{hint}", f"Known: {', '.join(known)}. {remedy}".strip())
