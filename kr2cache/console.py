@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, SpinnerColumn, TextColumn
 from rich.progress import Task as ProgressTask
+from rich.table import Column, Table
 from rich.text import Text
 
+SHORT_NAME = 6
+"""What is left at least of the name of some work, before its time left goes."""
 PIPE_WIDTH = 120
 """Columns where the output is not a terminal, so that a log keeps its tables whole."""
 
@@ -63,6 +68,11 @@ def seconds_text(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
+def time_text(seconds: float) -> str:
+    """``2026-11-27 23:50``, of this machine's clock, for seconds since 1970."""
+    return datetime.fromtimestamp(seconds, UTC).astimezone().strftime("%Y-%m-%d %H:%M")
+
+
 def count_text(count: int, noun: str, plural: str = "") -> str:
     """``1 sequence``, ``12,544 sequences``"""
     return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
@@ -86,16 +96,47 @@ class TimeLeft(ProgressColumn):
         return Text(f"{seconds_text(task.elapsed / task.completed * (task.total - task.completed))} left", style="cyan")
 
 
-def work_progress(unit: str) -> Progress:
+class WorkProgress(Progress):
+    """A line of progress that fits the terminal. The count is never cut; bar and note become narrower or go."""
+
+    def __init__(self, unit: str) -> None:
+        self._spinner = SpinnerColumn(finished_text="[green]✓")
+        self._count, self._time = MofNCompleteColumn(), TimeLeft()
+        self._unit = TextColumn(unit)
+        self._note = TextColumn("{task.fields[note]}")
+        super().__init__(console=console, refresh_per_second=4)
+
+    def make_tasks_table(self, tasks: Iterable[ProgressTask]) -> Table:
+        shown = list(tasks)
+        self.columns = self._fitting(shown)
+        return super().make_tasks_table(shown)
+
+    def _fitting(self, tasks: Sequence[ProgressTask]) -> tuple[ProgressColumn, ...]:
+        """The columns that there is room for."""
+
+        def width(column: ProgressColumn) -> int:
+            return max((cell_len(str(column.render(task))) for task in tasks), default=0)
+
+        name = max((Text.from_markup(task.description).cell_len for task in tasks), default=0)
+        room, bar = 0, 0
+        others: tuple[ProgressColumn, ...] = ()
+        for bar, others in (
+            (24, (self._count, self._unit, self._note, self._time)),
+            (8, (self._count, self._unit, self._note, self._time)),
+            (8, (self._count, self._unit, self._time)),
+            (0, (self._count, self._unit, self._time)),
+            (0, (self._count, self._time)),
+            (0, (self._count,)),
+        ):
+            room = console.width - 2 - sum(width(column) + 1 for column in others) - (bar + 1 if bar else 0)
+            if room >= (name if len(others) > 2 else min(name, SHORT_NAME)):
+                break
+        described = TextColumn(
+            "{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis", max_width=max(1, room))
+        )
+        return (self._spinner, described, *([BarColumn(bar_width=bar)] if bar else []), *others)
+
+
+def work_progress(unit: str) -> WorkProgress:
     """A progress bar: what, bar, done / total ``unit``, a free field ``note``, time left."""
-    return Progress(
-        SpinnerColumn(finished_text="[green]✓"),
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TextColumn(unit),
-        TextColumn("{task.fields[note]}"),
-        TimeLeft(),
-        console=console,
-        refresh_per_second=4,
-    )
+    return WorkProgress(unit)

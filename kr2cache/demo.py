@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
+from rich.text import Text
 
 from kr2cache import runs
 from kr2cache.config import ExtractConfig, Method, TrainConfig
@@ -19,6 +19,7 @@ from kr2cache.console import bytes_text, console, seconds_text
 from kr2cache.extract import describe_result, extract
 from kr2cache.pipeline import TrainResult, train
 from kr2cache.planning import describe, plan_extraction
+from kr2cache.terminal import Column, print_table
 
 RESOURCE = "minilm"
 READER = "minilm-3"
@@ -141,25 +142,25 @@ def _summary(label: str, result: TrainResult) -> dict[str, Any]:
 
 
 def _show(summary: dict[str, Any], results: dict[str, TrainResult]) -> None:
-    table = Table(
-        title=f"\nPart-of-speech tagging, test split, {len(SEEDS)} seeds (mean ± standard deviation)",
-        title_justify="left",
+    title = f"\nPart-of-speech tagging, test split, {len(SEEDS)} seeds (mean ± standard deviation)"
+    columns = (
+        Column("", breaks=" "),
+        Column("word accuracy %", right=True),
+        Column("F1 % (XTREME's)", right=True),
+        Column("against KReader", right=True, rank=2),
+        Column("time", right=True, breaks=" ", rank=1),
     )
-    table.add_column("")
-    table.add_column("word accuracy %", justify="right")
-    table.add_column("F1 % (XTREME's)", justify="right")
-    table.add_column("against KReader", justify="right")
-    table.add_column("time", justify="right")
+    rows: list[list[str | Text]] = []
     baseline = summary["rows"][0]
     best = max(row["mean"]["accuracy"] for row in summary["rows"])
     for row in summary["rows"]:
         difference = "" if row is baseline else f"{100 * (row['mean']['accuracy'] - baseline['mean']['accuracy']):+.1f}"
-        cells = [f"{100 * row['mean'][name]:.1f} ± {100 * row['std'][name]:.1f}" for name in ("accuracy", "f1")]
-        if row["mean"]["accuracy"] == best:
-            cells = [f"[bold]{cell}[/]" for cell in cells]
+        style = "bold" if row["mean"]["accuracy"] == best else ""
+        texts = (f"{100 * row['mean'][name]:.1f} ± {100 * row['std'][name]:.1f}" for name in ("accuracy", "f1"))
+        cells = [Text(text, style=style) for text in texts]
         seconds = seconds_text(row["seconds"]) if row["seconds"] else "trained before"
-        table.add_row(row["label"], *cells, difference, seconds)
-    console.print(table)
+        rows.append([row["label"], *cells, difference, seconds])
+    print_table(title, columns, rows)
     trainable = next(row for row in summary["rows"] if row["fusion"] == "fuse")
     console.print("Learned weights w by layer (they start at 1/7 = 0.143):")
     for seed, weights in zip(SEEDS, trainable["weights"], strict=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,17 @@ from numpy.typing import NDArray
 
 from kr2cache import provenance
 from kr2cache.cache.reader import FeatureCache
-from kr2cache.console import bytes_text
+from kr2cache.console import bytes_text, count_text, time_text
 from kr2cache.errors import CacheError, ConfigError
 from kr2cache.locks import only_writer
 
+_FOUND = {
+    "weights": "other weights",
+    "config": "another configuration of the model",
+    "template": "another template",
+    "segments": "other segment ids",
+}
+"""Found fields of the provenance that concern a whole cache, and what a difference is called."""
 SAMPLE = 200
 """Sequences that the norms are taken of, evenly spaced."""
 
@@ -41,9 +48,19 @@ class Entry:
     fusion: dict[str, Any] | None = None
     dtype: str = ""
     fingerprint: str = ""
+    written: float = 0.0
+    """When its newest shard was last written, in seconds since 1970. Copying a cache can change it."""
+    stale: str = ""
+    """What was changed since: a newer cache of the same names and settings was made from something else. Empty where
+    there is none."""
+
+    @property
+    def written_text(self) -> str:
+        """``2026-11-27 23:50``, of this machine's clock; empty where it is not known."""
+        return time_text(self.written) if self.written else ""
 
     def json(self) -> dict[str, Any]:
-        return {**asdict(self), "folder": str(self.folder)}
+        return {**asdict(self), "folder": str(self.folder), "written": self.written_text or None}
 
 
 def cache_folders(cache_dir: Path) -> list[Path]:
@@ -75,7 +92,42 @@ def entry(folder: Path) -> Entry:
         fusion=cache.fusion,
         dtype=cache.dtype,
         fingerprint=cache.fingerprint,
+        written=max(path.stat().st_mtime for path in _files(folder)),
     )
+
+
+def entries(cache_dir: Path) -> list[Entry]:
+    """What every folder below ``cache_dir`` holds, and which of them went stale."""
+    found = [entry(folder) for folder in cache_folders(cache_dir)]
+    of_names: dict[tuple[str, ...], list[Entry]] = {}
+    for one in found:
+        if one.problem is None:
+            of_names.setdefault((one.resource, one.task, one.corpus, one.split), []).append(one)
+    for alike in of_names.values():
+        *older, newest = sorted(alike, key=lambda one: one.written)
+        for one in older:
+            if changes := _changes(one.folder, newest.folder):
+                place = found.index(one)
+                found[place] = replace(one, stale=f"{newest.folder.name} is newer: {', '.join(changes)}")
+    return found
+
+
+def _changes(older: Path, newer: Path) -> list[str]:
+    """What was changed between the making of two caches of the same names, in words. Fewer layers or examples, or
+    another dtype, are no change: train may still take either."""
+    then, now = FeatureCache.open(older), FeatureCache.open(newer)
+    made, remade = then.provenance["found"], now.provenance["found"]
+    changes = [text for name, text in _FOUND.items() if made.get(name) != remade.get(name)]
+    positions = now.find(then.ids)
+    there = positions >= 0
+    changed = int(np.count_nonzero(then.text_xxh3[there] != now.text_xxh3[positions[there]]))
+    if changed:
+        changes.append(f"{changed:,} of {count_text(len(there), 'text')} changed")
+    same_texts = made.get("texts") == remade.get("texts")
+    same_length = then.provenance["chosen"]["max_length"] == now.provenance["chosen"]["max_length"]
+    if same_texts and same_length and made.get("tokens") != remade.get("tokens"):
+        changes.append("other tokens")
+    return changes
 
 
 def find_cache(name: str, cache_dir: Path) -> Path:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
 from rich.text import Text
 
 from kr2cache import models, provenance, runs
@@ -29,6 +28,7 @@ from kr2cache.prepare import Prepared, prepare
 from kr2cache.shared import Shared
 from kr2cache.tasks import Task
 from kr2cache.teacher import SEED, Lesson, Teacher
+from kr2cache.terminal import Column, print_table
 from kr2cache.train import RETURN_MEMORY_EVERY_S, Job, Trained, train_seed, write_reader, write_trained
 
 
@@ -249,26 +249,24 @@ def describe_training(result: TrainResult) -> None:
     split = "test" if "test" in result.runs[0].metrics else "dev"
     mean, std = runs.mean_and_std([run.metrics for run in result.runs])
     names = [name for name in mean[split] if name != "cut_off_words"]
-    table = Table(title=Text(f"{_title(config)} on {config.task}, {split} split"), title_justify="left")
-    table.add_column("seed", justify="right")
-    for name in names:
-        table.add_column(f"{name} %", justify="right")
     tags_words = "cut_off_words" in mean[split]
-    if tags_words:
-        table.add_column("words without a label", justify="right")
+    columns = [Column("seed", right=True), *(Column(f"{name} %", right=True) for name in names)]
+    columns += [Column("words without a label", right=True, rank=1)] if tags_words else []
     unread = result.words_without_states.get(split, 0)
-    if unread:
-        table.add_column("words without states", justify="right")
-    table.add_column("time", justify="right")
+    columns += [Column("words without states", right=True, rank=1)] if unread else []
+    columns += [Column("time", right=True, breaks=" ", rank=2)]
+    rows: list[list[str | Text]] = []
     for run in result.runs:
         cells = [f"{100 * run.metrics[split][name]:.1f}" for name in names]
         cells += [f"{run.metrics[split]['cut_off_words']:.0f}"] if tags_words else []
         cells += [str(unread)] if unread else []
-        table.add_row(str(run.seed), *cells, "trained before" if run.seconds is None else seconds_text(run.seconds))
-    table.add_section()
-    table.add_row("mean", *(f"[bold]{100 * mean[split][name]:.1f}[/]" for name in names))
-    table.add_row("std", *("-" if (one := std[split][name]) is None else f"{100 * one:.1f}" for name in names))
-    console.print(table)
+        rows.append([str(run.seed), *cells, "trained before" if run.seconds is None else seconds_text(run.seconds)])
+    none = [""] * (len(columns) - 1 - len(names))
+    means = [Text(f"{100 * mean[split][name]:.1f}", style="bold") for name in names]
+    deviations = ["-" if (one := std[split][name]) is None else f"{100 * one:.1f}" for name in names]
+    rows += [["mean", *means, *none], ["std", *deviations, *none]]
+    title = f"{_title(config)} on {config.task}, {split} split"
+    print_table(title, columns, rows, sections=[len(result.runs)])
     for run in result.runs:
         fusion = runs.read_fusion(run.folder)
         if fusion and fusion["trainable"]:

@@ -47,45 +47,52 @@ def _folder(name: str, cache_dir: Path | None) -> Path:
 
 @app.command("list")
 def list_cli(cache_dir: CacheDir = None, as_json: Json = False, debug: Debug = False) -> None:
-    """Every cache, its size and whether it is complete."""
-    from kr2cache.inventory import cache_folders, entry
+    """Every cache, its size, when it was written, whether it is complete, and which went stale."""
+    from kr2cache.inventory import entries
+    from kr2cache.terminal import Column, print_table
 
     where = _cache_dir(cache_dir)
-    entries = [entry(folder) for folder in cache_folders(where)]
+    found = entries(where)
     if as_json:
-        print_json([one.json() for one in entries])
+        print_json([one.json() for one in found])
         return
-    if not entries:
+    if not found:
         console.print(f"No cache in {where}.", markup=False, soft_wrap=True)
         return
-    table = Table(title=Text(f"Caches in {where}"), title_justify="left")
-    for column in ("cache", "corpus", "layers", "dtype"):
-        table.add_column(column, overflow="fold")
-    table.add_column("sequences", justify="right")
-    table.add_column("on disk", justify="right")
-    table.add_column("state")
-    for one in entries:
+    columns = (
+        Column("cache", breaks="/"),
+        Column("corpus", rank=5),
+        Column("layers", breaks=" ", rank=4),
+        Column("dtype", rank=6),
+        Column("sequences", right=True, rank=3),
+        Column("on disk", right=True, rank=1),
+        Column("written", rank=2),
+        Column("state", breaks=" "),
+    )
+    rows: list[list[str | Text]] = []
+    for one in found:
         name = str(one.folder.relative_to(where))
         if one.problem is not None:
-            table.add_row(Text(name), "", "", "", "", bytes_text(one.bytes), Text("cannot be read", style="red"))
+            rows.append([name, "", "", "", "", bytes_text(one.bytes), "", Text("cannot be read", style="red")])
             continue
         state = Text("complete", style="green")
         if one.complete < one.sequences:
             state = Text(f"{one.complete:,} of {one.sequences:,} complete", style="yellow")
-        table.add_row(
-            Text(name),
-            Text(one.corpus),
-            _layers(one.layers, one.fusion),
-            one.dtype,
-            f"{one.sequences:,}",
-            bytes_text(one.bytes),
-            state,
-        )
-    console.print(table)
-    console.print(f"{count_text(len(entries), 'cache')}, {bytes_text(sum(one.bytes for one in entries))}")
-    for one in entries:
+        if one.stale:
+            state = Text.assemble(("stale", "yellow"), f", {state.plain}" if one.complete < one.sequences else "")
+        layers = _layers(one.layers, one.fusion)
+        sizes = [f"{one.sequences:,}", bytes_text(one.bytes), one.written_text]
+        rows.append([name, one.corpus, layers, one.dtype, *sizes, state])
+    print_table(f"Caches in {where}", columns, rows)
+    console.print(f"{count_text(len(found), 'cache')}, {bytes_text(sum(one.bytes for one in found))}")
+    for one in found:
         if one.problem is not None:
             note(one.problem)
+        if one.stale:
+            note(
+                f"{one.folder.name} is stale: {one.stale}. train uses it only if the data or the model are changed "
+                f"back. To free {bytes_text(one.bytes)}: kr2cache cache remove {one.folder.name}"
+            )
 
 
 def _layers(layers: Sequence[int], fusion: dict[str, Any] | None) -> str:

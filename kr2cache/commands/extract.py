@@ -9,7 +9,6 @@ import typer
 
 from kr2cache.commands.options import CacheDir, Data, Debug, Device, Json, Limit, Task, merge, model_names, print_json
 from kr2cache.config import COMPUTE_DTYPES, ExtractConfig, default_cache_dir, read_toml
-from kr2cache.console import console
 from kr2cache.defaults import OPTIONS, choose_task
 from kr2cache.errors import ConfigError
 from kr2cache.models import known_models
@@ -99,10 +98,9 @@ def extract_cli(
 
 
 def _show_dry_run(plan: Any, as_json: bool) -> None:
-    from rich.table import Table
-
     from kr2cache.console import bytes_text
     from kr2cache.disk import free_bytes
+    from kr2cache.terminal import Column, print_table
 
     choices = plan.bytes_by_choice()
     if as_json:
@@ -120,10 +118,7 @@ def _show_dry_run(plan: Any, as_json: bool) -> None:
             }
         )
         return
-    table = Table(title="On disk it would take (nothing was written)", title_justify="left")
-    table.add_column("dtype")
-    for name in next(iter(choices.values())):
-        table.add_column("all layers" if name == "all" else name, justify="right")
-    for name, sizes in choices.items():
-        table.add_row(name, *(bytes_text(size) for size in sizes.values()))
-    console.print(table)
+    names = list(next(iter(choices.values())))
+    columns = [Column("dtype"), *(Column("all layers" if name == "all" else name, right=True) for name in names)]
+    rows = [[name, *(bytes_text(size) for size in sizes.values())] for name, sizes in choices.items()]
+    print_table("On disk it would take (nothing was written)", columns, rows)

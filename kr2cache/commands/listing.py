@@ -16,10 +16,10 @@ from kr2cache.models import known_models
 
 def models_cli(as_json: Json = False, debug: Debug = False) -> None:
     """The models that have a name, and which are on this machine."""
-    from rich.table import Table
     from rich.text import Text
 
     from kr2cache.models import local_folder
+    from kr2cache.terminal import Column, print_table
 
     specs = known_models(read_toml(Path.cwd(), OPTIONS).models)
     folders = {name: local_folder(spec) for name, spec in specs.items()}
@@ -37,18 +37,20 @@ def models_cli(as_json: Json = False, debug: Debug = False) -> None:
             ]
         )
         return
-    table = Table(title="Models with a name (a hub id or a folder serves as well)", title_justify="left")
-    for column in ("name", "language", "hub id", "on this machine"):
-        table.add_column(column, overflow="fold")
+    columns = (
+        Column("name"),
+        Column("language", rank=2),
+        Column("hub id", rank=1),
+        Column("here"),
+        Column("folder", breaks="/", rank=3),
+    )
+    rows: list[list[str | Text]] = []
     for name, spec in specs.items():
-        missing = f"no; {spec.path} has no config.json" if spec.path else "no"
-        table.add_row(
-            name,
-            spec.language or "many",
-            spec.hub_id or "-",
-            Text.assemble(("yes ", "green"), str(folders[name])) if folders[name] else Text(missing),
-        )
-    console.print(table)
+        folder = folders[name]
+        missing = f"{spec.path} has no config.json" if spec.path else ""
+        here = Text("yes", style="green") if folder else Text("no")
+        rows.append([name, spec.language or "many", spec.hub_id or "-", here, str(folder) if folder else missing])
+    print_table("Models with a name (a hub id or a folder serves as well)", columns, rows)
     for name, spec in specs.items():
         if spec.needs and folders[name] is None:
             console.print(f"{name} needs {spec.needs}.", markup=False, soft_wrap=True)
@@ -56,10 +58,9 @@ def models_cli(as_json: Json = False, debug: Debug = False) -> None:
 
 def tasks_cli(as_json: Json = False, debug: Debug = False) -> None:
     """The tasks there are, and where their data comes from."""
-    from rich.table import Table
-
     from kr2cache.tasks import find_task, task_names
     from kr2cache.tasks.udpos import LANGUAGES
+    from kr2cache.terminal import Column, print_table
 
     tasks = [find_task(name) for name in task_names()]
     if as_json:
@@ -70,18 +71,20 @@ def tasks_cli(as_json: Json = False, debug: Debug = False) -> None:
             ]
         )
         return
-    table = Table(title="Tasks", title_justify="left")
-    for column in ("name", "what", "metric", "hub data set", "or --data with"):
-        table.add_column(column)
-    table.add_row(
-        "udpos-LANG", "part-of-speech tagging", "XTREME's F1, word accuracy", "google/xtreme", "train.conllu, ..."
+    columns = (
+        Column("name"),
+        Column("what", breaks=" ", rank=1),
+        Column("metric", breaks=" ", rank=3),
+        Column("hub data set", rank=2),
+        Column("or --data with", rank=4),
     )
+    f1 = "XTREME's F1, word accuracy"
+    rows = [["udpos-LANG", "part-of-speech tagging", f1, "google/xtreme", "train.conllu, ..."]]
     for task in tasks:
         if not task.name.startswith("udpos-"):
-            metric = "accuracy" if task.metric == "accuracy" else "XTREME's F1, word accuracy"
-            files = f"train{task.suffixes[0]}, ..."
-            table.add_row(task.name, task.about, metric, task.default_data or "-", files)
-    console.print(table)
+            metric = "accuracy" if task.metric == "accuracy" else f1
+            rows.append([task.name, task.about, metric, task.default_data or "-", f"train{task.suffixes[0]}, ..."])
+    print_table("Tasks", columns, rows)
     console.print(f"LANG: {', '.join(f'{code} ({name})' for code, name in sorted(LANGUAGES.items()))}")
 
 

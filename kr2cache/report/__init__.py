@@ -13,7 +13,7 @@ from typing import Any
 
 from kr2cache.console import console, count_text
 from kr2cache.report.collect import collect, failures
-from kr2cache.report.others import other_tables
+from kr2cache.report.others import other_tables, stale
 from kr2cache.report.page import page
 from kr2cache.report.plots import plots
 from kr2cache.report.records import Collected, Configuration, Run, mapping, number
@@ -78,7 +78,9 @@ def report(run_dir: Path, out: Path | None) -> Report:
     found = collect(run_dir)
     notes, comparer = list(found.notes), Comparer()
     tables = [table for sweep in found.sweeps for table in sweep_tables(sweep, comparer, notes)]
-    tables += other_tables(found.uncovered)
+    outdated = stale(found.configurations)
+    notes += [f"{folder} is stale: {reason}." for folder, reason in outdated.items()]
+    tables += other_tables(found.uncovered, outdated)
     made = Report(
         summary=_summary(found),
         tables=tables,
@@ -102,7 +104,8 @@ def describe(made: Report) -> None:
     """The tables, what failed, the notes, and where it was written."""
     for table in made.tables:
         if not table.details:
-            console.print(to_rich(table))
+            for part in to_rich(table, console.width):
+                console.print(part)
             for sentence in table.legend:
                 console.print(sentence, style="dim", markup=False)
             console.print()

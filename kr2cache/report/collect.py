@@ -113,6 +113,7 @@ def _read_run(path: Path, seed: int) -> tuple[Run, dict[str, Any], tuple[int, ..
         recorded=mapping(content.get("recorded")),
         history=[entry for entry in sequence(history.get("epochs")) if isinstance(entry, Mapping)],
         weights=weights if learned else None,
+        trained=(path / "metrics.json").stat().st_mtime,
     )
     return run, config, layers
 

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kr2cache.report.records import METHOD_NAMES, OLDER, Configuration, mean_and_std
+from kr2cache.console import time_text
+from kr2cache.report.records import METHOD_NAMES, OLDER, Configuration, mapping, mean_and_std, number
 from kr2cache.report.scores import METRICS, percent
 from kr2cache.report.tables import Cell, Record, Table
 
 _COUNTS = ("cut_off_words",)
+DATED = ("data", "trained", "state")
+"""What tells rows apart that differ in their id alone."""
 
 
-def other_tables(configurations: Sequence[Configuration]) -> list[Table]:
-    """A table for each task of ``configurations``, tasks by name."""
+def other_tables(configurations: Sequence[Configuration], outdated: Mapping[str, str]) -> list[Table]:
+    """A table for each task of ``configurations``, tasks by name.
+
+    Args:
+        outdated: As ``stale`` gives them.
+    """
     tasks = sorted({one.task for one in configurations})
-    return [_table(task, sort([one for one in configurations if one.task == task])) for task in tasks]
+    return [_table(task, sort([one for one in configurations if one.task == task]), outdated) for task in tasks]
 
 
 def sort(configurations: Sequence[Configuration]) -> list[Configuration]:
@@ -30,6 +38,37 @@ def sort(configurations: Sequence[Configuration]) -> list[Configuration]:
         return place, one.method, one.reader, one.helper, name != "layer", name, int(digits or 0), one.folder
 
     return sorted(configurations, key=key)
+
+
+def stale(configurations: Sequence[Configuration]) -> dict[str, str]:
+    """Folder to the reason why a configuration went stale: a newer one has the same names and settings, and was trained
+    on other data or models.
+    """
+    alike: dict[str, list[Configuration]] = {}
+    for one in configurations:
+        settings = {name: value for name, value in one.settings.items() if name != "teacher.fingerprint"}
+        corpus = one.first.recorded.get("corpus")
+        key = json.dumps([one.task, one.method, one.reader, one.helper, one.fusion, corpus, settings], sort_keys=True)
+        alike.setdefault(key, []).append(one)
+    reasons = {}
+    for group in alike.values():
+        *older, newest = sorted(group, key=lambda one: one.trained)
+        for one in older:
+            if changes := _changes(one, newest):
+                reasons[one.folder] = f"{newest.folder} is newer and was trained on {', '.join(changes)}"
+    return reasons
+
+
+def _changes(older: Configuration, newer: Configuration) -> list[str]:
+    then, now = (mapping(one.config.get("data")) for one in (older, newer))
+    splits = [split for split in {**then, **now} if then.get(split) != now.get(split)]
+    changes = [f"other data ({', '.join(splits)})"] if splits else []
+    for part in ("reader", "resource"):
+        then, now = (mapping(one.config.get(part)) for one in (older, newer))
+        changes += [f"other {name} of the {part}" for name in ("weights", "config") if then.get(name) != now.get(name)]
+        if not splits and then.get("tokens") != now.get("tokens"):
+            changes.append(f"other tokens of the {part}")
+    return changes
 
 
 def differing_settings(configurations: Sequence[Configuration]) -> list[str]:
@@ -65,16 +104,26 @@ def labels(configurations: Sequence[Configuration]) -> dict[str, str]:
     return names
 
 
-def _table(task: str, configurations: list[Configuration]) -> Table:
+def _table(task: str, configurations: list[Configuration], outdated: Mapping[str, str]) -> Table:
     settings = differing_settings(configurations)
+    dated = any(one.folder in outdated for one in configurations)
     metrics = list(dict.fromkeys(name for one in configurations for name in one.first.scores))
     best = {metric: _best(configurations, metric) for metric in metrics if metric not in _COUNTS}
     helpers = any(one.helper for one in configurations)
-    names = ("method", "reader", *(["resource or teacher", "fusion"] if helpers else []), *settings, "run")
+    names = (
+        "method",
+        "reader",
+        *(["resource or teacher", "fusion"] if helpers else []),
+        *settings,
+        *(DATED if dated else ()),
+        "run",
+    )
 
     def described(one: Configuration) -> list[str]:
         models = [one.method_name, one.reader, *([one.helper, one.fusion] if helpers else [])]
-        return [*models, *(one.settings.get(name, "").replace("None", "") for name in settings), one.digits]
+        values = (one.settings.get(name, "").replace("None", "") for name in settings)
+        dates = [_corpus(one), time_text(one.trained), "stale" if one.folder in outdated else ""] if dated else []
+        return [*models, *values, *dates, one.digits]
 
     def cell(one: Configuration, metric: str) -> Cell:
         text, older = _shown(one, metric), one.older(metric)
@@ -94,6 +143,8 @@ def _table(task: str, configurations: list[Configuration]) -> Table:
             **numbers,
             "seeds": len(one.runs),
             "older": older,
+            "trained": time_text(one.trained),
+            "stale": one.folder in outdated,
             "folder": one.folder,
         }
 
@@ -112,11 +163,20 @@ def _table(task: str, configurations: list[Configuration]) -> Table:
         ),
         legend=(
             f"Mean ± sample standard deviation over seeds on {' or '.join(splits)}, in percent (counts: mean); "
-            "bold: the best of its column; run: the last digits of its folder.",
+            "bold: the best of its column; run: the last digits of its folder."
+            + (" stale: a newer run with the same settings was trained on other data or models." if dated else ""),
         ),
         records=tuple(map(record, configurations)),
         labels=len(names),
+        keys=(names.index("run"),),
     )
+
+
+def _corpus(one: Configuration) -> str:
+    """``corpus, train 270``"""
+    examples = number(mapping(one.first.recorded.get("examples")).get("train"))
+    parts = [str(one.first.recorded.get("corpus") or ""), "" if examples is None else f"train {examples:,}"]
+    return ", ".join(filter(None, parts))
 
 
 def _shown(one: Configuration, metric: str) -> str:

@@ -38,6 +38,8 @@ class Run:
     history: Sequence[Mapping[str, Any]]
     weights: tuple[float, ...] | None
     """Fusion weights by ``Configuration.layers``; None where nothing was learned."""
+    trained: float = 0.0
+    """When its scores were written, in seconds since 1970. Copying a run can change it."""
 
     @property
     def seconds(self) -> float | None:
@@ -96,6 +98,11 @@ class Configuration:
     @property
     def first(self) -> Run:
         return next(iter(self.runs.values()))
+
+    @property
+    def trained(self) -> float:
+        """Of its last seed."""
+        return max(run.trained for run in self.runs.values())
 
     @property
     def split(self) -> str:

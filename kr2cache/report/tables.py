@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rich.table import Table as RichTable
+    from rich.console import RenderableType
 
 Record = Mapping[str, str | float | bool | None]
 
@@ -50,6 +50,8 @@ class Table:
     records: tuple[Record, ...]
     labels: int = 1
     """How many columns at the left are names."""
+    keys: tuple[int, ...] = (0,)
+    """The columns that tell the rows apart, so that each part of a wide table begins with them."""
     under: str = "paper"
     """What the second lines are."""
     details: bool = False
@@ -60,16 +62,24 @@ class Table:
         return any(cell.mark for row in self.rows for cell in row)
 
 
-def to_rich(table: Table) -> RichTable:
-    """For ``console.print``; nothing in a cell is read as markup."""
-    from rich.table import Table as RichTable
+def to_rich(table: Table, width: int) -> list[RenderableType]:
+    """For ``console.print``; nothing in a cell is read as markup.
+
+    Returns:
+        The table, or blocks of its columns if it is wider than ``width``.
+    """
     from rich.text import Text
 
-    shown = RichTable(title=table.title, title_justify="left", title_style="bold")
-    for position, column in enumerate(table.columns):
-        shown.add_column(Text(column), justify="left" if position < table.labels else "right")
+    from kr2cache.terminal import Column, in_blocks
+
+    names = [place < table.labels for place in range(len(table.columns))]
+    columns = [
+        Column(text, right=not name, breaks=" " if name else "")
+        for text, name in zip(table.columns, names, strict=True)
+    ]
+    rows = []
     for row in table.rows:
-        cells = []
+        cells: list[str | Text] = []
         for position, cell in enumerate(row):
             text = Text(cell.plain, style="bold" if cell.bold else "")
             if table.marked and position >= table.labels and cell.text:
@@ -77,8 +87,8 @@ def to_rich(table: Table) -> RichTable:
             if cell.under:
                 text.append(f"\n{table.under} {cell.under}{'  ' if table.marked else ''}", style="dim not bold")
             cells.append(text)
-        shown.add_row(*cells)
-    return shown
+        rows.append(cells)
+    return in_blocks(Text(table.title, style="bold"), columns, rows, table.keys, width)
 
 
 def to_markdown(table: Table) -> str:

@@ -78,6 +78,31 @@ def test_every_cache_is_listed_with_its_state(place: World, capsys: pytest.Captu
         assert text in shown
 
 
+def test_of_caches_that_differ_in_an_id_alone_the_older_is_stale(
+    place: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A sentence is edited and extracted again; fewer layers or sentences of the same text are no reason."""
+    old = folder_of("train")
+    path = place.data / "train.conllu"
+    text = path.read_text("utf-8")
+    place.extract("train", layers="last1", cache_dir=Path(".kr2cache"))
+    place.extract("train", limit=3, cache_dir=Path(".kr2cache"))
+    assert not any(one["stale"] for one in answer("list", capsys)[1])
+    first = next(line for line in text.splitlines() if line.startswith("1\t"))
+    path.write_text(text.replace(first, first.replace("\t" + first.split("\t")[1], "\tanders", 1), 1), "utf-8")
+    place.extract("train", cache_dir=Path(".kr2cache"))
+    for shard in old.glob("*.h5"):
+        os.utime(shard, (1_700_000_000, 1_700_000_000))
+    listed = {Path(one["folder"]).name: one for one in answer("list", capsys)[1]}
+    assert re.fullmatch(r"res-\w{8} is newer: 1 of 12 texts changed", listed[old.name]["stale"])
+    assert listed[old.name]["written"].startswith("2023-11-1")
+    assert command("list") == 0
+    shown = capsys.readouterr().out
+    assert f"kr2cache cache remove {old.name}" in shown
+    (row,) = [line for line in shown.splitlines() if old.name in line and "stale" in line and "│" in line]
+    assert "2023-11-1" in row
+
+
 def test_no_cache_is_no_error(workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command("list") == 0
     assert "No cache in .kr2cache." in capsys.readouterr().out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 import subprocess
 import sys
@@ -308,6 +309,26 @@ def test_other_runs_show_every_metric_and_the_settings_that_differ(tmp_path: Pat
     record = read_csv(tmp_path / "report" / "other-runs-udpos-de.csv")[2]
     assert float(record["f1_mean"]) == pytest.approx(0.82)
     assert float(record["f1_std"]) == pytest.approx(np.std([0.81, 0.83], ddof=1))
+
+
+def test_of_rows_that_differ_in_an_id_alone_the_older_is_stale(tmp_path: Path) -> None:
+    other, newest = KREADER.replace("1" * 8, "9" * 8), KREADER.replace("1" * 8, "8" * 8)
+    recorded = {"corpus": "de", "examples": {"train": 1270}}
+    for age, folder in enumerate((newest, KREADER)):
+        data = {"data": {"train": f"{age}" * 32, "dev": "3" * 32}}
+        path = make_run(tmp_path, folder, 1, 0.8 + age / 100, settings=data, recorded=recorded)
+        at = 1_700_000_000 - 86_400 * age
+        os.utime(path / "metrics.json", (at, at))
+    make_run(tmp_path, other, 1, 0.75, settings={"learning_rate": 3e-4}, recorded=recorded)
+    made = report(tmp_path, None)
+    (table,) = made.tables
+    data, trained, state, run = (table.columns.index(name) for name in ("data", "trained", "state", "run"))
+    shown = {row[run].text: (row[data].text, row[trained].text[:9], row[state].text) for row in table.rows}
+    assert shown["1" * 8] == ("de, train 1,270", "2023-11-1", "stale")
+    assert shown["8" * 8] == ("de, train 1,270", "2023-11-1", "")
+    assert shown["9" * 8][2] == ""
+    assert f"{KREADER} is stale: {newest} is newer and was trained on other data (train)." in made.notes
+    assert "stale: a newer run with the same settings" in table.legend[0]
 
 
 def everything(run_dir: Path) -> None:

@@ -53,7 +53,7 @@ def test_csv_is_read_back() -> None:
 
 def test_rich_shows_the_same_and_reads_no_markup() -> None:
     console = Console(file=io.StringIO(), width=100, record=True)
-    console.print(to_rich(TABLE))
+    console.print(*to_rich(TABLE, 100))
     text = console.export_text()
     assert "R&D [red]" in text
     assert "84.3 ± 0.4 (2/3) ≈" in text
