@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -36,8 +37,33 @@ DEFAULT_FUSION = "last4"
 
 
 def default_cache_dir() -> Path:
-    """``$KR2CACHE_DIR``, else ``.kr2cache`` in the working folder."""
-    return Path(os.environ.get("KR2CACHE_DIR") or ".kr2cache")
+    """``$KR2CACHE_DIR``, else ``.kr2cache`` in the working folder.
+
+    Raises:
+        ConfigError: If the variable holds a URL.
+    """
+    return local(Path(os.environ.get("KR2CACHE_DIR") or ".kr2cache"), "$KR2CACHE_DIR")
+
+
+URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+")
+
+
+def local(path: Path, what: str) -> Path:
+    """``path``, unless it is a URL: as a path ``s3://bucket`` would be a folder ``s3:`` of the working folder.
+
+    Args:
+        what: Gives the path, for the error: an option or the like.
+
+    Raises:
+        ConfigError: For a URL.
+    """
+    if (scheme := URL.match(str(path))) is not None:
+        url = f"{scheme[1]}://{str(path)[scheme.end() :]}"
+        raise ConfigError(
+            f"{what} {url} is a URL. kr2cache works on folders of this machine; {scheme[1]}:// is not supported yet.",
+            "Give a folder: mount the storage (as with rclone mount), or copy it here.",
+        )
+    return path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,11 +210,14 @@ def deciding_training(training: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_text(config: ExtractConfig | TrainConfig) -> None:
-    """Names and folders are recorded beside the results, and what is recorded is UTF-8."""
+    """Names and folders are recorded beside the results, and what is recorded is UTF-8; folders are of this machine."""
     for one in fields(config):
         value = getattr(config, one.name)
+        option = f"--{one.name.replace('_', '-')}"
         if isinstance(value, str | Path):
-            utf8.check(str(value), f"--{one.name.replace('_', '-')}", ConfigError)
+            utf8.check(str(value), option, ConfigError)
+        if isinstance(value, Path):
+            local(value, option)
 
 
 def _check_seeds(seeds: tuple[int, ...]) -> None:
@@ -281,7 +310,7 @@ def typed(key: str, value: Any, kind: type, where: str) -> Any:
     """``value`` as the option ``key`` takes it: lists as text, whole numbers as floats, text as paths.
 
     Raises:
-        ConfigError: If it is of another type; ``where`` it stands is in the message.
+        ConfigError: If it is of another type, or a URL for a path; ``where`` it stands is in the message.
     """
     if key == "seeds" and isinstance(value, list):
         value = ",".join(map(str, value))
@@ -290,7 +319,7 @@ def typed(key: str, value: Any, kind: type, where: str) -> Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if kind is Path and isinstance(value, str):
-        value = Path(value).expanduser()
+        value = local(Path(value), f"{key} in {where}:").expanduser()
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise ConfigError(f"{key} = {value!r} in {where} should be {kind.__name__}.", "Correct it.")
     return value

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from kr2cache import provenance
 from kr2cache.cache.reader import FeatureCache
+from kr2cache.config import local
 from kr2cache.console import bytes_text, count_text, time_text
 from kr2cache.errors import CacheError, ConfigError
 from kr2cache.locks import only_writer
@@ -138,8 +139,9 @@ def find_cache(name: str, cache_dir: Path) -> Path:
         The folder as ``name`` writes it; in full where that has no name in it (``.``, ``..``).
 
     Raises:
-        ConfigError: If there is none, or there are several; they are listed.
+        ConfigError: If there is none, or there are several; they are listed. For a URL.
     """
+    local(Path(name), "The cache")
     with contextlib.suppress(OSError, ValueError, RuntimeError):  # RuntimeError: ~ of a user that is not there
         for folder in (Path(name).expanduser(), cache_dir / name):
             if name and folder.is_dir():

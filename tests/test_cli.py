@@ -21,7 +21,8 @@ from transformers import AutoTokenizer
 
 from kr2cache import FeatureCache, __version__
 from kr2cache.cli import run
-from kr2cache.errors import KR2CacheError
+from kr2cache.config import TrainConfig
+from kr2cache.errors import ConfigError, KR2CacheError
 
 TOML = """
 [defaults]
@@ -446,6 +447,45 @@ def test_what_is_wrong_is_one_clear_message_and_leaves_nothing(
     assert "not foreseen" not in shown
     assert files(place) == before
     assert captured.out == "" or "gottbert" in captured.out, "at most what it was about to do"
+
+
+URLS = {
+    "extract --resource gottbert --split train --cache-dir s3://bucket/caches": "--cache-dir s3://bucket/caches",
+    "train --resource gottbert --run-dir gs://bucket/runs": "--run-dir gs://bucket/runs",
+    "train --resource gottbert --cache-dir file:///tmp/caches": "--cache-dir file://tmp/caches",
+    "sweep grid.toml --cache-dir s3:/bucket": "--cache-dir s3://bucket",
+    "extract --resource gottbert --split train --data https://example.org/a/b": "--data https://example.org/a/b",
+    "cache list --cache-dir S3://bucket": "--cache-dir S3://bucket",
+    "cache slice s3://bucket/x --layers 1": "The cache s3://bucket/x",
+    "cache slice x --layers 1 --cache-dir abfs+x.y-z://bucket/x": "--cache-dir abfs+x.y-z://bucket/x",
+    "report s3://bucket/runs": "RUN_DIR s3://bucket/runs",
+    "report runs --out s3://bucket/report": "--out s3://bucket/report",
+    "predict --run s3://bucket/run/seed-1 Hallo": "--run s3://bucket/run/seed-1",
+    "demo --folder s3://bucket": "--folder s3://bucket",
+    "bench --folder s3://bucket": "--folder s3://bucket",
+}
+
+
+def test_a_url_is_no_folder(place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a path it would be a folder ``s3:`` here, which is made without a word."""
+    before = files(place)
+    for line, said in URLS.items():
+        answer = Answer(line, capsys)
+        error = answer.document["error"]
+        assert (answer.code, error["type"]) == (1, "ConfigError"), line
+        assert f"{said} is a URL." in error["message"]
+        assert "Give a folder" in error["remedy"]
+    with pytest.raises(ConfigError, match="--run-dir s3://bucket is a URL"):
+        TrainConfig(task="udpos", run_dir=Path("s3://bucket"))
+    write_toml(TOML.format(defaults="cache-dir = 's3://bucket/x'"))(place)
+    for line in (EXTRACT, TRAIN, "cache list"):
+        message = Answer(line, capsys).document["error"]["message"]
+        assert "cache-dir in [defaults] in kr2cache.toml: s3://bucket/x is a URL" in message
+    write_toml(TOML.format(defaults=""))(place)
+    monkeypatch.setenv("KR2CACHE_DIR", "s3://bucket")
+    for line in (EXTRACT, TRAIN, "cache list"):
+        assert "$KR2CACHE_DIR s3://bucket is a URL" in Answer(line, capsys).document["error"]["message"], line
+    assert files(place) == before
 
 
 @pytest.mark.parametrize("case", ["model", "option", "tag", "disk", "seeds", "toml syntax"])

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from kr2cache.commands.options import Debug, Device, Json, Limit, print_json
+from kr2cache.commands.options import Debug, Device, Json, Limit, checked, print_json
 from kr2cache.config import read_toml
 from kr2cache.console import console
 from kr2cache.defaults import OPTIONS
@@ -89,7 +89,9 @@ def tasks_cli(as_json: Json = False, debug: Debug = False) -> None:
 
 
 def demo_cli(
-    folder: Annotated[Path, typer.Option(help="Where its models, caches and runs go.")] = Path("kr2cache-demo"),
+    folder: Annotated[Path, typer.Option(help="Where its models, caches and runs go.", callback=checked)] = Path(
+        "kr2cache-demo"
+    ),
     device: Device = None,
     as_json: Json = False,
     debug: Debug = False,
@@ -115,7 +117,8 @@ def bench_cli(
     device: Device = None,
     repeats: Annotated[int, typer.Option(help="Turns of each rival; limits and ours mostly take more.", min=1)] = 5,
     folder: Annotated[
-        Path | None, typer.Option(help="On the disk in question; files are removed.", show_default="temporary")
+        Path | None,
+        typer.Option(help="On the disk in question; files are removed.", show_default="temporary", callback=checked),
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the table as bars: bench.svg, .png, .pdf.")] = None,
     as_json: Json = False,

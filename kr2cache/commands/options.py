@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer import CallbackParam
 from typer.core import TyperCommand, TyperOption
 from typer.models import CommandFunctionType
 
-from kr2cache.config import Toml, read_toml
+from kr2cache.config import Toml, local, read_toml
 from kr2cache.console import console
 from kr2cache.defaults import OPTIONS
 from kr2cache.errors import KR2CacheError, UsageError
@@ -24,6 +25,12 @@ def model_names() -> list[str]:
     with contextlib.suppress(KR2CacheError):
         return list(known_models(read_toml(Path.cwd(), OPTIONS).models))
     return []
+
+
+def checked(value: Path | None, param: CallbackParam) -> Path | None:
+    """The value of an option or argument that names a folder or file, unless it is a URL."""
+    name = param.opts[0]
+    return None if value is None else local(value, name if name.startswith("-") else name.upper())
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document; people's output goes to standard error.")]
@@ -40,9 +47,12 @@ Data = Annotated[
 ]
 Limit = Annotated[int | None, typer.Option(help="Only the first N examples of each split.", show_default="all")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, mps.", show_default="auto")]
-RunDir = Annotated[Path | None, typer.Option(help="Where runs go.", show_default="runs")]
+RunDir = Annotated[Path | None, typer.Option(help="Where runs go.", show_default="runs", callback=checked)]
 Seeds = Annotated[str | None, typer.Option(help="One run each.", show_default="1,2,3")]
-CacheDir = Annotated[Path | None, typer.Option(help="Where caches are.", show_default="$KR2CACHE_DIR, else .kr2cache")]
+CacheDir = Annotated[
+    Path | None,
+    typer.Option(help="Where caches are.", show_default="$KR2CACHE_DIR, else .kr2cache", callback=checked),
+]
 
 
 SEVERAL = {

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from kr2cache.commands.options import Debug, Device, Json, print_json
+from kr2cache.commands.options import Debug, Device, Json, checked, print_json
 from kr2cache.config import read_toml
 from kr2cache.console import console, count_text, note, to_stderr
 from kr2cache.defaults import OPTIONS
@@ -17,7 +17,7 @@ from kr2cache.errors import ConfigError
 
 
 def predict_cli(
-    run: Annotated[Path, typer.Option(help="The folder of a run: runs/TASK/.../seed-1.")],
+    run: Annotated[Path, typer.Option(help="The folder of a run: runs/TASK/.../seed-1.", callback=checked)],
     text: Annotated[
         list[str] | None,
         typer.Argument(help="One example each: words split by spaces, or texts split by tabs. Without it: --file."),

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from kr2cache.commands.options import CacheDir, Debug, Device, Json, RunDir, Seeds, merge, print_json
+from kr2cache.commands.options import CacheDir, Debug, Device, Json, RunDir, Seeds, checked, merge, print_json
 from kr2cache.config import TrainConfig, read_toml
 from kr2cache.defaults import OPTIONS, TRAIN_OPTIONS
 
@@ -67,10 +67,13 @@ def sweep_cli(
 
 def report_cli(
     run_dir: Annotated[
-        Path | None, typer.Argument(help="Where trainings left their runs.", show_default="runs")
+        Path | None, typer.Argument(help="Where trainings left their runs.", show_default="runs", callback=checked)
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Gets report.html, Markdown, LaTeX and CSV.", show_default="RUN_DIR/report")
+        Path | None,
+        typer.Option(
+            help="Gets report.html, Markdown, LaTeX and CSV.", show_default="RUN_DIR/report", callback=checked
+        ),
     ] = None,
     as_json: Json = False,
     debug: Debug = False,

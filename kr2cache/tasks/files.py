@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from kr2cache.config import local
 from kr2cache.errors import DataError
 
 SPLITS = ("train", "dev", "test")
@@ -44,10 +45,11 @@ def data_folder(data: str | None) -> Path | None:
 
     Raises:
         DataError: If it can only be a folder, and does not exist.
+        ConfigError: For a URL.
     """
     if data is None:
         return None
-    folder = Path(data).expanduser()
+    folder = local(Path(data), "--data").expanduser()
     if folder.is_dir():
         return folder
     if folder.is_file():
