@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 
 from rich.cells import cell_len
@@ -83,6 +84,17 @@ def ranges_text(numbers: Sequence[int]) -> str:
     if len(numbers) > 2 and list(numbers) == list(range(numbers[0], numbers[-1] + 1)):
         return f"{numbers[0]}-{numbers[-1]}"
     return ",".join(map(str, numbers))
+
+
+@contextlib.contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """A spinner beside ``what`` is waited for, gone when it is there; nothing where nobody looks at a terminal."""
+    screen = console if console.is_terminal else Console(stderr=True, quiet=console.quiet)
+    if not screen.is_terminal:
+        yield
+        return
+    with screen.status(Text(f"{what} ...")):
+        yield
 
 
 class TimeLeft(ProgressColumn):

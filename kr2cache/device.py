@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 from typing import TYPE_CHECKING
 
 from kr2cache.errors import ConfigError
@@ -11,22 +12,26 @@ if TYPE_CHECKING:
     import torch
 
 
+def check_device_name(name: str) -> None:
+    """Raise ``ConfigError`` for a name that is no device on any machine; does without torch."""
+    if not re.fullmatch(r"auto|mps|(cpu|cuda)(:[0-9]+)?", name):
+        raise ConfigError(f"--device {name!r} is not a device.", "Give auto, cpu, cuda, cuda:1 or mps.")
+
+
 def choose_device(name: str) -> torch.device:
     """``auto`` is the first CUDA GPU, else Apple's, else the CPU; any other name is torch's own.
 
     Raises:
         ConfigError: If the device does not exist here.
     """
+    check_device_name(name)
     import torch
 
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda", torch.cuda.current_device())
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"--device {name!r} is not a device.", "Give auto, cpu, cuda, cuda:1 or mps.") from None
+    device = torch.device(name)
     available = {
         "cpu": True,
         "cuda": torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count(),

@@ -93,7 +93,13 @@ class InterruptedWorkError(KR2CacheError):
 def unknown_name(kind: str, name: str, known: Iterable[str], remedy: str = "") -> UnknownNameError:
     """Say that ``name`` is not a ``kind``, with the nearest known name and the list of those that exist."""
     known = sorted(known)
-    spelled = {one.casefold(): one for one in known}  # kr2 is near KR2
+    return UnknownNameError(
+        f"Unknown {kind} {name!r}.{nearest(name, known)}", f"Known: {', '.join(known)}. {remedy}".strip()
+    )
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`` Did you mean 'kr2'?``, or nothing where no known name is near; kr2 is near KR2."""
+    spelled = {one.casefold(): one for one in known}
     near = difflib.get_close_matches(name.casefold(), spelled, n=1, cutoff=0.5)
-    hint = f" Did you mean {spelled[near[0]]!r}?" if near else ""
-    return UnknownNameError(f"Unknown {kind} {name!r}.{hint}", f"Known: {', '.join(known)}. {remedy}".strip())
+    return f" Did you mean {spelled[near[0]]!r}?" if near else ""

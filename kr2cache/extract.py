@@ -26,7 +26,7 @@ from kr2cache.cache.format import SequenceIndex, ShardHeader
 from kr2cache.cache.reader import FeatureCache
 from kr2cache.cache.shard import headers_left
 from kr2cache.cache.writer import CacheWriter
-from kr2cache.console import bytes_text, count_text, done, note, seconds_text, work_progress
+from kr2cache.console import bytes_text, count_text, done, note, seconds_text, waiting, work_progress
 from kr2cache.derive import find_donors, in_ranges, ranges
 from kr2cache.device import choose_device, device_name, is_out_of_memory
 from kr2cache.digests import config_digest, weights_digest
@@ -86,10 +86,11 @@ def extract(plan: ExtractPlan) -> ExtractResult:
     """
     started = time.monotonic()
     check_disk(plan)
-    encoder, dropped = models.open_encoder(plan.spec)
+    with waiting(f"Loading {plan.spec.name}"):
+        encoder, dropped = models.open_encoder(plan.spec)
+        what = provenance.found(plan.index, weights_digest(encoder), config_digest(encoder.config), plan.template)
     if said := models.describe_dropped(plan.spec, dropped):
         note(f"{said}.")
-    what = provenance.found(plan.index, weights_digest(encoder), config_digest(encoder.config), plan.template)
     digest = provenance.fingerprint(plan.chosen, what)
     folder = provenance.cache_folder(plan.config.cache_dir, plan.chosen, digest)
     computed = taken = 0

@@ -14,9 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kr2cache.errors import ConfigError, unknown_name
+from kr2cache.errors import ConfigError, UnknownNameError, nearest
 
-FUSION_EXAMPLES = ("fuse", "all", "last1", "last4", "layer0", "layer11")
 FUSION_FORMS = re.compile(r"fuse|all|last[1-9][0-9]*|layer(0|[1-9][0-9]*)")
 """One spelling each: a run is named by its fusion's."""
 
@@ -68,10 +67,23 @@ class Fusion:
         return fused
 
 
-def check_fusion_name(name: str) -> None:
-    """Raise ``UnknownNameError`` for a name that no model could make sense of; costs nothing, so it can come first."""
-    if not FUSION_FORMS.fullmatch(name):
-        raise unknown_name("fusion", name, FUSION_EXAMPLES, "lastN averages the last N layers, layerN takes layer N.")
+def check_fusion_name(name: str, model_layers: int | None = None) -> None:
+    """Raise ``UnknownNameError`` for a name that no model could make sense of; costs nothing, so it can come first.
+
+    Args:
+        model_layers: L + 1 of the resource, where it is known: the error then lists the fusions that it has.
+    """
+    if FUSION_FORMS.fullmatch(name):
+        return
+    # Of a resource that is not known, only what every one has is suggested.
+    several = range(model_layers or 1)
+    known = ["fuse", "all", *(f"last{n + 1}" for n in several), *(f"layer{n}" for n in several)]
+    last, layer = ("", "") if model_layers is None else (f" to {model_layers}", f" to {model_layers - 1}")
+    raise UnknownNameError(
+        f"Unknown fusion {name!r}.{nearest(name, known)}",
+        f"Known: fuse (trainable), all (average of all layers), lastN (average of the last N layers, N from 1{last}), "
+        f"layerN (layer N alone, N from 0{layer}; layer 0 is the embedding output).",
+    )
 
 
 def parse_fusion(name: str, model_layers: int) -> Fusion:
@@ -81,7 +93,7 @@ def parse_fusion(name: str, model_layers: int) -> Fusion:
         UnknownNameError: For a name that is none of the four forms.
         ConfigError: For more layers than there are, or a layer the model does not have.
     """
-    check_fusion_name(name)
+    check_fusion_name(name, model_layers)
     if name in ("fuse", "all"):
         return Fusion(name=name, layers=tuple(range(model_layers)), trainable=name == "fuse")
     number = int(name.removeprefix("last").removeprefix("layer"))
@@ -95,18 +107,26 @@ def parse_fusion(name: str, model_layers: int) -> Fusion:
     return Fusion(name=name, layers=(number,), trainable=False)
 
 
+LAYERS_FORMS = re.compile(r"all|last[1-9][0-9]*|[0-9]+(\s*,\s*[0-9]+)*")
+
+
+def check_layers_form(text: str) -> None:
+    """Raise ``ConfigError`` for a ``--layers`` that no model could make sense of."""
+    if not LAYERS_FORMS.fullmatch(text):
+        raise ConfigError(f"--layers {text!r} is not understood.", "Give all, lastN (last4) or a list such as 0,3,5.")
+
+
 def parse_layers(text: str, model_layers: int) -> tuple[int, ...]:
     """The layers that ``--layers`` names: ``all``, ``lastN`` or a list such as ``0,3,5``; ascending, without repeats.
 
     Raises:
         ConfigError: For anything else, or a layer the model does not have.
     """
+    check_layers_form(text)
     if text == "all":
         return tuple(range(model_layers))
-    if re.fullmatch(r"last[1-9][0-9]*", text):
+    if text.startswith("last"):
         return last_layers(int(text.removeprefix("last")), model_layers, f"--layers {text}")
-    if not re.fullmatch(r"[0-9]+(\s*,\s*[0-9]+)*", text):
-        raise ConfigError(f"--layers {text!r} is not understood.", "Give all, lastN (last4) or a list such as 0,3,5.")
     layers = tuple(sorted({int(part) for part in text.split(",")}))
     if layers[-1] >= model_layers:
         raise ConfigError(

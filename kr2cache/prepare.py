@@ -17,20 +17,20 @@ from kr2cache import models, provenance, runs
 from kr2cache.arguments import training_arguments
 from kr2cache.batches import SplitData
 from kr2cache.cache.reader import FeatureCache
-from kr2cache.config import METHODS, PLAIN_METHODS, PROJECTIONS, TrainConfig, deciding_training
-from kr2cache.console import bytes_text, count_text
+from kr2cache.checks import check_training
+from kr2cache.config import PLAIN_METHODS, TrainConfig, deciding_training
+from kr2cache.console import bytes_text, count_text, waiting
 from kr2cache.device import choose_device, device_name
 from kr2cache.digests import model_digests
 from kr2cache.encode import check_token_ids, missing_words
-from kr2cache.errors import ConfigError, unknown_name
+from kr2cache.errors import ConfigError
 from kr2cache.features import DeviceFeatures, Features, ResourceFeatures, room_on
-from kr2cache.fusion import check_fusion_name, parse_fusion
+from kr2cache.fusion import parse_fusion
 from kr2cache.kreader import check_admitted, projection_kind
 from kr2cache.locks import check_writable
 from kr2cache.rehearsal import rehearse
 from kr2cache.resource import Resource
 from kr2cache.shared import Corpus, Shared
-from kr2cache.tasks import Task, find_task
 from kr2cache.train import Job
 
 PROCEDURE = 3
@@ -77,21 +77,23 @@ def prepare(config: TrainConfig, shared: Shared) -> Prepared:
     Raises:
         KR2CacheError: One of its kinds, for everything foreseen.
     """
-    config, task = _checked(config)
-    reader_spec, resource_spec = _models(config)
+    checked = check_training(config)
+    config, task, reader_spec, resource_spec = checked.config, checked.task, checked.reader, checked.resource
     training_arguments(config, config.run_dir, config.seeds[0])
-    checkpoint = shared.checkpoint(reader_spec, task)
+    with waiting(f"Loading {reader_spec.name}"):
+        checkpoint = shared.checkpoint(reader_spec, task)
     if resource_spec is not None:
         check_admitted(checkpoint.config, f"Reader {reader_spec.name!r}")
     _check_length(config, reader_spec, checkpoint.config)
     check_writable(config.run_dir, "--run-dir")
-    corpus = shared.corpus(task, config.data, config.limit)
-    tokenizer = shared.tokenizer(reader_spec, words=task.words)
-    splits = {}
-    for split, part in corpus.splits.items():
-        index = part.index(reader_spec, tokenizer, config.max_length)
-        check_token_ids(index, int(checkpoint.config.vocab_size), repr(reader_spec.name))
-        splits[split] = SplitData(examples=part.examples, index=index)
+    with waiting(f"Reading and tokenising {task.name}"):
+        corpus = shared.corpus(task, config.data, config.limit)
+        tokenizer = shared.tokenizer(reader_spec, words=task.words)
+        splits = {}
+        for split, part in corpus.splits.items():
+            index = part.index(reader_spec, tokenizer, config.max_length)
+            check_token_ids(index, int(checkpoint.config.vocab_size), repr(reader_spec.name))
+            splits[split] = SplitData(examples=part.examples, index=index)
     rehearse(config, len(splits["train"].examples))
     job = Job(
         task=task,
@@ -114,39 +116,6 @@ def prepare(config: TrainConfig, shared: Shared) -> Prepared:
         deciding=_deciding(job, corpus) | _resource_decides(job, resource, caches),
         notes=notes + resource.notes,
     )
-
-
-def _checked(config: TrainConfig) -> tuple[TrainConfig, Task]:
-    """The settings with what a method implies, and the task."""
-    task = find_task(config.task)
-    if config.method not in METHODS:
-        raise unknown_name("method", config.method, METHODS)
-    if config.method == "kreader2":  # whatever resource was given or found: this one is the reader's own copy
-        config = dataclasses.replace(config, resource=config.reader)
-    if config.projection not in PROJECTIONS:
-        raise unknown_name("projection", config.projection, PROJECTIONS)
-    check_fusion_name(config.fusion)
-    if config.method == "kd" and config.teacher is None:
-        raise ConfigError(
-            "Method kd needs --teacher.",
-            f"A model that is fine-tuned first ({', '.join(models.known_models(config.models))}, a hub id, a folder), "
-            "or the folder of a run (runs/…/seed-1).",
-        )
-    return config, task
-
-
-def _models(config: TrainConfig) -> tuple[models.ModelSpec, models.ModelSpec | None]:
-    """(the model that is trained, the frozen one)."""
-    if config.method in ("kr2", "kresource") and config.resource is None:
-        raise ConfigError(
-            f"Method {config.method} needs --resource.", f"Registered: {', '.join(models.known_models(config.models))}."
-        )
-    if config.method == "kresource":
-        return models.find_model(config.resource or "", config.models), None
-    reader = models.find_model(config.reader, config.models)
-    if config.method in ("kreader", "kd"):
-        return reader, None
-    return reader, reader if config.method == "kreader2" else models.find_model(config.resource or "", config.models)
 
 
 def _check_length(config: TrainConfig, spec: models.ModelSpec, model_config: PretrainedConfig) -> None:

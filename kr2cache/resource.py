@@ -24,7 +24,7 @@ from kr2cache.config import (
     TrainConfig,
     default_cache_dir,
 )
-from kr2cache.console import bytes_text, count_text, note, seconds_text
+from kr2cache.console import bytes_text, count_text, note, seconds_text, waiting
 from kr2cache.derive import derive, plan_fusion
 from kr2cache.digests import model_digests
 from kr2cache.encode import missing_words
@@ -62,9 +62,10 @@ class Resource:
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._note_once = shared.note_once
         if self.on_this_machine:
-            digests = model_digests(spec)
+            with waiting(f"Reading the weights of {spec.name}"):
+                digests = model_digests(spec)
+                self._tokenizer = shared.tokenizer(spec, words=task.words)
             self.weights, self.config_digest = digests.weights, digests.config
-            self._tokenizer = shared.tokenizer(spec, words=task.words)
         else:
             self.notes.append(
                 f"The weights of {spec.name} are not on this machine: its caches are trusted, not compared with them."

@@ -13,10 +13,11 @@ from rich.text import Text
 
 from kr2cache.cache.check import CacheCheck
 from kr2cache.cache.shard import headers_left
-from kr2cache.commands.options import App, CacheDir, Data, Debug, Device, Json, merge, print_json
+from kr2cache.commands.options import App, CacheDir, Data, Debug, Device, Json, loading, merge, print_json
 from kr2cache.config import default_cache_dir, read_toml
 from kr2cache.console import bytes_text, console, count_text, done, failed, note, ranges_text, seconds_text
 from kr2cache.defaults import OPTIONS
+from kr2cache.device import check_device_name
 from kr2cache.errors import CacheError, ConfigError
 from kr2cache.models import known_models
 from kr2cache.utf8 import file_lines
@@ -276,9 +277,11 @@ def repair_cli(
     toml = read_toml(Path.cwd(), OPTIONS)
     folder = _folder(cache, cache_dir)
 
-    from kr2cache.repair import RepairConfig, describe_repair, repair
-
     given = merge(toml, data=data, device=device)
+    check_device_name(given.get("device", "auto"))
+    with loading():
+        from kr2cache.repair import RepairConfig, describe_repair, repair
+
     result = repair(RepairConfig(folder=folder, resource=resource, models=toml.models, **given))
     describe_repair(result)
     if as_json:

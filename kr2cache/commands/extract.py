@@ -7,11 +7,25 @@ from typing import Annotated, Any
 
 import typer
 
-from kr2cache.commands.options import CacheDir, Data, Debug, Device, Json, Limit, Task, merge, model_names, print_json
+from kr2cache.checks import check_extraction
+from kr2cache.commands.options import (
+    CacheDir,
+    Data,
+    Debug,
+    Device,
+    Json,
+    Limit,
+    Task,
+    loading,
+    merge,
+    model_names,
+    print_json,
+)
 from kr2cache.config import COMPUTE_DTYPES, ExtractConfig, default_cache_dir, read_toml
+from kr2cache.console import waiting
 from kr2cache.defaults import OPTIONS, choose_task
 from kr2cache.errors import ConfigError
-from kr2cache.models import known_models
+from kr2cache.models import known_models, model_folder
 
 
 def extract_cli(
@@ -70,7 +84,7 @@ def extract_cli(
         limit=limit,
         cache_dir=cache_dir,
     )
-    from kr2cache.tasks import find_task, split_name
+    from kr2cache.tasks import split_name
 
     given["split"] = split_name(given.get("split", "train"))
     where = given.get("cache_dir", default_cache_dir())
@@ -80,13 +94,13 @@ def extract_cli(
         )
     if "task" not in given:
         given["task"] = choose_task(given["resource"], where, toml.models)
-    find_task(given["task"])
     config = ExtractConfig(**given, models=toml.models)
-
-    from kr2cache.extract import describe_result, extract
-    from kr2cache.planning import describe, plan_extraction
-
-    plan = plan_extraction(config)
+    model_folder(check_extraction(config).spec)  # a download shows its own progress
+    with loading():
+        from kr2cache.extract import describe_result, extract
+        from kr2cache.planning import describe, plan_extraction
+    with waiting(f"Reading and tokenising {config.task}/{config.split}"):
+        plan = plan_extraction(config)
     describe(plan)
     if dry_run:
         _show_dry_run(plan, as_json)

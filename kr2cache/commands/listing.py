@@ -7,11 +7,13 @@ from typing import Annotated
 
 import typer
 
-from kr2cache.commands.options import Debug, Device, Json, Limit, checked, print_json
+from kr2cache.commands.options import Debug, Device, Json, Limit, checked, loading, print_json
 from kr2cache.config import read_toml
 from kr2cache.console import console
 from kr2cache.defaults import OPTIONS
-from kr2cache.models import known_models
+from kr2cache.device import check_device_name
+from kr2cache.models import check_obtainable, find_model, known_models
+from kr2cache.tasks import find_task
 
 
 def models_cli(as_json: Json = False, debug: Debug = False) -> None:
@@ -58,7 +60,7 @@ def models_cli(as_json: Json = False, debug: Debug = False) -> None:
 
 def tasks_cli(as_json: Json = False, debug: Debug = False) -> None:
     """The tasks there are, and where their data comes from."""
-    from kr2cache.tasks import find_task, task_names
+    from kr2cache.tasks import task_names
     from kr2cache.tasks.udpos import LANGUAGES
     from kr2cache.terminal import Column, print_table
 
@@ -97,7 +99,9 @@ def demo_cli(
     debug: Debug = False,
 ) -> None:
     """Both stages on a small corpus of our own and a real model: extract once, train eight readers, print the table."""
-    from kr2cache.demo import demo
+    check_device_name(device or "auto")
+    with loading():
+        from kr2cache.demo import demo
 
     result = demo(folder, device or "auto")
     if as_json:
@@ -125,15 +129,20 @@ def bench_cli(
     debug: Debug = False,
 ) -> None:
     """This machine's figures: extracting, reading and training beside their limits and rivals."""
-    from kr2cache.bench import BenchConfig, bench, describe_bench
-    from kr2cache.bench.plot import check_plot
-    from kr2cache.bench.plot import plot as draw
-    from kr2cache.config import ExtractConfig, TrainConfig
-    from kr2cache.demo import corpus
+    overrides = read_toml(Path.cwd(), OPTIONS).models
+    find_task(task)
+    check_device_name(device or "auto")
+    for model in (resource, reader):
+        check_obtainable(find_model(model, overrides))
+    with loading():
+        from kr2cache.bench import BenchConfig, bench, describe_bench
+        from kr2cache.bench.plot import check_plot
+        from kr2cache.bench.plot import plot as draw
+        from kr2cache.config import ExtractConfig, TrainConfig
+        from kr2cache.demo import corpus
 
     if plot is not None:
         check_plot(plot)
-    overrides = read_toml(Path.cwd(), OPTIONS).models
     extraction = ExtractConfig(
         resource=resource,
         split=split,

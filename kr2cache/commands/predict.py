@@ -9,11 +9,13 @@ from typing import Annotated
 
 import typer
 
-from kr2cache.commands.options import Debug, Device, Json, checked, print_json
+from kr2cache.commands.options import Debug, Device, Json, checked, loading, print_json
 from kr2cache.config import read_toml
 from kr2cache.console import console, count_text, note, to_stderr
 from kr2cache.defaults import OPTIONS
+from kr2cache.device import check_device_name
 from kr2cache.errors import ConfigError
+from kr2cache.runs import read_config
 
 
 def predict_cli(
@@ -41,11 +43,15 @@ def predict_cli(
         raise ConfigError("--conllu and --json exclude each other.", "Give one of them.")
     to_stderr()  # standard output holds the predictions alone
     toml = read_toml(Path.cwd(), OPTIONS)
-    from kr2cache.predict import Predictor
-    from kr2cache.texts import as_text, read_file, read_lines, score, typed_lines
-    from kr2cache.texts import conllu as to_conllu
+    where = device or toml.defaults.get("device", "auto")
+    check_device_name(where)
+    read_config(run)
+    with loading():
+        from kr2cache.predict import Predictor
+        from kr2cache.texts import as_text, read_file, read_lines, score, typed_lines
+        from kr2cache.texts import conllu as to_conllu
 
-    predictor = Predictor.load(run, toml.models, device or toml.defaults.get("device", "auto"))
+    predictor = Predictor.load(run, toml.models, where)
     task = predictor.task
     if file is None:
         examples = read_lines(task, text or (), name="text")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from kr2cache.commands.options import CacheDir, Debug, Device, Json, RunDir, Seeds, checked, merge, print_json
+from kr2cache.commands.options import CacheDir, Debug, Device, Json, RunDir, Seeds, checked, loading, merge, print_json
 from kr2cache.config import TrainConfig, read_toml
 from kr2cache.defaults import OPTIONS, TRAIN_OPTIONS
 
@@ -36,7 +36,8 @@ def sweep_cli(
     toml = read_toml(Path.cwd(), OPTIONS)
     given = merge(toml, seeds=seeds, epochs=epochs, limit=limit, device=device, run_dir=run_dir, cache_dir=cache_dir)
     defaults = {name.replace("-", "_") for name in TRAIN_OPTIONS}
-    from kr2cache.sweep import Line, Sweep, describe_sweep, read_grid
+    with loading():
+        from kr2cache.sweep import Line, Sweep, describe_sweep, read_grid
 
     table = read_grid(grid, TRAIN_OPTIONS)
     asked = {"seeds": seeds, "epochs": epochs, "limit": limit}

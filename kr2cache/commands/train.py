@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from kr2cache.checks import check_training
 from kr2cache.commands.options import (
     CacheDir,
     Data,
@@ -17,6 +18,7 @@ from kr2cache.commands.options import (
     RunDir,
     Seeds,
     Task,
+    loading,
     merge,
     model_names,
     print_json,
@@ -34,6 +36,7 @@ from kr2cache.config import (
 from kr2cache.console import note
 from kr2cache.defaults import OPTIONS, choose_resource, choose_task
 from kr2cache.errors import ConfigError
+from kr2cache.models import model_folder
 
 
 def train_cli(
@@ -154,6 +157,7 @@ def train_cli(
     if "task" not in given:
         given["task"] = choose_task(given.get("resource"), where, toml.models)
     config = TrainConfig(**given, extract=not no_extract, models=toml.models, training=toml.training)
+    model_folder(check_training(config).reader)  # a download shows its own progress
     of_fusion = {"fusion": fusion, "projection": projection, "fusion-learning-rate": fusion_learning_rate}
     of_distillation = {"teacher": teacher, "temperature": temperature, "soft-weight": soft_weight}
     idle = {} if config.method in ("kr2", "kreader2") else of_fusion | {"resource-max-length": resource_max_length}
@@ -161,7 +165,8 @@ def train_cli(
     if typed := [f"--{name}" for name, value in idle.items() if value is not None]:
         note(f"Method {config.method} makes no use of {', '.join(typed)}.")
 
-    from kr2cache.pipeline import describe_training, train
+    with loading():
+        from kr2cache.pipeline import describe_training, train
 
     result = train(config)
     describe_training(result)

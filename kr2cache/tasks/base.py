@@ -146,21 +146,45 @@ class Task(ABC):
             )
         return hub_id
 
-    def _read_folder(self, folder: Path, split: str) -> list[Example]:
-        names = Names(suffixes=self.suffixes, releases=self.releases, parts=self.parts)
-        files = split_files(folder, split, names)
-        if unread := unread_files(folder, split, names):
+    def check_data(self, split: str, data: str | None) -> None:
+        """Look for the files of a split, read none.
+
+        Raises:
+            MissingSplitError: If a folder has no such split.
+            KR2CacheError: If ``data`` is neither a folder nor the id of a hub data set.
+        """
+        folder = data_folder(data)
+        if folder is None:
+            self._hub_id(data)
+        else:
+            self._files(folder, split)
+
+    @property
+    def _names(self) -> Names:
+        return Names(suffixes=self.suffixes, releases=self.releases, parts=self.parts)
+
+    def _files(self, folder: Path, split: str) -> list[Path]:
+        files = split_files(folder, split, self._names)
+        if not files:
+            self._say_unread(folder, split, files)
+            there = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+            raise MissingSplitError(
+                f"{folder} has no {split} split: looked for {', '.join(self._names.looked_for(split))}, and a folder "
+                f"of that name; found {there}.",
+                "Check --data and --split.",
+            )
+        return files
+
+    def _say_unread(self, folder: Path, split: str, files: Sequence[Path]) -> None:
+        if unread := unread_files(folder, split, self._names):
             note(
                 f"{folder}, {split} split: read {names_text(files, folder)}. Did not read "
                 f"{names_text(unread, folder)}. If they belong to this split, put all its files into {folder / split}/."
             )
-        if not files:
-            there = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
-            raise MissingSplitError(
-                f"{folder} has no {split} split: looked for {', '.join(names.looked_for(split))}, and a folder of that "
-                f"name; found {there}.",
-                "Check --data and --split.",
-            )
+
+    def _read_folder(self, folder: Path, split: str) -> list[Example]:
+        files = self._files(folder, split)
+        self._say_unread(folder, split, files)
         parts = {path.name: self.read_file(path, split) for path in files}
         if len(files) == 1 and files[0].parent == folder:
             return parts[files[0].name]

@@ -1,0 +1,107 @@
+"""What can be seen wrong in a call before torch is imported: names, paths, settings that no model could make sense of.
+
+Importing torch and transformers takes seconds, so a command line that cannot be run is refused before that.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+from pathlib import Path
+
+from kr2cache import models
+from kr2cache.cache.format import DTYPES
+from kr2cache.config import COMPUTE_DTYPES, METHODS, PROJECTIONS, ExtractConfig, TrainConfig
+from kr2cache.device import check_device_name
+from kr2cache.errors import ConfigError, unknown_name
+from kr2cache.fusion import check_fusion_name, check_layers_form, parse_fusion, parse_layers
+from kr2cache.tasks import Task, find_task
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Extraction:
+    """What the names of an extraction mean."""
+
+    spec: models.ModelSpec
+    task: Task
+
+
+def check_extraction(config: ExtractConfig) -> Extraction:
+    """Check the settings of stage one; reads no data and loads nothing.
+
+    Raises:
+        KR2CacheError: For a name, path or setting that cannot be right, or a model that cannot be had.
+    """
+    if config.dtype not in DTYPES:
+        raise unknown_name("dtype", config.dtype, DTYPES)
+    if config.compute_dtype not in COMPUTE_DTYPES:
+        raise unknown_name("compute dtype", config.compute_dtype, COMPUTE_DTYPES)
+    check_device_name(config.device)
+    check_layers_form(config.layers)
+    task = find_task(config.task)
+    spec = models.find_model(config.resource, config.models)
+    task.check_data(config.split, config.data)
+    models.check_obtainable(spec)
+    if (model_layers := models.layers_in_config(spec)) is not None:
+        parse_layers(config.layers, model_layers)
+    return Extraction(spec=spec, task=task)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Training:
+    """What the names of a training mean."""
+
+    config: TrainConfig
+    """With what its method implies."""
+    task: Task
+    reader: models.ModelSpec
+    """The model that is trained."""
+    resource: models.ModelSpec | None
+    """The frozen one."""
+
+
+def check_training(config: TrainConfig) -> Training:
+    """Check the settings of stage two; reads no data and loads nothing.
+
+    Raises:
+        KR2CacheError: For a name, path or setting that cannot be right, or a model that is needed and cannot be had.
+    """
+    if config.method not in METHODS:
+        raise unknown_name("method", config.method, METHODS)
+    if config.projection not in PROJECTIONS:
+        raise unknown_name("projection", config.projection, PROJECTIONS)
+    check_device_name(config.device)
+    task = find_task(config.task)
+    if config.method == "kreader2":  # whatever resource was given or found: this one is the reader's own copy
+        config = dataclasses.replace(config, resource=config.reader)
+    known = ", ".join(models.known_models(config.models))
+    if config.method in ("kr2", "kresource") and config.resource is None:
+        raise ConfigError(f"Method {config.method} needs --resource.", f"Registered: {known}.")
+    if config.method == "kd" and config.teacher is None:
+        raise ConfigError(
+            "Method kd needs --teacher.",
+            f"A model that is fine-tuned first ({known}, a hub id, a folder), or the folder of a run (runs/…/seed-1).",
+        )
+    trained = config.resource if config.method == "kresource" else config.reader
+    reader = models.find_model(trained or "", config.models)
+    resource = None
+    if config.method in ("kr2", "kreader2"):
+        resource = models.find_model(config.resource or "", config.models)
+        model_layers = models.layers_in_config(resource)
+        check_fusion_name(config.fusion, model_layers)
+        if model_layers is not None:
+            parse_fusion(config.fusion, model_layers)
+    else:
+        check_fusion_name(config.fusion)
+    if config.method == "kd" and not Path(config.teacher or "").expanduser().is_dir():
+        models.check_obtainable(models.find_model(config.teacher or "", config.models))
+    task.check_data("train", config.data)
+    models.check_obtainable(reader)
+    if resource is not None and not _has_caches(config, resource):
+        models.check_obtainable(resource)
+    return Training(config=config, task=task, reader=reader, resource=resource)
+
+
+def _has_caches(config: TrainConfig, spec: models.ModelSpec) -> bool:
+    """Whether caches may stand for a resource that is not on this machine."""
+    return any((config.cache_dir / config.task).glob(f"*/{glob.escape(spec.name)}-*/shard-*.h5"))
