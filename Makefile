@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint format clean
+.PHONY: demo test lint format gpu gpu-check gpu-wheels clean
 
 demo: $(VENV)/.installed
 	$(BIN)/kr2cache demo
@@ -17,6 +17,19 @@ lint: $(VENV)/.installed
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# On a machine with a GPU, with the Python there is (torch, transformers): checks first, then figures; see tests/gpu/README.md.
+GPU_PYTHON ?= python3
+OUT ?= gpu-report
+
+gpu:
+	$(GPU_PYTHON) tests/gpu/run.py --out $(OUT)
+
+gpu-check:
+	$(GPU_PYTHON) tests/gpu/run.py --check-only --out $(OUT)
+
+gpu-wheels:
+	$(PYTHON) tests/gpu/wheels.py
+
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -29,4 +42,4 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .kr2cache runs kr2cache-demo .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .wheels gpu-report .kr2cache runs kr2cache-demo .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

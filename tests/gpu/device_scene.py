@@ -1,0 +1,138 @@
+"""What the checks and measurements run on: a resource, a reader and a corpus, made in place. Nothing is fetched."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import tiny
+import torch
+
+from kr2cache.config import ExtractConfig, TrainConfig
+from kr2cache.extract import ExtractResult, extract
+from kr2cache.planning import ExtractPlan, plan_extraction
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scale:
+    """How large everything is."""
+
+    resource: Mapping[str, Any]
+    """Settings of a BERT configuration."""
+    reader_layers: int
+    sentences: Mapping[str, int]
+    """By split."""
+    longest: int
+    """Words of the longest sentence."""
+    tokens_per_batch: int
+    """Of checks that need several batches."""
+    measured: int
+    """Sentences of the corpus that is measured on."""
+    trained: int
+    """Sentences that a training in a check learns from."""
+
+
+FULL = Scale(
+    resource={
+        "layers": 12,
+        "width": 768,
+        "num_attention_heads": 12,
+        "intermediate_size": 3072,
+        "vocab_size": 30_522,
+        "positions": 512,
+    },
+    reader_layers=3,
+    sentences={"train": 4_000, "dev": 300, "test": 300},
+    longest=20,
+    tokens_per_batch=2_048,
+    measured=5_000,
+    trained=64,
+)
+"""BERT-base's shape, for a GPU."""
+SMALL = Scale(
+    resource={"layers": 3, "width": 32, "num_attention_heads": 4, "intermediate_size": 64},
+    reader_layers=2,
+    sentences={"train": 2_000, "dev": 40, "test": 40},
+    longest=20,
+    tokens_per_batch=64,
+    measured=300,
+    trained=32,
+)
+"""For a machine without one: the same code on a CPU."""
+INITIALIZER_RANGE = 0.05
+"""With BERT's own 0.02 attention of random weights is nearly uniform, and hides mistakes."""
+
+
+class Scene:
+    """A folder with models, corpora and caches, and the device that is looked at."""
+
+    def __init__(self, folder: Path, device: torch.device, scale: Scale) -> None:
+        self.folder = folder
+        self.device = device
+        self.scale = scale
+
+    @functools.cached_property
+    def resource(self) -> Path:
+        settings = {**self.scale.resource, "initializer_range": INITIALIZER_RANGE}
+        return tiny.save_model(self.folder / "resource", "bert", seed=1, **settings)
+
+    @functools.cached_property
+    def reader(self) -> Path:
+        settings = {**self.scale.resource, "initializer_range": INITIALIZER_RANGE, "layers": self.scale.reader_layers}
+        return tiny.save_model(self.folder / "reader", "bert", seed=2, **settings)
+
+    @functools.cached_property
+    def corpus(self) -> Path:
+        return self._save_corpus("corpus", self.scale.sentences)
+
+    @functools.cached_property
+    def measured(self) -> Path:
+        """A corpus to measure on."""
+        return self._save_corpus("measured", {"train": self.scale.measured, "dev": 10})
+
+    def _save_corpus(self, name: str, sentences: Mapping[str, int]) -> Path:
+        folder = self.folder / name
+        folder.mkdir()
+        for seed, (split, count) in enumerate(sentences.items()):
+            words = tiny.sentences(count, seed=seed, longest=self.scale.longest)
+            (folder / f"{split}.conllu").write_text(tiny.conllu(words, prefix=f"{split}-s"), "utf-8")
+        return folder
+
+    def plan(self, **settings: Any) -> ExtractPlan:
+        """Of the train split, on the device, unless ``settings`` of ExtractConfig say otherwise."""
+        own: dict[str, Any] = {
+            "resource": str(self.resource),
+            "split": "train",
+            "task": "udpos",
+            "data": str(self.corpus),
+            "cache_dir": self.folder / "caches",
+            "device": str(self.device),
+            "tokens_per_batch": self.scale.tokens_per_batch,
+        }
+        return plan_extraction(ExtractConfig(**(own | settings)))
+
+    def extract(self, **settings: Any) -> ExtractResult:
+        return extract(self.plan(**settings))
+
+    def training(self, **settings: Any) -> TrainConfig:
+        """A short training without dropout, whose random numbers differ between devices."""
+        own: dict[str, Any] = {
+            "task": "udpos",
+            "reader": "reader",
+            "resource": str(self.resource),
+            "data": str(self.corpus),
+            "limit": self.scale.trained,
+            "seeds": (1,),
+            "epochs": 2.0,
+            "batch_size": 16,
+            "learning_rate": 1e-4,
+            "fusion": "last4" if self.scale.resource["layers"] > 3 else "all",
+            "device": str(self.device),
+            "cache_dir": self.folder / "caches",
+            "run_dir": self.folder / "runs",
+            "models": {"reader": {"path": str(self.reader), "dropout": 0.0}},
+        }
+        return TrainConfig(**(own | settings))
