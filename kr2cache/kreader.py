@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import (
+    AutoModelForMaskedLM,
     AutoModelForMultipleChoice,
+    AutoModelForPreTraining,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     PretrainedConfig,
@@ -33,7 +36,7 @@ from kr2cache import models
 from kr2cache.config import Projection
 from kr2cache.errors import CacheError, ConfigError, UnsupportedModelError
 from kr2cache.fusion import Fusion
-from kr2cache.tasks.base import Head
+from kr2cache.tasks.base import Head, Task
 
 HEADS: dict[Head, Any] = {
     "token": AutoModelForTokenClassification,
@@ -254,7 +257,7 @@ class KReader(nn.Module):
             trust_remote_code: Run Python code that came with the model that it was trained from.
 
         Raises:
-            CacheError: If the folder was not written by ``save``.
+            CacheError: If the folder was not written by ``save``, or is not complete.
         """
         folder = Path(folder)
         try:
@@ -264,8 +267,18 @@ class KReader(nn.Module):
                 f"{folder} is not a trained KReader: {EXTRAS_CONFIG} cannot be read.", "Give reader/ of a run folder."
             ) from error
         with models.quiet():
-            model = HEADS[about["head"]].from_pretrained(
-                folder, dtype=torch.float32, trust_remote_code=trust_remote_code
+            model, report = HEADS[about["head"]].from_pretrained(
+                folder,
+                dtype=torch.float32,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                trust_remote_code=trust_remote_code,
+            )
+        if lost := sorted({*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}):
+            raise CacheError(
+                f"The reader in {folder} lacks {len(lost)} of its weights, or has them in other shapes: "
+                f"{', '.join(lost[:3])}{', ...' if len(lost) > 3 else ''}.",
+                "The reader is incomplete; train it again.",
             )
         if "fusion" not in about:
             return cls(model, about["head"]).eval()
@@ -287,6 +300,22 @@ class KReader(nn.Module):
             )
         return reader.eval()
 
+    def check_task(self, task: Task, folder: Path) -> None:
+        """Raise ``CacheError`` unless this trained reader, loaded from ``folder``, gives the task's labels in order."""
+        names = self.config.id2label or {}
+        if self.head == task.head and (task.head == "choice" or names == dict(enumerate(task.labels))):
+            return
+        raise CacheError(
+            f"The reader in {folder} (head {self.head}, labels {_some(names.values())}) is not one of task "
+            f"{task.name!r} (head {task.head}, labels {_some(task.labels)}) as this version of kr2cache has it.",
+            "Train the run anew.",
+        )
+
+
+def _some(labels: Iterable[object]) -> str:
+    names = list(map(str, labels))
+    return ", ".join(names[:4]) + (f", ... ({len(names)})" if len(names) > 4 else "")
+
 
 def _states_lost(seen: int, reader: int, expected: int) -> UnsupportedModelError:
     return UnsupportedModelError(
@@ -297,7 +326,11 @@ def _states_lost(seen: int, reader: int, expected: int) -> UnsupportedModelError
 
 
 class TaskCheckpoint:
-    """The checkpoint of a task model, read once however many readers are trained from it."""
+    """The checkpoint of a task model, read once however many readers are trained from it.
+
+    A new training gets a new head. What an earlier training left in the checkpoint is not used: its labels may be the
+    same in another order.
+    """
 
     def __init__(self, spec: models.ModelSpec, head: Head, labels: tuple[str, ...]) -> None:
         self.spec = spec
@@ -305,12 +338,15 @@ class TaskCheckpoint:
         self.labels = labels
         self.config = models.load_config(spec)
         """As its file has it, without the task's labels."""
+        self.left_out: tuple[str, ...] = ()
+        """Once it is read: the weights of an earlier training's head."""
         self._loaded: tuple[type[PreTrainedModel], dict[str, Tensor]] | None = None
-        """Its class, and the weights that the files have."""
+        """Its class, and the weights that a new reader starts from."""
 
     def task_config(self) -> PretrainedConfig:
         """The configuration of a reader: the checkpoint's with the task's labels."""
         config = copy.deepcopy(self.config)
+        config.problem_type = None  # an earlier training's
         if self.head != "choice":
             config.id2label = dict(enumerate(self.labels))
             config.label2id = {label: number for number, label in enumerate(self.labels)}
@@ -320,16 +356,44 @@ class TaskCheckpoint:
         """A new model over these weights, in float32; its head is new, drawn from torch's current random state.
 
         Always float32: transformers keeps a checkpoint's float16, and AdamW then gives nan.
-        """
-        config = self.task_config()
-        if self._loaded is not None:
-            architecture, weights = self._loaded
-            copies = {name: tensor.clone() for name, tensor in weights.items()}
-            return models.load_pretrained(self.spec, architecture, config, copies)[0]
-        return self._read(config)
 
-    def _read(self, config: PretrainedConfig) -> PreTrainedModel:
-        model, drawn = models.load_pretrained(self.spec, HEADS[self.head], config)
-        weights = {name: tensor.clone() for name, tensor in model.state_dict().items() if name not in drawn}
-        self._loaded = (type(model), weights)
-        return model
+        Raises:
+            UnsupportedModelError: If the checkpoint holds weights that are not finite numbers, or of other shapes than
+                its configuration says.
+        """
+        if self._loaded is None:
+            with torch.random.fork_rng(devices=[]):
+                self._loaded = self._read()
+        architecture, weights = self._loaded
+        copies = {name: tensor.clone() for name, tensor in weights.items()}
+        return models.load_pretrained(self.spec, architecture, self.task_config(), copies)[0]
+
+    def _read(self) -> tuple[type[PreTrainedModel], dict[str, Tensor]]:
+        config = self.task_config()
+        model, missing, misfit = models.load_pretrained(self.spec, HEADS[self.head], config)
+        if damaged := models.not_finite(model):
+            more = f" and {len(damaged) - 1} more" if len(damaged) > 1 else ""
+            raise UnsupportedModelError(
+                f"The checkpoint of {self.spec.name!r} holds numbers that are not finite (nan or inf), in "
+                f"{damaged[0]}{more}: no training can start from it.",
+                "Get an undamaged copy of its weights.",
+            )
+        left_out = models.head_names(model) - missing
+        if left_out:
+            left_out -= _weights_of_pretraining(config) - misfit
+        self.left_out = tuple(sorted(left_out))
+        drawn = missing | left_out
+        return type(model), {name: tensor for name, tensor in model.state_dict().items() if name not in drawn}
+
+
+def _weights_of_pretraining(config: PretrainedConfig) -> frozenset[str]:
+    """Names of the weights outside the base model that pre-training makes: some task models (ModernBERT's) go on with
+    one of its layers.
+    """
+    names: frozenset[str] = frozenset()
+    for auto in (AutoModelForPreTraining, AutoModelForMaskedLM):
+        if type(config) in auto._model_mapping:
+            with torch.device("meta"), models.quiet():
+                model: PreTrainedModel = auto.from_config(config)  # type: ignore[no-untyped-call]
+                names |= models.head_names(model)
+    return names

@@ -13,7 +13,7 @@ import inspect
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -518,9 +518,11 @@ def open_encoder(spec: ModelSpec) -> tuple[PreTrainedModel, tuple[str, ...]]:
             dtype=torch.float32,
             output_loading_info=True,
             weights_only=True,
+            ignore_mismatched_sizes=True,
             trust_remote_code=spec.trust_remote_code,
             **headless,
         )
+    _check_shapes(spec, report["mismatched_keys"])
     missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
     if missing:
         raise UnsupportedModelError(
@@ -547,15 +549,18 @@ def describe_dropped(spec: ModelSpec, dropped: Sequence[str]) -> str | None:
 
 def load_pretrained(
     spec: ModelSpec, model_class: Any, config: PretrainedConfig, weights: Mapping[str, Tensor] | None = None
-) -> tuple[PreTrainedModel, frozenset[str]]:
-    """The checkpoint of ``spec`` as a task model, in float32; missing heads are drawn at random.
+) -> tuple[PreTrainedModel, frozenset[str], frozenset[str]]:
+    """The checkpoint of ``spec`` as a task model, in float32; what is missing or of another shape is drawn at random.
 
     Args:
         model_class: An auto class, or the model's own with ``weights``.
         weights: The checkpoint's, where they are in memory already; the model takes them for its own.
 
     Returns:
-        The model, and the names of the weights that were drawn.
+        The model, the names of the weights that were missing, and of those of the head that had another shape.
+
+    Raises:
+        UnsupportedModelError: If weights of the base model have other shapes than ``config`` says.
     """
     import torch
 
@@ -567,9 +572,47 @@ def load_pretrained(
             dtype=torch.float32,
             output_loading_info=True,
             weights_only=True,
+            ignore_mismatched_sizes=True,
             trust_remote_code=spec.trust_remote_code,
         )
-    return model, frozenset(report["missing_keys"])
+    head = head_names(model)
+    _check_shapes(spec, [one for one in report["mismatched_keys"] if one[0] not in head])
+    other = frozenset(name for name, *_ in report["mismatched_keys"])
+    return model, frozenset(report["missing_keys"]), other
+
+
+def head_names(model: PreTrainedModel) -> frozenset[str]:
+    """The names of a task model's weights that are not part of its base model."""
+    prefix = f"{model.base_model_prefix}."
+    return frozenset(name for name in model.state_dict() if not name.startswith(prefix))
+
+
+def _check_shapes(spec: ModelSpec, mismatched: Iterable[tuple[str, Sequence[int], Sequence[int]]]) -> None:
+    """Raise ``UnsupportedModelError`` for weights whose shapes are not those of the configuration.
+
+    Args:
+        mismatched: Name, shape in the file, shape by the configuration.
+    """
+    wrong = sorted((name, tuple(there), tuple(wanted)) for name, there, wanted in mismatched)
+    if wrong:
+        name, there, wanted = wrong[0]
+        more = f", and {len(wrong) - 1} more differ" if len(wrong) > 1 else ""
+        raise UnsupportedModelError(
+            f"The weights of {spec.name!r} do not have the shapes of its config.json: {name} is {there} in the file, "
+            f"{wanted} by the configuration{more}.",
+            "config.json and the weights do not belong together: copy both from the same model.",
+        )
+
+
+def not_finite(model: PreTrainedModel) -> list[str]:
+    """The names of the model's weights that hold nan or an infinite number."""
+    import torch
+
+    return [
+        name
+        for name, tensor in model.state_dict().items()
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all())
+    ]
 
 
 def _architecture(config: PretrainedConfig) -> type | None:

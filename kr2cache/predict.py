@@ -311,13 +311,7 @@ def _load_reader(folder: Path, task: Task, *, trust_remote_code: bool) -> KReade
             f"The reader in {folder} cannot be loaded: {reason}",
             f"It is incomplete or damaged: remove {folder.parent} and train it again.",
         ) from error
-    names = reader.config.id2label
-    if reader.head != task.head or (task.head != "choice" and names != dict(enumerate(task.labels))):
-        raise CacheError(
-            f"The reader in {folder} (head {reader.head}, {len(names or ())} labels) is not one of task {task.name!r} "
-            f"(head {task.head}, {len(task.labels)} labels) as this version of kr2cache has it.",
-            "Train the run anew.",
-        )
+    reader.check_task(task, folder)
     return reader
 
 

@@ -15,7 +15,7 @@ from transformers import PretrainedConfig
 
 from kr2cache import models, provenance, runs
 from kr2cache.arguments import training_arguments
-from kr2cache.batches import SplitData
+from kr2cache.batches import Batcher, SplitData
 from kr2cache.cache.reader import FeatureCache
 from kr2cache.checks import check_training
 from kr2cache.config import PLAIN_METHODS, TrainConfig, deciding_training
@@ -26,7 +26,7 @@ from kr2cache.encode import check_token_ids, missing_words
 from kr2cache.errors import ConfigError
 from kr2cache.features import DeviceFeatures, Features, ResourceFeatures, room_on
 from kr2cache.fusion import parse_fusion
-from kr2cache.kreader import check_admitted, projection_kind
+from kr2cache.kreader import TaskCheckpoint, check_admitted, projection_kind
 from kr2cache.locks import check_writable
 from kr2cache.rehearsal import rehearse
 from kr2cache.resource import Resource
@@ -103,7 +103,10 @@ def prepare(config: TrainConfig, shared: Shared) -> Prepared:
         splits=splits,
         config=config,
     )
-    notes = corpus.notes + _unseen_words(job)
+    first = Batcher(splits["train"], task, tokenizer).inputs(range(min(2, len(splits["train"].examples))))
+    with waiting(f"Trying {reader_spec.name} on two examples"):
+        shared.check_reader(checkpoint, first, appends=resource_spec is not None)
+    notes = corpus.notes + _unseen_words(job) + _left_out(checkpoint)
     if resource_spec is None:
         return Prepared(job=job, reader=reader_spec, deciding=_deciding(job, corpus), notes=notes)
     resource = Resource(config, resource_spec, task, shared)
@@ -142,6 +145,19 @@ def _unseen_words(job: Job) -> list[str]:
                 f"{missing.reasons(job.config.max_length, '--max-length')}."
             )
     return notes
+
+
+def _left_out(checkpoint: TaskCheckpoint) -> list[str]:
+    """What to say of the head that a checkpoint has from an earlier training."""
+    if not checkpoint.left_out:
+        return []
+    parts = sorted({name.partition(".")[0] for name in checkpoint.left_out})
+    names = list((checkpoint.config.id2label or {}).values())
+    labels = f", labels {', '.join(names)}" if any(not name.startswith("LABEL_") for name in names) else ""
+    return [
+        f"{checkpoint.spec.name} has the head of an earlier training ({', '.join(parts)}{labels}). It is not used: a "
+        "new training draws a new head."
+    ]
 
 
 def _with_features(job: Job, resource: Resource) -> tuple[Job, dict[str, FeatureCache]]:

@@ -6,15 +6,18 @@ The cells of a sweep share one ``Shared``; so do the seeds of a call and the tea
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch
 import xxhash
 from numpy.typing import NDArray
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from kr2cache import models
+from kr2cache import admission, models
 from kr2cache.cache.format import SequenceIndex, canonical_json, text_xxh3
 from kr2cache.config import TrainConfig
 from kr2cache.console import note
@@ -86,6 +89,7 @@ class Shared:
         self._tokenizers: dict[tuple[str, bool], PreTrainedTokenizerBase] = {}
         self._tokenizer_files: dict[tuple[str, bool], dict[str, bytes]] = {}
         self._checkpoints: OrderedDict[tuple[Any, ...], TaskCheckpoint] = OrderedDict()
+        self._admitted: set[tuple[Any, ...]] = set()
         self._noted: set[str] = set()
 
     def note_once(self, text: str) -> None:
@@ -145,6 +149,28 @@ class Shared:
         while len(self._checkpoints) > CHECKPOINTS:
             self._checkpoints.popitem(last=False)
         return found
+
+    def check_reader(self, checkpoint: TaskCheckpoint, inputs: Mapping[str, Tensor], *, appends: bool) -> None:
+        """See that a reader can be trained from this checkpoint; the same one is tried once.
+
+        Args:
+            inputs: Of ``KReader.forward``, a few examples of the task.
+            appends: Whether a resource's states will be appended.
+
+        Raises:
+            KR2CacheError: If it cannot be loaded, or does not pass the checks of ``admission``.
+        """
+        spec, head = checkpoint.spec, checkpoint.head
+        key = (repr(spec), head, checkpoint.labels, appends)
+        if key in self._admitted:
+            return
+        with torch.random.fork_rng(devices=[]):  # a training's own draws stay what they are
+            model = checkpoint.task_model()
+        model.eval()  # type: ignore[no-untyped-call]
+        admission.check_plain(model, head, inputs, len(checkpoint.labels), f"Reader {spec.name!r}")
+        if appends:
+            admission.check_appended(model, head, f"Reader {spec.name!r}")
+        self._admitted.add(key)
 
 
 def read_splits(task: Task, data: str | None, limit: int | None) -> tuple[dict[str, list[Example]], list[str]]:

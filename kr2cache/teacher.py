@@ -142,12 +142,15 @@ class Teacher:
         """By the trained reader that a run left.
 
         Raises:
-            CacheError: If the teacher was given as a run, and its reader is gone.
+            CacheError: If the teacher was given as a run and its reader is gone, or does not give the task's labels in
+                their order.
         """
         for folder in self.folders:
             if (folder / runs.READER).is_dir():
                 trusted = self._spec(folder).trust_remote_code
-                return self.from_trained(KReader.load(folder / runs.READER, trust_remote_code=trusted))
+                reader = KReader.load(folder / runs.READER, trust_remote_code=trusted)
+                reader.check_task(self.student.job.task, folder / runs.READER)
+                return self.from_trained(reader)
         if self.prepared is None:
             raise CacheError(
                 f"{self.folders[0]} holds no trained reader. {runs.why_no_reader(self.folders[0])}",

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
+from kr2cache import kreader
+from kr2cache.admission import check_appended
 from kr2cache.errors import UnsupportedModelError
 from kr2cache.fusion import parse_fusion
 from kr2cache.kreader import ADMITTED, HEADS, KReader, check_admitted
@@ -208,3 +210,52 @@ def test_the_admitted_ones_are_those_of_the_design(head: Head) -> None:
     assert designed == ADMITTED
     for model_type in ADMITTED:
         assert type(AutoConfig.for_model(model_type)) in HEADS[head]._model_mapping
+
+
+# What is asked of the loaded model -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model_type", ADMITTED)
+def test_every_admitted_architecture_passes_the_checks(model_type: str, head: Head) -> None:
+    plain, _ = models_of(model_type, head)
+    before = torch.get_rng_state()
+    check_appended(copy.deepcopy(plain), head, "my reader")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    "model_type", ["bert", "roberta", "xlm-roberta", "camembert", "ernie", "megatron-bert", "electra"]
+)
+def test_a_causal_reader_is_refused(model_type: str, head: Head) -> None:
+    """What stands behind a token does not reach it, and states are appended behind."""
+    torch.manual_seed(1)
+    config = tiny.config(model_type, initializer_range=0.4, num_labels=4, positions=40, is_decoder=True)
+    model = HEADS[head].from_config(config).eval()
+    reader = KReader(
+        copy.deepcopy(model), head, fusion=parse_fusion("fuse", LAYERS), projection="mlp", resource_width=RESOURCE_WIDTH
+    ).eval()
+    inputs = inputs_of(head)
+    moved = logits(reader, inputs) - logits(reader, {**inputs, "resource_states": -inputs["resource_states"]})
+    assert (real(head, inputs, moved) == 0).all(), "it is as blind as it is said to be"
+    with pytest.raises(
+        UnsupportedModelError, match=r"of method kr2: other states .* do not change .* (\d) of \1"
+    ) as caught:
+        check_appended(model, head, "my reader")
+    assert '"is_decoder": true' in caught.value.message
+    assert '"is_decoder": false' in caught.value.remedy
+    assert "--method kreader" in caught.value.remedy
+
+
+@pytest.mark.parametrize("model_type", ["fnet", "yoso"])
+def test_a_reader_that_sees_masked_states_is_refused(
+    model_type: str, head: Head, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Were its architecture admitted by name, the check on the model would still find it."""
+    monkeypatch.setattr(kreader, "ADMITTED", (*ADMITTED, model_type))
+    torch.manual_seed(1)
+    model = HEADS[head].from_config(tiny.config(model_type, initializer_range=0.4)).eval()
+    with pytest.raises(
+        UnsupportedModelError, match=r"states that are masked change its logits by up to [\d.]+\d\."
+    ) as caught:
+        check_appended(model, head, "my reader")
+    assert "is_decoder" not in str(caught.value)

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForTokenClassification
+from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForTokenClassification
 
 from kr2cache import models
 from kr2cache.errors import CacheError, ConfigError, KR2CacheError, UnsupportedModelError
@@ -428,3 +428,61 @@ def test_heads(head: Head, bert: Path) -> None:
     with torch.no_grad():
         found = KReader(model.eval(), head)(**plain(inputs_of(head)))["logits"]
     assert found.shape == {"token": (BATCH, TOKENS, 5), "sequence": (BATCH, 5), "choice": (BATCH, CHOICES)}[head]
+
+
+@pytest.mark.parametrize("head", HEAD_NAMES)
+@pytest.mark.parametrize("model_type", ["bert", "roberta", "distilbert", "electra"])
+def test_the_head_of_an_earlier_training_is_not_used(tmp_path: Path, model_type: str, head: Head) -> None:
+    """As many labels, in another order; or another number of them: what is drawn is drawn as without that head."""
+    model = HEADS[head].from_config(tiny.config(model_type, num_labels=3))
+    model.base_model.save_pretrained(tmp_path / "plain")
+    labels = ("entailment", "neutral", "contradiction", "other", "none")
+    for folder, count in (("same", 3), ("fewer", 2)):
+        model.config.num_labels = count
+        trained = HEADS[head].from_config(model.config)
+        trained.base_model.load_state_dict(model.base_model.state_dict())
+        trained.config.problem_type = "regression"
+        trained.save_pretrained(tmp_path / folder)
+    for folder, wanted in (("same", 3), ("fewer", 5)):
+        drawn = []
+        for name in ("plain", folder):
+            checkpoint = TaskCheckpoint(models.find_model(str(tmp_path / name), {}), head, labels[:wanted])
+            torch.manual_seed(4)
+            drawn.append((checkpoint.task_model(), torch.rand(2), checkpoint.left_out))
+        (expected, next_expected, none), (found, next_found, left_out) = drawn
+        assert torch.equal(next_found, next_expected), "and so is what comes after"
+        theirs = expected.state_dict()
+        for name, tensor in found.state_dict().items():
+            assert torch.equal(tensor, theirs[name]), name
+        assert none == ()
+        assert set(left_out) == {name for name in theirs if not name.startswith(f"{found.base_model_prefix}.")}
+        assert found.config.problem_type is None
+
+
+def test_what_pre_training_made_outside_the_base_model_is_kept(tmp_path: Path) -> None:
+    """ModernBERT's task models go on with a layer of its masked language model."""
+    config = tiny.config("modernbert")
+    masked = AutoModelForMaskedLM.from_config(config)
+    masked.save_pretrained(tmp_path / "pretrained")
+    checkpoint = TaskCheckpoint(models.find_model(str(tmp_path / "pretrained"), {}), "token", ("a", "b", "c"))
+    found = checkpoint.task_model().state_dict()
+    assert torch.equal(found["head.dense.weight"], masked.state_dict()["head.dense.weight"])
+    assert checkpoint.left_out == ()
+    # A tagger's head holds that layer as well, further trained; its classifier alone is new.
+    AutoModelForTokenClassification.from_pretrained(tmp_path / "pretrained").save_pretrained(tmp_path / "tagger")
+    tagger = TaskCheckpoint(models.find_model(str(tmp_path / "tagger"), {}), "token", ("a", "b"))
+    assert torch.equal(tagger.task_model().state_dict()["head.dense.weight"], masked.state_dict()["head.dense.weight"])
+    assert tagger.left_out == ("classifier.bias", "classifier.weight")
+
+
+@pytest.mark.parametrize("change", ["lost", "reshaped"])
+def test_a_saved_reader_without_some_weights_is_refused(tmp_path: Path, change: str) -> None:
+    kreader("token").save(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    if change == "lost":
+        del weights["classifier.weight"]
+    else:
+        weights["classifier.weight"] = weights["classifier.weight"][:2].contiguous()
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CacheError, match=r"lacks 1 of its weights, or has them in other shapes: classifier\.weight"):
+        KReader.load(tmp_path)

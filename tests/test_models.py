@@ -423,7 +423,7 @@ def test_dropout_can_be_set_for_training_alone(tmp_path: Path, model_type: str) 
     without = dataclasses.replace(spec, dropout=0.0)
 
     def probabilities(of: ModelSpec) -> set[float]:
-        model, _ = load_pretrained(of, AutoModelForTokenClassification, load_config(of))
+        model, *_ = load_pretrained(of, AutoModelForTokenClassification, load_config(of))
         return {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)}
 
     assert max(probabilities(spec)) > 0, "as its config.json says"

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,9 @@ import pytest
 import tiny
 import torch
 import xtreme
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from sklearn.metrics import accuracy_score
-from transformers import AutoTokenizer
+from transformers import AutoModelForTokenClassification, AutoTokenizer
 from world import SPLITS, World, change_the_tokenizer, count_resource_batches, predictions
 
 from kr2cache import FeatureCache
@@ -25,8 +26,10 @@ from kr2cache.errors import (
     CacheError,
     ConfigError,
     DataError,
+    KR2CacheError,
     MissingSplitError,
     UnknownNameError,
+    UnsupportedModelError,
 )
 from kr2cache.kreader import KReader
 from kr2cache.pipeline import TrainResult
@@ -412,3 +415,82 @@ def test_what_is_wrong_is_said_before_anything_is_made(
         world.train(**changes)
     assert not world.caches.exists()
     assert not (world.folder / "runs").exists()
+
+
+def edit_config(model: Path, **fields: Any) -> None:
+    path = model / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | fields), "utf-8")
+
+
+def put_nan(model: Path) -> None:
+    weights = load_file(model / "model.safetensors")
+    weights["encoder.layer.1.output.dense.weight"][2, 3] = float("nan")
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+
+
+def reshape(model: Path) -> None:
+    weights = load_file(model / "model.safetensors")
+    name = "encoder.layer.0.output.dense.weight"
+    weights[name] = weights[name][:, :3].contiguous()
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error", "message", "remedy"),
+    [
+        (
+            lambda model: edit_config(model, is_decoder=True),
+            UnsupportedModelError,
+            r"'reader' \(xlm-roberta\) cannot be a KReader of method kr2",
+            '"is_decoder": false',
+        ),
+        (put_nan, UnsupportedModelError, r"'reader' holds numbers that are not finite .*output\.dense\.weight", "copy"),
+        (
+            reshape,
+            UnsupportedModelError,
+            r"output\.dense\.weight is \(24, 3\) in the file, \(24, 48\) by the conf",
+            "same model",
+        ),
+        (
+            lambda model: edit_config(model, attn_implementation="flash_attention_2"),
+            KR2CacheError,
+            "FlashAttention2",
+            "",
+        ),
+    ],
+    ids=["causal", "nan", "shapes", "package"],
+)
+def test_a_reader_that_cannot_be_trained_is_refused_before_caches_are_made(
+    world: World, spoil: Callable[[Path], None], error: type[Exception], message: str, remedy: str
+) -> None:
+    spoil(world.folder / "models" / "reader")
+    with pytest.raises(error, match=message) as caught:
+        world.train()
+    assert isinstance(caught.value, KR2CacheError)
+    assert remedy in caught.value.remedy
+    assert "report" not in caught.value.message, "transformers' own, which nobody sees"
+    assert not world.caches.exists()
+    assert not (world.folder / "runs").exists()
+
+
+def test_a_new_training_gets_a_new_head_and_says_so(
+    world: World, make: Callable[[Path], World], tmp_path: Path
+) -> None:
+    """A tagger of these very labels in another order, and one of five: both train as the plain checkpoint does."""
+    reader = world.folder / "models" / "reader"
+    names = UPOS[::-1]
+    torch.manual_seed(0)
+    tagger = AutoModelForTokenClassification.from_pretrained(reader, id2label=dict(enumerate(names)))
+    tagger.config.label2id = {name: i for i, name in enumerate(names)}
+    expected = world.train(epochs=1.0)
+    for number, problem_type in enumerate((None, "multi_label_classification")):
+        other = make(tmp_path / str(number))
+        tagger.config.problem_type = problem_type
+        tagger.save_pretrained(other.folder / "models" / "reader")
+        found = other.train(epochs=1.0)
+        assert found.runs[0].metrics == expected.runs[0].metrics
+        assert predictions(found.runs[0].folder, "test") == predictions(expected.runs[0].folder, "test")
+        (said,) = set(found.notes) - set(expected.notes)
+        labels = "" if number else f", labels {', '.join(names)}"
+        assert said.startswith(f"reader has the head of an earlier training (classifier{labels}). It is not used")
+        tagger = AutoModelForTokenClassification.from_pretrained(reader, num_labels=5)

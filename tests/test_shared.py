@@ -14,7 +14,7 @@ from torch import Tensor
 from world import World
 
 from kr2cache import encode, models, shared
-from kr2cache.kreader import TaskCheckpoint
+from kr2cache.kreader import HEADS, TaskCheckpoint
 from kr2cache.pipeline import train
 from kr2cache.shared import CHECKPOINTS, Shared
 from kr2cache.tasks import find_task
@@ -116,10 +116,17 @@ def test_a_reader_from_memory_is_the_one_from_the_files(tmp_path: Path, model_ty
                 parameter.fill_(7.0)  # training changes a reader; the checkpoint must not notice
         return found | {"next": torch.rand(3)}
 
+    def drawn_by_transformers(seed: int) -> dict[str, Tensor]:
+        labels = {} if head == "choice" else {"num_labels": 3}
+        torch.manual_seed(seed)
+        model = HEADS[head].from_pretrained(spec.path, dtype=torch.float32, **labels)
+        return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()} | {"next": torch.rand(3)}
+
     for seed in (1, 2, 1):
-        mine, own = weights(common, seed), weights(TaskCheckpoint(spec, head, ("a", "b", "c")), seed)
+        mine, own = weights(common, seed), drawn_by_transformers(seed)
         assert mine.keys() == own.keys()
         assert all(torch.equal(mine[name], own[name]) for name in mine)
+    assert common.left_out == ()
 
 
 def test_few_checkpoints_stay_in_memory(tmp_path: Path) -> None:
