@@ -55,7 +55,8 @@ class Report:
                 for table in self.tables
             ],
             "plots": [
-                {"title": plot.title, "caption": plot.caption, "described": plot.described} for plot in self.plots
+                {"name": plot.name, "title": plot.title, "caption": plot.caption, "described": plot.described}
+                for plot in self.plots
             ],
             "configurations": [_configuration_json(one) for one in self.found.configurations],
             "failed": self.failures,
@@ -70,7 +71,8 @@ def report(run_dir: Path, out: Path | None) -> Report:
 
     Args:
         run_dir: Where trainings leave their runs, and sweeps their manifests.
-        out: Gets ``report.html`` and, for each table, Markdown, LaTeX and CSV; by default ``report`` in ``run_dir``.
+        out: Gets ``report.html``, each table as Markdown, LaTeX and CSV, and each plot as SVG and PNG; by default
+            ``report`` in ``run_dir``.
 
     Raises:
         CacheError: If ``run_dir`` holds no finished run.
@@ -81,15 +83,20 @@ def report(run_dir: Path, out: Path | None) -> Report:
     outdated = stale(found.configurations)
     notes += [f"{folder} is stale: {reason}." for folder, reason in outdated.items()]
     tables += other_tables(found.uncovered, outdated)
+    drawn = plots(found)
     made = Report(
         summary=_summary(found),
         tables=tables,
-        plots=plots(found),
+        plots=drawn,
         failures=[sentence for sweep in found.sweeps for sentence in failures(sweep)],
         notes=list(dict.fromkeys(notes)),
         found=found,
         folder=run_dir / "report" if out is None else out,
-        files=[PAGE, *(f"{table.name}.{ending}" for table in tables for ending in FORMS)],
+        files=[
+            PAGE,
+            *(f"{table.name}.{ending}" for table in tables for ending in FORMS),
+            *(f"{plot.name}.{ending}" for plot in drawn for ending in ("svg", "png")),
+        ],
     )
     made.folder.mkdir(parents=True, exist_ok=True)
     text = page(TITLE, made.summary, made.tables, made.plots, made.failures, made.notes)
@@ -97,6 +104,9 @@ def report(run_dir: Path, out: Path | None) -> Report:
     for table in tables:
         for ending, form in FORMS.items():
             (made.folder / f"{table.name}.{ending}").write_text(form(table), "utf-8")
+    for plot in drawn:
+        (made.folder / f"{plot.name}.svg").write_text(f'<?xml version="1.0" encoding="utf-8"?>\n{plot.svg}', "utf-8")
+        (made.folder / f"{plot.name}.png").write_bytes(plot.png)
     return made
 
 
@@ -113,7 +123,8 @@ def describe(made: Report) -> None:
         console.print(sentence, style="red", markup=False)
     for sentence in (*made.notes, *made.summary):
         console.print(sentence, markup=False)
-    written = f"{made.folder / PAGE} and {count_text(len(made.files) - 1, 'file')} beside it: Markdown, LaTeX, CSV"
+    files = count_text(len(made.files) - 1, "file")
+    written = f"{made.folder / PAGE} and {files} beside it: tables as Markdown, LaTeX, CSV; plots as SVG, PNG"
     console.print(written, style="green", markup=False, soft_wrap=True)
 
 

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from importlib import resources
 
 from kr2cache.report.svg import Plot
-from kr2cache.report.tables import Table
+from kr2cache.report.tables import Table, characters
 
 TEMPLATE = "page.html.j2"
+_REM_A_CHARACTER, _REM_A_COLUMN, _REM_BESIDE = 0.56, 1.6, 2.0
+"""Of the page's style: a character of a table, the padding of a cell, the margins of the page."""
 
 
 def page(
@@ -33,5 +35,16 @@ def page(
     )
     text = resources.files("kr2cache.report").joinpath(TEMPLATE).read_text("utf-8")
     return environment.from_string(text).render(
-        title=title, summary=summary, tables=tables, plots=plots, failures=failures, notes=notes
+        title=title,
+        summary=summary,
+        tables=tables,
+        widths={table.name: _rem(table) for table in tables},
+        plots=plots,
+        failures=failures,
+        notes=notes,
     )
+
+
+def _rem(table: Table) -> int:
+    """About how wide a window has to be to show the whole table, in the page's units of 16 pixels."""
+    return round(sum(_REM_A_CHARACTER * longest + _REM_A_COLUMN for longest in characters(table)) + _REM_BESIDE)

@@ -9,7 +9,7 @@ from kr2cache.console import bytes_text, seconds_text
 from kr2cache.report.others import labels, sort
 from kr2cache.report.records import Collected, Configuration, Run, mean_and_std, number
 from kr2cache.report.scores import METRICS
-from kr2cache.report.svg import DASHES, GREY, MARKERS, PALETTE, Plot, canvas, draw
+from kr2cache.report.svg import DASHES, GREY, MARKERS, PALETTE, Plot, canvas, draw, named_apart
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 Members = list[tuple[Configuration, tuple[int, ...]]]
 """Configurations, each with the seeds that count."""
 
+MOST_TICKS = 16
 LEGEND: Final = "outside lower center"
 _LINES = {"all": "average of all", "last": "average of the last ", "fuse": "trainable"}
 
@@ -29,7 +30,7 @@ def plots(found: Collected) -> list[Plot]:
         for task in tasks:
             of_task = sort([one for one in found.configurations if one.task == task])
             drawn += draws(task, of_task, labels(of_task))
-    return drawn
+    return named_apart(drawn)
 
 
 def scores_by_layer(title: str, members: Members) -> list[Plot]:
@@ -46,12 +47,14 @@ def scores_by_layer(title: str, members: Members) -> list[Plot]:
     layered = [
         group for group in groups.values() if len({one.fusion for one, _ in group if _layer(one) is not None}) > 1
     ]
-    drawn = []
+    drawn: list[Plot] = []
     for group in layered:
         first = group[0][0]
         alone = [(one, seeds) for one, seeds in members if one.method == "kreader" and _same_training(one, first)]
         models = f", {first.helper} → {first.reader}" if len(layered) > 1 else ""
-        drawn.append(_draw_layers(f"Score by layer: {title}{models}", group, alone[:1]))
+        shown = f"Score by layer: {title}{models}"
+        alike = sum(plot.title.startswith(shown) for plot in drawn)  # the same models, other settings
+        drawn.append(_draw_layers(f"{shown} ({alike + 1})" if alike else shown, group, alone[:1]))
     return drawn
 
 
@@ -75,7 +78,7 @@ def _draw_layers(title: str, group: Members, alone: Members) -> Plot:
         ]
         for (label, mean), color, dashes in zip(lines, PALETTE[1:], DASHES[1:], strict=False):
             handles.append(axes.axhline(mean, color=color, linestyle=dashes, label=label))
-        axes.set_xticks([layer for layer, _, _ in points])
+        _ticks(axes, [layer for layer, _, _ in points])
         axes.set_xlabel("layer of the resource (0: word embeddings)")
         axes.set_ylabel(f"{METRICS.get(metric, metric)} on {split} (%)")
         figure.legend(handles=handles, loc=LEGEND, ncols=2)
@@ -102,7 +105,7 @@ def fusion_weights(task: str, configurations: Sequence[Configuration], names: di
                 axes.plot(one.layers, means, color=color, marker=MARKERS[position], label=names[one.folder])
             for depth in sorted({len(one.layers) for one in chunk}):
                 axes.axhline(1 / depth, color=GREY, linestyle="--", label=f"uniform over {depth} layers")
-            axes.set_xticks(sorted({layer for one in chunk for layer in one.layers}))
+            _ticks(axes, sorted({layer for one in chunk for layer in one.layers}))
             axes.set_xlabel("layer of the resource (0: word embeddings)")
             axes.set_ylabel("weight")
             figure.legend(loc=LEGEND, ncols=1 if len(chunk) < 3 else 2)
@@ -113,8 +116,6 @@ def fusion_weights(task: str, configurations: Sequence[Configuration], names: di
 
 def training_curves(task: str, configurations: Sequence[Configuration], names: dict[str, str]) -> list[Plot]:
     """Loss by epoch and, below, the score on dev where it was taken; means over seeds."""
-    from matplotlib.ticker import MaxNLocator
-
     trained = [one for one in configurations if _curve(one, "loss")]
     drawn = []
     for title, chunk in _chunks(f"Training curves: {task}", trained):
@@ -136,7 +137,7 @@ def training_curves(task: str, configurations: Sequence[Configuration], names: d
                     )
                 axes.set_ylabel(label)
             stacked[-1].set_xlabel("epoch")
-            stacked[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+            _ticks(stacked[-1], sorted({epoch for one in chunk for epoch in _curve(one, "loss")}))
             figure.legend(handles=stacked[0].get_lines(), loc=LEGEND, ncols=2)
             drawn.append(draw(figure, title, "Means over seeds.", f"{title}: {_listed(chunk, names)}."))
     return drawn
@@ -176,6 +177,18 @@ def time_and_bytes(task: str, configurations: Sequence[Configuration], names: di
             for one in shown
         )
         return [draw(figure, title, caption, f"{title}. {described}.")]
+
+
+def _ticks(axes: Axes, places: Sequence[float]) -> None:
+    """Ticks of the horizontal axis at ``places``; if they are many, at some whole numbers."""
+    from matplotlib.ticker import MaxNLocator
+
+    if len(places) > MOST_TICKS:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        return
+    axes.set_xticks(places, [f"{place:g}" for place in places])
+    if len(places) == 1:  # matplotlib would show a twentieth of its value on both sides
+        axes.set_xlim(places[0] - 0.5, places[0] + 0.5)
 
 
 def _layer_members(found: Collected) -> list[tuple[str, Members]]:

@@ -105,7 +105,10 @@ def to_markdown(table: Table) -> str:
 
 
 def to_latex(table: Table) -> str:
-    """A ``table`` environment for the package booktabs; the second lines become rows of their own."""
+    """A ``table`` environment for the packages booktabs and graphicx; the second lines become rows of their own.
+
+    A table that is wider than the text is made smaller until it fits. One that would become hard to read so is turned.
+    """
     body = []
     for row in table.rows:
         texts = [rf"\textbf{{{_latex(c.plain)}}}" if c.bold else _latex(c.plain) for c in row]
@@ -113,23 +116,43 @@ def to_latex(table: Table) -> str:
         if any(cell.under for cell in row):
             small = [rf"\footnotesize {_latex(cell.under)}" if cell.under else "" for cell in row[1:]]
             body.append(_latex_row([rf"\quad\footnotesize {_latex(table.under)}", *small]))
+    points = sum(_POINTS_A_CHARACTER * longest + _POINTS_BETWEEN for longest in characters(table))
+    turned = points > _TURNED_FROM
+    environment = "sidewaystable" if turned else "table"
     lines = [
-        r"% needs \usepackage{booktabs}",
-        r"\begin{table}",
+        rf"% needs \usepackage{{booktabs,graphicx{',rotating' if turned else ''}}}",
+        rf"\begin{{{environment}}}",
         r"\centering",
         rf"\caption{{{_latex(table.title)}}}",
         rf"\label{{tab:{table.name}}}",
+        r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
         rf"\begin{{tabular}}{{{'l' * table.labels}{'r' * (len(table.columns) - table.labels)}}}",
         r"\toprule",
         _latex_row([_latex(column) for column in table.columns]),
         r"\midrule",
         *body,
         r"\bottomrule",
-        r"\end{tabular}",
+        r"\end{tabular}}",
         *(rf"\par\smallskip{{\footnotesize {_latex(sentence)}\par}}" for sentence in table.legend),
-        r"\end{table}",
+        rf"\end{{{environment}}}",
     ]
     return "\n".join(lines) + "\n"
+
+
+_POINTS_A_CHARACTER, _POINTS_BETWEEN = 4.7, 12.0
+"""About the width of a character of 10-point type, and between two columns."""
+_TURNED_FROM = 560.0
+"""Points. A text is some 345 wide, so that characters of a wider table would be smaller than 6 points."""
+
+
+def characters(table: Table) -> list[int]:
+    """The longest cell of each column, its name among them."""
+    longest = [len(name) for name in table.columns]
+    for row in table.rows:
+        for place, cell in enumerate(row):
+            under = f"{table.under} {cell.under}" if cell.under else ""
+            longest[place] = max(longest[place], len(f"{cell.plain} {cell.mark}"), len(under))
+    return longest
 
 
 def to_csv(table: Table) -> str:

@@ -8,13 +8,16 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 from made_runs import cell, make_run, make_sweep
+from matplotlib.image import imread
 
 from kr2cache.console import console
 from kr2cache.errors import CacheError
@@ -390,6 +393,19 @@ class Reader(HTMLParser):
         self.text += data
 
 
+def test_a_table_too_wide_for_the_window_says_that_it_scrolls(tmp_path: Path) -> None:
+    cells = []
+    for column_name in ("De", "Ko", "Ja", "Zh", "Ar", "Es"):
+        make_run(tmp_path, f"piqa/x-{column_name}", 1, 0.5)
+        cells.append(cell("KReader", column_name, f"piqa/x-{column_name}", [1]))
+    make_sweep(tmp_path, cells, name="wide")
+    make_sweep(tmp_path, cells[:1], name="narrow")
+    page = (report(tmp_path, None).folder / "report.html").read_text("utf-8")
+    until = {name: int(rem) for rem, name in re.findall(r"max-width: (\d+)rem\) { #hint-(\w+) { display: block", page)}
+    assert until["narrow"] < 390 / 16 < until["wide"]
+    assert page.count("scroll it sideways") == 2
+
+
 def test_the_page_parses_and_needs_nothing_else(tmp_path: Path) -> None:
     everything(tmp_path)
     made = report(tmp_path, None)
@@ -430,6 +446,55 @@ def test_plots_are_drawn_where_there_is_data(tmp_path: Path) -> None:
         assert text in plots["Training curves: udpos-de"].svg
     for text in ("time of a run (s)", "caches it read (MB)", "2.5 MB", "1 min 40 s"):
         assert text in plots["Time and disk: udpos-de"].svg
+
+
+def test_each_plot_is_a_file_of_its_own_as_svg_and_png(tmp_path: Path) -> None:
+    everything(tmp_path)
+    made = report(tmp_path, None)
+    assert {"training-curves-udpos-de.svg", "score-by-layer-sweep-layers-de.png"} <= set(made.files)
+    for plot in made.plots:
+        root = ElementTree.parse(made.folder / f"{plot.name}.svg").getroot()
+        assert root.tag == "{http://www.w3.org/2000/svg}svg"
+        width, height = (float(root.attrib[side].removesuffix("pt")) for side in ("width", "height"))
+        pixels = imread(made.folder / f"{plot.name}.png")
+        assert pixels.shape[:2] == pytest.approx((height * 200 / 72, width * 200 / 72), abs=1)
+        assert 0.01 < (pixels[..., :3].min(axis=2) < 0.9).mean() < 0.5, "something is drawn on white"
+
+
+def test_plots_of_alike_titles_are_files_of_their_own(tmp_path: Path) -> None:
+    """Titles in another script have no letter for a file name; other settings of the same models are one plot more."""
+    for column_name, first in (("德语", 0), ("中文", 4)):
+        cells = []
+        for layer in range(4):
+            folder = f"udpos/x-{first + layer}"
+            settings = {"learning_rate": 1e-4} if layer > 1 else {}
+            make_run(tmp_path, folder, 1, 0.8, method="kr2", fusion=f"layer{layer % 2}", settings=settings)
+            cells.append(cell(f"{layer}", column_name, folder, [1]))
+        make_sweep(tmp_path, cells, name=f"sweep{first}", title=column_name)
+    made = report(tmp_path, None)
+    assert len(made.plots) == 4
+    assert len({plot.title for plot in made.plots}) == 4
+    names = [name for name in made.files if name.endswith(".png")]
+    assert len(set(names)) == 4
+    assert all((made.folder / name).is_file() for name in names)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "ticks"),
+    [
+        ([1.0], ["1"]),
+        ([0.5], ["0.5"]),
+        ([1.0, 2.0, 3.0], ["1", "2", "3"]),
+        (range(1, 41), [str(epoch) for epoch in range(0, 41, 5)]),
+    ],
+)
+def test_ticks_of_training_curves_are_epochs(tmp_path: Path, epochs: Sequence[float], ticks: list[str]) -> None:
+    make_run(tmp_path, "piqa/kreader-1", 1, 0.5, history=[{"loss": 1 / epoch, "epoch": epoch} for epoch in epochs])
+    (plot,) = report(tmp_path, None).plots
+    root = ElementTree.fromstring(plot.svg)
+    axis = next(one for one in root.iter() if one.attrib.get("id", "").endswith("matplotlib.axis_1"))
+    shown = ["".join(one.itertext()).strip() for one in axis.iter("{http://www.w3.org/2000/svg}text")]
+    assert [text for text in shown if text != "epoch"] == ticks
 
 
 def test_names_are_drawn_as_they_are_and_the_palette_may_run_out(tmp_path: Path) -> None:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
+import shutil
+import subprocess
+from pathlib import Path
 
+import pytest
 from rich.console import Console
 
 from kr2cache.report.tables import Cell, Table, to_csv, to_latex, to_markdown, to_rich
@@ -44,6 +48,36 @@ def test_latex_escapes_what_tex_would_read() -> None:
     assert r"p \textless{} 0.05 \textbar{} *" in text
     assert text.index(r"\toprule") < text.index(r"\midrule") < text.index(r"\bottomrule")
     assert text.count(r"\begin{") == text.count(r"\end{")
+
+
+def wide(columns: int) -> Table:
+    row = (Cell("average of the last 4"), *(Cell("84.3 ± 0.4", mark="≈", under="84.0") for _ in range(columns)))
+    names = ("", *(f"column {number}" for number in range(columns)))
+    return Table("wide", "Wide", names, (row, row), ("A legend.",), ())
+
+
+def test_latex_of_a_wide_table_is_made_smaller_or_turned() -> None:
+    assert r"\begin{table}" in to_latex(wide(5))
+    for columns in (5, 10, 20):
+        text = to_latex(wide(columns))
+        begin = text.index(r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%")
+        assert begin < text.index(r"\begin{tabular}") < text.index(r"\end{tabular}}")
+    assert r"\begin{sidewaystable}" in text
+    assert r"\usepackage{booktabs,graphicx,rotating}" in text
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no LaTeX on this machine")
+def test_latex_sets_every_table_within_the_text(tmp_path: Path) -> None:
+    for number, table in enumerate((TABLE, wide(5), wide(10), wide(20))):
+        (tmp_path / f"{number}.tex").write_text(to_latex(table), "utf-8")
+    inputs = r"\clearpage ".join(rf"\input{{{number}}}" for number in range(4))
+    head = r"\documentclass{article}\usepackage[T1]{fontenc}\usepackage{booktabs,graphicx,rotating}"
+    (tmp_path / "all.tex").write_text(head + r"\begin{document}" + inputs + r"\end{document}", "utf-8")
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "all.tex"]
+    made = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert made.returncode == 0, made.stdout
+    assert "Overfull" not in made.stdout
+    assert "too large" not in made.stdout
 
 
 def test_csv_is_read_back() -> None:
