@@ -57,9 +57,10 @@ def _call(arguments: list[str], as_json: bool) -> int:
 def main() -> None:
     """The console script."""
     try:
-        from kr2cache import interrupt
+        from kr2cache import allocator, interrupt
 
         interrupt.listen()
+        allocator.keep_free_memory()
         code = run(sys.argv[1:])
     except KeyboardInterrupt:  # before ``run`` could explain it, or a second time while it was explained
         code = 128 + signal.SIGINT

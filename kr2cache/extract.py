@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kr2cache import budget, models, provenance
+from kr2cache.allocator import return_free_memory
 from kr2cache.cache.create import create_shards, shard_cuts
 from kr2cache.cache.format import SequenceIndex, ShardHeader
 from kr2cache.cache.reader import FeatureCache
@@ -41,9 +42,9 @@ from kr2cache.errors import (
 from kr2cache.forward import cheaper_forward
 from kr2cache.interrupt import interrupt_between_batches
 from kr2cache.locks import check_writable, only_writer
-from kr2cache.memory import keep_free_memory, return_free_memory
 from kr2cache.packing import Packer
 from kr2cache.planning import ExtractPlan, check_disk
+from kr2cache.process import process_unchanged
 from kr2cache.repeatable import check_repeatable
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ class ExtractResult:
         return {**fields, "cache": str(self.cache)}
 
 
+@process_unchanged()
 def extract(plan: ExtractPlan) -> ExtractResult:
     """Make the cache, or find it finished, or go on with an interrupted or damaged one. What other caches of the same
     split hold, computed alike, is taken over from them.
@@ -201,7 +203,6 @@ def fill(plan: ExtractPlan, encoder: PreTrainedModel, folder: Path, header: Shar
     """
     device = choose_device(plan.config.device)
     _move(encoder, device, plan)
-    keep_free_memory()
     for stale in folder.glob("*.partial"):
         stale.unlink()
     for path in create_shards(folder, header, plan.index, int(header.batch_plan["shard_bytes"])):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
+from collections.abc import Iterator
+from typing import Any
 from urllib.parse import urlsplit
 
 
@@ -24,10 +27,18 @@ def unreachable() -> str | None:
     return None
 
 
-def stay_offline() -> None:
-    """Spare the libraries their retries for the rest of this process."""
+@contextlib.contextmanager
+def offline() -> Iterator[None]:
+    """Inside the block the libraries do not ask the hub: what is in its cache loads at once, the rest fails at once."""
     import datasets
     from huggingface_hub import constants
 
-    constants.HF_HUB_OFFLINE = True
-    datasets.config.HF_HUB_OFFLINE = True
+    places: tuple[Any, ...] = (constants, datasets.config)
+    before = [place.HF_HUB_OFFLINE for place in places]
+    try:
+        for place in places:
+            place.HF_HUB_OFFLINE = True
+        yield
+    finally:
+        for place, value in zip(places, before, strict=True):
+            place.HF_HUB_OFFLINE = value

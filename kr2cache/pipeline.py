@@ -17,14 +17,15 @@ import torch
 from rich.text import Text
 
 from kr2cache import models, provenance, runs
+from kr2cache.allocator import objects_set_aside, return_free_memory
 from kr2cache.config import TrainConfig
 from kr2cache.console import console, count_text, failed, note, seconds_text
 from kr2cache.console import done as said
 from kr2cache.device import choose_device
 from kr2cache.errors import InterruptedWorkError
 from kr2cache.locks import only_writer
-from kr2cache.memory import keep_free_memory, objects_set_aside, return_free_memory
 from kr2cache.prepare import Prepared, prepare
+from kr2cache.process import process_unchanged
 from kr2cache.shared import Shared
 from kr2cache.tasks import Task
 from kr2cache.teacher import SEED, Lesson, Teacher
@@ -71,6 +72,7 @@ class TrainResult:
         }
 
 
+@process_unchanged()
 def train(config: TrainConfig, shared: Shared | None = None) -> TrainResult:
     """Train one method on several seeds; everything that can be wrong is checked before anything long starts.
 
@@ -137,7 +139,6 @@ def _train_seeds(prepared: Prepared, lesson: Lesson | None, keep: Callable[[Trai
     """
     done: list[Run] = []
     job, folder = prepared.job, prepared.folder
-    keep_free_memory()
     # Under torchrun every process trains, and the first one writes.
     writes = int(os.environ.get("RANK", "0")) == 0
     for seed in job.config.seeds:

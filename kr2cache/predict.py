@@ -53,6 +53,7 @@ from kr2cache.models import (
     pad_id,
     trained_spec,
 )
+from kr2cache.process import process_unchanged
 from kr2cache.repeatable import check_repeatable
 from kr2cache.tasks import Example, Task, find_task
 
@@ -111,6 +112,7 @@ class Predictor:
         self.resource = resource
 
     @classmethod
+    @process_unchanged()
     def load(cls, folder: str | Path, models: Mapping[str, Mapping[str, Any]] = {}, device: str = "auto") -> Predictor:
         """The reader of a finished run. Neither its data nor its caches are needed, but its resource is.
 

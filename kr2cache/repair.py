@@ -27,6 +27,7 @@ from kr2cache.errors import CacheError, CacheMismatchError
 from kr2cache.extract import check_history, fill
 from kr2cache.locks import check_writable, only_writer
 from kr2cache.planning import ExtractPlan
+from kr2cache.process import process_unchanged
 from kr2cache.tasks import Example, find_task
 
 
@@ -62,6 +63,7 @@ class RepairResult:
         return {**asdict(self), "cache": str(self.cache)}
 
 
+@process_unchanged()
 def repair(config: RepairConfig) -> RepairResult:
     """Find what is damaged or incomplete, and make it again.
 

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from kr2cache import models, runs
+from kr2cache.allocator import objects_set_aside
 from kr2cache.config import METHODS, PLAIN_METHODS, PROJECTIONS, TrainConfig, load_toml, parse_seeds, typed
 from kr2cache.console import console, count_text, failed, heading
 from kr2cache.errors import ConfigError, DataError, InterruptedWorkError, KR2CacheError, unknown_name
 from kr2cache.fusion import check_fusion_name, parse_fusion
 from kr2cache.locks import check_writable
-from kr2cache.memory import objects_set_aside
 from kr2cache.pipeline import TrainResult, train
 from kr2cache.shared import Shared
 from kr2cache.tasks import find_task

@@ -29,6 +29,7 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback
 
 from kr2cache import models, runs
+from kr2cache.allocator import return_free_memory
 from kr2cache.arguments import training_arguments
 from kr2cache.batches import WHOLE, Batcher, LengthGroupedSampler, SplitData, StepBatcher, part_overhead
 from kr2cache.config import Projection, TrainConfig
@@ -41,7 +42,6 @@ from kr2cache.evaluate import predict
 from kr2cache.fusion import Fusion
 from kr2cache.interrupt import interrupt_between_batches
 from kr2cache.kreader import KReader, TaskCheckpoint
-from kr2cache.memory import return_free_memory
 from kr2cache.tasks import Task
 from kr2cache.tasks.base import Prediction
 from kr2cache.trial import LongestBatchFirst, out_of_memory

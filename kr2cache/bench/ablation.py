@@ -14,10 +14,11 @@ import time
 from pathlib import Path
 
 from kr2cache import models
+from kr2cache.allocator import objects_set_aside
 from kr2cache.bench import BenchConfig, Race
 from kr2cache.bench.training import load_online, online_index, online_split
 from kr2cache.device import choose_device
-from kr2cache.memory import objects_set_aside, peak_of
+from kr2cache.memory import peak_of
 from kr2cache.pipeline import train
 from kr2cache.prepare import prepare
 from kr2cache.shared import CorpusSplit, Shared

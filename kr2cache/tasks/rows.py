@@ -6,6 +6,7 @@ the same for all of them. Every error names the file and the line, or the data s
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 from abc import abstractmethod
@@ -252,14 +253,17 @@ def load_hub(
     """
     import datasets
 
-    if hub.unreachable() is not None:
-        hub.stay_offline()  # what is in the cache loads at once; what is not is said at once
     what = ", ".join(
         [hub_id, *([f"configuration {configuration}"] if configuration else []), f"split {HUB_SPLITS[split]}"]
     )
-    datasets.disable_progress_bars()
     try:
-        return datasets.load_dataset(hub_id, configuration, split=HUB_SPLITS[split], revision=revision), what
+        with contextlib.ExitStack() as inside:
+            if hub.unreachable() is not None:
+                inside.enter_context(hub.offline())
+            if not datasets.are_progress_bars_disabled():
+                datasets.disable_progress_bars()
+                inside.callback(datasets.enable_progress_bars)
+            return datasets.load_dataset(hub_id, configuration, split=HUB_SPLITS[split], revision=revision), what
     except Exception as error:  # datasets and the hub's client raise a dozen unrelated classes
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         if reason.startswith("Unknown split"):

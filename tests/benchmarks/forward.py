@@ -19,10 +19,10 @@ import torch
 from torch import nn
 
 from kr2cache import forward, models
+from kr2cache.allocator import keep_free_memory
 from kr2cache.config import ExtractConfig
 from kr2cache.encode import length_sorted_batches
 from kr2cache.extract import hidden_states
-from kr2cache.memory import keep_free_memory
 from kr2cache.planning import ExtractPlan, plan_extraction
 
 BITS = 10
@@ -81,7 +81,7 @@ def main() -> None:
     if plan.tokens < forward.WORTHWHILE:
         parser.error(f"{plan.tokens:,} tokens are too few: nothing is cheaper below {forward.WORTHWHILE:,}.")
     encoder, _ = models.open_encoder(plan.spec)
-    keep_free_memory()  # as an extraction does
+    keep_free_memory()  # as the command line does
     with contextlib.ExitStack() as inside:
 
         def changed(*, pack: bool, in_place: bool) -> nn.Module:

@@ -13,7 +13,9 @@ from pathlib import Path
 
 CHILD = """
 import resource, sys
+from kr2cache.allocator import keep_free_memory
 from kr2cache.cli import run
+keep_free_memory()  # as the command line does
 code = run(["extract", "--split", "train", "--device", "cpu", *sys.argv[1:]])
 print(code, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
