@@ -15,6 +15,7 @@ from kr2cache.config import COMPUTE_DTYPES, METHODS, PROJECTIONS, ExtractConfig,
 from kr2cache.device import check_device_name
 from kr2cache.errors import ConfigError, unknown_name
 from kr2cache.fusion import check_fusion_name, check_layers_form, parse_fusion, parse_layers
+from kr2cache.stored import find_resource
 from kr2cache.tasks import Task, find_task
 
 
@@ -86,7 +87,7 @@ def check_training(config: TrainConfig) -> Training:
     reader = models.find_model(trained or "", config.models)
     resource = None
     if config.method in ("kr2", "kreader2"):
-        resource = models.find_model(config.resource or "", config.models)
+        resource = find_resource(config.resource or "", config.cache_dir, config.models)
         model_layers = models.layers_in_config(resource)
         check_fusion_name(config.fusion, model_layers)
         if model_layers is not None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from kr2cache import models
 from kr2cache.errors import ConfigError
+from kr2cache.stored import find_resource, tasks_and_resources
 from kr2cache.tasks import find_task, task_names
 
 OPTIONS: dict[str, type] = {
@@ -60,12 +61,12 @@ def choose_resource(cache_dir: Path, task: str | None, reader: str, overrides: M
     """
     if task is not None:
         find_task(task)
-    held = sorted({resource for name, resource in _held(cache_dir) if task in (None, name)})
+    held = sorted({resource for name, resource in tasks_and_resources(cache_dir) if task in (None, name)})
     if len(held) > 1:
         own = models.find_model(reader, overrides).name
         held = [name for name in held if name != own] or held
     if len(held) == 1:
-        return models.name_of_stored(held[0], overrides, f"A cache in {cache_dir}")
+        return held[0]
     if held:
         raise ConfigError(f"Which resource? {cache_dir} holds {', '.join(held)}.", "Give --resource.")
     raise ConfigError(
@@ -81,10 +82,13 @@ def choose_task(resource: str | None, cache_dir: Path, overrides: Mapping[str, M
         ConfigError: If there is none, or there are several.
     """
     if resource is not None:
-        language = models.find_model(resource, overrides).language
-        if language is not None:
-            return f"udpos-{language}"
-    held = sorted({name for name, _ in _held(cache_dir)})
+        spec = find_resource(resource, cache_dir, overrides)
+        if spec.language is not None:
+            return f"udpos-{spec.language}"
+        own = sorted({task for task, name in tasks_and_resources(cache_dir) if name == spec.name})
+        if len(own) == 1:
+            return own[0]
+    held = sorted({name for name, _ in tasks_and_resources(cache_dir)})
     if len(held) == 1:
         return held[0]
     choices = ", ".join(held or task_names())
@@ -92,9 +96,3 @@ def choose_task(resource: str | None, cache_dir: Path, overrides: Mapping[str, M
     raise ConfigError(
         f"Which task? {why}, and {cache_dir} holds {'several' if held else 'no cache'}.", f"Give --task: {choices}"
     )
-
-
-def _held(cache_dir: Path) -> list[tuple[str, str]]:
-    """(task, resource) of every cache, by the folders' names (which say both)."""
-    folders = {path.parent for path in cache_dir.glob("*/*/*/shard-*.h5")}
-    return sorted({(folder.parent.parent.name, folder.name.rpartition("-")[0]) for folder in folders})

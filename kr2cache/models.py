@@ -248,7 +248,12 @@ def _obtainable(spec: ModelSpec) -> str:
             "Give the folder that holds config.json, the weights and the tokenizer.",
         )
     if spec.hub_id is None:
-        raise ModelUnavailableError(f"Model {spec.name!r} is not on this machine.", f"It needs {spec.needs}.")
+        raise ModelUnavailableError(
+            f"Model {spec.name!r} is not on this machine.",
+            f"It needs {spec.needs}."
+            if spec.needs
+            else f'Give its folder, or name it: path = "..." under [models.{spec.name}] in kr2cache.toml.',
+        )
     reason = hub.unreachable()
     if reason is not None:
         raise _not_to_be_had(spec, reason)
@@ -339,23 +344,10 @@ def origin(spec: ModelSpec) -> dict[str, Any]:
     }
 
 
-def name_of_stored(resource: str, overrides: Mapping[str, Mapping[str, Any]], where: str) -> str:
-    """What to call the model that a cache names; a hub id is stored with ``--`` for its slash.
-
-    Args:
-        where: The cache, in words.
-
-    Raises:
-        ConfigError: For one that was given as a folder.
-    """
-    if resource in known_models(overrides):
-        return resource
-    if "--" in resource:
-        return resource.replace("--", "/", 1)
-    raise ConfigError(
-        f"{where} was made by {resource!r}, which has no registered name.",
-        "Give --resource with its folder, or name it under [models] in kr2cache.toml.",
-    )
+def name_of_stored(resource: str, overrides: Mapping[str, Mapping[str, Any]]) -> str:
+    """What to call the model that a cache names; a hub id is stored with ``--`` for its slash."""
+    known = resource in known_models(overrides)
+    return resource if known else resource.replace("--", "/", 1)
 
 
 BERT_FIELDS = frozenset(["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"])

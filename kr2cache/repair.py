@@ -23,7 +23,7 @@ from kr2cache.config import ExtractConfig
 from kr2cache.console import count_text, done, note, seconds_text
 from kr2cache.digests import config_digest, weights_digest
 from kr2cache.encode import MissingWords, encode_examples
-from kr2cache.errors import CacheError, CacheMismatchError
+from kr2cache.errors import CacheError, CacheMismatchError, ConfigError, UnknownNameError
 from kr2cache.extract import check_history, fill
 from kr2cache.locks import check_writable, only_writer
 from kr2cache.planning import ExtractPlan
@@ -152,6 +152,18 @@ def _take_back_marks(found: CacheCheck) -> None:
             unmark(open_shard(shard.path), shard.damaged)
 
 
+def _model_of(config: RepairConfig, stored: str) -> models.ModelSpec:
+    try:
+        return models.find_model(config.resource or models.name_of_stored(stored, config.models), config.models)
+    except UnknownNameError as error:
+        if config.resource is not None:
+            raise
+        raise ConfigError(
+            f"{config.folder} was made by {stored!r}, which has no registered name.",
+            "Give --resource with its folder, or name it under [models] in kr2cache.toml.",
+        ) from error
+
+
 def _plan(
     config: RepairConfig,
     chosen: provenance.Chosen,
@@ -160,9 +172,7 @@ def _plan(
     whole_index: bool,
 ) -> ExtractPlan:
     """The extraction that made the cache, over again."""
-    spec = models.find_model(
-        config.resource or models.name_of_stored(chosen.resource, config.models, str(config.folder)), config.models
-    )
+    spec = _model_of(config, chosen.resource)
     task = find_task(chosen.task)
     tokenizer = models.load_tokenizer(spec, words=task.words)
     if whole_index and not made.segments:

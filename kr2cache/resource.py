@@ -67,9 +67,13 @@ class Resource:
                 self._tokenizer = shared.tokenizer(spec, words=task.words)
             self.weights, self.config_digest = digests.weights, digests.config
         else:
-            self.notes.append(
-                f"The weights of {spec.name} are not on this machine: its caches are trusted, not compared with them."
-            )
+            where = "are not on this machine" if self._has_source else "are in no folder that is known here"
+            self.notes.append(f"The weights of {spec.name} {where}: its caches are trusted, not compared with them.")
+
+    @property
+    def _has_source(self) -> bool:
+        """Whether there is a place to take the model from; not where its caches alone name it."""
+        return (self.spec.path or self.spec.package or self.spec.hub_id) is not None
 
     def cache(self, split: str) -> FeatureCache:
         """The cache that fits, or a new one.
@@ -106,6 +110,9 @@ class Resource:
             chosen["dtype"],
             chosen["compute_dtype"],
         )
+        if not self.on_this_machine:  # then this cache says what the model is, for all splits
+            found = cache.provenance["found"]
+            self.weights, self.config_digest = found["weights"], found["config"]
         return cache
 
     def _count_missing_words(self, cache: FeatureCache, split: str, *, said: bool) -> None:
@@ -168,7 +175,7 @@ class Resource:
             raise CacheMismatchError(
                 f"The cache of {wanted.resource} on {wanted.task}/{split} ({cache.folder}) was made from something "
                 f"else: {'; '.join(difference.text for difference in differences)}.",
-                f"Make one that fits:  {self._command(split)}",
+                self._remedy(split),
             )
         self._settle_length(wanted)
         unreadable = provenance.unreadable_of(self.config.cache_dir, self.task.name, split)
@@ -176,7 +183,9 @@ class Resource:
         none_fits = f"No cache of {wanted.resource} on {wanted.task}/{split} fits"
         detail = f" {'; '.join(other)}." if other else ""
         if not self.config.extract:
-            raise CacheError(f"{none_fits}, and --no-extract was given.{detail}", f"Make one:  {self._command(split)}")
+            raise CacheError(f"{none_fits}, and --no-extract was given.{detail}", self._remedy(split))
+        if not self._has_source:
+            raise CacheError(f"{none_fits}, and the folder of its model is not known.{detail}", self._remedy(split))
         if other:
             note(f"{none_fits}, so a new one is made.{detail}")
         return None
@@ -235,6 +244,12 @@ class Resource:
 
     def _choose(self, fits: list[FeatureCache]) -> FeatureCache:
         """The fitting cache by the default settings, or the only kind there is."""
+        if len({cache.provenance["found"]["weights"] for cache in fits}) > 1:
+            listed = ", ".join(f"{c.folder} (digest {c.provenance['found']['weights'][:8]})" for c in fits)
+            raise CacheError(
+                f"Caches of {self.spec.name} were made with different weights: {listed}.",
+                "Give --resource with the folder of the model that is meant, or move the other caches away.",
+            )
         by_settings: dict[tuple[Any, ...], FeatureCache] = {}
         # The smallest first: fewer layers or one fusion read faster. Where storing a fusion rounds, layers are exacter.
         for cache in sorted(fits, key=lambda cache: (provenance.rounded_again(cache), cache.stored_bytes)):
@@ -281,6 +296,11 @@ class Resource:
                 "The model changed while it was read; run the same command again.",
             )
         return cache
+
+    def _remedy(self, split: str) -> str:
+        if self._has_source:
+            return f"Make one that fits:  {self._command(split)}"
+        return f"Copy a cache that fits into {self.config.cache_dir}, or make one: give the model, --resource FOLDER."
 
     def _command(self, split: str) -> str:
         words = ["kr2cache", "extract", "--resource", self.config.resource or self.spec.name, "--split", split]

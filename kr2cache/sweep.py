@@ -26,6 +26,7 @@ from kr2cache.fusion import check_fusion_name, parse_fusion
 from kr2cache.locks import check_writable
 from kr2cache.pipeline import TrainResult, train
 from kr2cache.shared import Shared
+from kr2cache.stored import find_resource
 from kr2cache.tasks import find_task
 from kr2cache.tasks.files import data_folder
 from kr2cache.tasks.udpos import UdPos
@@ -425,14 +426,18 @@ def _check_names(cell: Cell) -> None:
         raise unknown_name(f"projection in {where}:", config.projection, PROJECTIONS)
     if config.method in ("kr2", "kresource", "kd") and (config.resource or config.teacher) is None:
         raise ConfigError(f"Method {config.method} in {where} needs a resource.", "Give resource in its column.")
-    names = {config.reader, config.resource}
+    names = {config.reader}
+    if config.method == "kresource" and config.resource is not None:
+        names.add(config.resource)
     if config.teacher is not None and not runs.is_finished(Path(config.teacher).expanduser()):
         names.add(config.teacher)
-    for name in names - {None}:
-        models.find_model(str(name), config.models)
+    for name in names:
+        models.find_model(name, config.models)
+    if config.resource is not None:
+        find_resource(config.resource, config.cache_dir, config.models)
     if config.method in ("kr2", "kreader2"):
         frozen = config.reader if config.method == "kreader2" else config.resource
-        spec = models.find_model(str(frozen), config.models)
+        spec = find_resource(str(frozen), config.cache_dir, config.models)
         if models.local_folder(spec) is not None:
             layers, _ = models.encoder_shape(models.load_config(spec))
             parse_fusion(config.fusion, layers)

@@ -165,7 +165,7 @@ def test_a_grid_that_is_not_there_names_those_that_are(workdir: Path) -> None:
         ('task = "udpos"\n', "", "has no task"),
         ('resource = "res"', 'resource = "ress"', "Unknown model 'ress'"),
         ('resource = "res"\n', "", "needs a resource"),
-        ("seeds = [1, 2]", "seeds = [1, 1]", "--seeds 1,1 makes no sense"),
+        ("seeds = [1, 2]", "seeds = [1, 1]", "--seeds 1,1 has 1 more than once"),
         ("epochs = 1", "epochs = 0", "--epochs"),
     ],
 )
