@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 
-from rich.cells import cell_len
+from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, SpinnerColumn, TextColumn
 from rich.progress import Task as ProgressTask
@@ -108,6 +108,22 @@ class TimeLeft(ProgressColumn):
         return Text(f"{seconds_text(task.elapsed / task.completed * (task.total - task.completed))} left", style="cyan")
 
 
+class WorkName(ProgressColumn):
+    """What is worked on, shown as it is; too long, its middle goes, since both ends tell it from others."""
+
+    def __init__(self, width: int) -> None:
+        self._width = width
+        super().__init__(Column(no_wrap=True))
+
+    def render(self, task: ProgressTask) -> Text:
+        name = task.description
+        if cell_len(name) <= self._width:
+            return Text(name)
+        tail = self._width // 2
+        head = set_cell_size(name, self._width - tail - 1).rstrip()
+        return Text(f"{head}…{name[len(name) - tail :]}")
+
+
 class WorkProgress(Progress):
     """A line of progress that fits the terminal. The count is never cut; bar and note become narrower or go."""
 
@@ -129,7 +145,7 @@ class WorkProgress(Progress):
         def width(column: ProgressColumn) -> int:
             return max((cell_len(str(column.render(task))) for task in tasks), default=0)
 
-        name = max((Text.from_markup(task.description).cell_len for task in tasks), default=0)
+        name = max((cell_len(task.description) for task in tasks), default=0)
         room, bar = 0, 0
         others: tuple[ProgressColumn, ...] = ()
         for bar, others in (
@@ -143,10 +159,7 @@ class WorkProgress(Progress):
             room = console.width - 2 - sum(width(column) + 1 for column in others) - (bar + 1 if bar else 0)
             if room >= (name if len(others) > 2 else min(name, SHORT_NAME)):
                 break
-        described = TextColumn(
-            "{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis", max_width=max(1, room))
-        )
-        return (self._spinner, described, *([BarColumn(bar_width=bar)] if bar else []), *others)
+        return (self._spinner, WorkName(max(1, room)), *([BarColumn(bar_width=bar)] if bar else []), *others)
 
 
 def work_progress(unit: str) -> WorkProgress:

@@ -110,5 +110,6 @@ def test_progress_stays_on_one_line_and_shows_its_count(
     assert Text(line).cell_len <= width
     assert ("1254400/1254400" if finished else "122600/1254400") in line
     assert ("gottbert on udpos-de/train" in line) == (width >= 60)
+    assert re.search(r"go.*ain ", line), "both ends of the name"
     if width >= 40:
         assert ("in 16 min 40 s" if finished else "2 h 33 min left") in line

@@ -42,7 +42,7 @@ def models_cli(as_json: Json = False, debug: Debug = False) -> None:
     columns = (
         Column("name"),
         Column("language", rank=2),
-        Column("hub id", rank=1),
+        Column("hub id", breaks="/", rank=1),
         Column("here"),
         Column("folder", breaks="/", rank=3),
     )
@@ -77,7 +77,7 @@ def tasks_cli(as_json: Json = False, debug: Debug = False) -> None:
         Column("name"),
         Column("what", breaks=" ", rank=1),
         Column("metric", breaks=" ", rank=3),
-        Column("hub data set", rank=2),
+        Column("hub data set", breaks="/", rank=2),
         Column("or --data with", rank=4),
     )
     f1 = "XTREME's F1, word accuracy"
