@@ -59,13 +59,15 @@ class Training:
     """The model that is trained."""
     resource: models.ModelSpec | None
     """The frozen one."""
+    teacher: models.ModelSpec | None
+    """Of method kd; None where it is a folder, of a model or of a run."""
 
 
-def check_training(config: TrainConfig) -> Training:
-    """Check the settings of stage two; reads no data and loads nothing.
+def check_names(config: TrainConfig) -> Training:
+    """Check the settings of stage two, whatever models and data this machine has.
 
     Raises:
-        KR2CacheError: For a name, path or setting that cannot be right, or a model that is needed and cannot be had.
+        KR2CacheError: For a name or setting that cannot be right.
     """
     if config.method not in METHODS:
         raise unknown_name("method", config.method, METHODS)
@@ -94,15 +96,29 @@ def check_training(config: TrainConfig) -> Training:
             parse_fusion(config.fusion, model_layers)
     else:
         check_fusion_name(config.fusion)
+    teacher = None
     if config.method == "kd" and not Path(config.teacher or "").expanduser().is_dir():
-        models.check_obtainable(models.find_model(config.teacher or "", config.models))
-    task.check_data("train", config.data)
-    models.check_obtainable(reader)
-    if resource is not None and not _has_caches(config, resource):
-        models.check_obtainable(resource)
-    return Training(config=config, task=task, reader=reader, resource=resource)
+        teacher = models.find_model(config.teacher or "", config.models)
+    return Training(config=config, task=task, reader=reader, resource=resource, teacher=teacher)
 
 
-def _has_caches(config: TrainConfig, spec: models.ModelSpec) -> bool:
+def check_training(config: TrainConfig) -> Training:
+    """Check the names of stage two, and that its models and data are there; reads no data and loads nothing.
+
+    Raises:
+        KR2CacheError: For a name, path or setting that cannot be right, or a model that is needed and cannot be had.
+    """
+    training = check_names(config)
+    config = training.config
+    if training.teacher is not None:
+        models.check_obtainable(training.teacher)
+    training.task.check_data("train", config.data)
+    models.check_obtainable(training.reader)
+    if training.resource is not None and not has_caches(config, training.resource):
+        models.check_obtainable(training.resource)
+    return training
+
+
+def has_caches(config: TrainConfig, spec: models.ModelSpec) -> bool:
     """Whether caches may stand for a resource that is not on this machine."""
     return any((config.cache_dir / config.task).glob(f"*/{glob.escape(spec.name)}-*/shard-*.h5"))

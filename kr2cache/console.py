@@ -87,6 +87,16 @@ def ranges_text(numbers: Sequence[int]) -> str:
 
 
 @contextlib.contextmanager
+def silent() -> Iterator[None]:
+    """Nothing is printed meanwhile."""
+    before, console.quiet = console.quiet, True
+    try:
+        yield
+    finally:
+        console.quiet = before
+
+
+@contextlib.contextmanager
 def waiting(what: str) -> Iterator[None]:
     """A spinner beside ``what`` is waited for, gone when it is there; nothing where nobody looks at a terminal."""
     screen = console if console.is_terminal else Console(stderr=True, quiet=console.quiet)

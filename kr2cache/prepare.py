@@ -11,24 +11,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import PretrainedConfig
-
 from kr2cache import models, provenance, runs
-from kr2cache.arguments import training_arguments
 from kr2cache.batches import Batcher, SplitData
 from kr2cache.cache.reader import FeatureCache
-from kr2cache.checks import check_training
 from kr2cache.config import PLAIN_METHODS, TrainConfig, deciding_training
 from kr2cache.console import bytes_text, count_text, waiting
 from kr2cache.device import choose_device, device_name
 from kr2cache.digests import model_digests
 from kr2cache.encode import check_token_ids, missing_words
-from kr2cache.errors import ConfigError
 from kr2cache.features import DeviceFeatures, Features, ResourceFeatures, room_on
 from kr2cache.fusion import parse_fusion
-from kr2cache.kreader import TaskCheckpoint, check_admitted, projection_kind
-from kr2cache.locks import check_writable
-from kr2cache.rehearsal import rehearse
+from kr2cache.kreader import TaskCheckpoint, projection_kind
+from kr2cache.ready import check_ready
 from kr2cache.resource import Resource
 from kr2cache.shared import Corpus, Shared
 from kr2cache.train import Job
@@ -77,38 +71,29 @@ def prepare(config: TrainConfig, shared: Shared) -> Prepared:
     Raises:
         KR2CacheError: One of its kinds, for everything foreseen.
     """
-    checked = check_training(config)
-    config, task, reader_spec, resource_spec = checked.config, checked.task, checked.reader, checked.resource
-    training_arguments(config, config.run_dir, config.seeds[0])
-    with waiting(f"Loading {reader_spec.name}"):
-        checkpoint = shared.checkpoint(reader_spec, task)
-    if resource_spec is not None:
-        check_admitted(checkpoint.config, f"Reader {reader_spec.name!r}")
-    _check_length(config, reader_spec, checkpoint.config)
-    check_writable(config.run_dir, "--run-dir")
-    with waiting(f"Reading and tokenising {task.name}"):
-        corpus = shared.corpus(task, config.data, config.limit)
-        tokenizer = shared.tokenizer(reader_spec, words=task.words)
-        splits = {}
-        for split, part in corpus.splits.items():
-            index = part.index(reader_spec, tokenizer, config.max_length)
+    ready = check_ready(config, shared)
+    config, task, checkpoint = ready.training.config, ready.training.task, ready.checkpoint
+    reader_spec, resource_spec = ready.training.reader, ready.training.resource
+    splits = {}
+    with waiting(f"Tokenising {task.name}"):
+        for split, part in ready.corpus.splits.items():
+            index = part.index(reader_spec, ready.tokenizer, config.max_length)
             check_token_ids(index, int(checkpoint.config.vocab_size), repr(reader_spec.name))
             splits[split] = SplitData(examples=part.examples, index=index)
-    rehearse(config, len(splits["train"].examples))
     job = Job(
         task=task,
         checkpoint=checkpoint,
-        tokenizer=tokenizer,
-        tokenizer_files=shared.tokenizer_files(checkpoint, task, config) if config.keep_readers else {},
+        tokenizer=ready.tokenizer,
+        tokenizer_files=ready.tokenizer_files,
         splits=splits,
         config=config,
     )
-    first = Batcher(splits["train"], task, tokenizer).inputs(range(min(2, len(splits["train"].examples))))
+    first = Batcher(splits["train"], task, ready.tokenizer).inputs(range(min(2, len(splits["train"].examples))))
     with waiting(f"Trying {reader_spec.name} on two examples"):
         shared.check_reader(checkpoint, first, appends=resource_spec is not None)
-    notes = corpus.notes + _unseen_words(job) + _left_out(checkpoint)
+    notes = ready.corpus.notes + _unseen_words(job) + _left_out(checkpoint)
     if resource_spec is None:
-        return Prepared(job=job, reader=reader_spec, deciding=_deciding(job, corpus), notes=notes)
+        return Prepared(job=job, reader=reader_spec, deciding=_deciding(job, ready.corpus), notes=notes)
     resource = Resource(config, resource_spec, task, shared)
     job, caches = _with_features(job, resource)
     return Prepared(
@@ -116,18 +101,9 @@ def prepare(config: TrainConfig, shared: Shared) -> Prepared:
         reader=reader_spec,
         resource=resource,
         caches=caches,
-        deciding=_deciding(job, corpus) | _resource_decides(job, resource, caches),
+        deciding=_deciding(job, ready.corpus) | _resource_decides(job, resource, caches),
         notes=notes + resource.notes,
     )
-
-
-def _check_length(config: TrainConfig, spec: models.ModelSpec, model_config: PretrainedConfig) -> None:
-    longest = models.max_positions(model_config)
-    if longest is not None and config.max_length > longest:
-        raise ConfigError(
-            f"A maximal length of {config.max_length} is more than {spec.name!r} has positions ({longest}).",
-            f"Give --max-length {longest} or less.",
-        )
 
 
 def _unseen_words(job: Job) -> list[str]:
@@ -164,11 +140,6 @@ def _with_features(job: Job, resource: Resource) -> tuple[Job, dict[str, Feature
     """The job with the resource's states of every split."""
     config = job.config
     _, reader_width = models.encoder_shape(job.checkpoint.config)
-    if resource.on_this_machine:
-        # Nothing of this is needed yet; what is wrong shows before anything is extracted.
-        model_layers, width = models.encoder_shape(models.load_config(resource.spec))
-        parse_fusion(config.fusion, model_layers)
-        projection_kind(config.projection, width, reader_width)
     caches = {split: resource.cache(split) for split in job.splits}
     fusion = parse_fusion(config.fusion, caches["train"].model_layers)
     width = caches["train"].width

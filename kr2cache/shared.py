@@ -85,7 +85,7 @@ class Shared:
     """Loaded once, given to every training that asks for the same. Of corpora the last one is kept."""
 
     def __init__(self) -> None:
-        self._corpus: tuple[tuple[Any, ...], Corpus] | None = None
+        self._corpus: tuple[tuple[Any, ...], Corpus | DataError] | None = None
         self._tokenizers: dict[tuple[str, bool], PreTrainedTokenizerBase] = {}
         self._tokenizer_files: dict[tuple[str, bool], dict[str, bytes]] = {}
         self._checkpoints: OrderedDict[tuple[Any, ...], TaskCheckpoint] = OrderedDict()
@@ -103,8 +103,14 @@ class Shared:
         key = (task.name, data, limit)
         if self._corpus is None or self._corpus[0] != key:
             self._corpus = None  # two large ones need not be there at once
-            self._corpus = (key, Corpus(task, data, limit))
-        return self._corpus[1]
+            try:
+                self._corpus = (key, Corpus(task, data, limit))
+            except DataError as error:  # the next cell of a sweep's column need not read all of it again
+                self._corpus = (key, error)
+        found = self._corpus[1]
+        if isinstance(found, DataError):
+            raise found
+        return found
 
     def tokenizer(self, spec: models.ModelSpec, *, words: bool) -> PreTrainedTokenizerBase:
         """``models.load_tokenizer``"""

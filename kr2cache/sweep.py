@@ -1,9 +1,7 @@
-"""Sweeps: many trainings, laid out as the rows and columns of a table.
+"""Sweeps: the trainings of a grid, one after the other.
 
-A grid is a TOML file (``pipelines/``). Each cell is one configuration of ``train`` with all its seeds; a later place
-overrides an earlier one: ``[defaults]`` of ``kr2cache.toml``, the grid's ``[settings]``, its column, its row, the
-command line. What is done is skipped, a cell that fails is reported and the others go on. ``RUN_DIR/sweeps/NAME.json``
-says which run belongs where; ``report`` reads it.
+All cells are checked before the first training. What is done is skipped; a cell that fails while it runs is reported
+and the others go on. ``RUN_DIR/sweeps/NAME.json`` says which run belongs where; ``report`` reads it.
 """
 
 from __future__ import annotations
@@ -12,180 +10,31 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kr2cache import models, runs
+from kr2cache import runs
 from kr2cache.allocator import objects_set_aside
-from kr2cache.config import METHODS, PLAIN_METHODS, PROJECTIONS, TrainConfig, load_toml, parse_seeds, typed
-from kr2cache.console import console, count_text, failed, heading
-from kr2cache.errors import ConfigError, DataError, InterruptedWorkError, KR2CacheError, unknown_name
-from kr2cache.fusion import check_fusion_name, parse_fusion
+from kr2cache.checks import check_names
+from kr2cache.config import PLAIN_METHODS, TrainConfig
+from kr2cache.console import console, count_text, failed, heading, silent
+from kr2cache.errors import ConfigError, DataError, InterruptedWorkError, KR2CacheError
+from kr2cache.grid import Grid, Line
 from kr2cache.locks import check_writable
 from kr2cache.pipeline import TrainResult, train
+from kr2cache.ready import check_ready
 from kr2cache.shared import Shared
-from kr2cache.stored import find_resource
 from kr2cache.tasks import find_task
 from kr2cache.tasks.files import data_folder
 from kr2cache.tasks.udpos import UdPos
+from kr2cache.teacher import teacher_config
 
 MANIFESTS = "sweeps"
 """Folder in the run folder."""
-PAPERS = ("table1", "table2", "table3")
-TOP = ("title", "paper", "baseline", "settings", "models", "rows", "columns")
-OWN_KEYS = {"rows": ("name", "swap", "baseline"), "columns": ("name",)}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Line:
-    """A row or a column: its name in the table and the settings it brings."""
-
-    name: str
-    settings: Mapping[str, Any]
-    """Of ``TrainConfig``."""
-    swap: bool = False
-    """Whether reader and resource change places (rows only): A-B where the others are B-A."""
-    baseline: str | None = None
-    """The row that it is compared with (rows only)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Grid:
-    """One table to fill."""
-
-    name: str
-    title: str
-    paper: str | None
-    """The table of the paper whose numbers belong beside these."""
-    baseline: str | None
-    settings: Mapping[str, Any]
-    rows: tuple[Line, ...]
-    columns: tuple[Line, ...]
-    models: Mapping[str, Mapping[str, Any]]
-
-    def config(
-        self,
-        row: Line,
-        column: Line,
-        *,
-        below: Mapping[str, Any],
-        above: Mapping[str, Any],
-        overrides: Mapping[str, Mapping[str, Any]],
-        training: Mapping[str, Any],
-    ) -> TrainConfig:
-        """The configuration of one cell.
-
-        Args:
-            below: What the grid overrides (``[defaults]`` of ``kr2cache.toml``).
-            above: What overrides the grid (the command line).
-            overrides: ``[models]`` of ``kr2cache.toml``; they go before the grid's.
-            training: ``[training]`` of ``kr2cache.toml``.
-        """
-        values: dict[str, Any] = {**below, **self.settings, **column.settings, **row.settings, **above}
-        if "task" not in values:
-            raise ConfigError(
-                f"{self.name}: the cell {row.name} / {column.name} has no task.", "Give task in its column."
-            )
-        if row.swap:
-            if "resource" not in values:
-                raise ConfigError(
-                    f"{self.name}: row {row.name} swaps reader and resource; column {column.name} has no resource.",
-                    "Give resource in the column.",
-                )
-            if "teacher" in values:
-                raise ConfigError(
-                    f"{self.name}: row {row.name} swaps reader and resource, and a teacher is given beside them.",
-                    "Leave teacher out: it is the resource of the cell.",
-                )
-            values["reader"], values["resource"] = values["resource"], values.get("reader", TrainConfig.reader)
-        if values.get("method") == "kd":
-            values.setdefault("teacher", values.get("resource"))
-        if isinstance(values.get("seeds"), str):
-            values["seeds"] = parse_seeds(values["seeds"])
-        if "max_length" in values:  # of both models, then
-            values.setdefault("resource_max_length", values["max_length"])
-        return TrainConfig(**values, models={**self.models, **overrides}, training=training)
-
-
-def read_grid(path: Path, options: Mapping[str, type]) -> Grid:
-    """Read a grid.
-
-    Args:
-        options: The options of ``train`` that ``[settings]``, rows and columns may give, by their long names.
-
-    Raises:
-        ConfigError: If it is not there, not TOML, or not a grid.
-        UnknownNameError: For a key that does not exist.
-    """
-    try:
-        content = load_toml(path)
-    except OSError as error:
-        near = ", ".join(sorted(str(one) for one in Path("pipelines").glob("*.toml"))) or "none here"
-        raise ConfigError(
-            f"There is no grid {path} ({error.strerror}).", f"Grids that come with the project: {near}."
-        ) from error
-    for key in content:
-        if key not in TOP:
-            raise unknown_name(f"key in {path}:", key, TOP)
-    lines: dict[str, tuple[Line, ...]] = {}
-    for kind in ("rows", "columns"):
-        tables = content.get(kind)
-        if not isinstance(tables, list) or not tables or not all(isinstance(table, dict) for table in tables):
-            raise ConfigError(f"{path} has no {kind}.", f'Write [[{kind}]] and name = "...", one for each.')
-        lines[kind] = tuple(_line(table, kind, path, options) for table in tables)
-        names = [line.name for line in lines[kind]]
-        for name in names:
-            if names.count(name) > 1:
-                raise ConfigError(f"{path}: two {kind} are called {name!r}.", "Give each a name of its own.")
-    paper = content.get("paper")
-    if paper is not None and paper not in PAPERS:
-        raise unknown_name(f"paper in {path}:", str(paper), PAPERS)
-    row_names = [row.name for row in lines["rows"]]
-    for baseline in (content.get("baseline"), *(row.baseline for row in lines["rows"])):
-        if baseline is not None and baseline not in row_names:
-            raise unknown_name(f"baseline in {path}:", str(baseline), row_names)
-    named = content.get("models", {})
-    if not isinstance(named, dict) or not all(isinstance(value, dict) for value in named.values()):
-        raise ConfigError(f"models in {path} is not a section.", 'Write [models.NAME] and path = "...".')
-    return Grid(
-        name=path.stem,
-        title=str(content.get("title", path.stem)),
-        paper=paper,
-        baseline=content.get("baseline"),
-        settings=_settings(content.get("settings", {}), f"[settings] of {path}", options),
-        rows=lines["rows"],
-        columns=lines["columns"],
-        models=named,
-    )
-
-
-def _line(table: Mapping[str, Any], kind: str, path: Path, options: Mapping[str, type]) -> Line:
-    name = table.get("name")
-    if not isinstance(name, str) or not name:
-        raise ConfigError(
-            f"{path}: one of its {kind} has no name.", 'Give name = "..." as it shall stand in the table.'
-        )
-    where = f"{kind[:-1]} {name!r} of {path}"
-    own = {key: table[key] for key in OWN_KEYS[kind] if key in table}
-    swap = own.get("swap", False)
-    if not isinstance(swap, bool):
-        raise ConfigError(f"swap = {swap!r} in {where} should be true or false.", "Correct it.")
-    settings = _settings({key: value for key, value in table.items() if key not in own}, where, options)
-    return Line(name=name, settings=settings, swap=swap, baseline=own.get("baseline"))
-
-
-def _settings(table: Any, where: str, options: Mapping[str, type]) -> dict[str, Any]:
-    if not isinstance(table, dict):
-        raise ConfigError(f"{where} is not a section.", "Write [settings].")
-    settings = {}
-    for name, value in table.items():
-        key = name.replace("_", "-")
-        if key not in options:
-            raise unknown_name(f"setting in {where}:", name, options)
-        settings[key.replace("-", "_")] = typed(key, value, options[key], where)
-    return settings
+CELLS_NAMED = 4
+"""In one message; of more, the number is said."""
 
 
 @dataclass(kw_only=True)
@@ -198,7 +47,13 @@ class Cell:
     folder: str | None = None
     """Of its runs, relative to the run folder; None until it is known."""
     error: str | None = None
+    remedy: str = ""
+    """Of the error."""
     result: TrainResult | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.column.name} · {self.row.name}"
 
     def json(self) -> dict[str, Any]:
         """The cell in the manifest."""
@@ -217,6 +72,7 @@ class Cell:
             "teacher": config.teacher,
             "settings": self.settings,
             "error": self.error,
+            **({"remedy": self.remedy} if self.remedy else {}),
         }
 
     @property
@@ -275,72 +131,100 @@ class Sweep:
             for row in grid.rows
         ]
         self._shared = Shared()
-        for cell in self.cells:
-            _check_names(cell)
+        if faults := _faults(self.cells, lambda cell: check_names(cell.config)):
+            raise _refusal(faults, grid, "")
         _check_languages(grid, self.cells)
         self.run_dir = self.cells[0].config.run_dir
         self.manifest = self.run_dir / MANIFESTS / f"{grid.name}.json"
 
     @objects_set_aside()
-    def run(self) -> SweepResult:
-        """Fill every cell.
+    def run(self, *, keep_going: bool = False) -> SweepResult:
+        """Check every cell, then fill them one after the other.
+
+        Args:
+            keep_going: Whether cells that cannot run are reported and left out; otherwise nothing is trained.
 
         Raises:
+            KR2CacheError: If cells cannot run; it says which, and why.
             InterruptedWorkError: On Ctrl-C; what is complete is kept, and the manifest says what there is.
         """
         check_writable(self.run_dir, "--run-dir")
-        self._take_over()
-        self._write()
-        for number, cell in enumerate(self._in_order(), 1):
-            what = f"{cell.column.name} · {cell.row.name}"
-            heading(f"{number}/{len(self.cells)}  {what}")
-            teaches = self._teaches(cell)
+        for cell in self.cells:
             cell.config = dataclasses.replace(
-                cell.config, keep_readers=self.keep_readers or teaches, temporary_readers=not self.keep_readers
+                cell.config,
+                keep_readers=self.keep_readers or self._teaches(cell),
+                temporary_readers=not self.keep_readers,
             )
+        self._take_over()
+        self._check(keep_going)
+        self._write()
+        order = self._in_order()
+        for number, cell in enumerate(order, 1):
+            heading(f"{number}/{len(order)}  {cell.name}")
             try:
                 self._fill(cell)
             except InterruptedWorkError as error:
                 raise InterruptedWorkError(
                     f"{error.message.rstrip('.')}. The sweep {self.grid.name} stopped at cell {number} of "
-                    f"{len(self.cells)} ({what}).",
+                    f"{len(order)} ({cell.name}).",
                     "Run the same command again: it skips what is done.",
                 ) from None
             finally:
                 self._write()
-            if not any(other.config.method == "kd" for other in self._rest_of_column(cell)):
+            if not any(other.config.method == "kd" for other in order[number:] if other.column is cell.column):
                 self._drop_readers(cell.column)
         return SweepResult(grid=self.grid, manifest=self.manifest, cells=self.cells)
 
+    def _check(self, keep_going: bool) -> None:
+        """Find out what keeps cells from running: data, models, and settings that do not fit them."""
+        console.print(
+            f"Checking the data and models of {count_text(len(self.cells), 'cell')} before the first training."
+        )
+        with silent():  # each training says the same again, under its own heading
+            faults = _faults(self._in_order(), self._check_cell)
+        if faults and not keep_going:
+            some_run = sum(len(fault.cells) for fault in faults) < len(self.cells)
+            raise _refusal(faults, self.grid, "--keep-going trains the other cells." if some_run else "")
+        for fault in faults:
+            for cell in fault.cells:
+                self._failed(cell, fault.error)
+            _say_failed(cells_text(fault.cells, self.grid), fault.error.message, fault.error.remedy)
+
+    def _check_cell(self, cell: Cell) -> None:
+        check_ready(cell.config, self._shared)
+        if cell.config.method == "kd" and (teacher := teacher_config(cell.config)) is not None:
+            check_ready(teacher, self._shared)
+
     def _fill(self, cell: Cell) -> None:
-        cell.error = None
         try:
             cell.result = train(cell.config, self._shared)
-        except InterruptedWorkError:
-            raise
-        except KR2CacheError as error:
-            cell.error = error.message
         except KeyboardInterrupt:
             raise InterruptedWorkError("Interrupted.") from None
-        except Exception as error:  # one cell's unforeseen failure is no reason to lose the others
-            cell.error = f"{type(error).__name__}: {error}"
-        if cell.error is not None:
-            cell.folder = None  # an earlier configuration's score is not this one's
-            failed(f"{cell.column.name} · {cell.row.name}: {cell.error}")
+        except Exception as raised:  # one cell's unforeseen failure is no reason to lose the others
+            error = _explained(raised)
+            before = next((one for one in self.cells if (one.error, one.remedy) == (error.message, error.remedy)), None)
+            self._failed(cell, error)
+            if before is None:
+                _say_failed(cell.name, error.message, error.remedy)
+            else:
+                failed(f"{cell.name}: the same as {before.name}")
             return
-        assert cell.result is not None, "train returned"
         cell.folder = Path(os.path.relpath(cell.result.runs[0].folder.parent, self.run_dir)).as_posix()
         mean, metric = cell.result.json()["mean"], cell.result.task.metric
         split = "test" if "test" in mean else "dev"
-        console.print(f"{cell.column.name} · {cell.row.name}: {metric} {100 * mean[split][metric]:.1f}", markup=False)
+        console.print(f"{cell.name}: {metric} {100 * mean[split][metric]:.1f}", markup=False)
+
+    def _failed(self, cell: Cell, error: KR2CacheError) -> None:
+        cell.error, cell.remedy = error.message, error.remedy
+        cell.folder = None  # an earlier configuration's score is not this one's
 
     def _in_order(self) -> list[Cell]:
-        """Column by column; plain trainings first where they teach, so that no model is fine-tuned twice."""
+        """The cells that can run, column by column; plain trainings first where they teach, so that no model is
+        fine-tuned twice."""
         order = []
         for column in self.grid.columns:
-            cells = [cell for cell in self.cells if cell.column is column]
+            cells = [cell for cell in self.cells if cell.column is column and cell.error is None]
             order += sorted(cells, key=lambda cell: not self._teaches(cell))
-        self._order = order
         return order
 
     def _teaches(self, cell: Cell) -> bool:
@@ -353,9 +237,6 @@ class Sweep:
             for other in self.cells
             if other.column is cell.column
         )
-
-    def _rest_of_column(self, cell: Cell) -> list[Cell]:
-        return [other for other in self._order[self._order.index(cell) + 1 :] if other.column is cell.column]
 
     def _drop_readers(self, column: Line) -> None:
         """Of the runs that a sweep trained: 120 readers of the size of XLM-R are 130 GB."""
@@ -414,41 +295,84 @@ def _check_languages(grid: Grid, cells: Sequence[Cell]) -> None:
             )
 
 
-def _check_names(cell: Cell) -> None:
-    """What needs no model and no data to be seen wrong."""
-    config = cell.config
-    where = f"the cell {cell.row.name} / {cell.column.name}"
-    find_task(config.task)
-    if config.method not in METHODS:
-        raise unknown_name(f"method in {where}:", config.method, METHODS)
-    check_fusion_name(config.fusion)
-    if config.projection not in PROJECTIONS:
-        raise unknown_name(f"projection in {where}:", config.projection, PROJECTIONS)
-    if config.method in ("kr2", "kresource", "kd") and (config.resource or config.teacher) is None:
-        raise ConfigError(f"Method {config.method} in {where} needs a resource.", "Give resource in its column.")
-    names = {config.reader}
-    if config.method == "kresource" and config.resource is not None:
-        names.add(config.resource)
-    if config.teacher is not None and not runs.is_finished(Path(config.teacher).expanduser()):
-        names.add(config.teacher)
-    for name in names:
-        models.find_model(name, config.models)
-    if config.resource is not None:
-        find_resource(config.resource, config.cache_dir, config.models)
-    if config.method in ("kr2", "kreader2"):
-        frozen = config.reader if config.method == "kreader2" else config.resource
-        spec = find_resource(str(frozen), config.cache_dir, config.models)
-        if models.local_folder(spec) is not None:
-            layers, _ = models.encoder_shape(models.load_config(spec))
-            parse_fusion(config.fusion, layers)
+# What keeps cells from running ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fault:
+    """One reason, and all cells that cannot run because of it."""
+
+    error: KR2CacheError
+    cells: list[Cell]
+
+
+def _faults(cells: Iterable[Cell], check: Callable[[Cell], object]) -> list[Fault]:
+    """What ``check`` raises for these cells, each fault once."""
+    found: dict[tuple[str, str], Fault] = {}
+    for cell in cells:
+        try:
+            check(cell)
+        except Exception as raised:
+            error = _explained(raised)
+            found.setdefault((error.message, error.remedy), Fault(error=error, cells=[])).cells.append(cell)
+    return list(found.values())
+
+
+def _explained(error: Exception) -> KR2CacheError:
+    """``error`` with words for people; an interruption is none of a cell's errors and goes on."""
+    if isinstance(error, InterruptedWorkError):
+        raise error
+    if isinstance(error, KR2CacheError):
+        return error
+    return KR2CacheError(
+        f"{type(error).__name__}: {error}", "This failure was not foreseen: train this cell with --debug and report it."
+    )
+
+
+def _refusal(faults: Sequence[Fault], grid: Grid, remedy: str) -> KR2CacheError:
+    """One error for all faults."""
+    total = len(grid.rows) * len(grid.columns)
+    cells = sum(len(fault.cells) for fault in faults)
+    start = f"{cells} of {count_text(total, 'cell')} cannot run; nothing was trained."
+    if len(faults) == 1:
+        error = faults[0].error
+        message = f"{start} {cells_text(faults[0].cells, grid)}: {error.message}"
+        return type(error)(message, f"{error.remedy} {remedy}".strip())
+    lines = [start]
+    for fault in faults:
+        lines.append(f"- {cells_text(fault.cells, grid)}: {fault.error.message}")
+        if fault.error.remedy:
+            lines.append(f"  {fault.error.remedy}")
+    return ConfigError("\n".join(lines), remedy)
+
+
+def cells_text(cells: Sequence[Cell], grid: Grid) -> str:
+    """The cells by their names; whole columns in short, and of many the first few."""
+    if len(cells) == len(grid.rows) * len(grid.columns) > 1:
+        return "every cell"
+    parts = []
+    for column in grid.columns:
+        own = [cell.name for cell in cells if cell.column is column]
+        parts += [f"{column.name} (every row)"] if len(own) == len(grid.rows) > 1 else own
+    more = f" and {len(parts) - CELLS_NAMED} more" if len(parts) > CELLS_NAMED else ""
+    return ", ".join(parts[:CELLS_NAMED]) + more
 
 
 def describe_sweep(result: SweepResult) -> None:
-    """What was filled and what failed."""
+    """What was filled and what failed, each reason once."""
     filled: Sequence[Cell] = [cell for cell in result.cells if cell.error is None]
     heading(result.grid.title)
     console.print(f"{len(filled)} of {count_text(len(result.cells), 'cell')} filled.")
+    reasons: dict[tuple[str, str], list[Cell]] = {}
     for cell in result.failed:
-        failed(f"{cell.column.name} · {cell.row.name}: {cell.error}")
-    if result.failed:
+        reasons.setdefault((str(cell.error), cell.remedy), []).append(cell)
+    for (error, remedy), cells in reasons.items():
+        _say_failed(cells_text(cells, result.grid), error, remedy)
+    if reasons:
         console.print("Mend what failed and run the same command again: what is done is skipped.", style="cyan")
+
+
+def _say_failed(what: str, error: str, remedy: str) -> None:
+    failed(f"{what}: {error}")
+    if remedy:
+        console.print(f"  {remedy}", markup=False, soft_wrap=True, style="cyan")

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from kr2cache import models, runs
 from kr2cache.batches import SplitData
 from kr2cache.cache.format import canonical_json
-from kr2cache.config import PLAIN_METHODS
+from kr2cache.config import PLAIN_METHODS, TrainConfig
 from kr2cache.console import count_text, note
 from kr2cache.device import choose_device
 from kr2cache.distill import TeacherLogits
@@ -70,6 +70,22 @@ class Lesson:
         return dataclasses.replace(student, job=job, deciding=deciding)
 
 
+def teacher_config(config: TrainConfig) -> TrainConfig | None:
+    """The training that makes the teacher of a distillation; None where the teacher is the folder of a run.
+
+    Raises:
+        ConfigError: For a folder that holds several runs.
+    """
+    assert config.teacher is not None, "checked with the settings"
+    folder = Path(config.teacher).expanduser()
+    seeds = sorted(path.name for path in folder.glob("seed-*") if runs.is_finished(path))
+    if seeds:
+        raise ConfigError(f"The teacher {folder} holds runs, one a seed.", f"Give one of them: {folder / seeds[0]}.")
+    if (folder / "config.json").is_file() and (folder / "metrics.json").is_file():
+        return None
+    return dataclasses.replace(config, method="kresource", resource=config.teacher, teacher=None, seeds=(SEED,))
+
+
 class Teacher:
     """Finds what is there of a teacher: its logits, its reader, its run."""
 
@@ -81,24 +97,16 @@ class Teacher:
         """
         self.student = student
         config = student.job.config
-        assert config.teacher is not None, "checked when the student was prepared"
-        folder = Path(config.teacher).expanduser()
+        own = teacher_config(config)
         self.prepared: Prepared | None = None
         """Where it has to be trained, or was by us."""
-        seeds = sorted(path.name for path in folder.glob("seed-*") if runs.is_finished(path))
-        if seeds:
-            raise ConfigError(
-                f"The teacher {folder} holds runs, one a seed.", f"Give one of them: {folder / seeds[0]}."
-            )
-        if (folder / "config.json").is_file() and (folder / "metrics.json").is_file():
+        if own is None:
+            folder = Path(config.teacher or "").expanduser()
             self.folders = [folder]
             decides = self._of_run(folder)
             self.name = str(decides["reader"]["name"])
         else:
-            self.prepared = prepare(
-                dataclasses.replace(config, method="kresource", resource=config.teacher, teacher=None, seeds=(SEED,)),
-                shared,
-            )
+            self.prepared = prepare(own, shared)
             decides = {**self.prepared.deciding, "seed": SEED}
             self.name = self.prepared.reader.name
             # The same training under the name of the other plain method serves as well.

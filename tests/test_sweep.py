@@ -19,11 +19,16 @@ from kr2cache.errors import (
     ConfigError,
     InterruptedWorkError,
     KR2CacheError,
+    MissingSplitError,
+    ModelUnavailableError,
     TrainingError,
     UnknownNameError,
 )
+from kr2cache.grid import Grid, Line, read_grid
 from kr2cache.predict import Predictor
-from kr2cache.sweep import Sweep, SweepResult, read_grid
+from kr2cache.sweep import Sweep, SweepResult
+from kr2cache.tasks import udpos
+from kr2cache.tasks.udpos import UPOS
 
 ROOT = Path(__file__).parents[1]
 GRIDS = sorted((ROOT / "pipelines").glob("*.toml"))
@@ -56,7 +61,7 @@ fusion = "last4"
 KD = GRID.replace('fusion = "last4"', 'method = "kd"') + '\n[[rows]]\nname = "KResource"\nmethod = "kresource"\n'
 
 
-def grid_of(folder: Path, text: str = GRID) -> sweep.Grid:
+def grid_of(folder: Path, text: str = GRID) -> Grid:
     path = folder / "small.toml"
     path.write_text(text, "utf-8")
     return read_grid(path, TRAIN_OPTIONS)
@@ -94,7 +99,7 @@ def readers(world: World) -> list[Path]:
 def test_every_grid_of_the_project_makes_sense(path: Path) -> None:
     grid = read_grid(path, TRAIN_OPTIONS)
 
-    def cell_config(row: sweep.Line, column: sweep.Line) -> TrainConfig:
+    def cell_config(row: Line, column: Line) -> TrainConfig:
         oscar = {"oscar": {"path": "somewhere"}}
         return grid.config(row, column, below={}, above={}, overrides=oscar, training={})
 
@@ -160,11 +165,11 @@ def test_a_grid_that_is_not_there_names_those_that_are(workdir: Path) -> None:
     ("before", "after", "said"),
     [
         ('fusion = "last4"', 'fusion = "lst4"', "Unknown fusion 'lst4'"),
-        ('method = "kreader"', 'method = "kreadr"', "Unknown method in the cell KReader / X: 'kreadr'"),
+        ('method = "kreader"', 'method = "kreadr"', "1 of 2 cells cannot run.*X · KReader: Unknown method 'kreadr'"),
         ('task = "udpos"', 'task = "udps"', "Unknown task"),
         ('task = "udpos"\n', "", "has no task"),
         ('resource = "res"', 'resource = "ress"', "Unknown model 'ress'"),
-        ('resource = "res"\n', "", "needs a resource"),
+        ('resource = "res"\n', "", "X · KR2: Method kr2 needs --resource"),
         ("seeds = [1, 2]", "seeds = [1, 1]", "--seeds 1,1 has 1 more than once"),
         ("epochs = 1", "epochs = 0", "--epochs"),
     ],
@@ -191,6 +196,71 @@ def test_two_languages_in_one_folder_are_refused(world: World, monkeypatch: pyte
     assert len(planned(world, german + korean + f"data = '{other}'\n").cells) == 4
     assert len(planned(world, german + korean.replace("udpos-ko", "udpos")).cells) == 4, "udpos is of no language"
     assert len(planned(world, german + korean + "data = '/nowhere'\n").cells) == 4, "its own cells say so"
+
+
+CHINESE = """
+[[columns]]
+name = "Zh"
+task = "udpos-zh"
+reader = "reader"
+resource = "res"
+data = "{data}"
+
+[[columns]]
+name = "Ko"
+task = "udpos-ko"
+reader = "reader"
+resource = "gone"
+
+[models.gone]
+path = "{gone}"
+"""
+
+
+def test_faults_of_data_and_models_are_said_once_before_any_training(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweep, "train", lambda *_: pytest.fail("trained"))
+    chinese = world.folder / "zh"
+    shutil.copytree(world.data, chinese)
+    path = chinese / "dev.conllu"
+    path.write_text(path.read_text("utf-8").replace("\tPUNCT\t", "\tPU\t", 1), "utf-8")
+    text = GRID.replace('task = "udpos"', 'task = "udpos-es"') + "".join(
+        f'\n[[rows]]\nname = "{fusion}"\nfusion = "{fusion}"\n' for fusion in ("all", "layer1", "fuse")
+    )
+    text += CHINESE.format(data=chinese, gone=world.folder / "gone")
+    korean = shutil.copytree(world.data, world.folder / "ko")
+    text = text.replace('resource = "gone"', f'resource = "gone"\ndata = "{korean}"')
+    reads = []
+    real = udpos.read_conllu
+    monkeypatch.setattr(udpos, "read_conllu", lambda path: reads.append(path) or real(path))
+    with pytest.raises(ConfigError) as caught:
+        planned(world, text).run()
+    said = str(caught.value)
+    assert "9 of 15 cells cannot run; nothing was trained." in said
+    assert said.count("unknown tag 'PU'") == 1
+    assert f"- Zh (every row): {path}, sentence at line " in said
+    assert said.count(" ".join(UPOS)) == 1, "with the tags that there are"
+    assert said.count("holds no config.json") == 1
+    assert "- Ko · KR2, Ko · all, Ko · layer1, Ko · fuse: The folder of model 'gone'" in said
+    assert "Give the folder that holds config.json" in said
+    assert len(reads) == len(set(reads)) == 8, "each split of each column once, up to the fault"
+    assert not (world.folder / "runs").exists()
+
+
+def test_weights_that_are_missing_are_found_before_any_training(world: World) -> None:
+    (world.resource / "model.safetensors").unlink()
+    with pytest.raises(ModelUnavailableError, match=r"1 of 2 cells.*X · KR2: .*holds no weights"):
+        planned(world).run()
+
+
+def test_a_fault_of_every_cell_is_said_once(world: World) -> None:
+    (world.data / "train.conllu").unlink()
+    with pytest.raises(
+        MissingSplitError, match=r"2 of 2 cells cannot run; nothing was trained\. every cell: "
+    ) as caught:
+        planned(world).run()
+    assert "--keep-going" not in caught.value.remedy
 
 
 def test_later_places_override_earlier_ones(tmp_path: Path) -> None:
@@ -304,7 +374,7 @@ def test_settings_that_no_cell_could_run_with_are_refused_at_once(world: World) 
     with pytest.raises(KR2CacheError, match="Unknown model 'nope'"):
         planned(world, GRID.replace('fusion = "last4"', 'method = "kd"\nteacher = "nope"'))
     with pytest.raises(ConfigError, match=r"'layer9' asks for layer 9.* 0 to 4"):
-        planned(world, GRID.replace('"last4"', '"layer9"'))
+        planned(world, GRID.replace('"last4"', '"layer9"')).run()
     with pytest.raises(ConfigError, match="a teacher is given beside them"):
         planned(world, GRID.replace('fusion = "last4"', 'method = "kd"\nteacher = "res"\nswap = true'))
 
@@ -423,13 +493,21 @@ def test_sweep_and_report_from_the_command_line(here: World, capsys: pytest.Capt
     assert (here.folder / "runs" / "report" / "report.html").is_file()
 
 
-def test_a_failed_cell_is_the_exit_code(here: World, capsys: pytest.CaptureFixture[str]) -> None:
+def test_cells_without_their_model_stop_the_sweep_or_are_left_out(
+    here: World, capsys: pytest.CaptureFixture[str]
+) -> None:
     shutil.rmtree(here.resource)
     assert cli.run(["sweep", "grid.toml", "--seeds", "1"]) == 1
-    shown = capsys.readouterr().out
-    assert "1 of 2 cells filled" in shown
-    assert "X · KR2" in shown
-    assert "Traceback" not in shown
+    shown = capsys.readouterr()
+    assert "1 of 2 cells cannot run; nothing was trained. X · KR2: The folder of model 'res'" in shown.err
+    assert "--keep-going trains the other cells." in shown.err
+    assert not (here.folder / "runs").exists()
+    assert cli.run(["sweep", "grid.toml", "--seeds", "1", "--keep-going"]) == 1
+    shown = capsys.readouterr()
+    assert "1 of 2 cells filled" in shown.out
+    assert shown.out.count("✗ X · KR2: The folder of model 'res'") == 2, "before the first training, and at the end"
+    assert shown.out.count("holds no config.json") == 2
+    assert "Traceback" not in shown.out + shown.err
 
 
 def test_a_grid_that_is_wrong_is_one_line(here: World, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ from world import World
 from kr2cache.cli import run
 from kr2cache.config import ExtractConfig, TrainConfig, read_toml
 from kr2cache.errors import ConfigError, KR2CacheError
-from kr2cache.sweep import read_grid
+from kr2cache.grid import read_grid
 
 MARK = b"\xef\xbb\xbf"
 TOML = b'[models.x]\npath = "m"\n'

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +11,7 @@ import typer
 from kr2cache.commands.options import CacheDir, Debug, Device, Json, RunDir, Seeds, checked, loading, merge, print_json
 from kr2cache.config import TrainConfig, read_toml
 from kr2cache.defaults import OPTIONS, TRAIN_OPTIONS
+from kr2cache.grid import Line, read_grid
 
 
 def sweep_cli(
@@ -25,21 +27,25 @@ def sweep_cli(
     keep_readers: Annotated[
         bool, typer.Option("--keep-readers", help="Keep the trained readers, not their predictions alone.")
     ] = False,
+    keep_going: Annotated[
+        bool,
+        typer.Option("--keep-going", help="Train the other cells where some lack data or models, instead of stopping."),
+    ] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Train every cell of a table: methods, fusions, tasks, pairs of models, seeds.
 
-    What is done is skipped, so the same command goes on after an interruption. A cell that fails is reported at the
-    end, and the others go on.
+    All cells are checked first; if some cannot run, nothing is trained. What is done is skipped, so the same command
+    goes on after an interruption. A cell that fails while it runs is reported at the end, and the others go on.
     """
     toml = read_toml(Path.cwd(), OPTIONS)
     given = merge(toml, seeds=seeds, epochs=epochs, limit=limit, device=device, run_dir=run_dir, cache_dir=cache_dir)
     defaults = {name.replace("-", "_") for name in TRAIN_OPTIONS}
-    with loading():
-        from kr2cache.sweep import Line, Sweep, describe_sweep, read_grid
-
     table = read_grid(grid, TRAIN_OPTIONS)
+    with loading():
+        from kr2cache.sweep import Sweep, describe_sweep
+
     asked = {"seeds": seeds, "epochs": epochs, "limit": limit}
     above = {name: value for name, value in asked.items() if value is not None}
     above |= {name: given[name] for name in ("device", "run_dir", "cache_dir") if name in given}
@@ -54,12 +60,13 @@ def sweep_cli(
             training=toml.training,
         )
 
-    result = Sweep(table, cell_config, keep_readers=keep_readers).run()
+    result = Sweep(table, cell_config, keep_readers=keep_readers).run(keep_going=keep_going)
     describe_sweep(result)
     from kr2cache.report import describe, report
 
     if any(cell.folder is not None for cell in result.cells):
-        describe(report(result.run_dir, None))
+        # What failed was just said, with its remedy.
+        describe(dataclasses.replace(report(result.run_dir, None), failures=[]))
     if as_json:
         print_json(result.json())
     if result.failed:

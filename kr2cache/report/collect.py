@@ -51,9 +51,14 @@ def collect(run_dir: Path) -> Collected:
 
 
 def failures(sweep: Sweep) -> list[str]:
-    """One sentence for each cell that failed."""
+    """One sentence for each reason why cells failed."""
+    cells: dict[str, list[str]] = {}
+    for cell in sweep.cells.values():
+        if cell.error:
+            cells.setdefault(cell.error, []).append(f"{cell.row}, {cell.column}")
     return [
-        f"{sweep.title}: {cell.row}, {cell.column} failed: {cell.error}" for cell in sweep.cells.values() if cell.error
+        f"{sweep.title}: {names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''} failed: {error}"
+        for error, names in cells.items()
     ]
 
 

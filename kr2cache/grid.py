@@ -1,0 +1,169 @@
+"""Grids: TOML files that lay out many trainings as the rows and columns of a table (``pipelines/``).
+
+Each cell is one configuration of ``train`` with all its seeds; a later place overrides an earlier one: ``[defaults]``
+of ``kr2cache.toml``, the grid's ``[settings]``, its column, its row, the command line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kr2cache.config import TrainConfig, load_toml, parse_seeds, typed
+from kr2cache.errors import ConfigError, unknown_name
+
+PAPERS = ("table1", "table2", "table3")
+TOP = ("title", "paper", "baseline", "settings", "models", "rows", "columns")
+OWN_KEYS = {"rows": ("name", "swap", "baseline"), "columns": ("name",)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """A row or a column: its name in the table and the settings it brings."""
+
+    name: str
+    settings: Mapping[str, Any]
+    """Of ``TrainConfig``."""
+    swap: bool = False
+    """Whether reader and resource change places (rows only): A-B where the others are B-A."""
+    baseline: str | None = None
+    """The row that it is compared with (rows only)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """One table to fill."""
+
+    name: str
+    title: str
+    paper: str | None
+    """The table of the paper whose numbers belong beside these."""
+    baseline: str | None
+    settings: Mapping[str, Any]
+    rows: tuple[Line, ...]
+    columns: tuple[Line, ...]
+    models: Mapping[str, Mapping[str, Any]]
+
+    def config(
+        self,
+        row: Line,
+        column: Line,
+        *,
+        below: Mapping[str, Any],
+        above: Mapping[str, Any],
+        overrides: Mapping[str, Mapping[str, Any]],
+        training: Mapping[str, Any],
+    ) -> TrainConfig:
+        """The configuration of one cell.
+
+        Args:
+            below: What the grid overrides (``[defaults]`` of ``kr2cache.toml``).
+            above: What overrides the grid (the command line).
+            overrides: ``[models]`` of ``kr2cache.toml``; they go before the grid's.
+            training: ``[training]`` of ``kr2cache.toml``.
+        """
+        values: dict[str, Any] = {**below, **self.settings, **column.settings, **row.settings, **above}
+        if "task" not in values:
+            raise ConfigError(
+                f"{self.name}: the cell {row.name} / {column.name} has no task.", "Give task in its column."
+            )
+        if row.swap:
+            if "resource" not in values:
+                raise ConfigError(
+                    f"{self.name}: row {row.name} swaps reader and resource; column {column.name} has no resource.",
+                    "Give resource in the column.",
+                )
+            if "teacher" in values:
+                raise ConfigError(
+                    f"{self.name}: row {row.name} swaps reader and resource, and a teacher is given beside them.",
+                    "Leave teacher out: it is the resource of the cell.",
+                )
+            values["reader"], values["resource"] = values["resource"], values.get("reader", TrainConfig.reader)
+        if values.get("method") == "kd":
+            values.setdefault("teacher", values.get("resource"))
+        if isinstance(values.get("seeds"), str):
+            values["seeds"] = parse_seeds(values["seeds"])
+        if "max_length" in values:  # of both models, then
+            values.setdefault("resource_max_length", values["max_length"])
+        return TrainConfig(**values, models={**self.models, **overrides}, training=training)
+
+
+def read_grid(path: Path, options: Mapping[str, type]) -> Grid:
+    """Read a grid.
+
+    Args:
+        options: The options of ``train`` that ``[settings]``, rows and columns may give, by their long names.
+
+    Raises:
+        ConfigError: If it is not there, not TOML, or not a grid.
+        UnknownNameError: For a key that does not exist.
+    """
+    try:
+        content = load_toml(path)
+    except OSError as error:
+        near = ", ".join(sorted(str(one) for one in Path("pipelines").glob("*.toml"))) or "none here"
+        raise ConfigError(
+            f"There is no grid {path} ({error.strerror}).", f"Grids that come with the project: {near}."
+        ) from error
+    for key in content:
+        if key not in TOP:
+            raise unknown_name(f"key in {path}:", key, TOP)
+    lines: dict[str, tuple[Line, ...]] = {}
+    for kind in ("rows", "columns"):
+        tables = content.get(kind)
+        if not isinstance(tables, list) or not tables or not all(isinstance(table, dict) for table in tables):
+            raise ConfigError(f"{path} has no {kind}.", f'Write [[{kind}]] and name = "...", one for each.')
+        lines[kind] = tuple(_line(table, kind, path, options) for table in tables)
+        names = [line.name for line in lines[kind]]
+        for name in names:
+            if names.count(name) > 1:
+                raise ConfigError(f"{path}: two {kind} are called {name!r}.", "Give each a name of its own.")
+    paper = content.get("paper")
+    if paper is not None and paper not in PAPERS:
+        raise unknown_name(f"paper in {path}:", str(paper), PAPERS)
+    row_names = [row.name for row in lines["rows"]]
+    for baseline in (content.get("baseline"), *(row.baseline for row in lines["rows"])):
+        if baseline is not None and baseline not in row_names:
+            raise unknown_name(f"baseline in {path}:", str(baseline), row_names)
+    named = content.get("models", {})
+    if not isinstance(named, dict) or not all(isinstance(value, dict) for value in named.values()):
+        raise ConfigError(f"models in {path} is not a section.", 'Write [models.NAME] and path = "...".')
+    return Grid(
+        name=path.stem,
+        title=str(content.get("title", path.stem)),
+        paper=paper,
+        baseline=content.get("baseline"),
+        settings=_settings(content.get("settings", {}), f"[settings] of {path}", options),
+        rows=lines["rows"],
+        columns=lines["columns"],
+        models=named,
+    )
+
+
+def _line(table: Mapping[str, Any], kind: str, path: Path, options: Mapping[str, type]) -> Line:
+    name = table.get("name")
+    if not isinstance(name, str) or not name:
+        raise ConfigError(
+            f"{path}: one of its {kind} has no name.", 'Give name = "..." as it shall stand in the table.'
+        )
+    where = f"{kind[:-1]} {name!r} of {path}"
+    own = {key: table[key] for key in OWN_KEYS[kind] if key in table}
+    swap = own.get("swap", False)
+    if not isinstance(swap, bool):
+        raise ConfigError(f"swap = {swap!r} in {where} should be true or false.", "Correct it.")
+    settings = _settings({key: value for key, value in table.items() if key not in own}, where, options)
+    return Line(name=name, settings=settings, swap=swap, baseline=own.get("baseline"))
+
+
+def _settings(table: Any, where: str, options: Mapping[str, type]) -> dict[str, Any]:
+    if not isinstance(table, dict):
+        raise ConfigError(f"{where} is not a section.", "Write [settings].")
+    settings = {}
+    for name, value in table.items():
+        key = name.replace("_", "-")
+        if key not in options:
+            raise unknown_name(f"setting in {where}:", name, options)
+        settings[key.replace("-", "_")] = typed(key, value, options[key], where)
+    return settings

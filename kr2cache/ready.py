@@ -1,0 +1,105 @@
+"""What is checked of a training before anything long starts: settings, models' files, data. No weights are loaded.
+
+A training checks itself; a sweep checks all of its trainings before the first one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from kr2cache import models
+from kr2cache.arguments import training_arguments
+from kr2cache.checks import Training, check_training, has_caches
+from kr2cache.config import TrainConfig
+from kr2cache.console import waiting
+from kr2cache.errors import ConfigError, ModelUnavailableError
+from kr2cache.fusion import parse_fusion
+from kr2cache.kreader import TaskCheckpoint, check_admitted, projection_kind
+from kr2cache.locks import check_writable
+from kr2cache.rehearsal import rehearse
+from kr2cache.shared import Corpus, Shared
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ready:
+    """One training whose settings make sense, and whose models and data are there and fit each other."""
+
+    training: Training
+    checkpoint: TaskCheckpoint
+    """Of the reader."""
+    tokenizer: PreTrainedTokenizerBase
+    """Of the reader."""
+    tokenizer_files: Mapping[str, bytes]
+    """Its files as a run keeps them; empty where no reader is kept."""
+    corpus: Corpus
+
+
+def check_ready(config: TrainConfig, shared: Shared) -> Ready:
+    """Check the settings, open the models' configurations and tokenizers, read the data.
+
+    Args:
+        shared: Gives what was loaded before, and keeps what is loaded now.
+
+    Raises:
+        KR2CacheError: One of its kinds, for everything foreseen.
+    """
+    training = check_training(config)
+    config, task, reader, resource = training.config, training.task, training.reader, training.resource
+    training_arguments(config, config.run_dir, config.seeds[0])
+    with waiting(f"Loading {reader.name}"):
+        checkpoint = shared.checkpoint(reader, task)
+    _check_weights(reader)
+    if resource is not None:
+        check_admitted(checkpoint.config, f"Reader {reader.name!r}")
+    _check_length(config.max_length, "--max-length", reader, checkpoint.config)
+    check_writable(config.run_dir, "--run-dir")
+    tokenizer = shared.tokenizer(reader, words=task.words)
+    if resource is not None:
+        _check_resource(training, resource, checkpoint.config, shared)
+    with waiting(f"Reading {task.name}"):
+        corpus = shared.corpus(task, config.data, config.limit)
+    rehearse(config, len(corpus.splits["train"].examples))
+    return Ready(
+        training=training,
+        checkpoint=checkpoint,
+        tokenizer=tokenizer,
+        tokenizer_files=shared.tokenizer_files(checkpoint, task, config) if config.keep_readers else {},
+        corpus=corpus,
+    )
+
+
+def _check_length(length: int, option: str, spec: models.ModelSpec, model_config: PretrainedConfig) -> None:
+    longest = models.max_positions(model_config)
+    if longest is not None and length > longest:
+        raise ConfigError(
+            f"A maximal length of {length} is more than {spec.name!r} has positions ({longest}).",
+            f"Give {option} {longest} or less.",
+        )
+
+
+def _check_weights(spec: models.ModelSpec) -> None:
+    folder = models.model_folder(spec)
+    if not models.weight_files(folder):
+        raise ModelUnavailableError(
+            f"The folder of model {spec.name!r}, {folder}, holds no weights (model.safetensors, pytorch_model.bin).",
+            "Copy them there too, beside config.json and the tokenizer.",
+        )
+
+
+def _check_resource(
+    training: Training, spec: models.ModelSpec, reader_config: PretrainedConfig, shared: Shared
+) -> None:
+    config = training.config
+    if models.local_folder(spec) is None and (has_caches(config, spec) or not config.extract):
+        return
+    model_config = models.load_config(spec)
+    _check_weights(spec)
+    layers, width = models.encoder_shape(model_config)
+    parse_fusion(config.fusion, layers)
+    projection_kind(config.projection, width, models.encoder_shape(reader_config)[1])
+    if config.resource_max_length is not None:
+        _check_length(config.resource_max_length, "--resource-max-length", spec, model_config)
+    shared.tokenizer(spec, words=training.task.words)
