@@ -68,10 +68,14 @@ def choose_resource(cache_dir: Path, task: str | None, reader: str, overrides: M
     if len(held) == 1:
         return held[0]
     if held:
-        raise ConfigError(f"Which resource? {cache_dir} holds {', '.join(held)}.", "Give --resource.")
+        raise ConfigError(
+            f"Which resource? {cache_dir} holds {', '.join(held)}.",
+            "Give --resource, or resource under [defaults] in kr2cache.toml.",
+        )
     raise ConfigError(
         f"Which resource? None was given, and {cache_dir} holds no cache{f' of {task}' if task else ''} yet.",
-        f"Give --resource: {', '.join(models.known_models(overrides))}, a hub id or a folder.",
+        "Give --resource, or resource under [defaults] in kr2cache.toml: "
+        f"{', '.join(models.known_models(overrides))}, a hub id or a folder.",
     )
 
 
@@ -94,5 +98,6 @@ def choose_task(resource: str | None, cache_dir: Path, overrides: Mapping[str, M
     choices = ", ".join(held or task_names())
     why = f"{resource!r} is of no single language" if resource else "no resource was given"
     raise ConfigError(
-        f"Which task? {why}, and {cache_dir} holds {'several' if held else 'no cache'}.", f"Give --task: {choices}"
+        f"Which task? {why}, and {cache_dir} holds {'several' if held else 'no cache'}.",
+        f"Give --task, or task under [defaults] in kr2cache.toml: {choices}",
     )

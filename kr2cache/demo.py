@@ -7,6 +7,7 @@ layers, a smaller model of the same width. Corpus: ``data/everyday``, written an
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,11 +49,12 @@ ROWS = (
 )
 
 
-def demo(folder: Path, device: str) -> dict[str, Any]:
+def demo(folder: Path, device: str, overrides: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Extract, train, print the table.
 
     Args:
         folder: Gets ``cache/`` and ``runs/``.
+        overrides: ``[models]`` of ``kr2cache.toml``.
 
     Returns:
         The table's numbers, as ``--json`` prints them.
@@ -73,6 +75,7 @@ def demo(folder: Path, device: str) -> dict[str, Any]:
                 data=str(data),
                 device=device,
                 cache_dir=folder / "cache",
+                models=overrides,
             )
         )
         describe(plan)
@@ -96,6 +99,7 @@ def demo(folder: Path, device: str) -> dict[str, Any]:
                 device=device,
                 run_dir=folder / "runs",
                 cache_dir=folder / "cache",
+                models=overrides,
                 extract=False,
             )
         )

@@ -180,7 +180,12 @@ def find_model(name: str, overrides: Mapping[str, Mapping[str, Any]]) -> ModelSp
             return spec
     if HUB_ID.fullmatch(name):
         return ModelSpec(name=name.replace("/", "--"), hub_id=name)
-    raise unknown_name("model", name, known, "A hub id (owner/model) or a folder serves as well.")
+    raise unknown_name(
+        "model",
+        name,
+        known,
+        "A hub id (owner/model), a folder, or a name under [models] in kr2cache.toml serves as well.",
+    )
 
 
 def local_folder(spec: ModelSpec) -> Path | None:

@@ -32,7 +32,7 @@ from kr2cache.errors import CacheError, CacheMismatchError, ConfigError, DiskSpa
 from kr2cache.extract import describe_result, extract
 from kr2cache.features import fits_in_memory
 from kr2cache.fusion import parse_fusion
-from kr2cache.planning import describe, plan_extraction
+from kr2cache.planning import ExtractPlan, describe, plan_extraction
 from kr2cache.shared import Shared
 from kr2cache.tasks import Task
 
@@ -269,22 +269,7 @@ class Resource:
         )
 
     def _extract(self, split: str) -> FeatureCache:
-        plan = plan_extraction(
-            ExtractConfig(
-                resource=self.config.resource or self.spec.name,
-                split=split,
-                task=self.task.name,
-                data=self.config.data,
-                max_length=self.max_length or DEFAULT_MAX_LENGTH,
-                dtype=self.dtype or DEFAULT_DTYPE,
-                compute_dtype=self.compute_dtype or DEFAULT_COMPUTE_DTYPE,
-                device=self.config.device,
-                limit=self.config.limit,
-                cache_dir=self.config.cache_dir,
-                models=self.config.models,
-            ),
-            self.corpus.splits[split].examples,
-        )
+        plan = self._plan(split)
         describe(plan, LENGTH_OPTION)
         result = extract(plan)
         describe_result(result)
@@ -296,6 +281,26 @@ class Resource:
                 "The model changed while it was read; run the same command again.",
             )
         return cache
+
+    def _plan(self, split: str) -> ExtractPlan:
+        config = ExtractConfig(
+            resource=self.config.resource or self.spec.name,
+            split=split,
+            task=self.task.name,
+            data=self.config.data,
+            max_length=self.max_length or DEFAULT_MAX_LENGTH,
+            dtype=self.dtype or DEFAULT_DTYPE,
+            compute_dtype=self.compute_dtype or DEFAULT_COMPUTE_DTYPE,
+            device=self.config.device,
+            limit=self.config.limit,
+            cache_dir=self.config.cache_dir,
+            models=self.config.models,
+        )
+        try:
+            return plan_extraction(config, self.corpus.splits[split].examples)
+        except ConfigError as error:  # stage one calls the resource's length by the name that is the reader's here
+            error.remedy = error.remedy.replace("--max-length", LENGTH_OPTION)
+            raise
 
     def _remedy(self, split: str) -> str:
         if self._has_source:

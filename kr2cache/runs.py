@@ -126,7 +126,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         content: dict[str, Any] = json.loads((folder / "config.json").read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise CacheError(f"{folder} holds no readable config.json: {error}", "Give the folder of a run.") from error
+        raise CacheError(f"{folder} holds no readable config.json: {error}", _which_run(folder)) from error
     config = content.get("config") if isinstance(content, dict) else None
     missing = {"task", "method", "reader", "seed"} - set(config if isinstance(config, dict) else ())
     if missing or not isinstance(content.get("recorded"), dict):
@@ -135,6 +135,11 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{folder}/config.json was not written by this version of kr2cache: it lacks {what}.", "Train the run anew."
         )
     return content
+
+
+def _which_run(folder: Path) -> str:
+    seeds = sorted(path for path in folder.glob("seed-*") if is_finished(path))
+    return f"Give the folder of a run, such as {seeds[0]}." if seeds else "Give the folder of a run."
 
 
 def read_fusion(folder: Path) -> dict[str, Any] | None:

@@ -90,7 +90,9 @@ def extract_cli(
     where = given.get("cache_dir", default_cache_dir())
     if "resource" not in given:
         raise ConfigError(
-            "Which resource?", f"Give --resource: {', '.join(known_models(toml.models))}, a hub id or a folder."
+            "Which resource?",
+            "Give --resource, or resource under [defaults] in kr2cache.toml: "
+            f"{', '.join(known_models(toml.models))}, a hub id or a folder.",
         )
     if "task" not in given:
         given["task"] = choose_task(given["resource"], where, toml.models)

@@ -48,7 +48,7 @@ def explain(error: BaseException) -> Failure:
     elif isinstance(error, OSError):
         where = f": {error.filename}" if error.filename else ""
         message = f"{error.strerror or error}{where}"
-        remedy = "Check that folder (--cache-dir, --run-dir) and its rights."
+        remedy = "Check the path, its rights and the disk it is on."
     else:
         message = str(error) or "no message"
         remedy = "This failure was not foreseen: run the same command with --debug and report what it prints."

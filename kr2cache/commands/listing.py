@@ -12,6 +12,7 @@ from kr2cache.config import read_toml
 from kr2cache.console import console
 from kr2cache.defaults import OPTIONS
 from kr2cache.device import check_device_name
+from kr2cache.locks import check_writable
 from kr2cache.models import check_obtainable, find_model, known_models
 from kr2cache.tasks import find_task
 
@@ -100,10 +101,14 @@ def demo_cli(
 ) -> None:
     """Both stages on a small corpus of our own and a real model: extract once, train eight readers, print the table."""
     check_device_name(device or "auto")
+    check_writable(folder, "--folder")
+    overrides = read_toml(Path.cwd(), OPTIONS).models
+    for model in ("minilm", "minilm-3"):
+        check_obtainable(find_model(model, overrides))
     with loading():
         from kr2cache.demo import demo
 
-    result = demo(folder, device or "auto")
+    result = demo(folder, device or "auto", overrides)
     if as_json:
         print_json(result)
 

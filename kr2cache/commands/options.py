@@ -14,6 +14,7 @@ from typer import CallbackParam
 from typer.core import TyperCommand, TyperOption
 from typer.models import CommandFunctionType
 
+from kr2cache.commands.hints import more_advice
 from kr2cache.config import Toml, local, read_toml
 from kr2cache.console import console, waiting
 from kr2cache.defaults import OPTIONS
@@ -64,7 +65,9 @@ SEVERAL = {
 
 
 class Command(TyperCommand):
-    """A command that refuses an option given twice; without this, the last value silently wins."""
+    """A command that refuses an option given twice (the last value would silently win), and whose errors advise only
+    what it has.
+    """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the arguments of one command.
@@ -83,6 +86,16 @@ class Command(TyperCommand):
                         SEVERAL.get(option.name, "Give it once."),
                     )
         return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; an error that it ends with advises what this command has."""
+        try:
+            return super().invoke(ctx)
+        except KR2CacheError as error:
+            own = {name.lstrip("-") for option in self.params for name in option.opts}
+            more = more_advice(str(ctx.info_name), own, f"{error.message} {error.remedy}")
+            error.remedy = " ".join([error.remedy, *more]).strip()
+            raise
 
 
 class App(typer.Typer):

@@ -27,7 +27,9 @@ def collect(run_dir: Path) -> Collected:
         CacheError: If there is no finished run.
     """
     if not run_dir.is_dir():
-        raise CacheError(f"There is no run folder {run_dir}.", "Give the folder that trainings wrote to (--run-dir).")
+        raise CacheError(
+            f"There is no run folder {run_dir}.", "Give the folder that trainings wrote to: kr2cache report RUN_DIR."
+        )
     found = Collected()
     for folder in sorted(path for path in run_dir.glob("*/*") if path.is_dir()):
         configuration = _read_configuration(run_dir, folder, found.notes)

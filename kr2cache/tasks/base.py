@@ -142,7 +142,8 @@ class Task(ABC):
         if hub_id is None:
             raise ConfigError(
                 f"Task {self.name!r} needs --data: a folder with train{self.suffixes[0]}, dev{self.suffixes[0]}, ...",
-                "Or name a task that knows its data, such as udpos-de (kr2cache tasks lists them).",
+                "Or write data under [defaults] in kr2cache.toml, or name a task that knows its data, such as udpos-de "
+                "(kr2cache tasks lists them).",
             )
         return hub_id
 
@@ -171,7 +172,7 @@ class Task(ABC):
             raise MissingSplitError(
                 f"{folder} has no {split} split: looked for {', '.join(self._names.looked_for(split))}, and a folder "
                 f"of that name; found {there}.",
-                "Check --data and --split.",
+                "Check --data, and how its files are named.",
             )
         return files
 
