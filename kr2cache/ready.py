@@ -47,20 +47,11 @@ def check_ready(config: TrainConfig, shared: Shared) -> Ready:
         KR2CacheError: One of its kinds, for everything foreseen.
     """
     training = check_training(config)
-    config, task, reader, resource = training.config, training.task, training.reader, training.resource
+    config, task = training.config, training.task
     training_arguments(config, config.run_dir, config.seeds[0])
-    with waiting(f"Loading {reader.name}"):
-        checkpoint = shared.checkpoint(reader, task)
-    _check_weights(reader)
-    if resource is not None:
-        check_admitted(checkpoint.config, f"Reader {reader.name!r}")
-    _check_length(config.max_length, "--max-length", reader, checkpoint.config)
     check_writable(config.run_dir, "--run-dir")
-    tokenizer = shared.tokenizer(reader, words=task.words)
-    if resource is not None:
-        _check_resource(training, resource, checkpoint.config, shared)
-    with waiting(f"Reading {task.name}"):
-        corpus = shared.corpus(task, config.data, config.limit)
+    checkpoint, tokenizer = open_models(training, shared)
+    corpus = read_corpus(training, shared)
     rehearse(config, len(corpus.splits["train"].examples))
     return Ready(
         training=training,
@@ -69,6 +60,35 @@ def check_ready(config: TrainConfig, shared: Shared) -> Ready:
         tokenizer_files=shared.tokenizer_files(checkpoint, task, config) if config.keep_readers else {},
         corpus=corpus,
     )
+
+
+def read_corpus(training: Training, shared: Shared) -> Corpus:
+    """The data of a training.
+
+    Raises:
+        DataError: If it is not there, or malformed.
+    """
+    with waiting(f"Reading {training.task.name}"):
+        return shared.corpus(training.task, training.config.data, training.config.limit)
+
+
+def open_models(training: Training, shared: Shared) -> tuple[TaskCheckpoint, PreTrainedTokenizerBase]:
+    """The reader's checkpoint and tokenizer, after it was seen that both models are there and fit the settings.
+
+    Raises:
+        KR2CacheError: For a model that cannot be had, or does not fit.
+    """
+    config, reader, resource = training.config, training.reader, training.resource
+    with waiting(f"Loading {reader.name}"):
+        checkpoint = shared.checkpoint(reader, training.task)
+    _check_weights(reader)
+    if resource is not None:
+        check_admitted(checkpoint.config, f"Reader {reader.name!r}")
+    _check_length(config.max_length, "--max-length", reader, checkpoint.config)
+    tokenizer = shared.tokenizer(reader, words=training.task.words)
+    if resource is not None:
+        _check_resource(training, resource, checkpoint.config, shared)
+    return checkpoint, tokenizer
 
 
 def _check_length(length: int, option: str, spec: models.ModelSpec, model_config: PretrainedConfig) -> None:

@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from kr2cache.errors import ConfigError, DataError, InterruptedWorkError, KR2Cac
 from kr2cache.grid import Grid, Line
 from kr2cache.locks import check_writable
 from kr2cache.pipeline import TrainResult, train
-from kr2cache.ready import check_ready
+from kr2cache.ready import check_ready, open_models, read_corpus
 from kr2cache.shared import Shared
 from kr2cache.tasks import find_task
 from kr2cache.tasks.files import data_folder
@@ -131,7 +132,7 @@ class Sweep:
             for row in grid.rows
         ]
         self._shared = Shared()
-        if faults := _faults(self.cells, lambda cell: check_names(cell.config)):
+        if faults := _faults((cell, [partial(check_names, cell.config)]) for cell in self.cells):
             raise _refusal(faults, grid, "")
         _check_languages(grid, self.cells)
         self.run_dir = self.cells[0].config.run_dir
@@ -181,18 +182,30 @@ class Sweep:
             f"Checking the data and models of {count_text(len(self.cells), 'cell')} before the first training."
         )
         with silent():  # each training says the same again, under its own heading
-            faults = _faults(self._in_order(), self._check_cell)
+            faults = _faults((cell, self._checks(cell.config)) for cell in self._in_order())
         if faults and not keep_going:
-            some_run = sum(len(fault.cells) for fault in faults) < len(self.cells)
+            some_run = _count_cells(faults) < len(self.cells)
             raise _refusal(faults, self.grid, "--keep-going trains the other cells." if some_run else "")
         for fault in faults:
             for cell in fault.cells:
-                self._failed(cell, fault.error)
+                if cell.error is None:  # the first reason is kept
+                    self._failed(cell, fault.error)
             _say_failed(cells_text(fault.cells, self.grid), fault.error.message, fault.error.remedy)
 
-    def _check_cell(self, cell: Cell) -> None:
-        check_ready(cell.config, self._shared)
-        if cell.config.method == "kd" and (teacher := teacher_config(cell.config)) is not None:
+    def _checks(self, config: TrainConfig) -> list[Callable[[], object]]:
+        """The checks of one cell; data and models apart, so that a fault of one does not hide a fault of the other."""
+        training = check_names(config)
+        checks: list[Callable[[], object]] = [
+            lambda: read_corpus(training, self._shared),
+            lambda: open_models(training, self._shared),
+            lambda: check_ready(config, self._shared),
+        ]
+        if config.method == "kd":
+            checks.append(lambda: self._check_teacher(config))
+        return checks
+
+    def _check_teacher(self, config: TrainConfig) -> None:
+        if (teacher := teacher_config(config)) is not None:
             check_ready(teacher, self._shared)
 
     def _fill(self, cell: Cell) -> None:
@@ -306,16 +319,23 @@ class Fault:
     cells: list[Cell]
 
 
-def _faults(cells: Iterable[Cell], check: Callable[[Cell], object]) -> list[Fault]:
-    """What ``check`` raises for these cells, each fault once."""
+def _faults(cells: Iterable[tuple[Cell, Iterable[Callable[[], object]]]]) -> list[Fault]:
+    """What the checks of these cells raise, each fault once."""
     found: dict[tuple[str, str], Fault] = {}
-    for cell in cells:
-        try:
-            check(cell)
-        except Exception as raised:
-            error = _explained(raised)
-            found.setdefault((error.message, error.remedy), Fault(error=error, cells=[])).cells.append(cell)
+    for cell, checks in cells:
+        for check in checks:
+            try:
+                check()
+            except Exception as raised:
+                error = _explained(raised)
+                fault = found.setdefault((error.message, error.remedy), Fault(error=error, cells=[]))
+                if all(one is not cell for one in fault.cells):
+                    fault.cells.append(cell)
     return list(found.values())
+
+
+def _count_cells(faults: Sequence[Fault]) -> int:
+    return len({id(cell) for fault in faults for cell in fault.cells})
 
 
 def _explained(error: Exception) -> KR2CacheError:
@@ -332,7 +352,7 @@ def _explained(error: Exception) -> KR2CacheError:
 def _refusal(faults: Sequence[Fault], grid: Grid, remedy: str) -> KR2CacheError:
     """One error for all faults."""
     total = len(grid.rows) * len(grid.columns)
-    cells = sum(len(fault.cells) for fault in faults)
+    cells = _count_cells(faults)
     start = f"{cells} of {count_text(total, 'cell')} cannot run; nothing was trained."
     if len(faults) == 1:
         error = faults[0].error

@@ -237,6 +237,7 @@ def test_faults_of_data_and_models_are_said_once_before_any_training(
     with pytest.raises(ConfigError) as caught:
         planned(world, text).run()
     said = str(caught.value)
+    assert len(reads) == len(set(reads)) == 8, "each split of each column once, up to the fault"
     assert "9 of 15 cells cannot run; nothing was trained." in said
     assert said.count("unknown tag 'PU'") == 1
     assert f"- Zh (every row): {path}, sentence at line " in said
@@ -244,7 +245,12 @@ def test_faults_of_data_and_models_are_said_once_before_any_training(
     assert said.count("holds no config.json") == 1
     assert "- Ko · KR2, Ko · all, Ko · layer1, Ko · fuse: The folder of model 'gone'" in said
     assert "Give the folder that holds config.json" in said
-    assert len(reads) == len(set(reads)) == 8, "each split of each column once, up to the fault"
+    (world.folder / "ko" / "train.conllu").unlink()
+    with pytest.raises(ConfigError) as caught:
+        planned(world, text).run()
+    said = str(caught.value)
+    assert "10 of 15 cells cannot run" in said, "the reader alone does not lack its model"
+    assert "- Ko (every row): " in said and "- Ko · KR2, Ko · all, Ko · layer1, Ko · fuse: The folder" in said
     assert not (world.folder / "runs").exists()
 
 

@@ -70,6 +70,8 @@ class Task(ABC):
     """What the files of its official release are called, as patterns with ``{split}``."""
     parts: tuple[str, ...] = ()
     """The same for a release that cuts one split into several files."""
+    left_out: str = ""
+    """What of a file is no example of a split, in words for errors."""
 
     @abstractmethod
     def read_file(self, path: Path, split: str) -> list[Example]:
@@ -129,7 +131,8 @@ class Task(ABC):
         folder = data_folder(data)
         examples = self._read_folder(folder, split) if folder is not None else self.read_hub(self._hub_id(data), split)
         if not examples:
-            raise DataError(f"The {split} split of {self.corpus(data)} holds no example.", "Check the file.")
+            left_out = f" Left out are {self.left_out}." if self.left_out else ""
+            raise DataError(f"The {split} split of {self.corpus(data)} holds no example.", f"Check the file.{left_out}")
         return examples[:limit]
 
     def corpus(self, data: str | None) -> str:

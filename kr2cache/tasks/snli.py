@@ -20,6 +20,7 @@ class Snli(RowTask):
     releases = ("snli_1.0_{split}.jsonl",)
     hub_data = "stanfordnlp/snli"
     labelled_by = "gold_label"
+    left_out = "rows without a gold label"
     no_gold = "gold_label - or -1: the annotators did not agree"
 
     def example(self, row: Row) -> Example:

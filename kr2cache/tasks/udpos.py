@@ -59,6 +59,7 @@ class UdPos(Task):
     metric = "f1"
     suffixes = (".conllu",)
     labelled_by = "column 4 (UPOS)"
+    left_out = "sentences whose text is withheld: _ in place of their words"
     releases = ("*-ud-{split}.conllu",)
     parts = ("*-ud-{split}-*.conllu",)  # large treebanks: de_hdt-ud-train-a-1.conllu, cs_pdt-ud-train-c.conllu
 
