@@ -41,8 +41,9 @@ from kr2cache.shared import Shared
 
 PATIENCE_S = 120.0
 """After that a process that should end by itself counts as hanging."""
-ROUNDING = {"float32": 2e-5, "tf32": 5e-3, "bfloat16": 3e-2, "float16": 5e-3}
-"""Of a layer's largest state, by what is computed in: how far twelve layers may move it."""
+ROUNDING = {"float32": 2e-5, "tf32": 1e-2, "bfloat16": 5e-2, "float16": 1e-2}
+"""Of a layer's largest state, by what is computed in: how far rounding may move it. On a CPU it moved the states of
+BERT-base's shape by 1.1e-6 (float32), 1.5e-2 (bfloat16) and 1.5e-3 (float16)."""
 NO_KERNEL = ("No available kernel", "No viable backend")
 """What torch says of a backend that this device, or this dtype, does not have."""
 STORED = {"float16": np.float16, "float32": np.float32}
@@ -199,7 +200,7 @@ def memory(scene: Scene) -> Iterator[Seen]:
 
 
 def features(scene: Scene) -> Iterator[Seen]:
-    """States that live on the device and those from the map give the same batches."""
+    """States that live on the device, those from the map and those from pinned memory are the same."""
     ids, picks = None, np.random.default_rng(0)
     for dtype in ("float16", "int8"):
         cache = FeatureCache.open(scene.extract(split="dev", dtype=dtype).cache)
@@ -213,6 +214,9 @@ def features(scene: Scene) -> Iterator[Seen]:
                 here, mask = mapped.batch(numbers)
                 moved, same_mask = there.batch(numbers)
                 wrong += int((moved.cpu().numpy() != here).sum()) + int((mask != same_mask).sum())
+                if scene.device.type == "cuda":
+                    pinned = torch.from_numpy(here).pin_memory().to(scene.device, non_blocking=True)
+                    wrong += int((pinned != moved).sum())
             yield Seen(f"{name} of {dtype}", wrong == 0, f"{wrong} values differ", "0")
 
 
