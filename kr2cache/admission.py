@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from kr2cache import models
 from kr2cache.errors import UnsupportedModelError
 from kr2cache.fusion import parse_fusion
 from kr2cache.kreader import KReader
@@ -103,7 +104,7 @@ class _Trial:
         shape = (B, 1, R, int(model.config.hidden_size))
         return cls(
             head=head,
-            input_ids=torch.randint(int(model.config.vocab_size), (B, T), generator=draw),
+            input_ids=torch.randint(models.vocabulary(model.config), (B, T), generator=draw),
             attention_mask=(torch.arange(T) < l1[:, None]).long(),
             states=(torch.randn(shape, generator=draw), torch.randn(shape, generator=draw)),
             resource_mask=(torch.arange(R) < l2[:, None]).long(),

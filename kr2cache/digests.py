@@ -7,7 +7,8 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from kr2cache.models import ModelSpec, load_config, load_encoder, model_folder, weight_files
+from kr2cache.model_files import weight_files
+from kr2cache.models import ModelSpec, load_config, load_encoder, model_folder
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel

@@ -38,6 +38,7 @@ from kr2cache.errors import (
     DeviceMemoryError,
     InterruptedWorkError,
     UnsupportedModelError,
+    ValueRangeError,
 )
 from kr2cache.forward import cheaper_forward
 from kr2cache.interrupt import interrupt_between_batches
@@ -399,7 +400,22 @@ def _compute(
             progress.update(bar, note=f"{speed:,.0f} tokens/s, {bytes_text(writer.bytes_written)} written")
         except KeyboardInterrupt:
             raise _interrupted(folder) from None
+        except ValueRangeError as error:
+            raise _by_weights(error, encoder, plan.spec.name) from None
     return computed
+
+
+def _by_weights(error: ValueRangeError, encoder: PreTrainedModel, name: str) -> ValueRangeError:
+    """``error`` about a state, or one that says so where weights of the model are not finite either."""
+    damaged = models.not_finite(encoder)
+    if not damaged:
+        return error
+    more = f" and {len(damaged) - 1} more" if len(damaged) > 1 else ""
+    return ValueRangeError(
+        f"{error.message} The checkpoint of {name!r} holds numbers that are not finite (nan or inf), in {damaged[0]}"
+        f"{more}.",
+        "Get an undamaged copy of its weights; no --dtype helps. What is complete is kept.",
+    )
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ overrides fields of registered ones.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import importlib.util
 import inspect
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from kr2cache import hub
 from kr2cache.errors import ConfigError, KR2CacheError, ModelUnavailableError, UnsupportedModelError, unknown_name
+from kr2cache.model_files import fault, files_to_download, weight_files
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -218,11 +220,6 @@ def _inside_package(package: str) -> Path | None:
     return None
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The files of ``folder`` that hold weights."""
-    return [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]
-
-
 def model_folder(spec: ModelSpec) -> Path:
     """The model's folder on this machine, downloaded from the hub if need be.
 
@@ -240,9 +237,26 @@ def model_folder(spec: ModelSpec) -> Path:
 
 
 def check_obtainable(spec: ModelSpec) -> None:
-    """Raise ``ModelUnavailableError`` for a model that is neither on this machine nor to be had; downloads nothing."""
-    if local_folder(spec) is None:
+    """Raise ``ModelUnavailableError`` for a model that is neither on this machine nor to be had, or whose folder lacks
+    weights; downloads nothing.
+    """
+    folder = local_folder(spec)
+    if folder is None:
         _obtainable(spec)
+    else:
+        _check_files(spec, folder)
+
+
+def check_complete(spec: ModelSpec) -> None:
+    """Raise ``ModelUnavailableError`` for a model whose folder lacks weights, or holds pointers to them."""
+    _check_files(spec, model_folder(spec))
+
+
+def _check_files(spec: ModelSpec, folder: Path) -> None:
+    wrong = fault(folder)
+    if wrong is not None:
+        what, remedy = wrong
+        raise ModelUnavailableError(f"Model {spec.name!r} is not complete: {what}", remedy)
 
 
 def _obtainable(spec: ModelSpec) -> str:
@@ -287,19 +301,17 @@ def layers_in_config(spec: ModelSpec) -> int | None:
 
 
 def _download(hub_id: str, revision: str | None) -> Path:
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
     names = HfApi().list_repo_files(hub_id, revision=revision)
-    safe = any(name.endswith(".safetensors") for name in names)
-    wanted = [
-        name
-        for name in names
-        if "/" not in name
-        and (
-            name.endswith((".json", ".txt", ".model", ".py", ".safetensors"))
-            or (not safe and re.fullmatch(r"pytorch_model.*\.bin", name))
-        )
-    ]
+
+    def fields(name: str) -> dict[str, Any]:
+        if name not in names:
+            return {}
+        content: dict[str, Any] = json.loads(Path(hf_hub_download(hub_id, name, revision=revision)).read_text("utf-8"))
+        return content
+
+    wanted = files_to_download(names, fields("config.json"), fields("tokenizer_config.json"))
     return Path(snapshot_download(hub_id, revision=revision, allow_patterns=wanted))
 
 
@@ -322,11 +334,18 @@ def quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _explained(spec: ModelSpec, what: str) -> Iterator[None]:
+    from huggingface_hub.errors import StrictDataclassError
+
     try:
         with quiet():
             yield
     except KR2CacheError:
         raise
+    except StrictDataclassError as error:
+        said = " ".join(str(error).split())
+        raise UnsupportedModelError(
+            f"The {what} of model {spec.name!r} does not serve: {said}", "Correct that field in its config.json."
+        ) from error
     except Exception as error:  # a damaged or foreign file makes these libraries raise almost anything
         lines = [line for line in str(error).strip().splitlines() if line.strip()] or [type(error).__name__]
         raise ModelUnavailableError(
@@ -377,11 +396,12 @@ def load_config(spec: ModelSpec) -> PretrainedConfig:
             config: PretrainedConfig = AutoConfig.for_model(model_type, **fields)
         else:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=spec.trust_remote_code)
+    config.return_dict = True  # a tuple has no names for what is in it
     if spec.layers is not None:
-        if spec.layers > config.num_hidden_layers:
+        there = _count(config, "num_hidden_layers")
+        if spec.layers > there:
             raise ConfigError(
-                f"Model {spec.name!r} is to be the first {spec.layers} layers of a model that has "
-                f"{config.num_hidden_layers}.",
+                f"Model {spec.name!r} is to be the first {spec.layers} layers of a model that has {there}.",
                 f"Correct layers under [models.{spec.name}] in kr2cache.toml.",
             )
         config.num_hidden_layers = spec.layers
@@ -393,8 +413,36 @@ def load_config(spec: ModelSpec) -> PretrainedConfig:
 
 
 def encoder_shape(config: PretrainedConfig) -> tuple[int, int]:
-    """(L + 1, D): layers with the embedding output, and width."""
-    return int(config.num_hidden_layers) + 1, int(config.hidden_size)
+    """(L + 1, D): layers with the embedding output, and width.
+
+    Raises:
+        UnsupportedModelError: If the configuration does not say so.
+    """
+    return _count(config, "num_hidden_layers") + 1, _count(config, "hidden_size")
+
+
+def vocabulary(config: PretrainedConfig) -> int:
+    """How many tokens the model has embeddings for.
+
+    Raises:
+        UnsupportedModelError: If the configuration does not say so.
+    """
+    return _count(config, "vocab_size")
+
+
+def _count(config: PretrainedConfig, name: str) -> int:
+    value = getattr(config, name, None)
+    if type(value) is int and value > 0:
+        return value
+    raise _field_error(config, name, "a whole number from 1 on is needed")
+
+
+def _field_error(config: PretrainedConfig, name: str, needed: str) -> UnsupportedModelError:
+    said = repr(getattr(config, name)) if hasattr(config, name) else "absent"
+    return UnsupportedModelError(
+        f"The configuration of {config.name_or_path or 'the model'} ({config.model_type}) has {name} {said}; {needed}.",
+        f"Correct {name} in its config.json, or choose another model.",
+    )
 
 
 ROBERTA_POSITIONS = (
@@ -405,11 +453,35 @@ ROBERTA_POSITIONS = (
 
 
 def max_positions(config: PretrainedConfig) -> int | None:
-    """The most tokens that the model's position embeddings admit, special tokens included; None where unlimited."""
+    """The most tokens that the model's position embeddings admit, special tokens included; None where unlimited.
+
+    Raises:
+        UnsupportedModelError: If the configuration's numbers leave no position, or lack one that decides.
+    """
     positions = getattr(config, "max_position_embeddings", None)
     if positions is None or getattr(config, "position_embedding_type", "absolute") != "absolute":
         return None
-    return int(positions) - (int(config.pad_token_id) + 1 if config.model_type in ROBERTA_POSITIONS else 0)
+    if int(positions) < 1:
+        if _has_positions_by_default(config):
+            raise _field_error(config, "max_position_embeddings", "this architecture has a limit")
+        return None  # how XLNet and others say that there is no limit
+    if config.model_type not in ROBERTA_POSITIONS:
+        return int(positions)
+    if config.pad_token_id is None:
+        raise _field_error(config, "pad_token_id", "this architecture counts positions from it")
+    if int(positions) <= int(config.pad_token_id) + 1:
+        raise _field_error(
+            config, "pad_token_id", f"positions count from it + 1 on, and max_position_embeddings is {positions}"
+        )
+    return int(positions) - int(config.pad_token_id) - 1
+
+
+def _has_positions_by_default(config: PretrainedConfig) -> bool:
+    try:
+        default = getattr(type(config)(), "max_position_embeddings", None)
+    except Exception:  # a class that comes with a model may want arguments
+        return False
+    return isinstance(default, int) and default > 0
 
 
 def load_tokenizer(spec: ModelSpec, *, words: bool) -> PreTrainedTokenizerBase:
@@ -422,6 +494,7 @@ def load_tokenizer(spec: ModelSpec, *, words: bool) -> PreTrainedTokenizerBase:
     Raises:
         ModelUnavailableError: If it cannot be loaded, or has no vocabulary: transformers makes one of special tokens
             alone where the files are missing.
+        UnsupportedModelError: For a byte-level BPE that cannot be told so.
     """
     from transformers import AutoTokenizer
 
@@ -435,13 +508,21 @@ def load_tokenizer(spec: ModelSpec, *, words: bool) -> PreTrainedTokenizerBase:
         if words and _drops_the_space(tokenizer):
             tokenizer = AutoTokenizer.from_pretrained(folder, **arguments, add_prefix_space=True)
             if _drops_the_space(tokenizer):
-                raise ValueError("it is a byte-level BPE and does not accept add_prefix_space.")
+                raise UnsupportedModelError(
+                    f"The tokenizer of {spec.name!r} cannot read texts that are lists of words: it is a byte-level BPE "
+                    f"saved as the generic class {type(tokenizer).__name__}, which puts no space before a word: every "
+                    "word would be read as the middle of a longer one.",
+                    f'Set "add_prefix_space": true in the pre_tokenizer of {folder / "tokenizer.json"} (a text then '
+                    "begins with a space too), or choose another model. It serves for tasks with plain text.",
+                )
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
         raise ModelUnavailableError(
             f"The tokenizer of {spec.name!r} knows no word: {folder} holds no vocabulary (tokenizer.json, vocab.txt or "
             "the like), and every word would be read as unknown.",
             "Copy the tokenizer's files there too, beside config.json and the weights.",
         )
+    if not 0 <= pad_id(tokenizer) < vocabulary(config):
+        tokenizer.pad_token = None  # the model has no embedding for it
     # The class of a tokenizer says neither: BertTokenizer is used with models that have no segments, and a generic one
     # with those that have.
     names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
@@ -507,11 +588,14 @@ def open_encoder(spec: ModelSpec) -> tuple[PreTrainedModel, tuple[str, ...]]:
         )
     with _explained(spec, "weights"):
         architecture = _architecture(config)
+        folder = model_folder(spec)
+        _check_files(spec, folder)
         # The pooler is not among the states, and many checkpoints lack it.
         headless = {"add_pooling_layer": False} if _accepts(architecture, "add_pooling_layer") else {}
-        model, report = AutoModel.from_pretrained(
-            model_folder(spec),
-            config=config,
+        model, report = _from_pretrained(
+            AutoModel,
+            folder,
+            config,
             dtype=torch.float32,
             output_loading_info=True,
             weights_only=True,
@@ -562,10 +646,15 @@ def load_pretrained(
     import torch
 
     with _explained(spec, "weights"):
-        model, report = model_class.from_pretrained(
-            None if weights is not None else model_folder(spec),
+        folder = None
+        if weights is None:
+            folder = model_folder(spec)
+            _check_files(spec, folder)
+        model, report = _from_pretrained(
+            model_class,
+            folder,
+            config,
             state_dict=weights,
-            config=config,
             dtype=torch.float32,
             output_loading_info=True,
             weights_only=True,
@@ -576,6 +665,19 @@ def load_pretrained(
     _check_shapes(spec, [one for one in report["mismatched_keys"] if one[0] not in head])
     other = frozenset(name for name, *_ in report["mismatched_keys"])
     return model, frozenset(report["missing_keys"]), other
+
+
+def _from_pretrained(model_class: Any, folder: Path | None, config: PretrainedConfig, **options: Any) -> Any:
+    """``model_class.from_pretrained``, also where the padding token has no embedding: it gets no padding token then."""
+    try:
+        return model_class.from_pretrained(folder, config=config, **options)
+    except AssertionError:  # of torch.nn.Embedding
+        pad, known = getattr(config, "pad_token_id", None), getattr(config, "vocab_size", None)
+        if pad is None or known is None or -known <= pad < known:
+            raise
+        config = copy.deepcopy(config)
+        config.pad_token_id = None
+        return model_class.from_pretrained(folder, config=config, **options)
 
 
 def head_names(model: PreTrainedModel) -> frozenset[str]:

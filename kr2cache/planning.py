@@ -97,7 +97,7 @@ def plan_extraction(config: ExtractConfig, examples: Sequence[Example] | None = 
         )
     tokenizer = models.load_tokenizer(spec, words=task.words)
     index = encode_examples(tokenizer, examples, task, config.max_length)
-    check_token_ids(index, int(model_config.vocab_size), repr(spec.name))
+    check_token_ids(index, models.vocabulary(model_config), repr(spec.name))
     return ExtractPlan(
         config=config,
         spec=spec,

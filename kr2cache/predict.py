@@ -52,6 +52,7 @@ from kr2cache.models import (
     local_folder,
     pad_id,
     trained_spec,
+    vocabulary,
 )
 from kr2cache.process import process_unchanged
 from kr2cache.repeatable import check_repeatable
@@ -184,7 +185,7 @@ class Predictor:
         for example in examples:
             _check_shape(self.task, example)
         index = encode_examples(self.tokenizer, examples, self.task, self.max_length)
-        check_token_ids(index, int(self.reader.config.vocab_size), "the reader")
+        check_token_ids(index, vocabulary(self.reader.config), "the reader")
         if self.resource is None:
             return example_logits(self.reader, SplitData(examples=examples, index=index), self.task, self.tokenizer)
         features = self.online_features(self.resource, self._resource_index(self.resource, examples))
@@ -207,7 +208,7 @@ class Predictor:
 
     def _resource_index(self, resource: OnlineResource, examples: Sequence[Example]) -> SequenceIndex:
         index = encode_examples(resource.tokenizer, examples, self.task, resource.max_length)
-        check_token_ids(index, int(resource.encoder.config.vocab_size), repr(resource.name))
+        check_token_ids(index, vocabulary(resource.encoder.config), repr(resource.name))
         return index
 
 

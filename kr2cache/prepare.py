@@ -78,7 +78,7 @@ def prepare(config: TrainConfig, shared: Shared) -> Prepared:
     with waiting(f"Tokenising {task.name}"):
         for split, part in ready.corpus.splits.items():
             index = part.index(reader_spec, ready.tokenizer, config.max_length)
-            check_token_ids(index, int(checkpoint.config.vocab_size), repr(reader_spec.name))
+            check_token_ids(index, models.vocabulary(checkpoint.config), repr(reader_spec.name))
             splits[split] = SplitData(examples=part.examples, index=index)
     job = Job(
         task=task,

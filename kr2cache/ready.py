@@ -15,7 +15,7 @@ from kr2cache.arguments import training_arguments
 from kr2cache.checks import Training, check_training, has_caches
 from kr2cache.config import TrainConfig
 from kr2cache.console import waiting
-from kr2cache.errors import ConfigError, ModelUnavailableError
+from kr2cache.errors import ConfigError
 from kr2cache.fusion import parse_fusion
 from kr2cache.kreader import TaskCheckpoint, check_admitted, projection_kind
 from kr2cache.locks import check_writable
@@ -81,7 +81,7 @@ def open_models(training: Training, shared: Shared) -> tuple[TaskCheckpoint, Pre
     config, reader, resource = training.config, training.reader, training.resource
     with waiting(f"Loading {reader.name}"):
         checkpoint = shared.checkpoint(reader, training.task)
-    _check_weights(reader)
+    models.check_complete(reader)
     if resource is not None:
         check_admitted(checkpoint.config, f"Reader {reader.name!r}")
     _check_length(config.max_length, "--max-length", reader, checkpoint.config)
@@ -100,15 +100,6 @@ def _check_length(length: int, option: str, spec: models.ModelSpec, model_config
         )
 
 
-def _check_weights(spec: models.ModelSpec) -> None:
-    folder = models.model_folder(spec)
-    if not models.weight_files(folder):
-        raise ModelUnavailableError(
-            f"The folder of model {spec.name!r}, {folder}, holds no weights (model.safetensors, pytorch_model.bin).",
-            "Copy them there too, beside config.json and the tokenizer.",
-        )
-
-
 def _check_resource(
     training: Training, spec: models.ModelSpec, reader_config: PretrainedConfig, shared: Shared
 ) -> None:
@@ -116,7 +107,7 @@ def _check_resource(
     if models.local_folder(spec) is None and (has_caches(config, spec) or not config.extract):
         return
     model_config = models.load_config(spec)
-    _check_weights(spec)
+    models.check_complete(spec)
     layers, width = models.encoder_shape(model_config)
     parse_fusion(config.fusion, layers)
     projection_kind(config.projection, width, models.encoder_shape(reader_config)[1])

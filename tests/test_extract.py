@@ -581,13 +581,27 @@ def test_nan_stops_and_keeps_what_is_complete(dtype: str, tmp_path: Path) -> Non
 
     edit_weights(folder, "embeddings.word_embeddings.weight", spoil)
     texts = ["das haus und ich", "the dog ran there", "q", "haus"]
-    with pytest.raises(ValueRangeError, match=rf"'s2' at layer 0 is not a finite {dtype} value"):
+    with pytest.raises(ValueRangeError, match=rf"'s2' at layer 0 is not a finite {dtype} value: it is nan") as caught:
         extracted(folder, tmp_path / "cache", texts, dtype=dtype, tokens_per_batch=1)
+    assert (
+        "'model' holds numbers that are not finite (nan or inf), in embeddings.word_embeddings.weight."
+        in caught.value.message
+    )
+    assert caught.value.remedy.startswith("Get an undamaged copy of its weights; no --dtype helps.")
     (cache_folder,) = [path for path in (tmp_path / "cache" / "udpos-de" / "train").iterdir() if path.is_dir()]
     left = FeatureCache.open(cache_folder)
     assert left.ids == ["s0", "s1", "s3"]
     good = extracted(folder, tmp_path / "good", ["das haus und ich", "the dog ran there"], dtype=dtype)
     np.testing.assert_allclose(left["s0"], good["s0"], atol=0.05)
+
+
+def test_an_infinite_state_that_the_model_computes_is_not_put_down_to_the_dtype(tmp_path: Path) -> None:
+    folder = tiny.save_model(tmp_path / "model", **LIVELY)
+    edit_weights(folder, "encoder.layer.1.output.LayerNorm.bias", lambda weight: weight + 3e38)
+    edit_weights(folder, "encoder.layer.1.output.LayerNorm.weight", lambda weight: weight * 3e38)
+    with pytest.raises(ValueRangeError, match="at layer 2 is not a finite float32 value") as caught:
+        extracted(folder, tmp_path / "cache", dtype="float32")
+    assert "The model itself gives it, so no --dtype helps" in caught.value.remedy
 
 
 DiskUsage = collections.namedtuple("DiskUsage", "total used free")

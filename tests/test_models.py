@@ -5,17 +5,19 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
 import torch
-from huggingface_hub import constants
+from huggingface_hub import HfApi, constants
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModel,
@@ -24,14 +26,21 @@ from transformers import (
     BertConfig,
     BertModel,
     BertTokenizer,
+    PreTrainedConfig,
     RobertaConfig,
+    XLNetConfig,
 )
 
+from kr2cache.cli import run
+from kr2cache.config import ExtractConfig
 from kr2cache.digests import model_digests, weights_digest
+from kr2cache.encode import pad
 from kr2cache.errors import ConfigError, KR2CacheError, ModelUnavailableError, UnknownNameError, UnsupportedModelError
+from kr2cache.model_files import fault
 from kr2cache.models import (
     REGISTRY,
     ModelSpec,
+    check_obtainable,
     encoder_shape,
     find_model,
     known_models,
@@ -42,7 +51,9 @@ from kr2cache.models import (
     local_folder,
     max_positions,
     model_folder,
+    pad_id,
 )
+from kr2cache.planning import plan_extraction
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 
@@ -439,3 +450,197 @@ def test_a_dropout_that_makes_no_sense_is_refused(value: object) -> None:
     with pytest.raises(ConfigError, match=r"dropout = .* should be at least 0 and less than 1"):
         known_models({"minilm": {"dropout": value}})
     assert known_models({"minilm": {"dropout": 0}})["minilm"].dropout == 0
+
+
+# A configuration's fields --------------------------------------------------------------------------------------------
+
+
+def edit_config(folder: Path, **fields: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | fields), "utf-8")
+
+
+def states_of(folder: Path) -> list[torch.Tensor]:
+    """By our loading, of two sequences of different lengths."""
+    spec = find_model(str(folder), {})
+    tokenizer, encoder = load_tokenizer(spec, words=True), load_encoder(spec)
+    ids = [[0, 20, 21, 22, 2], [0, 30, 2]]
+    rows = torch.from_numpy(pad([np.array(one) for one in ids], pad_id(tokenizer)))
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    with torch.inference_mode():
+        states = encoder(input_ids=rows, attention_mask=mask, output_hidden_states=True).hidden_states
+    return [torch.stack(states)[:, i, : len(one)] for i, one in enumerate(ids)]
+
+
+@pytest.mark.parametrize("model_type", ["bert", "distilbert", "electra", "modernbert", "albert"])
+def test_a_padding_token_outside_the_embeddings_does_no_harm(tmp_path: Path, model_type: str) -> None:
+    """Of the tokenizer, as where [PAD] was added to it alone, or of the configuration as well."""
+    folder = tiny.save_model(tmp_path / "m", model_type)
+    expected = states_of(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"pad_token": "[ADDED]"})
+    tokenizer.save_pretrained(folder)
+    assert AutoTokenizer.from_pretrained(folder).pad_token_id == len(tiny.VOCABULARY)
+    for change in ({}, {"pad_token_id": len(tiny.VOCABULARY)}):
+        edit_config(folder, **change)
+        for one, other in zip(states_of(folder), expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("model_type", ["bert", "modernbert"])
+def test_a_configuration_that_asks_for_tuples_does_no_harm(tmp_path: Path, model_type: str) -> None:
+    folder = tiny.save_model(tmp_path / "m", model_type)
+    expected, digest = states_of(folder), model_digests(find_model(str(folder), {})).config
+    edit_config(folder, return_dict=False)
+    assert all(torch.equal(one, other) for one, other in zip(states_of(folder), expected, strict=True))
+    assert model_digests(find_model(str(folder), {})).config == digest
+
+
+@pytest.mark.parametrize(
+    ("model_type", "field", "value"),
+    [
+        ("bert", "hidden_size", None),
+        ("bert", "num_hidden_layers", None),
+        ("bert", "num_hidden_layers", 0),
+        ("bert", "vocab_size", None),
+        ("bert", "vocab_size", 0),
+        ("bert", "max_position_embeddings", -1),
+        ("bert", "max_position_embeddings", None),
+        ("roberta", "pad_token_id", None),
+        ("roberta", "pad_token_id", 900),
+        ("roberta", "max_position_embeddings", -1),
+        ("roberta", "max_position_embeddings", 2),
+    ],
+)
+def test_a_field_that_is_null_or_makes_no_sense_is_named(
+    tmp_path: Path, model_type: str, field: str, value: object
+) -> None:
+    folder = tiny.save_model(tmp_path / "m", model_type)
+    tiny.save_corpus(tmp_path / "corpus", train=2, dev=0, test=0)
+    edit_config(folder, **{field: value})
+    config = ExtractConfig(
+        resource=str(folder), split="train", task="udpos", data=str(tmp_path / "corpus"), cache_dir=tmp_path / "cache"
+    )
+    with pytest.raises(UnsupportedModelError, match=rf"\b{field}\b"):
+        plan_extraction(config)
+
+
+def test_no_limit_of_positions_is_no_limit() -> None:
+    assert max_positions(XLNetConfig()) is None, "a property that is -1"
+    assert max_positions(PreTrainedConfig()) is None, "absent"
+
+
+# A model's files -----------------------------------------------------------------------------------------------------
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:{}\nsize 438007537\n".format("4" * 64)
+
+
+def lose_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def clone_without_lfs(folder: Path) -> None:
+    (folder / "model.safetensors").write_text(POINTER)
+
+
+def lose_a_shard(folder: Path) -> None:
+    model = AutoModel.from_pretrained(folder)
+    lose_weights(folder)
+    model.save_pretrained(folder, max_shard_size="5KB")
+    sorted(folder.glob("model-*.safetensors"))[1].unlink()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message", "remedy"),
+    [
+        (lose_weights, r"mine holds no weights \(model\.safetensors or pytorch_model\.bin\)", "Copy the weights"),
+        (clone_without_lfs, r"without git-lfs: model\.safetensors is only a pointer", "git lfs pull"),
+        (lose_a_shard, r"lacks 1 of the files of its weights: model-00002-of-\d+\.safetensors", "Copy them"),
+    ],
+)
+def test_a_folder_without_its_weights_is_no_model(
+    bert: Path,
+    workdir: Path,
+    capsys: pytest.CaptureFixture[str],
+    spoil: Callable[[Path], None],
+    message: str,
+    remedy: str,
+) -> None:
+    folder = Path(shutil.copytree(bert, workdir / "mine"))
+    (workdir / "kr2cache.toml").write_text('[models.mine]\npath = "mine"\n')
+    overrides = {"mine": {"path": "mine"}}
+
+    def listed() -> dict[str, str | None]:
+        assert run(["models", "--json"]) == 0
+        return next(one for one in json.loads(capsys.readouterr().out) if one["name"] == "mine")
+
+    assert (listed()["folder"], listed()["fault"]) == ("mine", None)
+    spoil(folder)
+    assert listed()["folder"] is None
+    assert re.search(message, listed()["fault"] or "")
+    assert run(["models"]) == 0
+    assert remedy in capsys.readouterr().out
+    for check in (check_obtainable, load_encoder):
+        with pytest.raises(ModelUnavailableError, match=message) as caught:
+            check(find_model("mine", overrides))
+        assert remedy in caught.value.remedy
+
+
+def test_a_tokenizer_that_is_a_pointer_is_seen(bert: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(bert, tmp_path / "m"))
+    assert fault(folder) is None
+    (folder / "tokenizer.json").write_text(POINTER)
+    found = fault(folder)
+    assert found is not None
+    assert "tokenizer.json is only a pointer" in found[0]
+
+
+# Downloading ---------------------------------------------------------------------------------------------------------
+
+PHOBERT = ("config.json", "tokenizer_config.json", "vocab.txt", "bpe.codes", "pytorch_model.bin")
+OTHERS = (
+    "tf_model.h5",
+    "flax_model.msgpack",
+    "README.md",
+    ".gitattributes",
+    "onnx/model.onnx",
+    "logo.png",
+    "emoji.dic",
+)
+
+
+@pytest.mark.parametrize(
+    ("fields", "tokenizer_fields", "more", "left"),
+    [
+        ({"model_type": "roberta"}, {"tokenizer_class": "PhobertTokenizer"}, (), ()),
+        ({"model_type": "phobert"}, {}, (), ()),
+        ({"model_type": "roberta"}, {"tokenizer_class": "PhobertTokenizer"}, ("model.safetensors",), PHOBERT[-1:]),
+        # A class that comes with the model: what it reads is not known.
+        ({"model_type": "bert"}, {"tokenizer_class": "OwnTokenizer"}, ("emoji.dic", "own_tokenizer.py"), ()),
+    ],
+)
+def test_a_download_takes_what_the_tokenizers_class_reads(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fields: dict[str, str],
+    tokenizer_fields: dict[str, str],
+    more: tuple[str, ...],
+    left: tuple[str, ...],
+) -> None:
+    """The hub is made up: its listing, and the two small files that say which tokenizer it is."""
+    wanted = {*PHOBERT, *more} - set(left)
+    repository, asked = tmp_path / "repository", []
+    repository.mkdir()
+    (repository / "config.json").write_text(json.dumps(fields))
+    (repository / "tokenizer_config.json").write_text(json.dumps(tokenizer_fields))
+
+    def snapshot(hub_id: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.extend(allow_patterns)
+        return str(repository)
+
+    monkeypatch.setattr(HfApi, "list_repo_files", lambda *_, **__: [*dict.fromkeys((*PHOBERT, *OTHERS, *more))])
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda _, name, **__: str(repository / name))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    monkeypatch.setattr("kr2cache.hub.unreachable", lambda: None)
+    assert model_folder(find_model("me/phobert", {})) == repository
+    assert set(asked) == wanted

@@ -33,6 +33,7 @@ from kr2cache.errors import (
 )
 from kr2cache.kreader import KReader
 from kr2cache.pipeline import TrainResult
+from kr2cache.predict import Predictor
 from kr2cache.prepare import prepare
 from kr2cache.report import report
 from kr2cache.runs import mean_and_std
@@ -494,3 +495,21 @@ def test_a_new_training_gets_a_new_head_and_says_so(
         labels = "" if number else f", labels {', '.join(names)}"
         assert said.startswith(f"reader has the head of an earlier training (classifier{labels}). It is not used")
         tagger = AutoModelForTokenClassification.from_pretrained(reader, num_labels=5)
+
+
+def test_tuples_and_a_padding_token_without_embedding_change_no_score(
+    world: World, make: Callable[[Path], World], tmp_path: Path
+) -> None:
+    expected = world.train(epochs=1.0)
+    other = make(tmp_path / "other")
+    for model in (other.resource, other.folder / "models" / "reader"):
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        tokenizer.add_special_tokens({"pad_token": "[ADDED]"})
+        tokenizer.save_pretrained(model)
+        edit_config(model, return_dict=False)
+    found = other.train(epochs=1.0)
+    assert found.runs[0].metrics == expected.runs[0].metrics
+    assert predictions(found.runs[0].folder, "test") == predictions(expected.runs[0].folder, "test")
+    predictor = Predictor.load(found.runs[0].folder, device="cpu")
+    rows = predictor(UdPos(None).read("test", str(other.data)))
+    assert [row.predicted for row in rows] == [row["predicted"] for row in predictions(found.runs[0].folder, "test")]

@@ -61,12 +61,20 @@ def _rewritten(shard: Shard) -> CacheError:
 
 def _not_finite(shard: Shard, i: int, raw: NDArray[Any], scale: NDArray[np.float32] | None) -> ValueRangeError:
     header = shard.header
-    finite = np.isfinite(decode(raw, None, header.dtype) if scale is None else scale[:, None]).all(axis=1)
-    layer = header.layers[int(np.argmin(finite)) // (len(raw) // len(header.layers))]
+    values = decode(raw, None, header.dtype) if scale is None else scale[:, None]
+    row = int(np.argmin(np.isfinite(values).all(axis=1)))
+    layer = header.layers[row // (len(raw) // len(header.layers))]
+    is_nan = bool(np.isnan(values[row]).any())
+    remedy = "float16 ends at 65,504: --dtype bfloat16 or float32 holds larger values."
+    if is_nan or header.dtype != "float16":
+        remedy = (
+            "The model itself gives it, so no --dtype helps. Choose another checkpoint; or, if --compute-dtype is not "
+            "float32, give float32."
+        )
     return ValueRangeError(
-        f"A state of {shard.ids[i].decode('utf-8')!r} at layer {layer} is not a finite {header.dtype} value.",
-        "float16 ends at 65,504: --dtype bfloat16 or float32 holds larger values. If it is nan there too, the model "
-        "itself gives nan. What is complete is kept.",
+        f"A state of {shard.ids[i].decode('utf-8')!r} at layer {layer} is not a finite {header.dtype} value"
+        f"{': it is nan' if is_nan else ''}.",
+        f"{remedy} What is complete is kept.",
     )
 
 

@@ -13,6 +13,7 @@ from kr2cache.console import console
 from kr2cache.defaults import OPTIONS
 from kr2cache.device import check_device_name
 from kr2cache.locks import check_writable
+from kr2cache.model_files import fault
 from kr2cache.models import check_obtainable, find_model, known_models
 from kr2cache.tasks import find_task
 
@@ -25,7 +26,9 @@ def models_cli(as_json: Json = False, debug: Debug = False) -> None:
     from kr2cache.terminal import Column, print_table
 
     specs = known_models(read_toml(Path.cwd(), OPTIONS).models)
-    folders = {name: local_folder(spec) for name, spec in specs.items()}
+    there = {name: local_folder(spec) for name, spec in specs.items()}
+    faults = {name: fault(folder) for name, folder in there.items() if folder is not None}
+    folders = {name: folder for name, folder in there.items() if faults.get(name) is None}
     if as_json:
         print_json(
             [
@@ -33,7 +36,8 @@ def models_cli(as_json: Json = False, debug: Debug = False) -> None:
                     "name": name,
                     "hub_id": spec.hub_id,
                     "language": spec.language,
-                    "folder": str(folders[name]) if folders[name] else None,
+                    "folder": str(folders[name]) if folders.get(name) else None,
+                    "fault": " ".join(wrong) if (wrong := faults.get(name)) else None,
                     "needs": spec.needs,
                 }
                 for name, spec in specs.items()
@@ -49,13 +53,15 @@ def models_cli(as_json: Json = False, debug: Debug = False) -> None:
     )
     rows: list[list[str | Text]] = []
     for name, spec in specs.items():
-        folder = folders[name]
-        missing = f"{spec.path} has no config.json" if spec.path else ""
+        folder, wrong = folders.get(name), faults.get(name)
+        missing = wrong[0] if wrong else f"{spec.path} has no config.json" if spec.path else ""
         here = Text("yes", style="green") if folder else Text("no")
         rows.append([name, spec.language or "many", spec.hub_id or "-", here, str(folder) if folder else missing])
     print_table("Models with a name (a hub id or a folder serves as well)", columns, rows)
     for name, spec in specs.items():
-        if spec.needs and folders[name] is None:
+        if wrong := faults.get(name):
+            console.print(f"{name}: {wrong[1]}", markup=False, soft_wrap=True)
+        elif spec.needs and folders.get(name) is None:
             console.print(f"{name} needs {spec.needs}.", markup=False, soft_wrap=True)
 
 

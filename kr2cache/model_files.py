@@ -1,0 +1,98 @@
+"""The files of a model's folder: which hold weights, what is wrong with them, which to download. Loads none of them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+LFS_POINTER_BYTES = 1_024
+"""A pointer is smaller; what is larger is a file."""
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files of ``folder`` that hold weights."""
+    return [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]
+
+
+def fault(folder: Path) -> tuple[str, str] | None:
+    """What is wrong with a model's folder and what to do, in words; None where its files are there."""
+    files = [path for path in folder.iterdir() if path.is_file()]
+    pointers = sorted(path.name for path in files if _is_lfs_pointer(path))
+    if pointers:
+        more = f" (and {len(pointers) - 1} more)" if len(pointers) > 1 else ""
+        return (
+            f"{folder} was cloned without git-lfs: {pointers[0]} is only a pointer to the real content{more}.",
+            "Run `git lfs pull` there, or copy the real files.",
+        )
+    if not weight_files(folder):
+        return (
+            f"{folder} holds no weights (model.safetensors or pytorch_model.bin).",
+            "Copy the weights there too, beside config.json.",
+        )
+    missing = sorted({name for path in folder.glob("*.index.json") for name in _shards(path)} - {f.name for f in files})
+    if missing:
+        return (
+            f"{folder} lacks {len(missing)} of the files of its weights: {', '.join(missing[:3])}"
+            f"{', ...' if len(missing) > 3 else ''}.",
+            "Copy them there too.",
+        )
+    return None
+
+
+def _is_lfs_pointer(path: Path) -> bool:
+    if path.stat().st_size >= LFS_POINTER_BYTES:
+        return False
+    with path.open("rb") as file:
+        return file.read(len(LFS_POINTER)) == LFS_POINTER
+
+
+def _shards(index: Path) -> set[str]:
+    """The files that the index of divided weights names, where those of its format are there at all."""
+    try:
+        names = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return set()
+    return names if any((index.parent / name).is_file() for name in names) else set()
+
+
+# Downloading ----------------------------------------------------------------------------------------------------------
+
+FOREIGN = re.compile(
+    r".*\.(safetensors|bin|h5|msgpack|ot|onnx|pt|pth|ckpt|pb|tflite|gguf|mlmodel|npz|png|jpe?g|gif|svg|pdf|md)|\.git.*"
+)
+"""Weights (which are chosen apart) in any format, pictures, readmes."""
+
+
+def files_to_download(names: Iterable[str], config: dict[str, Any], tokenizer_config: dict[str, Any]) -> list[str]:
+    """The files of a repository on the hub that a model needs: configurations, code, vocabulary, one format of weights.
+
+    Args:
+        names: Every file of the repository.
+        config: Its config.json.
+        tokenizer_config: Its tokenizer_config.json; empty where there is none.
+    """
+    here = [name for name in names if "/" not in name]
+    safe = any(name.endswith(".safetensors") for name in here)
+    weights = re.compile(r".*\.safetensors" if safe else r"pytorch_model.*\.bin")
+    asked = _vocabulary_files(config, tokenizer_config)
+    return [
+        name
+        for name in here
+        if weights.fullmatch(name)
+        or name.endswith((".json", ".txt", ".model", ".py"))
+        or (name in asked if asked is not None else not FOREIGN.fullmatch(name))
+    ]
+
+
+def _vocabulary_files(config: dict[str, Any], tokenizer_config: dict[str, Any]) -> set[str] | None:
+    """The files that the tokenizer's class reads; None where the class is not one of transformers' own."""
+    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES, tokenizer_class_from_name
+
+    name = tokenizer_config.get("tokenizer_class") or TOKENIZER_MAPPING_NAMES.get(config.get("model_type", ""))
+    found = tokenizer_class_from_name(name) if isinstance(name, str) else None
+    files = getattr(found, "vocab_files_names", None)
+    return set(files.values()) if isinstance(files, dict) else None
