@@ -92,6 +92,11 @@ def choose_task(resource: str | None, cache_dir: Path, overrides: Mapping[str, M
         own = sorted({task for task, name in tasks_and_resources(cache_dir) if name == spec.name})
         if len(own) == 1:
             return own[0]
+        if own:
+            raise ConfigError(
+                f"Which task? {cache_dir} holds caches of {spec.name} for several.",
+                f"Give --task, or task under [defaults] in kr2cache.toml: {', '.join(own)}",
+            )
     held = sorted({name for name, _ in tasks_and_resources(cache_dir)})
     if len(held) == 1:
         return held[0]

@@ -238,6 +238,8 @@ def _recorded(prepared: Prepared, lesson: Lesson | None) -> dict[str, Any]:
         }
         for split, cache in prepared.caches.items()
     }
+    if prepared.resource is not None:
+        recorded["words_without_states"] = prepared.resource.words_without_states
     recorded["cache_bytes"] = {split: cache.stored_bytes for split, cache in prepared.caches.items()}
     if lesson is not None:
         recorded["distillation"] = lesson.recorded

@@ -263,9 +263,10 @@ class Resource:
         kinds = "; ".join(
             f"max length {length}, {dtype}, computed in {compute}" for length, dtype, compute in by_settings
         )
+        places = (LENGTH_OPTION, "dtype under [defaults] in kr2cache.toml", "compute-dtype under [defaults] there")
+        differing = [place for place, *values in zip(places, *by_settings, strict=True) if len(set(values)) > 1]
         raise CacheError(
-            f"Several caches of {self.spec.name} fit and differ: {kinds}.",
-            "Say which: --resource-max-length, or dtype and compute_dtype under [defaults] in kr2cache.toml.",
+            f"Several caches of {self.spec.name} fit and differ: {kinds}.", f"Say which: {', '.join(differing)}."
         )
 
     def _extract(self, split: str) -> FeatureCache:

@@ -68,6 +68,11 @@ def test_reading_a_cache_loads_neither_torch_nor_transformers(bert: Path, corpus
     assert not loaded & HEAVY
 
 
-@pytest.mark.parametrize("module", ["kr2cache", "kr2cache.cache", "kr2cache.config", "kr2cache.models", "kr2cache.cli"])
+@pytest.mark.parametrize("module", ["kr2cache.cache", "kr2cache.checks", "kr2cache.commands.app"])
 def test_modules_that_the_command_line_starts_with_are_light(module: str) -> None:
     assert not loaded_by(f"import {module}") & HEAVY
+
+
+def test_the_first_modules_import_next_to_nothing() -> None:
+    """So that Ctrl-C is explained from early on."""
+    assert not loaded_by("import kr2cache.cli") & (HEAVY | {"typer", "rich", "numpy", "h5py", "typing", "dataclasses"})

@@ -117,8 +117,9 @@ def test_several_caches_that_fit_are_a_question_unless_one_has_the_default_setti
     for split in SPLITS:
         world.extract(split, dtype="float32")
         world.extract(split, dtype="bfloat16")
-    with pytest.raises(CacheError, match=r"Several caches of res fit and differ.*(bfloat16|float32)"):
+    with pytest.raises(CacheError, match=r"Several caches of res fit and differ.*(bfloat16|float32)") as caught:
         world.train()
+    assert caught.value.remedy == "Say which: dtype under [defaults] in kr2cache.toml.", "their lengths are the same"
     assert world.train(dtype="bfloat16").computed == 0
     for split in SPLITS:
         world.extract(split)
@@ -346,6 +347,8 @@ def test_words_without_states_are_named_with_the_option_that_keeps_them(
     assert said(capsys).count("has no states for") == 1, "once in a sweep"
     for result in (first, again):
         assert result.json()["words_without_states"] == lost
+        config = json.loads((result.runs[0].folder / "config.json").read_text("utf-8"))
+        assert config["recorded"]["words_without_states"] == lost
         describe_training(result)
         table = said(capsys)
         assert "words without states" in table

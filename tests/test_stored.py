@@ -11,7 +11,8 @@ import pytest
 from world import SPLITS, World, change_a_weight, predictions
 
 from kr2cache.cli import run
-from kr2cache.errors import CacheError, UnknownNameError
+from kr2cache.defaults import choose_task
+from kr2cache.errors import CacheError, ConfigError, UnknownNameError
 from kr2cache.stored import find_resource
 
 
@@ -121,3 +122,16 @@ def test_names_that_are_known_go_before_those_of_caches(workdir: Path, bert: Pat
     for name in ("mine", "mine-2-0123456", "mine-2-01234568"):
         with pytest.raises(UnknownNameError, match=name):
             found(name)
+
+
+def test_the_tasks_of_a_resources_caches_are_the_choice(workdir: Path) -> None:
+    for task in ("udpos", "snli"):
+        folder = workdir / "cache" / task / "train" / "mine-01234567"
+        folder.mkdir(parents=True)
+        (folder / "shard-00000-of-00001.h5").touch()
+    (workdir / "cache" / "piqa" / "train" / "other-01234567").mkdir(parents=True)
+    (workdir / "cache" / "piqa" / "train" / "other-01234567" / "shard-00000-of-00001.h5").touch()
+    assert choose_task("other", workdir / "cache", {}) == "piqa"
+    with pytest.raises(ConfigError, match="holds caches of mine for several") as caught:
+        choose_task("mine", workdir / "cache", {})
+    assert caught.value.remedy.endswith(": snli, udpos")
