@@ -152,7 +152,9 @@ def test_they_are_trained_from(then: Path, tmp_path: Path, capsys: pytest.Captur
 
 
 def test_the_run_is_reported_and_predicts_what_it_predicted(then: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (configuration,) = collect(then / "runs").configurations
+    found = collect(then / "runs")
+    (configuration,) = found.configurations
+    assert any(note.startswith("F1 of 1 configuration is not XTREME's") for note in found.notes)
     assert (configuration.task, list(configuration.runs)) == ("udpos", [1])
     stored = json.loads((then / "runs" / RUN / "metrics.json").read_text("utf-8"))
     assert configuration.runs[1].scores["accuracy"] == stored["test"]["accuracy"] == 0.9
