@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from rich.cells import cell_len
 from rich.console import RenderableType
 from rich.padding import Padding
 from rich.table import Table
@@ -71,6 +72,8 @@ def in_blocks(
         return [_table(title, columns, shown, everything, widths)]
     blocks: list[RenderableType] = []
     left = [place for place in everything if place not in keys]
+    if not left:
+        return _records(title, columns, shown, everything, width)
     while left:
         count = len(left)
         while not (widths := _widths(columns, shown, [*keys, *left[:count]], width)):
@@ -86,23 +89,19 @@ def _text(cell: Cell) -> Text:
     return cell if isinstance(cell, Text) else Text(cell)
 
 
-def _lines(text: Text) -> list[str]:
-    return text.plain.split("\n")
-
-
 def _widths(
     columns: Sequence[Column], rows: Sequence[Sequence[Text]], kept: Sequence[int], width: int
 ) -> list[int] | None:
     """How wide each of the ``kept`` columns becomes; None where they have no room."""
     narrowest, natural = [], []
     for place in kept:
-        lengths = [Text(line).cell_len for row in rows for line in _lines(row[place])]
+        lengths = [cell_len(line) for row in rows for line in row[place].plain.split("\n")]
         name = columns[place].name
-        name_word = max((Text(word).cell_len for word in name.split()), default=0)
-        natural.append(max([Text(name).cell_len, *lengths, 1]))
+        name_word = max(map(cell_len, name.split()), default=0)
+        natural.append(max([cell_len(name), *lengths, 1]))
         cells = lengths
         if columns[place].breaks:
-            words = [Text(word).cell_len for row in rows for word in _pieces(row[place].plain, columns[place].breaks)]
+            words = [cell_len(word) for row in rows for word in _pieces(row[place].plain, columns[place].breaks)]
             cells = [max(min(FOLDED, max(lengths, default=0)), max(words, default=0))]
         narrowest.append(max([name_word, *cells, 1]))
     room = width - BETWEEN * len(kept) - 1 - sum(narrowest)
@@ -151,11 +150,11 @@ def _broken(path: Text, width: int) -> Text:
         return path
     ends, end, length = [], 0, 0
     for piece in _pieces(path.plain, "/"):
-        if length and length + Text(piece).cell_len > width:
+        if length and length + cell_len(piece) > width:
             ends.append(end)
             length = 0
         end += len(piece)
-        length += Text(piece).cell_len
+        length += cell_len(piece)
     return Text("\n").join(path.divide(ends))
 
 

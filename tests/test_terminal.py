@@ -10,7 +10,7 @@ from rich.text import Text
 
 from kr2cache.console import console, work_progress
 from kr2cache.report.tables import Cell, Table, to_rich
-from kr2cache.terminal import Column, print_table
+from kr2cache.terminal import Column, in_blocks, print_table
 
 WIDTHS = (120, 80, 60, 40)
 COLUMNS = (
@@ -58,6 +58,11 @@ def test_a_terminal_too_narrow_for_any_column_gets_lines(monkeypatch: pytest.Mon
     text = printed(22, monkeypatch)
     assert "udpos-de/train/\ngottbert-1f3a9c2e\n" in text
     assert "  state: stale" in text
+
+
+def test_a_single_column_without_room_is_shown_as_lines() -> None:
+    (title, row) = in_blocks("Names", [Column("name")], [["word " * 9]], [0], 20)
+    assert (str(title), str(row)) == ("Names", "word " * 9)
 
 
 @pytest.mark.parametrize("width", WIDTHS)
