@@ -114,6 +114,15 @@ def test_the_slower_of_two_limits_binds() -> None:
     assert not one.json()["met"]
 
 
+def test_what_is_allowed_is_seconds_more_for_each_thing() -> None:
+    times = {"limit": [1.0, 2.0, 3.0], "ours": [3.0, 5.0, 5.0]}
+    one = Race(title="t", unit="u", seconds=times, target=None, things=4, allowed=0.5)
+    assert (one.extras, one.met) == ([0.5, 0.75, 0.5], True)
+    assert not dataclasses.replace(one, allowed=0.49).met
+    assert not dataclasses.replace(one, target=1.5).met
+    assert (one.json()["extra"], one.json()["extra_range"]) == (0.5, (0.5, 0.75))
+
+
 def test_the_ratio_is_of_neighbours_whatever_the_machine_does_meanwhile() -> None:
     slower_and_slower = [1.0, 2.0, 3.0, 4.0, 5.0]
     times = {"limit": slower_and_slower, "ours": [1.1 * one for one in reversed(slower_and_slower)], "rival": [9.0]}
@@ -155,6 +164,8 @@ def test_the_bench_measures_every_part_and_leaves_nothing(
     workers = [f"reading, {number} worker{'s' if number > 1 else ''}" for number in reading.WORKERS]
     assert titles == [
         "stage one",
+        "reading one sequence, by its id",
+        "reading into memory used again",
         "reading, from the page cache",
         *workers,
         "reading, page cache dropped",
@@ -165,7 +176,7 @@ def test_the_bench_measures_every_part_and_leaves_nothing(
     for one in result["races"]:
         times = list(one["medians"].values())
         limits, (_, *rivals) = times[: one["limits"]], times[one["limits"] :]
-        assert rivals or "worker" in one["title"] or one["title"] == "evaluation"
+        assert rivals or "worker" in one["title"] or one["title"] in ("evaluation", "reading one sequence, by its id")
         assert min(times) > 0
         assert one["limit"] == max(limits)
         names = list(one["seconds"])
@@ -175,8 +186,12 @@ def test_the_bench_measures_every_part_and_leaves_nothing(
         assert one["ratio"] == statistics.median(ratios)
         assert min(ratios) <= one["ratio_range"][0] <= one["ratio"] <= one["ratio_range"][1] <= max(ratios)
         assert [statistics.median(times) for times in one["seconds"].values()] == list(one["medians"].values())
+        pairs = zip(one["seconds"][names[one["limits"]]], one["seconds"][slowest], strict=True)
+        assert one["extra"] == statistics.median([(ours - limit) / one["things"] for ours, limit in pairs])
         assert one["title"] in captured.err
         assert set(one["peak_bytes"]) == set(one["seconds"])
+    assert result["races"][1]["things"] == 12 * reading.ROUNDS
+    assert "≤ +10 µs each" in " ".join(captured.err.split())
     assert "2 fusions, a seed a turn" in result["races"][-1]["unit"], "a layer that the resource lacks is left out"
     assert "Break-even" in captured.err
     assert result["break_even"]["disk_bytes"] == result["break_even"]["tokens"] * 5 * 16 * 2

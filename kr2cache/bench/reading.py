@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import statistics
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from kr2cache.bench import BenchConfig, Race, race, size_text
 from kr2cache.cache.create import create_shards
 from kr2cache.cache.format import SequenceIndex, ShardHeader, encode_ids, offsets
 from kr2cache.cache.reader import FeatureCache
+from kr2cache.cache.shard import open_shard, shard_paths
 from kr2cache.cache.writer import CacheWriter, PackedStates
 
 LAYERS, WIDTH, TOKENS = 13, 768, 34
@@ -33,6 +35,12 @@ SEQUENCES = 320
 BATCHES = 8
 """Random batches in one turn."""
 TARGET = 1.25
+AGAIN_TARGET = 1.1
+"""Into memory that is used again."""
+ONE_S = 10e-6
+"""Seconds that one sequence may take more than a slice of the map."""
+ROUNDS = 10
+"""Through all sequences, one by one, in one turn."""
 WORKERS = (1, 2, 3, 4)
 
 
@@ -74,12 +82,97 @@ def run(config: BenchConfig, folder: Path) -> list[Race]:
     stored = Stored(folder, [f"s{i}" for i in range(SEQUENCES)], lengths, states)
     _store(stored)
     picks = [draw.choice(SEQUENCES, BATCH, replace=False) for _ in range(BATCHES)]
-    races = [_warm(config, stored, picks)]
+    races = [_one(config, stored, draw), _again(config, stored, picks), _warm(config, stored, picks)]
     if sys.platform == "linux":  # where processes may be forked
         races += [_workers(config, stored, picks, number) for number in WORKERS]
     if hasattr(os, "posix_fadvise"):
         races.append(_cold(config, stored))
     return races
+
+
+def _one(config: BenchConfig, stored: Stored, draw: np.random.Generator) -> Race:
+    """A view of one sequence by its id, beside a slice of an array over the file, from places that are known."""
+    cache = FeatureCache.open(stored.cache)
+    shard = shard_paths(stored.cache)[0]
+    mapped = np.memmap(shard, np.float16, "r", open_shard(shard).place("hidden"), stored.states.shape)
+    order = draw.permutation(SEQUENCES).tolist() * ROUNDS
+    names = [stored.names[i] for i in order]
+    first, lengths = stored.first.tolist(), stored.lengths.tolist()
+    hidden = np.asarray(mapped)  # a memmap's own slices take four times as long
+
+    def slices() -> None:
+        for i in order:
+            hidden[first[i] : first[i + 1]].reshape(LAYERS, lengths[i], WIDTH)
+
+    def ours() -> None:
+        for name in names:
+            cache[name]
+
+    return race(
+        "reading one sequence, by its id",
+        f"{len(order):,} views, nothing copied",
+        {"slices of the mapped file, places known": slices, "kr2cache, cache[id]": ours},
+        repeats=config.repeats,
+        target=None,
+        things=len(order),
+        allowed=ONE_S,
+    )
+
+
+def _again(config: BenchConfig, stored: Stored, picks: list[NDArray[np.int64]]) -> Race:
+    """Batches into memory that is used again, beside copies into it."""
+    first, names, states = stored.first.tolist(), stored.names, stored.states
+    cache = FeatureCache.open(stored.cache)
+    buffer = cache.buffer(BATCH)
+    batches = [batch.tolist() for batch in picks]
+
+    def copy(batch: list[int]) -> None:
+        at = 0
+        for i in batch:
+            end = at + first[i + 1] - first[i]
+            buffer[at:end] = states[first[i] : first[i + 1]]
+            at = end
+
+    def ours(batch: list[int]) -> None:
+        cache.batch([names[i] for i in batch], out=buffer)
+
+    def fresh(batch: list[int]) -> None:
+        cache.batch([names[i] for i in batch])
+
+    def through(read: Callable[[list[int]], None]) -> Callable[[], None]:
+        def turn() -> None:
+            for batch in batches:
+                read(batch)
+
+        return turn
+
+    def batch_by_batch() -> tuple[float, float]:
+        """Both in alternation; not the same batch one after the other, which a processor's cache may still hold."""
+        spent = {copy: 0.0, ours: 0.0}
+        for place in range(len(batches)):
+            for way, batch in ((copy, batches[place]), (ours, batches[place - len(batches) // 2])):
+                started = time.perf_counter()
+                way(batch)
+                spent[way] += time.perf_counter() - started
+        return spent[copy], spent[ours]
+
+    return race(
+        "reading into memory used again",
+        _unit(stored, picks),
+        {
+            "copying the same bytes into it": through(copy),
+            "kr2cache, FeatureCache.batch(..., out=...)": through(ours),
+            "kr2cache, FeatureCache.batch into fresh memory": through(fresh),
+        },
+        repeats=config.repeats,
+        target=AGAIN_TARGET,
+        close=batch_by_batch,
+    )
+
+
+def _unit(stored: Stored, picks: list[NDArray[np.int64]]) -> str:
+    read = sum(int(stored.lengths[batch].sum()) for batch in picks) * LAYERS * WIDTH * stored.states.itemsize
+    return f"{len(picks)} random batches: {size_text(len(picks) * BATCH, read)}"
 
 
 def _warm(config: BenchConfig, stored: Stored, picks: list[NDArray[np.int64]]) -> Race:
@@ -125,8 +218,7 @@ def _warm(config: BenchConfig, stored: Stored, picks: list[NDArray[np.int64]]) -
             "h5py, slices of one data set": lambda: copies(rows),
             "h5py, a data set each": lambda: copies(data_set),
         }
-        read = sum(int(lengths[batch].sum()) for batch in picks) * LAYERS * WIDTH * states.itemsize
-        unit = f"{BATCHES} random batches: {size_text(BATCHES * BATCH, read)}"
+        unit = _unit(stored, picks)
         return race("reading, from the page cache", unit, contenders, repeats=config.repeats, target=TARGET)
 
 
@@ -150,8 +242,7 @@ def _workers(config: BenchConfig, stored: Stored, picks: list[NDArray[np.int64]]
 
     shares = [picks[worker::number] for worker in range(number)]
     ways = {"copying the same bytes in memory": in_memory, "kr2cache, FeatureCache.batch": ours}
-    read = sum(int(lengths[batch].sum()) for batch in picks) * LAYERS * WIDTH * states.itemsize
-    unit = f"{len(picks)} random batches: {size_text(len(picks) * BATCH, read)}"
+    unit = _unit(stored, picks)
     title = f"reading, {number} worker{'s' if number > 1 else ''}"
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(config.repeats):

@@ -10,9 +10,6 @@ and pickled to a spawned worker, which maps the files again.
 
 from __future__ import annotations
 
-import contextlib
-import math
-import mmap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,17 +19,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kr2cache.cache.format import ON_DISK, SCALE_BYTES, SequenceIndex, decode, offsets, row_bytes, states_xxh3
-from kr2cache.cache.hdf5 import read_rows
+from kr2cache.cache.format import ON_DISK, SequenceIndex, decode, offsets, row_bytes, states_xxh3
 from kr2cache.cache.ids import IdIndex
+from kr2cache.cache.rows import StoredRows
 from kr2cache.cache.shard import Shard, open_shard, shard_paths
 from kr2cache.errors import CacheError, ConfigError, SequenceNotFoundError
 from kr2cache.memory import aligned_empty, total_memory
 
-PAGE = mmap.PAGESIZE
-READ_AHEAD: int | None = getattr(mmap, "MADV_WILLNEED", None)
-READ_AHEAD_BYTES = max(2**17, PAGE)
-"""Asked for at once: of more than a disk's own read-ahead, 128 KiB by default, Linux may drop the rest in silence."""
+EVERY_LAYER = (-1,)
+"""Stands for the places of all layers, which would take as long to list as to look up."""
 MEMORY_SHARE = 0.5
 """Of the memory that there is: a larger cache counts as one that does not stay in it."""
 
@@ -71,10 +66,8 @@ class FeatureCache:
     def __init__(self, folder: Path, shards: Sequence[Shard]) -> None:
         self.folder = folder
         self._shards = list(shards)
-        self._first_of_shard = offsets(np.array([len(shard.ids) for shard in shards]))
-        self._maps = [_map(shard) for shard in shards]
-        self._hidden = [_mapped(shard, one, "hidden") for shard, one in zip(shards, self._maps, strict=True)]
-        self._scale = [_mapped(shard, one, "hidden_scale") for shard, one in zip(shards, self._maps, strict=True)]
+        self._rows = StoredRows(shards)
+        self._every_layer = list(range(len(shards[0].header.layers)))
         self._index = IdIndex(_joined([shard.ids for shard in shards]))
         self._is_unique = False
         self.n_tokens: NDArray[np.int32] = _joined([shard.n_tokens for shard in shards])
@@ -83,12 +76,13 @@ class FeatureCache:
         """(n,) XXH3-64 of each input text, by position."""
         self.complete: NDArray[np.bool_] = _joined([shard.complete for shard in shards])
         """(n,) whether the sequence's states are there, by position."""
+        self._is_complete = bool(self.complete.all())
         self._is_large = self.stored_bytes > MEMORY_SHARE * total_memory()
         self.check_on_read = False
         """Compare each sequence with its checksum when it is first read; a worker process compares for itself."""
         self._checked = np.zeros(len(self.n_tokens), dtype=bool)
         self._asked_for: dict[tuple[int, ...], NDArray[np.bool_]] = {}
-        """By places of layers: (n,) whether ``read_ahead`` has asked for them before."""
+        """By places of layers (``EVERY_LAYER`` for all): (n,) whether ``read_ahead`` has asked for them before."""
 
     @classmethod
     def open(cls, folder: str | Path) -> FeatureCache:
@@ -158,7 +152,7 @@ class FeatureCache:
     @property
     def mapped(self) -> bool:
         """Whether every shard is memory-mapped (else some are read through HDF5, slower, with the same results)."""
-        return all(rows is not None for rows in self._hidden)
+        return self._rows.mapped
 
     @property
     def stored_bytes(self) -> int:
@@ -180,7 +174,7 @@ class FeatureCache:
     @property
     def ids(self) -> list[str]:
         """Ids of the complete sequences, in data-set order (strings, made when asked for)."""
-        if self.complete.all():
+        if self._is_complete:
             return self.all_ids
         return [name for name, done in zip(self.all_ids, self.complete.tolist(), strict=True) if done]
 
@@ -197,13 +191,17 @@ class FeatureCache:
         Raises:
             CacheError: If the cache holds an id twice.
         """
-        if not self._is_unique:
-            if (name := self._index.twice()) is not None:
-                raise CacheError(
-                    f"{self.folder} holds the id {name!r} twice.", "Extract again; ids are unique within a cache."
-                )
-            self._is_unique = True
-        return self._index.find(ids)
+        self._check_unique()
+        return np.array(self._index.find(ids), dtype=np.int64)
+
+    def _check_unique(self) -> None:
+        if self._is_unique:
+            return
+        if (name := self._index.twice()) is not None:
+            raise CacheError(
+                f"{self.folder} holds the id {name!r} twice.", "Extract again; ids are unique within a cache."
+            )
+        self._is_unique = True
 
     def positions(self, ids: Iterable[str]) -> NDArray[np.int64]:
         """Where these sequences are, complete ones only.
@@ -211,21 +209,23 @@ class FeatureCache:
         Raises:
             SequenceNotFoundError: For the first id that is not there, or not complete.
         """
+        return np.array(self._positions(ids), dtype=np.int64)
+
+    def _positions(self, ids: Iterable[str]) -> list[int]:
+        self._check_unique()
         names = ids if isinstance(ids, Sequence) else list(ids)
-        found = self.find(names)
-        usable = found >= 0
-        usable[usable] = self.complete[found[usable]]
-        if not usable.all():
-            first = int(np.argmin(usable))
-            if found[first] < 0:
-                raise SequenceNotFoundError(
-                    f"No sequence {names[first]!r} in {self.folder}.", f"It holds {self._index.name(0)!r} and so on."
-                )
+        found = self._index.find(names)
+        if -1 not in found and (self._is_complete or self.complete[found].all()):
+            return found
+        name, position = next((n, p) for n, p in zip(names, found, strict=True) if p < 0 or not self.complete[p])
+        if position < 0:
             raise SequenceNotFoundError(
-                f"The states of {names[first]!r} in {self.folder} are not written yet.",
-                "Run the kr2cache extract that made it again: it goes on where it stopped.",
+                f"No sequence {name!r} in {self.folder}.", f"It holds {self._index.name(0)!r} and so on."
             )
-        return found
+        raise SequenceNotFoundError(
+            f"The states of {name!r} in {self.folder} are not written yet.",
+            "Run the kr2cache extract that made it again: it goes on where it stopped.",
+        )
 
     def tokens(self) -> SequenceIndex:
         """Token ids and word alignment of all sequences, by position (read from the files anew)."""
@@ -248,9 +248,14 @@ class FeatureCache:
         Raises:
             SequenceNotFoundError: If it is not there, or not complete.
         """
-        positions = self.positions([sequence_id])
-        self.read_ahead(positions)
-        return self.states(int(positions[0]))
+        self._check_unique()
+        position = self._index.find_one(sequence_id) if isinstance(sequence_id, str) else -1
+        if position < 0 or not self.complete.item(position):
+            self._positions([sequence_id])  # says what is wrong
+        asked_for = self._asked_for.get(EVERY_LAYER)
+        if asked_for is None or not asked_for.item(position):
+            self._ask_for([position], self._every_layer)
+        return self.states(position)
 
     def states(self, position: int, layers: Sequence[int] | None = None) -> NDArray[np.floating]:
         """The states of the sequence at ``position``; the caller knows it is complete, and may have asked for it and
@@ -271,21 +276,17 @@ class FeatureCache:
         return self._states(position, self._stored_positions(layers))
 
     def _states(self, position: int, stored: list[int]) -> NDArray[np.floating]:
-        number, start, stop = self._range(position, stored)
-        raw, scale = self._stored_rows(number, start, stop)
-        raw = raw.reshape(-1, int(self.n_tokens[position]), self.width)
+        lowest, highest = min(stored), max(stored)
+        number, start, stop = self._rows.span(position, lowest, highest)
+        raw, scale = self._rows.read(number, start, stop)
+        raw = raw.reshape(highest - lowest + 1, self.n_tokens.item(position), -1)
         scale = None if scale is None else scale.reshape(raw.shape[:2])
-        wanted = [place - min(stored) for place in stored]
-        if wanted != list(range(len(raw))):  # before decoding, which would touch the layers between
+        if len(stored) != len(raw) or stored != self._every_layer[lowest : highest + 1]:
+            # Before decoding, which would touch the layers between.
+            wanted = [place - lowest for place in stored]
             raw, scale = raw[wanted], None if scale is None else scale[wanted]
         states = decode(raw, scale, self.dtype)
-        return states if self._hidden[number] is not None else states.astype(np.float32, copy=False)
-
-    def _range(self, position: int, stored: list[int]) -> tuple[int, int, int]:
-        """Shard, and the rows from the first to the last of the stored layers; neighbouring layers are all of them."""
-        number, local = self._place(position)
-        first, tokens = int(self._shards[number].first_row[local]), int(self.n_tokens[position])
-        return number, first + min(stored) * tokens, first + (max(stored) + 1) * tokens
+        return states if self._rows.is_mapped(number) else states.astype(np.float32, copy=False)
 
     def read_ahead(self, positions: NDArray[np.int64], layers: Sequence[int] | None = None) -> None:
         """Ask the system for these states before they are touched: it then reads them all at once, and not page by page
@@ -300,40 +301,26 @@ class FeatureCache:
         Raises:
             ConfigError: For a layer that is not stored.
         """
-        stored = sorted(set(self._stored_positions(layers)))
-        if READ_AHEAD is None:
-            return
-        if self.check_on_read and not self._checked[positions].all():
-            stored = self._stored_positions(None)  # a checksum is of all layers
-        if not self._is_large:
-            if (asked_for := self._asked_for.get(tuple(stored))) is None:
-                asked_for = self._asked_for[tuple(stored)] = np.zeros(len(self.n_tokens), dtype=bool)
-            positions = positions[~asked_for[positions]]
-            if not len(positions):
-                return
-            asked_for[positions] = True
-        for neighbours in _runs(stored):
-            for number, start, stop in zip(*self._ranges(positions, neighbours), strict=True):
-                self._ask_for(number, start, stop)
+        self._ask_for(positions.tolist(), self._stored_positions(layers))
 
-    def _ask_for(self, number: int, start: int, stop: int) -> None:
-        if (one := self._maps[number]) is None:
-            return
-        shard = self._shards[number]
-        arrays = {"hidden": shard.header.row_bytes}
-        if shard.header.dtype == "int8":
-            arrays["hidden_scale"] = SCALE_BYTES
-        for name, width in arrays.items():
-            first, end = shard.place(name) + start * width, shard.place(name) + stop * width
-            for at in range(first // PAGE * PAGE, end, READ_AHEAD_BYTES):
-                with contextlib.suppress(OSError):  # advice that the system will not take
-                    one.madvise(READ_AHEAD, at, min(READ_AHEAD_BYTES, end - at))  # type: ignore[arg-type]
+    def _ask_for(self, positions: list[int], stored: list[int]) -> None:
+        if self.check_on_read and not all(map(self._checked.item, positions)):
+            stored = self._every_layer  # a checksum is of all layers
+        if not self._is_large:
+            key = EVERY_LAYER if stored == self._every_layer else tuple(sorted(set(stored)))
+            if (asked_for := self._asked_for.get(key)) is None:
+                asked_for = self._asked_for[key] = np.zeros(len(self.n_tokens), dtype=bool)
+            if all(map(asked_for.item, positions)):
+                return
+            positions = [position for position in positions if not asked_for.item(position)]
+            asked_for[positions] = True
+        for lowest, highest in _runs(stored):
+            for position in positions:
+                self._rows.ask_for(*self._rows.span(position, lowest, highest))
 
     def stored(self, position: int) -> tuple[NDArray[Any], NDArray[np.float32] | None]:
         """All stored layers of a sequence as they are on disk: values (L * T, D), and for int8 scales (L * T,)."""
-        number, local = self._place(position)
-        shard = self._shards[number]
-        return self._stored_rows(number, int(shard.first_row[local]), int(shard.first_row[local + 1]))
+        return self._rows.read(*self._rows.span(position, 0, len(self._every_layer) - 1))
 
     def check(self, position: int) -> None:
         """Compare the bytes of a complete sequence with their checksum.
@@ -358,54 +345,77 @@ class FeatureCache:
     def _xxh3(self) -> NDArray[np.uint64]:
         return np.concatenate([shard.read("examples/xxh3") for shard in self._shards])
 
-    def _place(self, position: int) -> tuple[int, int]:
-        """Shard, and position in it."""
-        number = int(np.searchsorted(self._first_of_shard, position, side="right")) - 1
-        return number, position - int(self._first_of_shard[number])
+    def buffer(self, sequences: int, layers: Sequence[int] | None = None) -> NDArray[np.floating]:
+        """Memory for ``batch(..., out=...)``, not filled: any so many sequences have room in it.
 
-    def batch(self, ids: Iterable[str], layers: Sequence[int] | None = None) -> PackedBatch:
+        Args:
+            sequences: How many a batch has at most.
+            layers: As for ``batch``.
+
+        Returns:
+            Shape (rows, D), aligned as the file is. Of its memory only what batches fill is really taken.
+        """
+        rows = sequences * int(self.n_tokens.max()) * len(self._stored_positions(layers))
+        return aligned_empty((rows, self.width), self.states_dtype)
+
+    def batch(
+        self, ids: Iterable[str], layers: Sequence[int] | None = None, *, out: NDArray[np.floating] | None = None
+    ) -> PackedBatch:
         """Several sequences, packed in the order asked for, repeats allowed, only ``layers`` read.
+
+        Args:
+            out: Where to read into, such as ``buffer`` gives; its first rows become the batch's states, so it must not
+                be used again before the batch was. Fresh memory, the default, takes up to twice as long: the system
+                has to find and clear it page by page.
 
         Raises:
             SequenceNotFoundError: For an id that is not there, or not complete.
-            ConfigError: For a layer that is not stored.
+            ConfigError: For a layer that is not stored, or an ``out`` that is too small or of another kind.
         """
-        positions = self.positions(ids)
-        wanted = self.layers if layers is None else tuple(layers)
-        n_tokens = self.n_tokens[positions]
-        packed = PackedBatch(
-            aligned_empty((int(n_tokens.sum()) * len(wanted), self.width), self.states_dtype), n_tokens, wanted
-        )
+        positions = self._positions(ids)
         stored = self._stored_positions(layers)
-        self.read_ahead(positions, layers)
+        n_tokens = list(map(self.n_tokens.item, positions))
+        rows = sum(n_tokens) * len(stored)
+        states = aligned_empty((rows, self.width), self.states_dtype) if out is None else self._part(out, rows)
+        wanted = self.layers if layers is None else tuple(layers)
+        packed = PackedBatch(states, np.array(n_tokens, dtype=np.int32), wanted)
+        self._ask_for(positions, stored)
         if self.check_on_read:
-            for position in positions.tolist():
+            for position in positions:
                 self._check_once(position)
         if self.mapped and self.dtype in ("float16", "float32") and stored == [*range(stored[0], stored[-1] + 1)]:
-            # As they lie in the file: nothing of Python's beside one copy a sequence.
-            at = 0
-            for number, start, stop in zip(*self._ranges(positions, stored), strict=True):
-                packed.states[at : at + stop - start] = self._hidden[number][start:stop]  # type: ignore[index]
-                at += stop - start
+            self._rows.copy(positions, stored[0], stored[-1], states)  # as they lie in the file
             return packed
-        for i, position in enumerate(positions.tolist()):
+        for i, position in enumerate(positions):
             packed[i][...] = self._states(position, stored)
         return packed
 
-    def _ranges(self, positions: NDArray[np.int64], stored: list[int]) -> tuple[list[int], list[int], list[int]]:
-        """``_range`` of many sequences at once."""
-        numbers = np.searchsorted(self._first_of_shard, positions, side="right") - 1
-        first = np.empty(len(positions), dtype=np.int64)
-        for number in np.unique(numbers).tolist():
-            here = numbers == number
-            first[here] = self._shards[number].first_row[positions[here] - self._first_of_shard[number]]
-        tokens = self.n_tokens[positions].astype(np.int64)
-        starts, stops = first + min(stored) * tokens, first + (max(stored) + 1) * tokens
-        return numbers.tolist(), starts.tolist(), stops.tolist()
+    def _part(self, out: NDArray[np.floating], rows: int) -> NDArray[np.floating]:
+        """The first rows of memory that was given."""
+        is_array = isinstance(out, np.ndarray)
+        if (
+            is_array
+            and out.ndim == 2
+            and len(out) >= rows
+            and out.shape[1] == self.width
+            and out.dtype == self.states_dtype
+            and out.flags.c_contiguous
+            and out.flags.writeable
+        ):
+            return out[:rows]
+        found = f"a {type(out).__name__}"
+        if is_array:
+            found = f"{out.dtype} of shape {out.shape}{'' if out.flags.writeable else ', read-only'}"
+            found += "" if out.flags.c_contiguous else ", not contiguous"
+        raise ConfigError(
+            f"out is {found}. The batch needs a writable array of {self.states_dtype}, {rows:,} or more rows of "
+            f"{self.width}, contiguous.",
+            "cache.buffer(sequences) makes one that any so many sequences have room in.",
+        )
 
     def _stored_positions(self, layers: Sequence[int] | None) -> list[int]:
         if layers is None:
-            return list(range(len(self.layers)))
+            return self._every_layer
         if self.fusion is not None:
             raise ConfigError(
                 f"{self.folder} holds one fusion of layers {', '.join(map(str, self.fusion['layers']))}, no layers.",
@@ -419,16 +429,6 @@ class FeatureCache:
                 "Extract again with --layers all.",
             )
         return [self.layers.index(layer) for layer in layers]
-
-    def _stored_rows(self, number: int, start: int, stop: int) -> tuple[NDArray[Any], NDArray[np.float32] | None]:
-        hidden, scale = self._hidden[number], self._scale[number]
-        if hidden is not None:
-            return hidden[start:stop], None if scale is None else scale[start:stop]
-        path = self._shards[number].path
-        return (
-            read_rows(path, "hidden", start, stop),
-            read_rows(path, "hidden_scale", start, stop) if self.dtype == "int8" else None,
-        )
 
     def __repr__(self) -> str:
         return (
@@ -461,20 +461,3 @@ def _runs(places: list[int]) -> list[list[int]]:
 def _joined(arrays: list[NDArray[Any]]) -> NDArray[Any]:
     """One after the other; a single one as it is, since of millions of sequences a copy counts."""
     return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
-
-
-def _map(shard: Shard) -> mmap.mmap | None:
-    """The file, read-only; None where the states are not one plain array of it."""
-    if not shard.mappable:
-        return None
-    with shard.path.open("rb") as file:
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-
-
-def _mapped(shard: Shard, whole: mmap.mmap | None, name: str) -> NDArray[Any] | None:
-    """A data set of a mapped file; None if the file is not mapped or has no such data set."""
-    if whole is None or (name == "hidden_scale" and shard.header.dtype != "int8"):
-        return None
-    dataset = shard.layout.datasets[name]
-    count = math.prod(dataset.shape)
-    return np.frombuffer(whole, dtype=dataset.dtype, count=count, offset=shard.place(name)).reshape(dataset.shape)

@@ -25,7 +25,7 @@ import numpy as np
 from scale import LAYERS, WIDTH, described
 
 from kr2cache.bench.reading import drop_pages
-from kr2cache.cache import reader
+from kr2cache.cache import rows
 from kr2cache.cache.create import create_shards
 from kr2cache.cache.reader import FeatureCache
 from kr2cache.cache.writer import CacheWriter, PackedStates
@@ -107,11 +107,11 @@ def read(cache: Path, apart: Path, sequences: int) -> None:
 
 
 def _by_page_faults(cache: FeatureCache, names: list[str]) -> None:
-    ahead, reader.READ_AHEAD = reader.READ_AHEAD, None
+    ahead, rows.READ_AHEAD = rows.READ_AHEAD, None
     try:
         cache.batch(names)
     finally:
-        reader.READ_AHEAD = ahead
+        rows.READ_AHEAD = ahead
 
 
 def _apart(file: h5py.File, names: list[str]) -> None:

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from kr2cache import FeatureCache
-from kr2cache.cache import reader
+from kr2cache.cache import reader, rows
 from kr2cache.cache.format import decode
 from kr2cache.cache.writer import CacheWriter
 from kr2cache.errors import CacheError, ConfigError, SequenceNotFoundError
@@ -843,7 +843,7 @@ def test_reading_ahead_changes_no_result(dtype: str, tmp_path: Path, monkeypatch
     names = [*ahead.ids[::-1], ahead.ids[2]]
     for layers in (None, (4,), (1, 2), (2, 1), (4, 0), (0, 2, 4)):
         with monkeypatch.context() as patch:
-            patch.setattr(reader, "READ_AHEAD", None)
+            patch.setattr(rows, "READ_AHEAD", None)
             expected = as_ever.batch(names, layers).states
         np.testing.assert_array_equal(ahead.batch(names, layers).states, expected)
         np.testing.assert_array_equal(as_ever.batch(names, layers).states, expected)
@@ -856,11 +856,11 @@ class Watched:
         self.size, self.row_bytes = shard.stat().st_size, row_bytes
         self.hidden = tiny_cache.byte_offset(shard, "hidden")
         self.events: list[tuple[str, int, int]] = []
-        self._rows = cache._hidden[0]
-        cache._maps, cache._hidden = [self], [self]  # type: ignore[list-item]
+        self._rows = cache._rows._hidden[0]
+        cache._rows._maps, cache._rows._hidden = [self], [self]  # type: ignore[list-item]
 
     def madvise(self, advice: int, start: int, length: int) -> None:
-        assert advice == reader.READ_AHEAD
+        assert advice == rows.READ_AHEAD
         assert start % mmap.PAGESIZE == 0
         assert 0 < length <= 128 * 1024, "more than every disk takes"
         assert start + length <= self.size
@@ -961,7 +961,7 @@ def test_scales_are_asked_for_as_well(tmp_path: Path) -> None:
 def test_advice_that_the_system_does_not_take_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     truth = tiny_cache.make([3, 4])
     cache = FeatureCache.open(tiny_cache.store(tmp_path / "cache", truth))
-    monkeypatch.setattr(reader, "READ_AHEAD", 9999)
+    monkeypatch.setattr(rows, "READ_AHEAD", 9999)
     np.testing.assert_array_equal(cache["s1"], truth.states(1))
 
 
@@ -970,6 +970,78 @@ def test_a_batch_lies_as_the_file_does(tmp_path: Path) -> None:
     cache = FeatureCache.open(tiny_cache.store(tmp_path / "cache", tiny_cache.make([3, 4, 5], width=32)))
     for names in (["s0"], ["s2", "s1"]):
         assert cache.batch(names).states.ctypes.data % 64 == cache["s0"].ctypes.data % 64 == 0
+
+
+@pytest.mark.parametrize("dtype", tiny_cache.DTYPES)
+def test_a_batch_into_memory_that_is_used_again(tmp_path: Path, dtype: str) -> None:
+    truth = tiny_cache.make([3, 1, 7, 2], dtype=dtype, layers=[0, 1, 3], model_layers=4)
+    cache = FeatureCache.open(tiny_cache.store(tmp_path / "cache", truth, shard_bytes=60))
+    assert len(tiny_cache.shards(cache.folder)) > 1
+    for layers, places in ((None, [0, 1, 2]), ((1, 3), [1, 2]), ((3, 0), [2, 0]), ((0, 0), [0, 0])):
+        out = cache.buffer(3, layers)
+        assert out.ctypes.data % 64 == 0
+        for names in (["s2", "s2", "s2"], ["s0", "s3"], ["s1"]):
+            out[...] = 77
+            batch = cache.batch(names, layers, out=out)
+            assert np.shares_memory(batch.states, out)
+            assert [len(batch), batch.states.shape[0]] == [len(names), batch.first_row[-1]]
+            for i, name in enumerate(names):
+                np.testing.assert_array_equal(batch[i], truth.states(int(name[1:]))[places], strict=True)
+            assert (out[len(batch.states) :] == 77).all(), "no more than the batch"
+
+
+def test_memory_of_another_kind_is_refused(tmp_path: Path) -> None:
+    truth = tiny_cache.make([3, 1, 7], width=8)
+    cache = FeatureCache.open(tiny_cache.store(tmp_path / "cache", truth))
+    fits = np.zeros((12, 8), dtype=np.float16)
+    read_only = fits.copy()
+    read_only.flags.writeable = False
+    for out, said in (
+        (np.zeros((11, 8), dtype=np.float16), r"float16 of shape \(11, 8\)\. .* 12 or more rows of 8"),
+        (np.zeros((12, 9), dtype=np.float16), r"\(12, 9\)"),
+        (np.zeros((12, 8), dtype=np.float32), "float32 of"),
+        (np.zeros(96, dtype=np.float16), r"\(96,\)"),
+        (np.zeros((12, 16), dtype=np.float16)[:, ::2], "not contiguous"),
+        (np.zeros((24, 8), dtype=np.float16)[::2], "not contiguous"),
+        (read_only, "read-only"),
+        ([0.0], "out is a list"),
+    ):
+        before = np.array(out)
+        with pytest.raises(ConfigError, match=said):
+            cache.batch(["s0", "s1"], out=out)  # type: ignore[arg-type]
+        np.testing.assert_array_equal(out, before)
+    cache.batch(["s0", "s1"], out=fits)
+    np.testing.assert_array_equal(fits, np.concatenate([truth.states(i).reshape(-1, 8) for i in (0, 1)]))
+    with pytest.raises(SequenceNotFoundError):
+        cache.batch(["s0", "x"], out=fits)
+
+
+def steps_of(work: Callable[[], object]) -> int:
+    """Functions called, Python's and C's: what the time of small work goes by, on a machine of any speed."""
+    calls = [0]
+
+    def count(frame: object, event: str, argument: object) -> None:
+        calls[0] += event in ("call", "c_call")
+
+    sys.setprofile(count)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return calls[0]
+
+
+def test_what_is_small_takes_few_steps(tmp_path: Path) -> None:
+    cache = FeatureCache.open(tiny_cache.store(tmp_path / "cache", tiny_cache.make([3] * 64)))
+    names = [f"s{i}" for i in range(32)]
+    cache.batch(names)
+    one = steps_of(lambda: cache["s1"])
+    first, all_of_them = steps_of(lambda: cache.batch(names[:1])), steps_of(lambda: cache.batch(names))
+    assert one <= 32
+    assert first <= 42
+    assert (all_of_them - first) / 31 <= 7
+    with pytest.raises(ValueError, match="read-only"):
+        cache["s1"][0, 0, 0] = 1
 
 
 def test_a_position_in_place_of_an_id_is_named(tmp_path: Path) -> None:
