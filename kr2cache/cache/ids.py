@@ -8,6 +8,8 @@ once something was looked up. Of a batch, the dictionary finds all ids in a tent
 from __future__ import annotations
 
 import bisect
+import math
+import struct
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -80,9 +82,14 @@ class IdIndex:
     def _find_raw(self, raw: bytes) -> int:
         if not self._is_possible(raw):
             return -1
-        hashes, order = self._sorted
-        sought, values = _hash_one(raw, self.ids.dtype.itemsize), hashes.data
-        place = bisect.bisect_left(values, sought)
+        order, values = self._sorted[1], self._values
+        sought = _hash_one(raw, self.ids.dtype.itemsize)
+        # Hashes are spread evenly, so one lies about where its share of all values is: fewer and nearer places to look.
+        guess = sought * len(values) >> 64
+        low, high = max(0, guess - self._astray), min(len(values), guess + self._astray)
+        if (low > 0 and values[low - 1] >= sought) or (high < len(values) and values[high] < sought):
+            low, high = 0, len(values)
+        place = bisect.bisect_left(values, sought, low, high)
         while place < len(values) and values[place] == sought:
             position: int = order.item(place)
             if self.ids.item(position) == raw:
@@ -107,6 +114,16 @@ class IdIndex:
         return {name: i for i, name in enumerate(self.names())} if len(self.ids) <= SMALL else None
 
     @cached_property
+    def _values(self) -> memoryview:
+        """The sorted hashes, as Python's numbers when they are looked at."""
+        return self._sorted[0].data
+
+    @cached_property
+    def _astray(self) -> int:
+        """How far a hash may lie from its share: four standard deviations at the middle, where they are largest."""
+        return 2 * math.isqrt(len(self.ids)) + 1
+
+    @cached_property
     def _sorted(self) -> tuple[NDArray[np.uint64], NDArray[Any]]:
         """Hashes in order, and whose they are."""
         hashes = _hash(self.ids)
@@ -127,9 +144,8 @@ def _hash(ids: NDArray[np.bytes_]) -> NDArray[np.uint64]:
 
 def _hash_one(raw: bytes, width: int) -> int:
     """``_hash`` of one id: an array of one would cost ten times as much."""
-    result = 0
-    padded = raw.ljust(-(-width // 8) * 8, b"\0")
-    for start in range(0, len(padded), 8):
-        result = (result ^ int.from_bytes(padded[start : start + 8], "little")) * MULTIPLIER & (2**64 - 1)
+    result, words = 0, -(-width // 8)
+    for word in struct.unpack(f"<{words}Q", raw.ljust(8 * words, b"\0")):
+        result = (result ^ word) * MULTIPLIER & 0xFFFF_FFFF_FFFF_FFFF
         result ^= result >> 32
     return result

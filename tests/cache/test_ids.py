@@ -71,6 +71,18 @@ def test_ids_of_equal_hash_are_told_apart(monkeypatch: pytest.MonkeyPatch, asked
     assert IdIndex(encode_ids([*names, "s31"])).twice() == "s31"
 
 
+@pytest.mark.parametrize("least", [0, 2**63, 2**64 - 500])
+def test_hashes_that_are_not_spread_evenly_are_found(monkeypatch: pytest.MonkeyPatch, least: int) -> None:
+    """Where one lies is guessed; all of them far from where they should be."""
+    names = [f"{i:03}" for i in range(0, 500, 2)]
+    monkeypatch.setattr(ids_module, "_hash", lambda ids: ids.astype("U").astype(np.uint64) + np.uint64(least))
+    monkeypatch.setattr(ids_module, "_hash_one", lambda raw, width: int(raw) + least)
+    index = IdIndex(encode_ids(names))
+    wanted = [f"{i:03}" for i in range(500)]
+    expected = [i // 2 if i % 2 == 0 else -1 for i in range(500)]
+    assert [index.find_one(name) for name in wanted] == index.find(wanted) == expected
+
+
 @pytest.mark.parametrize("more", [0, FEW])
 def test_a_number_is_no_id(more: int) -> None:
     index = IdIndex(encode_ids(["0", "1"]))
