@@ -14,7 +14,7 @@ from kr2cache.batches import Batcher, SplitData, part_overhead, split_by_length
 from kr2cache.cache.format import offsets
 from kr2cache.device import drop_unused_memory, is_out_of_memory
 from kr2cache.encode import length_sorted_batches
-from kr2cache.errors import DeviceMemoryError
+from kr2cache.errors import DeviceMemoryError, TrainingError
 from kr2cache.forward import cheaper_forward
 from kr2cache.kreader import KReader
 from kr2cache.tasks import Task
@@ -69,6 +69,10 @@ def example_logits(
     Returns:
         One array an example: (words, labels) for tagging, at each word's first subword, nan for a word without a
         token; else (1, labels or choices).
+
+    Raises:
+        TrainingError: If a logit is not a finite number. It would else be scored as a word without a token, or as the
+            first label.
     """
     device = next(reader.parameters()).device
     batcher = Batcher(data, task, tokenizer)
@@ -90,14 +94,25 @@ def example_logits(
                 continue
             if rows is None:  # the first batch says how many labels or choices there are
                 rows = np.full((first_row[-1], logits.shape[-1]), np.nan, dtype=np.float32)
+            places, targets = np.arange(len(numbers)), first_row[numbers]
             if is_token:
                 places, tokens, words = data.first_subwords.of(numbers)
-                rows[first_row[numbers][places] + words] = logits[places, tokens]
-            else:
-                rows[first_row[numbers]] = logits
+                logits, targets = logits[places, tokens], targets[places] + words
+            finite = np.isfinite(logits).all(axis=1)
+            if not finite.all():
+                raise _not_finite(data.examples[numbers[places[np.argmin(finite)]]].id)
+            rows[targets] = logits
     reader.train(was_training)
     assert rows is not None, "splits without an example are refused"
     return [rows[start:stop] for start, stop in pairwise(first_row.tolist())]
+
+
+def _not_finite(name: str) -> TrainingError:
+    return TrainingError(
+        f"The reader gives nan or inf for example {name!r}, not a score for each label.",
+        "Its training diverged, or its numbers are too large for its compute dtype. Lower --learning-rate, or remove "
+        "bf16 and fp16 under [training] in kr2cache.toml.",
+    )
 
 
 def _logits_if_they_fit(

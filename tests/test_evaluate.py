@@ -12,6 +12,7 @@ from transformers import AutoModelForTokenClassification, PreTrainedTokenizerFas
 from kr2cache import evaluate
 from kr2cache.batches import SplitData
 from kr2cache.encode import encode_examples
+from kr2cache.errors import TrainingError
 from kr2cache.evaluate import example_logits, most_likely, predict
 from kr2cache.kreader import HEADS, KReader
 from kr2cache.tasks import Example, find_task
@@ -92,6 +93,22 @@ def test_logits_are_in_the_order_of_the_examples(
     given = example_logits(KReader(model, task.head), data, task, tokenizer)
     np.testing.assert_allclose(np.stack(given), np.stack(expected), rtol=1e-4, atol=1e-5)
     assert len(np.unique(np.stack(expected).round(4), axis=0)) > 6, "all alike: this would show nothing"
+
+
+@pytest.mark.parametrize(("name", "labels"), [("udpos", 17), ("snli", 3), ("piqa", 1)])
+def test_a_logit_that_is_no_number_is_neither_a_word_without_a_token_nor_the_first_label(
+    tokenizer: PreTrainedTokenizerFast, name: str, labels: int
+) -> None:
+    task = find_task(name)
+    texts = {"udpos": (("ein", "haus"),), "snli": (("ein haus", "das"),), "piqa": (("ein", "haus"), ("ein", "das"))}
+    examples = [Example("first", texts[name], None), Example("second", texts[name], None)]
+    data = SplitData(examples=examples, index=encode_examples(tokenizer, examples, task, 32))
+    reader = KReader(HEADS[task.head].from_config(tiny.config("bert", num_labels=labels)).eval(), task.head)
+    assert len(predict(reader, data, task, tokenizer)) == 2
+    with torch.no_grad():
+        reader.model.classifier.bias[-1] = torch.nan
+    with pytest.raises(TrainingError, match=r"nan or inf for example '(first|second)'"):
+        predict(reader, data, task, tokenizer)
 
 
 def test_a_label_of_unknown_logit_is_never_the_most_likely() -> None:
