@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 
 from rich.cells import cell_len, set_cell_size
@@ -97,14 +97,17 @@ def silent() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def waiting(what: str) -> Iterator[None]:
-    """A spinner beside ``what`` is waited for, gone when it is there; nothing where nobody looks at a terminal."""
+def waiting(what: str) -> Iterator[Callable[[], None]]:
+    """A spinner beside ``what`` is waited for, gone when it is there; nothing where nobody looks at a terminal.
+
+    Gives a function that takes it away at once.
+    """
     screen = console if console.is_terminal else Console(stderr=True, quiet=console.quiet)
     if not screen.is_terminal:
-        yield
+        yield lambda: None
         return
-    with screen.status(Text(f"{what} ...")):
-        yield
+    with screen.status(Text(f"{what} ...")) as status:
+        yield status.stop
 
 
 class TimeLeft(ProgressColumn):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 
@@ -18,6 +20,34 @@ def listen() -> None:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGINT, remember)
+
+
+@contextlib.contextmanager
+def leaving_at_once(say: Callable[[], None]) -> Iterator[None]:
+    """Ctrl-C ends the process within, where nothing is to be tidied up.
+
+    For imports of extension modules: C++ code that KeyboardInterrupt passes through may abort ("terminate called").
+
+    Args:
+        say: Called before the process ends.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(signum: int, frame: object) -> None:
+        try:
+            say()
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:
+            os._exit(128 + signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def was_pressed() -> bool:

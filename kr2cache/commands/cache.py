@@ -13,7 +13,8 @@ from rich.text import Text
 
 from kr2cache.cache.check import CacheCheck
 from kr2cache.cache.shard import headers_left
-from kr2cache.commands.options import App, CacheDir, Data, Debug, Device, Json, loading, merge, print_json
+from kr2cache.commands.loading import loading
+from kr2cache.commands.options import App, CacheDir, Data, Debug, Device, Json, merge, print_json
 from kr2cache.config import default_cache_dir, read_toml
 from kr2cache.console import bytes_text, console, count_text, done, failed, note, ranges_text, seconds_text
 from kr2cache.defaults import OPTIONS
@@ -279,7 +280,7 @@ def repair_cli(
 
     given = merge(toml, data=data, device=device)
     check_device_name(given.get("device", "auto"))
-    with loading():
+    with loading(as_json):
         from kr2cache.repair import RepairConfig, describe_repair, repair
 
     result = repair(RepairConfig(folder=folder, resource=resource, models=toml.models, **given))

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from kr2cache.checks import check_extraction
+from kr2cache.commands.loading import loading
 from kr2cache.commands.options import (
     CacheDir,
     Data,
@@ -16,7 +17,6 @@ from kr2cache.commands.options import (
     Json,
     Limit,
     Task,
-    loading,
     merge,
     model_names,
     print_json,
@@ -98,7 +98,7 @@ def extract_cli(
         given["task"] = choose_task(given["resource"], where, toml.models)
     config = ExtractConfig(**given, models=toml.models)
     model_folder(check_extraction(config).spec)  # a download shows its own progress
-    with loading():
+    with loading(as_json):
         from kr2cache.extract import describe_result, extract
         from kr2cache.planning import describe, plan_extraction
     with waiting(f"Reading and tokenising {config.task}/{config.split}"):

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from kr2cache.commands.options import Debug, Device, Json, Limit, checked, loading, print_json
+from kr2cache.commands.loading import loading
+from kr2cache.commands.options import Debug, Device, Json, Limit, checked, print_json
 from kr2cache.config import read_toml
 from kr2cache.console import console
 from kr2cache.defaults import OPTIONS
@@ -111,7 +112,7 @@ def demo_cli(
     overrides = read_toml(Path.cwd(), OPTIONS).models
     for model in ("minilm", "minilm-3"):
         check_obtainable(find_model(model, overrides))
-    with loading():
+    with loading(as_json):
         from kr2cache.demo import demo
 
     result = demo(folder, device or "auto", overrides)
@@ -145,7 +146,7 @@ def bench_cli(
     check_device_name(device or "auto")
     for model in (resource, reader):
         check_obtainable(find_model(model, overrides))
-    with loading():
+    with loading(as_json):
         from kr2cache.bench import BenchConfig, bench, describe_bench
         from kr2cache.bench.plot import check_plot
         from kr2cache.bench.plot import plot as draw

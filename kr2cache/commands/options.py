@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +16,7 @@ from typer.models import CommandFunctionType
 
 from kr2cache.commands.hints import more_advice
 from kr2cache.config import Toml, local, read_toml
-from kr2cache.console import console, waiting
+from kr2cache.console import console
 from kr2cache.defaults import OPTIONS
 from kr2cache.errors import KR2CacheError, UsageError
 from kr2cache.models import known_models
@@ -109,20 +109,6 @@ def merge(toml: Toml, **given: Any) -> dict[str, Any]:
     """What was given on the command line, over ``[defaults]``; what neither gives is left out."""
     values = {name: toml.defaults[name] for name in given if name in toml.defaults}
     return values | {name: value for name, value in given.items() if value is not None}
-
-
-@contextlib.contextmanager
-def loading() -> Iterator[None]:
-    """Say that PyTorch and transformers are being imported: seconds in which a command would seem to hang."""
-    if {"torch", "transformers"} <= set(sys.modules):
-        yield
-        return
-    what = "Loading PyTorch and transformers"
-    if not (sys.stderr.isatty() or console.is_terminal or console.quiet):
-        sys.stderr.write(f"{what} ...\n")
-        sys.stderr.flush()
-    with waiting(what):
-        yield
 
 
 def print_json(document: Any) -> None:

@@ -9,7 +9,8 @@ from typing import Annotated
 
 import typer
 
-from kr2cache.commands.options import Debug, Device, Json, checked, loading, print_json
+from kr2cache.commands.loading import loading
+from kr2cache.commands.options import Debug, Device, Json, checked, print_json
 from kr2cache.config import read_toml
 from kr2cache.console import console, count_text, note, to_stderr
 from kr2cache.defaults import OPTIONS
@@ -46,7 +47,7 @@ def predict_cli(
     where = device or toml.defaults.get("device", "auto")
     check_device_name(where)
     read_config(run)
-    with loading():
+    with loading(as_json):
         from kr2cache.predict import Predictor
         from kr2cache.texts import as_text, read_file, read_lines, score, typed_lines
         from kr2cache.texts import conllu as to_conllu

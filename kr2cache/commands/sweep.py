@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from kr2cache.commands.options import CacheDir, Debug, Device, Json, RunDir, Seeds, checked, loading, merge, print_json
+from kr2cache.commands.loading import loading
+from kr2cache.commands.options import CacheDir, Debug, Device, Json, RunDir, Seeds, checked, merge, print_json
 from kr2cache.config import TrainConfig, read_toml
 from kr2cache.defaults import OPTIONS, TRAIN_OPTIONS
 from kr2cache.grid import Line, read_grid
@@ -43,7 +44,7 @@ def sweep_cli(
     given = merge(toml, seeds=seeds, epochs=epochs, limit=limit, device=device, run_dir=run_dir, cache_dir=cache_dir)
     defaults = {name.replace("-", "_") for name in TRAIN_OPTIONS}
     table = read_grid(grid, TRAIN_OPTIONS)
-    with loading():
+    with loading(as_json):
         from kr2cache.sweep import Sweep, describe_sweep
 
     asked = {"seeds": seeds, "epochs": epochs, "limit": limit}

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from kr2cache.checks import check_training
+from kr2cache.commands.loading import loading
 from kr2cache.commands.options import (
     CacheDir,
     Data,
@@ -18,7 +19,6 @@ from kr2cache.commands.options import (
     RunDir,
     Seeds,
     Task,
-    loading,
     merge,
     model_names,
     print_json,
@@ -165,7 +165,7 @@ def train_cli(
     if typed := [f"--{name}" for name, value in idle.items() if value is not None]:
         note(f"Method {config.method} makes no use of {', '.join(typed)}.")
 
-    with loading():
+    with loading(as_json):
         from kr2cache.pipeline import describe_training, train
 
     result = train(config)
