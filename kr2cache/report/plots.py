@@ -18,6 +18,8 @@ Members = list[tuple[Configuration, tuple[int, ...]]]
 """Configurations, each with the seeds that count."""
 
 MOST_TICKS = 16
+BARS = 60
+"""In one plot: more would make a picture that no page holds."""
 LEGEND: Final = "outside lower center"
 _LINES = {"all": "average of all", "last": "average of the last ", "fuse": "trainable"}
 
@@ -145,17 +147,18 @@ def training_curves(task: str, configurations: Sequence[Configuration], names: d
 
 def time_and_bytes(task: str, configurations: Sequence[Configuration], names: dict[str, str]) -> list[Plot]:
     """Seconds of a run and bytes of the caches it read, a bar for each configuration."""
-    seconds = {one.folder: _mean(one, lambda run: run.seconds) for one in configurations}
-    sizes = {one.folder: _mean(one, lambda run: run.cache_bytes) for one in configurations}
+    known = [one for one in configurations if any(run.seconds or run.cache_bytes for run in one.runs.values())]
+    return [_draw_bars(title, chunk, names) for title, chunk in _chunks(f"Time and disk: {task}", known, BARS)]
+
+
+def _draw_bars(title: str, shown: Sequence[Configuration], names: dict[str, str]) -> Plot:
+    seconds = {one.folder: _mean(one, lambda run: run.seconds) for one in shown}
+    sizes = {one.folder: _mean(one, lambda run: run.cache_bytes) for one in shown}
     panels = [
         (values, label, text)
         for values, label, text in ((seconds, "time of a run", seconds_text), (sizes, "caches it read", bytes_text))
         if any(values.values())
     ]
-    shown = [one for one in configurations if any(values[one.folder] is not None for values, _, _ in panels)]
-    if not shown:
-        return []
-    title = f"Time and disk: {task}"
     with canvas(height=0.9 + 0.27 * len(shown)) as figure:
         both: list[Axes] = list(figure.subplots(1, len(panels), sharey=True, squeeze=False).flat)
         for axes, (values, label, text) in zip(both, panels, strict=True):
@@ -176,7 +179,7 @@ def time_and_bytes(task: str, configurations: Sequence[Configuration], names: di
             )
             for one in shown
         )
-        return [draw(figure, title, caption, f"{title}. {described}.")]
+        return draw(figure, title, caption, f"{title}. {described}.")
 
 
 def _ticks(axes: Axes, places: Sequence[float]) -> None:
@@ -255,9 +258,10 @@ def _unit(largest: float, text: Callable[[float], str]) -> tuple[str, float]:
     return unit, powers[unit]
 
 
-def _chunks(title: str, configurations: list[Configuration]) -> list[tuple[str, list[Configuration]]]:
-    """As many lines to a plot as there are colours."""
-    size = len(PALETTE)
+def _chunks(
+    title: str, configurations: list[Configuration], size: int = len(PALETTE)
+) -> list[tuple[str, list[Configuration]]]:
+    """The plots that so many configurations need, ``size`` in each: as many lines as there are colours."""
     chunks = [configurations[start : start + size] for start in range(0, len(configurations), size)]
     if len(chunks) < 2:
         return [(title, chunk) for chunk in chunks]

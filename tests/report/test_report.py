@@ -497,6 +497,16 @@ def test_ticks_of_training_curves_are_epochs(tmp_path: Path, epochs: Sequence[fl
     assert [text for text in shown if text != "epoch"] == ticks
 
 
+def test_many_bars_are_several_plots(tmp_path: Path) -> None:
+    for number in range(61):
+        recorded = {"seconds": 1.0 + number} if number < 60 else {"cache_bytes": {"train": 7}}
+        make_run(tmp_path, f"piqa/x-{number:02}", 1, 0.5, recorded=recorded)
+    first, second = report(tmp_path, None).plots
+    assert (first.title, second.title) == ("Time and disk: piqa (1 of 2)", "Time and disk: piqa (2 of 2)")
+    assert "caches it read" not in first.svg
+    assert "time of a run" not in second.svg
+
+
 def test_names_are_drawn_as_they_are_and_the_palette_may_run_out(tmp_path: Path) -> None:
     history = [{"loss": 1.0, "epoch": 1.0}]
     for position in range(9):
