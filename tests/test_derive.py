@@ -21,6 +21,9 @@ from kr2cache.cache.create import create_shards
 from kr2cache.errors import CacheError, ConfigError, DiskSpaceError, UnknownNameError, ValueRangeError
 from kr2cache.extract import ExtractResult
 
+LOOKS = 8
+"""Passes that look at a model before a cache of it is made: at its shapes, and whether it repeats itself."""
+
 
 def states_of(cache: FeatureCache) -> dict[str, NDArray[np.floating]]:
     return {name: np.array(cache[name]) for name in cache.ids}
@@ -361,7 +364,7 @@ def test_an_edited_text_is_all_that_runs_again(world: World, dtype: str) -> None
         new = world.extract(dtype=dtype)
     assert new.cache != old.cache
     assert (new.computed, new.taken_over) == (1, 11)
-    assert batches[2:] == [1], "beside the two passes that look at the model"
+    assert batches[LOOKS:] == [1]
     after = states_of(FeatureCache.open(new.cache))
     changed = [
         name for name in before if before[name].shape != after[name].shape or (before[name] != after[name]).any()
@@ -400,7 +403,7 @@ def test_layers_come_together_from_several_caches(world: World) -> None:
     with count_resource_batches() as batches:
         joined = world.extract(layers="all")
     assert (joined.computed, joined.taken_over) == (0, 12)
-    assert len(batches) <= 2
+    assert len(batches) <= LOOKS
     whole = FeatureCache.open(joined.cache)
     for name in whole.ids:
         parts = [FeatureCache.open(low.cache)[name], FeatureCache.open(high.cache)[name]]
