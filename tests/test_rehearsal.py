@@ -79,16 +79,16 @@ def test_settings_that_work_pass_and_leave_nothing(world: World, monkeypatch: py
 
 def test_neftune_puts_noise_on_the_readers_embeddings(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[torch.Tensor] = []
-    forward = KReader.forward
+    step = ReaderTrainer.training_step
 
-    def watched(reader: KReader, *given: Any, **named: Any) -> Any:
-        if reader.training and reader.model.config.model_type == "xlm-roberta":
+    def watched(trainer: ReaderTrainer, reader: KReader, *given: Any) -> torch.Tensor:
+        if reader.model.config.model_type == "xlm-roberta":
             numbers = torch.tensor([[5, 6]])
             plain = torch.nn.functional.embedding(numbers, reader.get_input_embeddings().weight)
             seen.append((reader.get_input_embeddings()(numbers) - plain).abs().max().detach())
-        return forward(reader, *given, **named)
+        return step(trainer, reader, *given)
 
-    monkeypatch.setattr(KReader, "forward", watched)
+    monkeypatch.setattr(ReaderTrainer, "training_step", watched)
     world.train(method="kreader", epochs=1.0, training={"neftune_noise_alpha": 5.0})
     assert seen
     # NEFTune (Jain et al. 2023, arXiv:2310.05914): uniform noise of at most alpha / sqrt(length * width).
