@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
+from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from kr2cache.model_files import weight_files
-from kr2cache.models import ModelSpec, load_config, load_encoder, model_folder
+from kr2cache.models import ModelSpec, load_config, load_encoder, model_folder, quiet
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -47,16 +50,62 @@ def config_digest(config: PretrainedConfig, *, training: bool = False) -> str:
     """SHA-256 of the configuration's fields that decide what the model computes (heads, activation, epsilon, ...): two
     models of equal weights may still differ in them.
 
+    The digest of a file is the same with any later transformers. Caches and runs record it, and a later release that
+    gives an architecture one more field, with a default, changes nothing that they were made from. So hashed are the
+    fields that the architecture had in transformers 5.23 (``config_fields.txt``), and beside them only what is not a
+    default. (Not the file's own fields alone: files of one model differ in which defaults they spell out.)
+
     Args:
         training: Whether dropout counts, as it does for a model that is trained.
     """
     fields = {
         name: value
-        for name, value in config.to_dict().items()
+        for name, value in _lasting_fields(config).items()
         if name not in NOT_COMPUTED and (training or "drop" not in name)
     }
     text = json.dumps(fields, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _lasting_fields(config: PretrainedConfig) -> dict[str, Any]:
+    """The fields without defaults that a later transformers added."""
+    fields: dict[str, Any] = config.to_dict()
+    of_library = type(config).__module__.startswith("transformers.")
+    # A class that comes with a model is what it is: only the base class, which is the library's, may get more fields.
+    known = _known_fields().get(config.model_type, frozenset()) if of_library else fields.keys() - _base_defaults()
+    defaults = _defaults(config, known)
+    return {
+        name: value
+        for name, value in fields.items()
+        if name in known or name == "model_type" or name not in defaults or defaults[name] != value
+    }
+
+
+def _defaults(config: PretrainedConfig, known: Collection[str]) -> dict[str, Any]:
+    """Every field as it is where only the known ones are given: a default may follow from them (width / heads)."""
+    own = config.to_dict()
+    try:
+        with quiet():
+            fields: dict[str, Any] = type(config)(**{name: own[name] for name in known if name in own}).to_dict()
+    except Exception:  # a class that comes with a model may want other arguments, and check them as it likes
+        return _base_defaults()
+    return fields
+
+
+@functools.cache
+def _base_defaults() -> dict[str, Any]:
+    from transformers import PretrainedConfig
+
+    fields: dict[str, Any] = PretrainedConfig().to_dict()
+    return fields
+
+
+@functools.cache
+def _known_fields() -> dict[str, frozenset[str]]:
+    """Model type to the fields that its configuration had in transformers 5.23."""
+    lines = files("kr2cache").joinpath("config_fields.txt").read_text("utf-8").splitlines()
+    words = [line.split() for line in lines if not line.startswith("#")]
+    return {model_type: frozenset(names) for model_type, *names in words}
 
 
 @dataclass(frozen=True, kw_only=True)
