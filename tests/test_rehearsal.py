@@ -79,16 +79,16 @@ def test_settings_that_work_pass_and_leave_nothing(world: World, monkeypatch: py
 
 def test_neftune_puts_noise_on_the_readers_embeddings(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[torch.Tensor] = []
-    step = ReaderTrainer.training_step
+    compute_loss = ReaderTrainer.compute_loss  # by then the Trainer has put the reader into training mode
 
-    def watched(trainer: ReaderTrainer, reader: KReader, *given: Any) -> torch.Tensor:
+    def watched(trainer: ReaderTrainer, reader: KReader, *given: Any, **named: Any) -> Any:
         if reader.model.config.model_type == "xlm-roberta":
             numbers = torch.tensor([[5, 6]])
             plain = torch.nn.functional.embedding(numbers, reader.get_input_embeddings().weight)
             seen.append((reader.get_input_embeddings()(numbers) - plain).abs().max().detach())
-        return step(trainer, reader, *given)
+        return compute_loss(trainer, reader, *given, **named)
 
-    monkeypatch.setattr(ReaderTrainer, "training_step", watched)
+    monkeypatch.setattr(ReaderTrainer, "compute_loss", watched)
     world.train(method="kreader", epochs=1.0, training={"neftune_noise_alpha": 5.0})
     assert seen
     # NEFTune (Jain et al. 2023, arXiv:2310.05914): uniform noise of at most alpha / sqrt(length * width).
