@@ -57,10 +57,11 @@ def _call(arguments: list[str], as_json: bool) -> int:
 def main() -> None:
     """The console script."""
     try:
-        from kr2cache import allocator, interrupt
+        from kr2cache import allocator, interrupt, threads
 
         interrupt.listen()
         allocator.keep_free_memory()
+        threads.bound_spinning()
         code = run(sys.argv[1:])
     except KeyboardInterrupt:  # before ``run`` could explain it, or a second time while it was explained
         code = 128 + signal.SIGINT

@@ -32,6 +32,7 @@ from kr2cache.console import bytes_text, console
 from kr2cache.device import choose_device, device_name, wait_for_gpu
 from kr2cache.memory import peak_of
 from kr2cache.provenance import library_versions
+from kr2cache.threads import waiting
 
 if TYPE_CHECKING:
     from torch import nn
@@ -302,6 +303,7 @@ def bench(config: BenchConfig) -> dict[str, Any]:
             "device": device_name(choose_device(config.extraction.device)),
             "cores": os.cpu_count(),
             "threads": _threads(),
+            "threads_wait": waiting(),
             "versions": library_versions(),
         },
         "repeats": config.repeats,
@@ -351,7 +353,8 @@ def describe_bench(result: dict[str, Any]) -> None:
     console.print(result["break_even"]["text"])
     machine = result["machine"]
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
-    computer = f"{machine['platform']}, {machine['cores']} cores, {machine['threads']} threads of torch"
+    waits = f"waiting: {machine['threads_wait']}"
+    computer = f"{machine['platform']}, {machine['cores']} cores, {machine['threads']} threads of torch ({waits})"
     console.print(f"{computer}, on {machine['device']}; {versions}")
 
 
