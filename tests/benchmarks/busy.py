@@ -26,14 +26,20 @@ SETTINGS: dict[str, dict[str, str]] = {
     "10,000 spins": {"GOMP_SPINCOUNT": "10000"},
     "one thread": {"OMP_NUM_THREADS": "1"},
 }
+SPIN = """
+import os
+parent = os.getppid()
+while os.getppid() == parent:  # also when this script is killed
+    sum(range(1_000_000))
+"""
 DECIDING = ("GOMP_", "OMP_", "KMP_", "MKL_")
 """Beginnings of variables that are taken from the environment before a setting is laid over it."""
 
 
 @contextlib.contextmanager
 def spinning(count: int) -> Iterator[list[subprocess.Popen[bytes]]]:
-    """Inside the block so many programs compute without end."""
-    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    """Inside the block so many programs compute."""
+    busy = [subprocess.Popen([sys.executable, "-c", SPIN]) for _ in range(count)]
     try:
         yield busy
     finally:
