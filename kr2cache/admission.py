@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kr2cache import models
+from kr2cache.device import is_out_of_memory
 from kr2cache.errors import UnsupportedModelError
 from kr2cache.fusion import parse_fusion
 from kr2cache.kreader import KReader
@@ -43,6 +44,8 @@ def check_plain(model: PreTrainedModel, head: Head, inputs: Mapping[str, Tensor]
         with torch.inference_mode():
             logits = KReader(model, head)(**inputs)["logits"]
     except Exception as error:  # models of any architecture, whatever they raise
+        if is_out_of_memory(error):
+            raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UnsupportedModelError(
             f"{who} ({model.config.model_type}) cannot be trained on this task; its first batch fails: {reason}",

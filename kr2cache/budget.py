@@ -30,6 +30,15 @@ def suiting(plan: ExtractPlan, device: torch.device) -> int:
     return plan.config.tokens_per_batch or TOKENS_PER_BATCH.get(device.type, TOKENS_PER_BATCH["cpu"])
 
 
+def too_long(plan: ExtractPlan, device: torch.device) -> DeviceMemoryError:
+    """What to say where not even the longest sequence fits into the device's memory."""
+    return DeviceMemoryError(
+        f"The longest sequence, {int(plan.index.n_tokens.max()):,} tokens, does not fit into the memory of {device} "
+        f"together with {plan.spec.name}.",
+        "Free the device's memory (nvidia-smi shows who has it), or give a smaller --max-length, or --device cpu.",
+    )
+
+
 def that_fits(plan: ExtractPlan, run: Run, device: torch.device, *, padded: bool) -> int:
     """The largest budget that fits into the device's memory: ``suiting``, halved as often as need be.
 
@@ -48,12 +57,7 @@ def that_fits(plan: ExtractPlan, run: Run, device: torch.device, *, padded: bool
         if all(_fits(plan, run, device, batches[number]) for number in sorted(largest)):
             break
         if len(batches[0]) == 1 and max(positions) <= longest:
-            raise DeviceMemoryError(
-                f"The longest sequence, {longest:,} tokens, does not fit into the memory of {device} together with "
-                f"{plan.spec.name}.",
-                "Free the device's memory (nvidia-smi shows who has it), or give a smaller --max-length, or --device "
-                "cpu.",
-            )
+            raise too_long(plan, device)
         budget = min(budget, max(positions)) // 2
     if budget < wanted:
         note(

@@ -105,7 +105,8 @@ def extract(plan: ExtractPlan) -> ExtractResult:
                 if header is None:
                     header = _new_header(plan, encoder, folder, digest, what, dropped)
                 else:
-                    check_history(plan, encoder)
+                    with contextlib.suppress(DeviceMemoryError):  # what is left to compute may be shorter and fit
+                        check_history(plan, encoder)
                 computed, taken = fill(plan, encoder, folder, header)
     return ExtractResult(
         cache=folder,
@@ -248,13 +249,24 @@ def _threads(number: object) -> Iterator[None]:
 
 
 def check_history(plan: ExtractPlan, encoder: PreTrainedModel) -> None:
-    """Raise ``UnsupportedModelError`` if the states of these sequences depend on what ran before."""
-    _move(encoder, choose_device(plan.config.device), plan)
+    """See that the states of these sequences do not depend on what ran before.
+
+    Raises:
+        UnsupportedModelError: If they do.
+        DeviceMemoryError: If the longest sequence does not fit.
+    """
+    device = choose_device(plan.config.device)
+    _move(encoder, device, plan)
 
     def run(model: PreTrainedModel, sequence: int) -> tuple[torch.Tensor, ...]:
         return hidden_states(model, plan.index, [sequence], pad_id=plan.pad_id, compute_dtype="float32")
 
-    check_repeatable(encoder, plan.index.n_tokens, run, repr(plan.spec.name))
+    try:
+        check_repeatable(encoder, plan.index.n_tokens, run, repr(plan.spec.name))
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise budget.too_long(plan, device) from None
 
 
 def _check_states(plan: ExtractPlan, encoder: PreTrainedModel) -> bool:

@@ -22,6 +22,7 @@ from kr2cache.config import ExtractConfig, TrainConfig
 from kr2cache.extract import ExtractResult, extract
 from kr2cache.pipeline import TrainResult, train
 from kr2cache.planning import plan_extraction
+from kr2cache.shared import Shared
 
 SPLITS = {"train": 12, "dev": 5, "test": 6}
 """Sentences of its corpus."""
@@ -109,9 +110,18 @@ def scarce_memory(
         Positions of the passes that fit.
     """
     fitted: list[int] = []
+    on_device, try_reader = True, Shared.check_reader
+
+    def on_the_cpu(*arguments: Any, **named: Any) -> None:
+        nonlocal on_device
+        on_device = False
+        try:
+            try_reader(*arguments, **named)
+        finally:
+            on_device = True
 
     def check(module: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
-        if isinstance(module, encoder):
+        if isinstance(module, encoder) and on_device:
             size = inputs[0].shape[0] * inputs[0].shape[1]
             if size > positions and len(fitted) >= after:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
@@ -119,7 +129,9 @@ def scarce_memory(
 
     handle = torch.nn.modules.module.register_module_forward_pre_hook(check)
     try:
-        yield fitted
+        with pytest.MonkeyPatch.context() as patch:  # a reader is tried on the CPU, wherever it will be trained
+            patch.setattr(Shared, "check_reader", on_the_cpu)
+            yield fitted
     finally:
         handle.remove()
 
