@@ -40,7 +40,7 @@ def run(arguments: list[str]) -> int:
 def _call(arguments: list[str], as_json: bool) -> int:
     from kr2cache.commands.app import app
     from kr2cache.commands.failure import INTERRUPTED
-    from kr2cache.console import console
+    from kr2cache.system.console import console
 
     console.stderr = as_json
     console.quiet = os.environ.get("RANK", "0") != "0"  # under torchrun the first process speaks for all
@@ -57,7 +57,7 @@ def _call(arguments: list[str], as_json: bool) -> int:
 def main() -> None:
     """The console script."""
     try:
-        from kr2cache import allocator, interrupt, threads
+        from kr2cache.system import allocator, interrupt, threads
 
         interrupt.listen()
         allocator.keep_free_memory()

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from kr2cache import utf8
 from kr2cache.errors import ConfigError, DataError, unknown_name
+from kr2cache.system import utf8
 
 TOML = "kr2cache.toml"
 

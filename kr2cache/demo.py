@@ -14,14 +14,14 @@ from typing import Any
 
 from rich.text import Text
 
-from kr2cache import runs
 from kr2cache.config import ExtractConfig, Method, TrainConfig
-from kr2cache.console import bytes_text, console, seconds_text
-from kr2cache.extract import describe_result, extract
-from kr2cache.pipeline import TrainResult, train
-from kr2cache.planning import describe, plan_extraction
+from kr2cache.experiment.pipeline import TrainResult, train
+from kr2cache.extraction.extract import describe_result, extract
+from kr2cache.extraction.planning import describe, plan_extraction
 from kr2cache.report.significance import FEWEST_SEEDS
-from kr2cache.terminal import Column, print_table
+from kr2cache.system.console import bytes_text, console, seconds_text
+from kr2cache.system.terminal import Column, print_table
+from kr2cache.training import runs
 
 RESOURCE = "minilm"
 READER = "minilm-3"

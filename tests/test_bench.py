@@ -22,8 +22,8 @@ from kr2cache.bench.training import CACHED, ONLINE
 from kr2cache.cache.check import check_cache
 from kr2cache.cli import run
 from kr2cache.config import ExtractConfig
-from kr2cache.memory import peak_of
-from kr2cache.planning import plan_extraction
+from kr2cache.extraction.planning import plan_extraction
+from kr2cache.system.memory import peak_of
 
 
 def test_contenders_take_turns_and_the_first_one_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:

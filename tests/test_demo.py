@@ -10,18 +10,22 @@ import tiny
 import torch
 from transformers import AutoModel
 
-from kr2cache import demo, models
+from kr2cache import demo
 from kr2cache.errors import ModelUnavailableError
+from kr2cache.models.files import local_folder, model_folder
+from kr2cache.models.load import load_encoder
+from kr2cache.models.registry import REGISTRY, find_model
+from kr2cache.models.tokenizers import load_tokenizer
 from kr2cache.tasks import find_task
 
 
 def test_its_reader_is_the_first_three_layers_of_its_resource() -> None:
     folder = tiny.minilm()
-    reader, resource = (models.find_model(name, {}) for name in (demo.READER, demo.RESOURCE))
-    part = models.load_encoder(reader)
+    reader, resource = (find_model(name, {}) for name in (demo.READER, demo.RESOURCE))
+    part = load_encoder(reader)
     whole = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
-    assert models.local_folder(resource) == folder
-    batch = models.load_tokenizer(reader, words=False)("The bakery opens at seven.", return_tensors="pt")
+    assert local_folder(resource) == folder
+    batch = load_tokenizer(reader, words=False)("The bakery opens at seven.", return_tensors="pt")
     with torch.no_grad():
         expected = whole(**batch, output_hidden_states=True).hidden_states
         found = part(**batch, output_hidden_states=True).hidden_states
@@ -32,10 +36,10 @@ def test_its_reader_is_the_first_three_layers_of_its_resource() -> None:
 
 
 def test_without_its_package_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    missing = dataclasses.replace(models.REGISTRY["minilm"], package="no_such_package_anywhere/model")
-    monkeypatch.setitem(models.REGISTRY, "minilm", missing)
+    missing = dataclasses.replace(REGISTRY["minilm"], package="no_such_package_anywhere/model")
+    monkeypatch.setitem(REGISTRY, "minilm", missing)
     with pytest.raises(ModelUnavailableError) as caught:
-        models.model_folder(models.find_model("minilm", {}))
+        model_folder(find_model("minilm", {}))
     assert "sentence-transformers/all-MiniLM-L6-v2" in caught.value.message
     assert 'pip install "kr2cache[demo]"' in caught.value.remedy
 

@@ -12,8 +12,8 @@ import pytest
 from importlinter import cli as import_linter
 
 from kr2cache.config import ExtractConfig
-from kr2cache.extract import extract
-from kr2cache.planning import plan_extraction
+from kr2cache.extraction.extract import extract
+from kr2cache.extraction.planning import plan_extraction
 
 ROOT = Path(__file__).parents[1]
 
@@ -32,13 +32,14 @@ def test_a_broken_contract_would_be_seen(tmp_path: Path, capsys: pytest.CaptureF
     """The same machinery finds the import that pipeline really makes."""
     (tmp_path / "lint.toml").write_text(
         '[tool.importlinter]\nroot_package = "kr2cache"\n[[tool.importlinter.contracts]]\nname = "no"\n'
-        'type = "forbidden"\nsource_modules = ["kr2cache.pipeline"]\nforbidden_modules = ["kr2cache.extract"]\n'
+        'type = "forbidden"\nsource_modules = ["kr2cache.experiment.pipeline"]\n'
+        'forbidden_modules = ["kr2cache.extraction.extract"]\n'
     )
     kept = import_linter.lint_imports(config_filename=str(tmp_path / "lint.toml"), no_cache=True)
     assert kept == import_linter.EXIT_STATUS_ERROR
     shown = capsys.readouterr().out
-    assert "-   kr2cache.pipeline ->" in shown
-    assert "-> kr2cache.extract" in shown
+    assert "-   kr2cache.experiment.pipeline ->" in shown
+    assert "-> kr2cache.extraction.extract" in shown
 
 
 def loaded_by(code: str, *arguments: str) -> set[str]:
@@ -68,7 +69,7 @@ def test_reading_a_cache_loads_neither_torch_nor_transformers(bert: Path, corpus
     assert not loaded & HEAVY
 
 
-@pytest.mark.parametrize("module", ["kr2cache.cache", "kr2cache.checks", "kr2cache.commands.app"])
+@pytest.mark.parametrize("module", ["kr2cache.cache", "kr2cache.experiment.checks", "kr2cache.commands.app"])
 def test_modules_that_the_command_line_starts_with_are_light(module: str) -> None:
     assert not loaded_by(f"import {module}") & HEAVY
 

@@ -13,7 +13,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from kr2cache.models import REGISTRY, local_folder
+from kr2cache.models.files import local_folder
+from kr2cache.models.registry import REGISTRY
 from kr2cache.tasks.udpos import UPOS
 
 

@@ -19,10 +19,10 @@ from safetensors.torch import load_file, save_file
 from transformers.models.bert.modeling_bert import BertEncoder
 
 from kr2cache.config import ExtractConfig, TrainConfig
-from kr2cache.extract import ExtractResult, extract
-from kr2cache.pipeline import TrainResult, train
-from kr2cache.planning import plan_extraction
-from kr2cache.shared import Shared
+from kr2cache.experiment.pipeline import TrainResult, train
+from kr2cache.experiment.shared import Shared
+from kr2cache.extraction.extract import ExtractResult, extract
+from kr2cache.extraction.planning import plan_extraction
 
 SPLITS = {"train": 12, "dev": 5, "test": 6}
 """Sentences of its corpus."""

@@ -28,11 +28,11 @@ from rich.text import Text
 from scipy.stats import binom
 
 from kr2cache.config import ExtractConfig, TrainConfig
-from kr2cache.console import bytes_text, console
-from kr2cache.device import choose_device, device_name, wait_for_gpu
-from kr2cache.memory import peak_of
-from kr2cache.provenance import library_versions
-from kr2cache.threads import waiting
+from kr2cache.store.provenance import library_versions
+from kr2cache.system.console import bytes_text, console
+from kr2cache.system.device import choose_device, device_name, wait_for_gpu
+from kr2cache.system.memory import peak_of
+from kr2cache.system.threads import waiting
 
 if TYPE_CHECKING:
     from torch import nn

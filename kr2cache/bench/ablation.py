@@ -13,17 +13,18 @@ import re
 import time
 from pathlib import Path
 
-from kr2cache import models
-from kr2cache.allocator import objects_set_aside
 from kr2cache.bench import BenchConfig, Race
 from kr2cache.bench.training import load_online, online_index, online_split
-from kr2cache.device import choose_device
-from kr2cache.memory import peak_of
-from kr2cache.pipeline import train
-from kr2cache.prepare import prepare
-from kr2cache.shared import CorpusSplit, Shared
+from kr2cache.experiment.pipeline import train
+from kr2cache.experiment.prepare import prepare
+from kr2cache.experiment.shared import CorpusSplit, Shared
+from kr2cache.models.load import encoder_shape, load_config
+from kr2cache.models.registry import find_model
+from kr2cache.system.allocator import objects_set_aside
+from kr2cache.system.device import choose_device
+from kr2cache.system.memory import peak_of
 from kr2cache.tasks import find_task
-from kr2cache.train import train_seed
+from kr2cache.training.train import train_seed
 
 FUSIONS = ("fuse", "all", "last4", "last2", "last1", "layer0", "layer2", "layer4", "layer6")
 """Of a resource of six layers."""
@@ -43,7 +44,7 @@ def run(config: BenchConfig, folder: Path) -> Race:
     }
     seeds = itertools.count(1)
     base = dataclasses.replace(training, cache_dir=folder / "caches", epochs=1.0, keep_readers=False)
-    layers, _ = models.encoder_shape(models.load_config(models.find_model(base.resource or "", base.models)))
+    layers, _ = encoder_shape(load_config(find_model(base.resource or "", base.models)))
     fusions = [name for name in FUSIONS if int(re.sub(r"\D", "", name) or 0) < layers]
     in_steps: list[float] = []
 

@@ -9,10 +9,11 @@ from kr2cache.bench import BenchConfig, Race
 from kr2cache.bench.stage_one import OURS
 from kr2cache.bench.training import CACHED, ONLINE, STEPS
 from kr2cache.cache.format import row_bytes
-from kr2cache.console import bytes_text
-from kr2cache.encode import encode_examples
-from kr2cache.models import find_model, load_tokenizer
-from kr2cache.planning import ExtractPlan
+from kr2cache.extraction.planning import ExtractPlan
+from kr2cache.models.encode import encode_examples
+from kr2cache.models.registry import find_model
+from kr2cache.models.tokenizers import load_tokenizer
+from kr2cache.system.console import bytes_text
 from kr2cache.tasks import find_task
 
 

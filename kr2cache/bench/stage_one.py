@@ -14,14 +14,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kr2cache import models
 from kr2cache.bench import BenchConfig, Race, alternately, race, run_through, size_text
 from kr2cache.cache.shard import open_shard
-from kr2cache.device import choose_device
-from kr2cache.encode import length_sorted_batches
-from kr2cache.extract import extract, fill, hidden_states
-from kr2cache.forward import cheaper_forward
-from kr2cache.planning import ExtractPlan, plan_extraction
+from kr2cache.extraction.extract import extract, fill, hidden_states
+from kr2cache.extraction.planning import ExtractPlan, plan_extraction
+from kr2cache.models.encode import length_sorted_batches
+from kr2cache.models.forward import cheaper_forward
+from kr2cache.models.load import open_encoder
+from kr2cache.system.device import choose_device
 
 TARGET = {"cpu": 1 / 0.97, "cuda": 1 / 0.8}
 """On a GPU the disk may be slower than the model."""
@@ -37,7 +37,7 @@ def run(config: BenchConfig, folder: Path) -> tuple[Race, ExtractPlan]:
     plan = plan_extraction(replace(config.extraction, cache_dir=folder / "first"))
     header = open_shard(next(extract(plan).cache.glob("*.h5"))).header
     device = choose_device(plan.config.device)
-    encoder = models.open_encoder(plan.spec)[0].to(device)  # type: ignore[arg-type]  # annotated for transformers alone
+    encoder = open_encoder(plan.spec)[0].to(device)  # type: ignore[arg-type]  # annotated for transformers alone
     batches = length_sorted_batches(
         plan.index.n_tokens, int(header.batch_plan["tokens_per_batch"]), padded=bool(header.batch_plan["padded"])
     )

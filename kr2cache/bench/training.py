@@ -13,19 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kr2cache import models
-from kr2cache.batches import WHOLE, Batcher, SplitData, StepBatcher, part_overhead
 from kr2cache.bench import BenchConfig, Race, alternately, race, run_through
 from kr2cache.cache.format import SequenceIndex
-from kr2cache.device import choose_device
-from kr2cache.encode import encode_examples
-from kr2cache.evaluate import batches_of, predict
-from kr2cache.forward import cheaper_forward
-from kr2cache.kreader import KReader
-from kr2cache.predict import OnlineFeatures, OnlineResource
-from kr2cache.prepare import prepare
-from kr2cache.shared import Shared
-from kr2cache.train import Job
+from kr2cache.experiment.prepare import prepare
+from kr2cache.experiment.shared import Shared
+from kr2cache.models.encode import encode_examples
+from kr2cache.models.forward import cheaper_forward
+from kr2cache.models.load import load_encoder
+from kr2cache.models.registry import find_model
+from kr2cache.models.tokenizers import load_tokenizer
+from kr2cache.prediction.predict import OnlineFeatures, OnlineResource
+from kr2cache.system.device import choose_device
+from kr2cache.training.batches import WHOLE, Batcher, SplitData, StepBatcher, part_overhead
+from kr2cache.training.evaluate import batches_of, predict
+from kr2cache.training.kreader import KReader
+from kr2cache.training.train import Job
 
 TARGET = 1.05
 EVALUATION_TARGET = 1 / 0.97
@@ -150,11 +152,11 @@ def _moved(one: Any, device: torch.device) -> Any:
 
 def load_online(job: Job) -> OnlineResource:
     """The resource of a job, to be run in every step: as transformers loads it, nothing made cheaper."""
-    spec = models.find_model(job.config.resource or "", job.config.models)
+    spec = find_model(job.config.resource or "", job.config.models)
     return OnlineResource(
         name=spec.name,
-        encoder=models.load_encoder(spec).to(choose_device(job.config.device)),  # type: ignore[arg-type]  # as in stage one
-        tokenizer=models.load_tokenizer(spec, words=job.task.words),
+        encoder=load_encoder(spec).to(choose_device(job.config.device)),  # type: ignore[arg-type]  # as in stage one
+        tokenizer=load_tokenizer(spec, words=job.task.words),
         max_length=job.config.resource_max_length or job.config.max_length,
         compute_dtype="float32",
         padded=True,

@@ -29,8 +29,8 @@ from kr2cache.cache.format import (
 )
 from kr2cache.cache.layout import read_layout
 from kr2cache.cache.shard import Shard, fixed_xxh3, headers_left, is_structure_sound, open_shard
-from kr2cache.disk import disk_error, free_bytes, reserve, sync_folder, write_whole
 from kr2cache.errors import CacheError, CacheVersionError
+from kr2cache.system.disk import disk_error, free_bytes, reserve, sync_folder, write_whole
 
 PAGE = 4096
 

@@ -24,7 +24,7 @@ from kr2cache.cache.ids import IdIndex
 from kr2cache.cache.rows import StoredRows
 from kr2cache.cache.shard import Shard, open_shard, shard_paths
 from kr2cache.errors import CacheError, ConfigError, SequenceNotFoundError
-from kr2cache.memory import aligned_empty, total_memory
+from kr2cache.system.memory import aligned_empty, total_memory
 
 EVERY_LAYER = (-1,)
 """Stands for the places of all layers, which would take as long to list as to look up."""

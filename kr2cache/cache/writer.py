@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 
 from kr2cache.cache.format import all_finite, decode, states_xxh3
 from kr2cache.cache.shard import Shard, open_shard, shard_paths
-from kr2cache.disk import disk_error, sync, write_whole
 from kr2cache.errors import CacheError, ValueRangeError
+from kr2cache.system.disk import disk_error, sync, write_whole
 
 SYNC_EVERY_S = 0.5
 """At most this much computing is lost with the power; and what is not synced at the end of an extraction is waited for:

@@ -13,15 +13,15 @@ from rich.text import Text
 
 from kr2cache.cache.check import CacheCheck
 from kr2cache.cache.shard import headers_left
+from kr2cache.commands.defaults import OPTIONS
 from kr2cache.commands.loading import loading
 from kr2cache.commands.options import App, CacheDir, Data, Debug, Device, Json, merge, print_json
 from kr2cache.config import default_cache_dir, read_toml
-from kr2cache.console import bytes_text, console, count_text, done, failed, note, ranges_text, seconds_text
-from kr2cache.defaults import OPTIONS
-from kr2cache.device import check_device_name
 from kr2cache.errors import CacheError, ConfigError
-from kr2cache.models import known_models
-from kr2cache.utf8 import file_lines
+from kr2cache.models.registry import known_models
+from kr2cache.system.console import bytes_text, console, count_text, done, failed, note, ranges_text, seconds_text
+from kr2cache.system.device import check_device_name
+from kr2cache.system.utf8 import file_lines
 
 app = App(
     no_args_is_help=True,
@@ -42,7 +42,7 @@ def _cache_dir(given: Path | None) -> Path:
 
 
 def _folder(name: str, cache_dir: Path | None) -> Path:
-    from kr2cache.inventory import find_cache
+    from kr2cache.store.inventory import find_cache
 
     return find_cache(name, _cache_dir(cache_dir))
 
@@ -50,8 +50,8 @@ def _folder(name: str, cache_dir: Path | None) -> Path:
 @app.command("list")
 def list_cli(cache_dir: CacheDir = None, as_json: Json = False, debug: Debug = False) -> None:
     """Every cache, its size, when it was written, whether it is complete, and which went stale."""
-    from kr2cache.inventory import entries
-    from kr2cache.terminal import Column, print_table
+    from kr2cache.store.inventory import entries
+    from kr2cache.system.terminal import Column, print_table
 
     where = _cache_dir(cache_dir)
     found = entries(where)
@@ -105,7 +105,7 @@ def _layers(layers: Sequence[int], fusion: dict[str, Any] | None) -> str:
 def info_cli(cache: Cache, cache_dir: CacheDir = None, as_json: Json = False, debug: Debug = False) -> None:
     """What is in one cache: what it was made from, sizes, lengths, norms by layer."""
     from kr2cache.cache.reader import FeatureCache
-    from kr2cache.inventory import entry, portrait
+    from kr2cache.store.inventory import entry, portrait
 
     folder = _folder(cache, cache_dir)
     opened = FeatureCache.open(folder)
@@ -167,7 +167,7 @@ def _bars(title: str, names: Sequence[str], values: Sequence[float], text: Any) 
 @app.command("verify")
 def verify_cli(caches: Caches = None, cache_dir: CacheDir = None, as_json: Json = False, debug: Debug = False) -> None:
     """Read every byte of caches against its checksum; name what is damaged. Exit code 1 unless all is whole."""
-    from kr2cache.inventory import cache_folders
+    from kr2cache.store.inventory import cache_folders
 
     where = _cache_dir(cache_dir)
     folders = [_folder(name, cache_dir) for name in caches] if caches else cache_folders(where)
@@ -181,10 +181,10 @@ def verify_cli(caches: Caches = None, cache_dir: CacheDir = None, as_json: Json 
 
 
 def _verify(folder: Path) -> dict[str, Any]:
-    from kr2cache import provenance
     from kr2cache.cache.check import check_cache
     from kr2cache.cache.reader import FeatureCache
-    from kr2cache.console import work_progress
+    from kr2cache.store import provenance
+    from kr2cache.system.console import work_progress
 
     size = sum(path.stat().st_size for path in folder.glob("*.h5") if path.is_file())
     with work_progress("MB") as progress:
@@ -281,7 +281,7 @@ def repair_cli(
     given = merge(toml, data=data, device=device)
     check_device_name(given.get("device", "auto"))
     with loading(as_json):
-        from kr2cache.repair import RepairConfig, describe_repair, repair
+        from kr2cache.extraction.repair import RepairConfig, describe_repair, repair
 
     result = repair(RepairConfig(folder=folder, resource=resource, models=toml.models, **given))
     describe_repair(result)
@@ -304,7 +304,7 @@ def slice_cli(
 ) -> None:
     """A smaller cache from a larger one, without the model: fewer layers, fewer sequences, a smaller dtype."""
     from kr2cache.cache.reader import FeatureCache
-    from kr2cache.derive import plan_slice
+    from kr2cache.store.derive import plan_slice
 
     names = None
     if ids is not None:
@@ -328,14 +328,14 @@ def fuse_cli(
 ) -> None:
     """Store one fixed fusion alone, 1/(L+1) of the bytes; train uses it wherever it serves."""
     from kr2cache.cache.reader import FeatureCache
-    from kr2cache.derive import plan_fusion
+    from kr2cache.store.derive import plan_fusion
 
     source = FeatureCache.open(_folder(cache, cache_dir))
     _derive(plan_fusion(source, fusion, dtype=dtype, cache_dir=cache_dir), as_json)
 
 
 def _derive(plan: Any, as_json: bool) -> None:
-    from kr2cache.derive import derive
+    from kr2cache.store.derive import derive
 
     result = derive(plan)
     share = f"{100 * plan.state_bytes / plan.source.stored_bytes:.0f} % of {bytes_text(plan.source.stored_bytes)}"
@@ -359,7 +359,7 @@ def remove_cli(
     debug: Debug = False,
 ) -> None:
     """Delete caches: says what it frees, and asks."""
-    from kr2cache.inventory import removable_bytes, remove
+    from kr2cache.store.inventory import removable_bytes, remove
 
     named = [_folder(name, cache_dir) for name in caches]
     folders = list({folder.resolve(): folder for folder in named}.values())  # one may be named in several ways

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kr2cache.checks import check_extraction
+from kr2cache.commands.defaults import OPTIONS, choose_task
 from kr2cache.commands.loading import loading
 from kr2cache.commands.options import (
     CacheDir,
@@ -22,10 +22,11 @@ from kr2cache.commands.options import (
     print_json,
 )
 from kr2cache.config import COMPUTE_DTYPES, ExtractConfig, default_cache_dir, read_toml
-from kr2cache.console import waiting
-from kr2cache.defaults import OPTIONS, choose_task
 from kr2cache.errors import ConfigError
-from kr2cache.models import known_models, model_folder
+from kr2cache.extraction.checks import check_extraction
+from kr2cache.models.files import model_folder
+from kr2cache.models.registry import known_models
+from kr2cache.system.console import waiting
 
 
 def extract_cli(
@@ -99,8 +100,8 @@ def extract_cli(
     config = ExtractConfig(**given, models=toml.models)
     model_folder(check_extraction(config).spec)  # a download shows its own progress
     with loading(as_json):
-        from kr2cache.extract import describe_result, extract
-        from kr2cache.planning import describe, plan_extraction
+        from kr2cache.extraction.extract import describe_result, extract
+        from kr2cache.extraction.planning import describe, plan_extraction
     with waiting(f"Reading and tokenising {config.task}/{config.split}"):
         plan = plan_extraction(config)
     describe(plan)
@@ -114,9 +115,9 @@ def extract_cli(
 
 
 def _show_dry_run(plan: Any, as_json: bool) -> None:
-    from kr2cache.console import bytes_text
-    from kr2cache.disk import free_bytes
-    from kr2cache.terminal import Column, print_table
+    from kr2cache.system.console import bytes_text
+    from kr2cache.system.disk import free_bytes
+    from kr2cache.system.terminal import Column, print_table
 
     choices = plan.bytes_by_choice()
     if as_json:

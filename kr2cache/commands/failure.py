@@ -9,10 +9,10 @@ from typing import Any
 
 import typer
 
-from kr2cache import interrupt
 from kr2cache.commands.options import print_json
-from kr2cache.console import console, to_stderr
 from kr2cache.errors import InterruptedWorkError, KR2CacheError, UsageError
+from kr2cache.system import interrupt
+from kr2cache.system.console import console, to_stderr
 
 INTERRUPTED = 130
 """128 + the number of SIGINT, as shells say it."""

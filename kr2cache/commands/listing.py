@@ -7,15 +7,16 @@ from typing import Annotated
 
 import typer
 
+from kr2cache.commands.defaults import OPTIONS
 from kr2cache.commands.loading import loading
 from kr2cache.commands.options import Debug, Device, Json, Limit, checked, print_json
 from kr2cache.config import read_toml
-from kr2cache.console import console
-from kr2cache.defaults import OPTIONS
-from kr2cache.device import check_device_name
-from kr2cache.locks import check_writable
-from kr2cache.model_files import fault
-from kr2cache.models import check_obtainable, find_model, known_models
+from kr2cache.models.contents import fault
+from kr2cache.models.files import check_obtainable
+from kr2cache.models.registry import find_model, known_models
+from kr2cache.system.console import console
+from kr2cache.system.device import check_device_name
+from kr2cache.system.locks import check_writable
 from kr2cache.tasks import find_task
 
 
@@ -23,8 +24,8 @@ def models_cli(as_json: Json = False, debug: Debug = False) -> None:
     """The models that have a name, and which are on this machine."""
     from rich.text import Text
 
-    from kr2cache.models import local_folder
-    from kr2cache.terminal import Column, print_table
+    from kr2cache.models.files import local_folder
+    from kr2cache.system.terminal import Column, print_table
 
     specs = known_models(read_toml(Path.cwd(), OPTIONS).models)
     there = {name: local_folder(spec) for name, spec in specs.items()}
@@ -68,9 +69,9 @@ def models_cli(as_json: Json = False, debug: Debug = False) -> None:
 
 def tasks_cli(as_json: Json = False, debug: Debug = False) -> None:
     """The tasks there are, and where their data comes from."""
+    from kr2cache.system.terminal import Column, print_table
     from kr2cache.tasks import task_names
     from kr2cache.tasks.udpos import LANGUAGES
-    from kr2cache.terminal import Column, print_table
 
     tasks = [find_task(name) for name in task_names()]
     if as_json:

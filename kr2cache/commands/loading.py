@@ -7,8 +7,8 @@ import sys
 from collections.abc import Iterator
 
 from kr2cache.commands.failure import explain, report
-from kr2cache.console import console, waiting
-from kr2cache.interrupt import leaving_at_once
+from kr2cache.system.console import console, waiting
+from kr2cache.system.interrupt import leaving_at_once
 
 
 @contextlib.contextmanager

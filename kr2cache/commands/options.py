@@ -14,12 +14,12 @@ from typer import CallbackParam
 from typer.core import TyperCommand, TyperOption
 from typer.models import CommandFunctionType
 
+from kr2cache.commands.defaults import OPTIONS
 from kr2cache.commands.hints import more_advice
 from kr2cache.config import Toml, local, read_toml
-from kr2cache.console import console
-from kr2cache.defaults import OPTIONS
 from kr2cache.errors import KR2CacheError, UsageError
-from kr2cache.models import known_models
+from kr2cache.models.registry import known_models
+from kr2cache.system.console import console
 
 
 def model_names() -> list[str]:

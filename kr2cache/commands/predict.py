@@ -9,14 +9,14 @@ from typing import Annotated
 
 import typer
 
+from kr2cache.commands.defaults import OPTIONS
 from kr2cache.commands.loading import loading
 from kr2cache.commands.options import Debug, Device, Json, checked, print_json
 from kr2cache.config import read_toml
-from kr2cache.console import console, count_text, note, to_stderr
-from kr2cache.defaults import OPTIONS
-from kr2cache.device import check_device_name
 from kr2cache.errors import ConfigError
-from kr2cache.runs import read_config
+from kr2cache.system.console import console, count_text, note, to_stderr
+from kr2cache.system.device import check_device_name
+from kr2cache.training.runs import read_config
 
 
 def predict_cli(
@@ -48,9 +48,9 @@ def predict_cli(
     check_device_name(where)
     read_config(run)
     with loading(as_json):
-        from kr2cache.predict import Predictor
-        from kr2cache.texts import as_text, read_file, read_lines, score, typed_lines
-        from kr2cache.texts import conllu as to_conllu
+        from kr2cache.prediction.predict import Predictor
+        from kr2cache.prediction.texts import as_text, read_file, read_lines, score, typed_lines
+        from kr2cache.prediction.texts import conllu as to_conllu
 
     predictor = Predictor.load(run, toml.models, where)
     task = predictor.task

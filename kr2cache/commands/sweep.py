@@ -8,11 +8,11 @@ from typing import Annotated
 
 import typer
 
+from kr2cache.commands.defaults import OPTIONS, TRAIN_OPTIONS
 from kr2cache.commands.loading import loading
 from kr2cache.commands.options import CacheDir, Debug, Device, Json, RunDir, Seeds, checked, merge, print_json
 from kr2cache.config import TrainConfig, read_toml
-from kr2cache.defaults import OPTIONS, TRAIN_OPTIONS
-from kr2cache.grid import Line, read_grid
+from kr2cache.experiment.grid import Line, read_grid
 
 
 def sweep_cli(
@@ -45,7 +45,7 @@ def sweep_cli(
     defaults = {name.replace("-", "_") for name in TRAIN_OPTIONS}
     table = read_grid(grid, TRAIN_OPTIONS)
     with loading(as_json):
-        from kr2cache.sweep import Sweep, describe_sweep
+        from kr2cache.experiment.sweep import Sweep, describe_sweep
 
     asked = {"seeds": seeds, "epochs": epochs, "limit": limit}
     above = {name: value for name, value in asked.items() if value is not None}

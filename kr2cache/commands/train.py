@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from kr2cache.checks import check_training
+from kr2cache.commands.defaults import OPTIONS, choose_resource, choose_task
 from kr2cache.commands.loading import loading
 from kr2cache.commands.options import (
     CacheDir,
@@ -33,10 +33,10 @@ from kr2cache.config import (
     parse_seeds,
     read_toml,
 )
-from kr2cache.console import note
-from kr2cache.defaults import OPTIONS, choose_resource, choose_task
 from kr2cache.errors import ConfigError
-from kr2cache.models import model_folder
+from kr2cache.experiment.checks import check_training
+from kr2cache.models.files import model_folder
+from kr2cache.system.console import note
 
 
 def train_cli(
@@ -166,7 +166,7 @@ def train_cli(
         note(f"Method {config.method} makes no use of {', '.join(typed)}.")
 
     with loading(as_json):
-        from kr2cache.pipeline import describe_training, train
+        from kr2cache.experiment.pipeline import describe_training, train
 
     result = train(config)
     describe_training(result)

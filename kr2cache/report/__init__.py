@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kr2cache.console import console, count_text
 from kr2cache.report.collect import collect, failures
 from kr2cache.report.others import other_tables, stale
 from kr2cache.report.page import page
@@ -21,6 +20,7 @@ from kr2cache.report.scores import sweep_tables
 from kr2cache.report.significance import Comparer
 from kr2cache.report.svg import Plot
 from kr2cache.report.tables import FORMS, Table, to_rich
+from kr2cache.system.console import console, count_text
 
 TITLE = "kr2cache report"
 PAGE = "report.html"

@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from kr2cache.console import count_text
 from kr2cache.errors import CacheError
 from kr2cache.report.records import OLDER, Collected, Configuration, Run, Sweep, SweepCell, mapping, number, sequence
-from kr2cache.runs import is_finished
+from kr2cache.system.console import count_text
+from kr2cache.training.runs import is_finished
 
 _SEED_FOLDER = re.compile(r"seed-(\d+)")
 

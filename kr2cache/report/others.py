@@ -7,10 +7,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kr2cache.console import time_text
 from kr2cache.report.records import METHOD_NAMES, OLDER, Configuration, mapping, mean_and_std, number
 from kr2cache.report.scores import METRICS, percent
 from kr2cache.report.tables import Cell, Record, Table
+from kr2cache.system.console import time_text
 
 _COUNTS = ("cut_off_words",)
 DATED = ("data", "trained", "state")

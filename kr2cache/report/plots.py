@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from kr2cache.console import bytes_text, seconds_text
 from kr2cache.report.others import labels, sort
 from kr2cache.report.records import Collected, Configuration, Run, mean_and_std, number
 from kr2cache.report.scores import METRICS
 from kr2cache.report.svg import DASHES, GREY, MARKERS, PALETTE, Plot, canvas, draw, named_apart
+from kr2cache.system.console import bytes_text, seconds_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

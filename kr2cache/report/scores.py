@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from kr2cache.console import count_text
 from kr2cache.errors import CacheError
 from kr2cache.report import paper
 from kr2cache.report.records import OLDER, Sweep, SweepCell, mean_and_std
 from kr2cache.report.significance import LEVEL, RESAMPLES, Comparer, Comparison, judge
 from kr2cache.report.tables import Cell, Record, Table
+from kr2cache.system.console import count_text
 
 METRICS = {"f1": "F1", "accuracy": "accuracy", "cut_off_words": "words without a label"}
 NOISE = "≈"

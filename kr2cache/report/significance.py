@@ -17,9 +17,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from kr2cache.console import count_text
 from kr2cache.errors import CacheError
 from kr2cache.report.records import Configuration, Run
+from kr2cache.system.console import count_text
 
 Place = TypeVar("Place")
 

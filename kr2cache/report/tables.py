@@ -70,7 +70,7 @@ def to_rich(table: Table, width: int) -> list[RenderableType]:
     """
     from rich.text import Text
 
-    from kr2cache.terminal import Column, in_blocks
+    from kr2cache.system.terminal import Column, in_blocks
 
     names = [place < table.labels for place in range(len(table.columns))]
     columns = [

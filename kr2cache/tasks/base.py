@@ -11,8 +11,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from kr2cache.console import count_text, note
 from kr2cache.errors import ConfigError, DataError, MissingSplitError, unknown_name
+from kr2cache.system.console import count_text, note
 from kr2cache.tasks.files import SPLIT_FILES, SPLITS, Names, data_folder, names_text, split_files, unread_files
 
 Head = Literal["token", "sequence", "choice"]

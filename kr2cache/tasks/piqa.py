@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from kr2cache.errors import DataError
+from kr2cache.system.utf8 import file_lines
 from kr2cache.tasks.base import Example
 from kr2cache.tasks.rows import Row, RowTask, json_rows
-from kr2cache.utf8 import file_lines
 
 
 class Piqa(RowTask):

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kr2cache import hub
-from kr2cache.console import note
 from kr2cache.errors import DataError, MissingSplitError
+from kr2cache.system import hub
+from kr2cache.system.console import note
+from kr2cache.system.utf8 import file_lines
 from kr2cache.tasks.base import Example, Task, accuracy, check_unique
-from kr2cache.utf8 import file_lines
 
 HUB_SPLITS = {"train": "train", "dev": "validation", "test": "test"}
 

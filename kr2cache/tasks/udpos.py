@@ -18,11 +18,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kr2cache.console import note
 from kr2cache.errors import DataError
+from kr2cache.system.console import note
+from kr2cache.system.utf8 import file_lines
 from kr2cache.tasks.base import Example, Task, accuracy, check_unique
 from kr2cache.tasks.rows import load_hub
-from kr2cache.utf8 import file_lines
 
 UPOS = (
     "ADJ", "ADP", "ADV", "AUX", "CCONJ", "DET", "INTJ", "NOUN", "NUM", "PART", "PRON", "PROPN", "PUNCT", "SCONJ", "SYM",

@@ -20,11 +20,11 @@ import numpy as np
 from kr2cache import FeatureCache
 from kr2cache.cache.format import DTYPES
 from kr2cache.config import ExtractConfig, TrainConfig
-from kr2cache.console import console
-from kr2cache.extract import extract
-from kr2cache.pipeline import train
-from kr2cache.planning import plan_extraction
-from kr2cache.runs import mean_and_std
+from kr2cache.experiment.pipeline import train
+from kr2cache.extraction.extract import extract
+from kr2cache.extraction.planning import plan_extraction
+from kr2cache.system.console import console
+from kr2cache.training.runs import mean_and_std
 
 
 def errors(exact: FeatureCache, rounded: FeatureCache) -> dict[str, float]:

@@ -18,12 +18,13 @@ from unittest import mock
 import torch
 from torch import nn
 
-from kr2cache import forward, models
-from kr2cache.allocator import keep_free_memory
 from kr2cache.config import ExtractConfig
-from kr2cache.encode import length_sorted_batches
-from kr2cache.extract import hidden_states
-from kr2cache.planning import ExtractPlan, plan_extraction
+from kr2cache.extraction.extract import hidden_states
+from kr2cache.extraction.planning import ExtractPlan, plan_extraction
+from kr2cache.models import forward
+from kr2cache.models.encode import length_sorted_batches
+from kr2cache.models.load import open_encoder
+from kr2cache.system.allocator import keep_free_memory
 
 BITS = 10
 """Into how many bits of like many positions a pass is cut, whatever its batches are."""
@@ -80,7 +81,7 @@ def main() -> None:
     plan = plan_extraction(config)
     if plan.tokens < forward.WORTHWHILE:
         parser.error(f"{plan.tokens:,} tokens are too few: nothing is cheaper below {forward.WORTHWHILE:,}.")
-    encoder, _ = models.open_encoder(plan.spec)
+    encoder, _ = open_encoder(plan.spec)
     keep_free_memory()  # as the command line does
     with contextlib.ExitStack() as inside:
 

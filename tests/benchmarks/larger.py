@@ -29,7 +29,7 @@ from kr2cache.cache import rows
 from kr2cache.cache.create import create_shards
 from kr2cache.cache.reader import FeatureCache
 from kr2cache.cache.writer import CacheWriter, PackedStates
-from kr2cache.memory import total_memory
+from kr2cache.system.memory import total_memory
 
 BATCH = 32
 TURN_S, TURNS = 3.0, 5

@@ -13,7 +13,7 @@ from pathlib import Path
 
 CHILD = """
 import resource, sys
-from kr2cache.allocator import keep_free_memory
+from kr2cache.system.allocator import keep_free_memory
 from kr2cache.cli import run
 keep_free_memory()  # as the command line does
 code = run(["extract", "--split", "train", "--device", "cpu", *sys.argv[1:]])

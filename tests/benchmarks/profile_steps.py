@@ -14,8 +14,8 @@ from pathlib import Path
 
 from kr2cache.bench.ablation import FUSIONS
 from kr2cache.config import TrainConfig
-from kr2cache.pipeline import train
-from kr2cache.shared import Shared
+from kr2cache.experiment.pipeline import train
+from kr2cache.experiment.shared import Shared
 
 PARTS = {
     "backward passes": "method 'run_backward'",

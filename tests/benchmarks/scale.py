@@ -18,7 +18,7 @@ import numpy as np
 from kr2cache.cache import create
 from kr2cache.cache.format import SequenceIndex, ShardHeader, encode_ids
 from kr2cache.cache.shard import open_shard, shard_paths
-from kr2cache.console import bytes_text
+from kr2cache.system.console import bytes_text
 
 LAYERS, WIDTH = 13, 768
 """BERT-base."""

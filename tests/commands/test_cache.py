@@ -21,10 +21,12 @@ import pytest
 import tiny_cache
 from world import World, unpack_old_world
 
-from kr2cache import FeatureCache, inventory, locks
+from kr2cache import FeatureCache
 from kr2cache.cli import run
 from kr2cache.errors import BusyError
-from kr2cache.locks import only_writer
+from kr2cache.store import inventory
+from kr2cache.system import locks
+from kr2cache.system.locks import only_writer
 
 
 def command(line: str) -> int:
@@ -396,7 +398,7 @@ def test_no_name_is_no_cache(caches: Path, capsys: pytest.CaptureFixture[str]) -
 HOLDER = """
 import sys, time
 from pathlib import Path
-from kr2cache.locks import only_writer
+from kr2cache.system.locks import only_writer
 with only_writer(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(float(sys.argv[2]))

@@ -23,21 +23,21 @@ from numpy.typing import NDArray
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModel
 
-from kr2cache import models
-from kr2cache.batches import SplitData
 from kr2cache.cache.reader import FeatureCache
 from kr2cache.errors import CacheError, DeviceMemoryError
-from kr2cache.evaluate import example_logits
-from kr2cache.extract import hidden_states
-from kr2cache.features import DeviceFeatures, ResourceFeatures
+from kr2cache.experiment.pipeline import train
+from kr2cache.experiment.prepare import prepare
+from kr2cache.experiment.shared import Shared
+from kr2cache.extraction.extract import hidden_states
+from kr2cache.extraction.packing import Packer
+from kr2cache.extraction.planning import ExtractPlan
+from kr2cache.extraction.repair import RepairConfig, repair
 from kr2cache.fusion import parse_fusion
-from kr2cache.packing import Packer
-from kr2cache.pipeline import train
-from kr2cache.planning import ExtractPlan
-from kr2cache.predict import Predictor
-from kr2cache.prepare import prepare
-from kr2cache.repair import RepairConfig, repair
-from kr2cache.shared import Shared
+from kr2cache.models.load import load_encoder
+from kr2cache.prediction.predict import Predictor
+from kr2cache.training.batches import SplitData
+from kr2cache.training.evaluate import example_logits
+from kr2cache.training.features import DeviceFeatures, ResourceFeatures
 
 PATIENCE_S = 120.0
 """After that a process that should end by itself counts as hanging."""
@@ -87,7 +87,7 @@ def states(scene: Scene) -> Iterator[Seen]:
     plan = scene.plan()
     batch = _mixed_batch(plan)
     expected = _reference(scene, plan, batch)
-    encoder = models.load_encoder(plan.spec).to(scene.device)  # type: ignore[arg-type]  # annotated for itself alone
+    encoder = load_encoder(plan.spec).to(scene.device)  # type: ignore[arg-type]  # annotated for itself alone
     for name, limit in ROUNDING.items():
         compute_dtype = "float32" if name == "tf32" else name
         with matmul_precision("high" if name == "tf32" else "highest"):
@@ -102,7 +102,7 @@ def backends(scene: Scene) -> Iterator[Seen]:
     length = int(np.bincount(lengths).argmax())
     batch = np.flatnonzero(lengths == length)[:8]  # of equal lengths: flash attention takes no mask
     expected = _reference(scene, plan, batch)
-    encoder = models.load_encoder(plan.spec).to(scene.device)  # type: ignore[arg-type]
+    encoder = load_encoder(plan.spec).to(scene.device)  # type: ignore[arg-type]
     for backend in (SDPBackend.MATH, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION):
         for compute_dtype in ("float32", "bfloat16"):
             what = f"{backend.name.lower()} in {compute_dtype}"
@@ -121,7 +121,7 @@ def packing(scene: Scene) -> Iterator[Seen]:
     """Packed on the device is what NumPy cuts and rounds of the padded states, bit for bit."""
     plan = scene.plan()
     batch = _mixed_batch(plan)
-    encoder = models.load_encoder(plan.spec).to(scene.device)  # type: ignore[arg-type]
+    encoder = load_encoder(plan.spec).to(scene.device)  # type: ignore[arg-type]
     layers = hidden_states(encoder, plan.index, batch, pad_id=plan.pad_id, compute_dtype="float32")
     padded = np.stack([layer.cpu().numpy() for layer in layers], axis=1)
     rows = np.concatenate(
@@ -172,10 +172,14 @@ def processes(scene: Scene) -> Iterator[Seen]:
 def memory(scene: Scene) -> Iterator[Seen]:
     """What does not fit into the device's memory: the budget is halved, a training says what to change."""
     if scene.device.type != "cuda":
-        yield Seen("a GPU's memory", None, "no GPU here; tests/test_budget.py and test_trial.py simulate it")
+        yield Seen(
+            "a GPU's memory",
+            None,
+            "no GPU here; tests/extraction/test_budget.py and tests/training/test_trial.py simulate it",
+        )
         return
     whole = FeatureCache.open(scene.extract(split="dev").cache)
-    encoder = models.load_encoder(scene.plan(split="dev").spec)
+    encoder = load_encoder(scene.plan(split="dev").spec)
     states_bytes = 4 * (scene.scale.resource["layers"] + 1) * scene.scale.resource["width"]
     room = sum(parameter.nbytes for parameter in encoder.parameters()) + 12_000 * states_bytes
     del encoder

@@ -24,16 +24,16 @@ from device_checks import matmul_precision
 from device_scene import Scene
 from numpy.typing import NDArray
 
-from kr2cache import models
 from kr2cache.bench import BenchConfig, Race, race, run_through, training
 from kr2cache.bench.reading import drop_pages
 from kr2cache.cache.reader import FeatureCache
 from kr2cache.cache.shard import open_shard
-from kr2cache.encode import length_sorted_batches
-from kr2cache.extract import extract, fill, hidden_states
-from kr2cache.features import DeviceFeatures, Features, ResourceFeatures
-from kr2cache.planning import ExtractPlan
-from kr2cache.train import Job
+from kr2cache.extraction.extract import extract, fill, hidden_states
+from kr2cache.extraction.planning import ExtractPlan
+from kr2cache.models.encode import length_sorted_batches
+from kr2cache.models.load import open_encoder
+from kr2cache.training.features import DeviceFeatures, Features, ResourceFeatures
+from kr2cache.training.train import Job
 
 TARGET = 1 / 0.8
 """Stage one: of the slower one of its limits. On a GPU alone: small sizes say nothing."""
@@ -88,7 +88,7 @@ def _stage_one(scene: Scene, name: str) -> Measured:
         first = extract(plan).cache
         header = open_shard(next(first.glob("*.h5"))).header
         shutil.rmtree(first)
-        encoder = models.open_encoder(plan.spec)[0].to(scene.device)  # type: ignore[arg-type]  # annotated for itself
+        encoder = open_encoder(plan.spec)[0].to(scene.device)  # type: ignore[arg-type]  # annotated for itself
         positions = int(header.batch_plan["tokens_per_batch"])
         batches = length_sorted_batches(plan.index.n_tokens, positions, padded=bool(header.batch_plan["padded"]))
 
@@ -272,7 +272,7 @@ def _place(frame: FrameType | None) -> str:
     """The innermost line of the package."""
     while frame is not None:
         path = Path(frame.f_code.co_filename)
-        if path.parent.name == "kr2cache" or path.parent.parent.name == "kr2cache":
+        if "kr2cache" in path.parts[-3:-1]:
             return f"{path.name}:{frame.f_code.co_name}:{frame.f_lineno}"
         frame = frame.f_back
     return "elsewhere"

@@ -12,8 +12,8 @@ import tiny
 import torch
 
 from kr2cache.config import ExtractConfig, TrainConfig
-from kr2cache.extract import ExtractResult, extract
-from kr2cache.planning import ExtractPlan, plan_extraction
+from kr2cache.extraction.extract import ExtractResult, extract
+from kr2cache.extraction.planning import ExtractPlan, plan_extraction
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -67,8 +67,8 @@ def _run(chosen: argparse.Namespace, folder: Path) -> int:
     import torch
     from device_scene import FULL, SMALL, Scene
 
-    from kr2cache.console import console
-    from kr2cache.device import choose_device
+    from kr2cache.system.console import console
+    from kr2cache.system.device import choose_device
 
     device = choose_device(chosen.device)
     started = time.perf_counter()

@@ -14,7 +14,7 @@ import run
 import torch
 from device_scene import SMALL, Scene
 
-from kr2cache.predict import Predictor
+from kr2cache.prediction.predict import Predictor
 
 
 def test_all_of_it_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

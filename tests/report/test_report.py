@@ -19,11 +19,11 @@ import pytest
 from made_runs import cell, make_run, make_sweep
 from matplotlib.image import imread
 
-from kr2cache.console import console
 from kr2cache.errors import CacheError
 from kr2cache.report import describe, report, saved_sentence
 from kr2cache.report.collect import collect
 from kr2cache.report.tables import Cell, Table
+from kr2cache.system.console import console
 
 KREADER, KR2, LAYER = "udpos-de/kreader-x-11111111", "udpos-de/kr2-x-last4-22222222", "udpos-de/kr2-x-layer{}-3333333{}"
 SCORES = {KREADER: (0.801, 0.805, 0.797), KR2: (0.812, 0.819, 0.811)}

@@ -31,10 +31,11 @@ import h5py
 import numpy as np
 import tiny_cache
 
-from kr2cache import FeatureCache, provenance
+from kr2cache import FeatureCache
 from kr2cache.cache.check import check_cache
 from kr2cache.cache.layout import checksum
 from kr2cache.errors import CacheError
+from kr2cache.store import provenance
 
 PAGE = 4096
 PATIENCE_S = 120

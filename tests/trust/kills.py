@@ -40,12 +40,13 @@ import xxhash
 from numpy.typing import NDArray
 from transformers.utils.logging import disable_progress_bar
 
-from kr2cache import derive, extract, planning
 from kr2cache.cache import create, writer
 from kr2cache.cache.reader import FeatureCache
 from kr2cache.config import ExtractConfig
-from kr2cache.console import console
 from kr2cache.errors import CacheError
+from kr2cache.extraction import extract, planning
+from kr2cache.store import derive
+from kr2cache.system.console import console
 from kr2cache.tasks import Example
 
 PATIENCE_S = 120.0

@@ -1,0 +1,108 @@
+"""Options that were not given: from ``kr2cache.toml``, then the registry, then what the cache holds.
+
+Each answer is the only one there is, or an error lists the choices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kr2cache.errors import ConfigError
+from kr2cache.models.registry import find_model, known_models
+from kr2cache.store.stored import find_resource, tasks_and_resources
+from kr2cache.tasks import find_task, task_names
+
+OPTIONS: dict[str, type] = {
+    "resource": str,
+    "split": str,
+    "task": str,
+    "data": str,
+    "max-length": int,
+    "layers": str,
+    "dtype": str,
+    "compute-dtype": str,
+    "device": str,
+    "tokens-per-batch": int,
+    "shard-gb": float,
+    "limit": int,
+    "cache-dir": Path,
+    "reader": str,
+    "fusion": str,
+    "method": str,
+    "projection": str,
+    "seeds": str,
+    "epochs": float,
+    "batch-size": int,
+    "learning-rate": float,
+    "fusion-learning-rate": float,
+    "resource-max-length": int,
+    "teacher": str,
+    "temperature": float,
+    "soft-weight": float,
+    "run-dir": Path,
+    "check-states": bool,
+}
+"""What ``[defaults]`` may give, by the long names of the options."""
+TRAIN_OPTIONS = {
+    name: kind for name, kind in OPTIONS.items() if name not in ("split", "layers", "tokens-per-batch", "shard-gb")
+}
+"""Those that concern a training; the settings of a grid."""
+
+
+def choose_resource(cache_dir: Path, task: str | None, reader: str, overrides: Mapping[str, Mapping[str, Any]]) -> str:
+    """The one resource that has caches (of ``task``, if that is known). Caches of the reader itself are those that
+    method kreader2 made: they count where there are no others.
+
+    Raises:
+        UnknownNameError: If there is no such task.
+        ConfigError: If there is no resource, or there are several.
+    """
+    if task is not None:
+        find_task(task)
+    held = sorted({resource for name, resource in tasks_and_resources(cache_dir) if task in (None, name)})
+    if len(held) > 1:
+        own = find_model(reader, overrides).name
+        held = [name for name in held if name != own] or held
+    if len(held) == 1:
+        return held[0]
+    if held:
+        raise ConfigError(
+            f"Which resource? {cache_dir} holds {', '.join(held)}.",
+            "Give --resource, or resource under [defaults] in kr2cache.toml.",
+        )
+    raise ConfigError(
+        f"Which resource? None was given, and {cache_dir} holds no cache{f' of {task}' if task else ''} yet.",
+        "Give --resource, or resource under [defaults] in kr2cache.toml: "
+        f"{', '.join(known_models(overrides))}, a hub id or a folder.",
+    )
+
+
+def choose_task(resource: str | None, cache_dir: Path, overrides: Mapping[str, Mapping[str, Any]]) -> str:
+    """The task of the resource's language, else the one task that has caches.
+
+    Raises:
+        ConfigError: If there is none, or there are several.
+    """
+    if resource is not None:
+        spec = find_resource(resource, cache_dir, overrides)
+        if spec.language is not None:
+            return f"udpos-{spec.language}"
+        own = sorted({task for task, name in tasks_and_resources(cache_dir) if name == spec.name})
+        if len(own) == 1:
+            return own[0]
+        if own:
+            raise ConfigError(
+                f"Which task? {cache_dir} holds caches of {spec.name} for several.",
+                f"Give --task, or task under [defaults] in kr2cache.toml: {', '.join(own)}",
+            )
+    held = sorted({name for name, _ in tasks_and_resources(cache_dir)})
+    if len(held) == 1:
+        return held[0]
+    choices = ", ".join(held or task_names())
+    why = f"{resource!r} is of no single language" if resource else "no resource was given"
+    raise ConfigError(
+        f"Which task? {why}, and {cache_dir} holds {'several' if held else 'no cache'}.",
+        f"Give --task, or task under [defaults] in kr2cache.toml: {choices}",
+    )

@@ -1,0 +1,95 @@
+"""What can be seen wrong in a call of stage two before torch is imported.
+
+Importing torch and transformers takes seconds, so a command line that cannot be run is refused before that.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+from pathlib import Path
+
+from kr2cache.config import METHODS, PROJECTIONS, TrainConfig
+from kr2cache.errors import ConfigError, unknown_name
+from kr2cache.fusion import check_fusion_name, parse_fusion
+from kr2cache.models.files import check_obtainable, layers_in_config
+from kr2cache.models.registry import ModelSpec, find_model, known_models
+from kr2cache.store.stored import find_resource
+from kr2cache.system.device import check_device_name
+from kr2cache.tasks import Task, find_task
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Training:
+    """What the names of a training mean."""
+
+    config: TrainConfig
+    """With what its method implies."""
+    task: Task
+    reader: ModelSpec
+    """The model that is trained."""
+    resource: ModelSpec | None
+    """The frozen one."""
+    teacher: ModelSpec | None
+    """Of method kd; None where it is a folder, of a model or of a run."""
+
+
+def check_names(config: TrainConfig) -> Training:
+    """Check the settings of stage two, whatever models and data this machine has.
+
+    Raises:
+        KR2CacheError: For a name or setting that cannot be right.
+    """
+    if config.method not in METHODS:
+        raise unknown_name("method", config.method, METHODS)
+    if config.projection not in PROJECTIONS:
+        raise unknown_name("projection", config.projection, PROJECTIONS)
+    check_device_name(config.device)
+    task = find_task(config.task)
+    if config.method == "kreader2":  # whatever resource was given or found: this one is the reader's own copy
+        config = dataclasses.replace(config, resource=config.reader)
+    known = ", ".join(known_models(config.models))
+    if config.method in ("kr2", "kresource") and config.resource is None:
+        raise ConfigError(f"Method {config.method} needs --resource.", f"Registered: {known}.")
+    if config.method == "kd" and config.teacher is None:
+        raise ConfigError(
+            "Method kd needs --teacher.",
+            f"A model that is fine-tuned first ({known}, a hub id, a folder), or the folder of a run (runs/…/seed-1).",
+        )
+    trained = config.resource if config.method == "kresource" else config.reader
+    reader = find_model(trained or "", config.models)
+    resource = None
+    if config.method in ("kr2", "kreader2"):
+        resource = find_resource(config.resource or "", config.cache_dir, config.models)
+        model_layers = layers_in_config(resource)
+        check_fusion_name(config.fusion, model_layers)
+        if model_layers is not None:
+            parse_fusion(config.fusion, model_layers)
+    else:
+        check_fusion_name(config.fusion)
+    teacher = None
+    if config.method == "kd" and not Path(config.teacher or "").expanduser().is_dir():
+        teacher = find_model(config.teacher or "", config.models)
+    return Training(config=config, task=task, reader=reader, resource=resource, teacher=teacher)
+
+
+def check_training(config: TrainConfig) -> Training:
+    """Check the names of stage two, and that its models and data are there; reads no data and loads nothing.
+
+    Raises:
+        KR2CacheError: For a name, path or setting that cannot be right, or a model that is needed and cannot be had.
+    """
+    training = check_names(config)
+    config = training.config
+    if training.teacher is not None:
+        check_obtainable(training.teacher)
+    training.task.check_data("train", config.data)
+    check_obtainable(training.reader)
+    if training.resource is not None and not has_caches(config, training.resource):
+        check_obtainable(training.resource)
+    return training
+
+
+def has_caches(config: TrainConfig, spec: ModelSpec) -> bool:
+    """Whether caches may stand for a resource that is not on this machine."""
+    return any((config.cache_dir / config.task).glob(f"*/{glob.escape(spec.name)}-*/shard-*.h5"))

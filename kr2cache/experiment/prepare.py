@@ -1,0 +1,225 @@
+"""What a training needs before its first seed: everything checked, splits read and tokenised, caches found or made.
+
+The result knows what decides the outcome of a run, so the run's folder is known before anything is trained.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kr2cache.cache.reader import FeatureCache
+from kr2cache.config import PLAIN_METHODS, TrainConfig, deciding_training
+from kr2cache.experiment.ready import check_ready
+from kr2cache.experiment.resource import Resource
+from kr2cache.experiment.shared import Corpus, Shared
+from kr2cache.fusion import parse_fusion
+from kr2cache.models.digests import model_digests
+from kr2cache.models.encode import check_token_ids, missing_words
+from kr2cache.models.load import encoder_shape, vocabulary
+from kr2cache.models.registry import ModelSpec
+from kr2cache.store import provenance
+from kr2cache.system.console import bytes_text, count_text, waiting
+from kr2cache.system.device import choose_device, device_name
+from kr2cache.training import runs
+from kr2cache.training.batches import Batcher, SplitData
+from kr2cache.training.features import DeviceFeatures, Features, ResourceFeatures, room_on
+from kr2cache.training.kreader import TaskCheckpoint, projection_kind
+from kr2cache.training.train import Job
+
+PROCEDURE = 3
+"""Of training and scoring; raised when the same settings begin to mean something else, so that old runs are not taken
+for new. 3: F1 takes the whole tag for a chunk's type, as XTREME's does (``records.WHOLE_TAGS``). F1 chooses the epoch
+of a tagger, so its weights and its word accuracy can differ as well."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """One configuration, ready to train its seeds."""
+
+    job: Job
+    reader: ModelSpec
+    """The model that is trained."""
+    resource: Resource | None = None
+    """The frozen one, and its caches by split."""
+    caches: Mapping[str, FeatureCache] = field(default_factory=dict)
+    deciding: dict[str, Any]
+    """Everything that can change the result of a run, the seed aside. Device, folders and versions are left out."""
+    notes: list[str]
+
+    @property
+    def folder(self) -> Path:
+        """Of the runs, one folder a seed in it."""
+        config = self.job.config
+        parts = [config.method, self.reader.name]
+        if config.method == "kr2":
+            assert self.resource is not None, "kr2 has a resource"
+            parts.append(self.resource.spec.name)
+        if self.resource is not None:
+            parts.append(config.fusion)
+        if "teacher" in self.deciding:
+            parts.append(self.deciding["teacher"]["name"])
+        return runs.runs_folder(config.run_dir, self.job.task.name, parts, self.deciding)
+
+
+def prepare(config: TrainConfig, shared: Shared) -> Prepared:
+    """Check the settings, read and tokenise the splits, find the caches or make them.
+
+    Args:
+        shared: Gives what was loaded before, and keeps what is loaded now.
+
+    Raises:
+        KR2CacheError: One of its kinds, for everything foreseen.
+    """
+    ready = check_ready(config, shared)
+    config, task, checkpoint = ready.training.config, ready.training.task, ready.checkpoint
+    reader_spec, resource_spec = ready.training.reader, ready.training.resource
+    splits = {}
+    with waiting(f"Tokenising {task.name}"):
+        for split, part in ready.corpus.splits.items():
+            index = part.index(reader_spec, ready.tokenizer, config.max_length)
+            check_token_ids(index, vocabulary(checkpoint.config), repr(reader_spec.name))
+            splits[split] = SplitData(examples=part.examples, index=index)
+    job = Job(
+        task=task,
+        checkpoint=checkpoint,
+        tokenizer=ready.tokenizer,
+        tokenizer_files=ready.tokenizer_files,
+        splits=splits,
+        config=config,
+    )
+    first = Batcher(splits["train"], task, ready.tokenizer).inputs(range(min(2, len(splits["train"].examples))))
+    with waiting(f"Trying {reader_spec.name} on two examples"):
+        shared.check_reader(checkpoint, first, appends=resource_spec is not None)
+    notes = ready.corpus.notes + _unseen_words(job) + _left_out(checkpoint)
+    if resource_spec is None:
+        return Prepared(job=job, reader=reader_spec, deciding=_deciding(job, ready.corpus), notes=notes)
+    resource = Resource(config, resource_spec, task, shared)
+    job, caches = _with_features(job, resource)
+    return Prepared(
+        job=job,
+        reader=reader_spec,
+        resource=resource,
+        caches=caches,
+        deciding=_deciding(job, ready.corpus) | _resource_decides(job, resource, caches),
+        notes=notes + resource.notes,
+    )
+
+
+def _unseen_words(job: Job) -> list[str]:
+    """What to say of words that the reader has no token for, a sentence for each split that has such words."""
+    if not job.task.words:
+        return []
+    notes = []
+    for split, data in job.splits.items():
+        texts = [example.texts[0] for example in data.examples]
+        missing = missing_words(data.index, texts, job.config.max_length, job.tokenizer)
+        if missing.total:
+            wrong = "" if split == "train" else "; they count as wrong"
+            notes.append(
+                f"The reader does not see {count_text(missing.total, 'word')} of the {split} split{wrong}: "
+                f"{missing.reasons(job.config.max_length, '--max-length')}."
+            )
+    return notes
+
+
+def _left_out(checkpoint: TaskCheckpoint) -> list[str]:
+    """What to say of the head that a checkpoint has from an earlier training."""
+    if not checkpoint.left_out:
+        return []
+    parts = sorted({name.partition(".")[0] for name in checkpoint.left_out})
+    names = list((checkpoint.config.id2label or {}).values())
+    labels = f", labels {', '.join(names)}" if any(not name.startswith("LABEL_") for name in names) else ""
+    return [
+        f"{checkpoint.spec.name} has the head of an earlier training ({', '.join(parts)}{labels}). It is not used: a "
+        "new training draws a new head."
+    ]
+
+
+def _with_features(job: Job, resource: Resource) -> tuple[Job, dict[str, FeatureCache]]:
+    """The job with the resource's states of every split."""
+    config = job.config
+    _, reader_width = encoder_shape(job.checkpoint.config)
+    caches = {split: resource.cache(split) for split in job.splits}
+    fusion = parse_fusion(config.fusion, caches["train"].model_layers)
+    width = caches["train"].width
+    projection = projection_kind(config.projection, width, reader_width)
+    device = choose_device(config.device)
+    room = room_on(device)
+    splits = {}
+    for split, data in job.splits.items():
+        ids = resource.corpus.splits[split].ids
+        states = ResourceFeatures(caches[split], ids, fusion, keep_layers=projection == "direct")
+        features: Features = states
+        if states.nbytes <= room:
+            room -= states.nbytes
+            size = bytes_text(states.nbytes)
+            resource.notes.append(f"The states of {split} ({size}) live on {device_name(device)}.")
+            features = DeviceFeatures(states, device)
+        splits[split] = dataclasses.replace(data, features=features)
+    return (
+        dataclasses.replace(job, splits=splits, fusion=fusion, projection=projection, resource_width=width),
+        caches,
+    )
+
+
+def _deciding(job: Job, corpus: Corpus) -> dict[str, Any]:
+    """What decides the result of every method."""
+    config = job.config
+    reader = model_digests(job.reader)
+    return {
+        "task": job.task.name,
+        "metric": job.task.metric,
+        # The plain methods differ in what their model is called, not in what is computed.
+        "method": "plain" if config.method in PLAIN_METHODS else config.method,
+        "data": {split: part.digest for split, part in corpus.splits.items()},
+        "reader": {
+            "name": job.reader.name,
+            "weights": reader.weights,
+            "config": reader.config_in_training,
+            "tokens": {split: provenance.tokens_digest(data.index) for split, data in job.splits.items()},
+            "segments": any(data.index.segment_id is not None for data in job.splits.values()),
+            "max_length": config.max_length,
+        },
+        "epochs": config.epochs,
+        "batch_size": config.batch_size,
+        "learning_rate": config.learning_rate,
+        "training": deciding_training(config.training),
+        "procedure": PROCEDURE,
+    }
+
+
+def _resource_decides(job: Job, resource: Resource, caches: Mapping[str, FeatureCache]) -> dict[str, Any]:
+    """What decides beside that where there is a resource."""
+    assert job.fusion is not None, "a resource comes with a fusion"
+    chosen = caches["train"].provenance["chosen"]
+    has_trainable_weights = job.fusion.trainable and job.projection != "direct"
+    found = [cache.provenance["found"] for cache in caches.values()]
+    rounded = sorted(split for split, cache in caches.items() if provenance.rounded_again(cache))
+    return {
+        "resource": {
+            "name": resource.spec.name,
+            "weights": sorted({one["weights"] for one in found}),
+            "config": sorted({one["config"] for one in found}),
+            "tokens": {
+                split: _resource_tokens(cache, resource.corpus.splits[split].ids) for split, cache in caches.items()
+            },
+            "segments": any(one.get("segments", False) for one in found),
+            "max_length": chosen["max_length"],
+            "dtype": chosen["dtype"],
+            "compute_dtype": chosen["compute_dtype"],
+            # Not quite the states that an extraction with these settings gives.
+            **({"rounded_again": rounded} if rounded else {}),
+        },
+        "fusion": {"name": job.fusion.name, "layers": list(job.fusion.layers)},
+        "projection": job.projection,
+        "fusion_learning_rate": job.config.fusion_learning_rate if has_trainable_weights else None,
+    }
+
+
+def _resource_tokens(cache: FeatureCache, ids: Sequence[str]) -> str:
+    """Of the sequences that are used: that a cache holds more of them changes no result."""
+    return provenance.tokens_digest(cache.tokens().select(cache.positions(ids)))

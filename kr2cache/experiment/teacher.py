@@ -1,0 +1,214 @@
+"""The teacher of a distillation: its logits for the training split, kept or computed.
+
+A teacher is a model, which is fine-tuned on the task first (a run like any other, seed 1), or the folder of a run. Its
+logits lie beside the resources' caches and serve every student and seed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kr2cache.cache.format import canonical_json
+from kr2cache.config import PLAIN_METHODS, TrainConfig
+from kr2cache.errors import CacheError, ConfigError
+from kr2cache.experiment.prepare import Prepared, prepare
+from kr2cache.experiment.shared import Shared
+from kr2cache.models.encode import encode_examples
+from kr2cache.models.registry import ModelSpec, trained_spec
+from kr2cache.models.tokenizers import load_tokenizer
+from kr2cache.system.console import count_text, note
+from kr2cache.system.device import choose_device
+from kr2cache.training import runs
+from kr2cache.training.batches import SplitData
+from kr2cache.training.distill import TeacherLogits
+from kr2cache.training.evaluate import example_logits
+from kr2cache.training.kreader import KReader
+
+SEED = 1
+"""Of a teacher that is given by its model: one for all students."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lesson:
+    """What a teacher says of the training split."""
+
+    logits: TeacherLogits
+    name: str
+    fingerprint: str
+    """Of the teacher's run and the examples."""
+    computed: bool
+    """Now, not earlier."""
+    recorded: dict[str, Any]
+    """Words (or examples) that teach, and those that either model has no token for."""
+
+    @property
+    def notes(self) -> list[str]:
+        left_out = self.recorded["words_left_out"]
+        if not left_out:
+            return []
+        return [
+            f"{count_text(left_out, 'word')} of the training split teach nothing: the teacher or the student has no "
+            "token for them (cut off at the maximal length, or no token at all)."
+        ]
+
+    def given_to(self, student: Prepared) -> Prepared:
+        """The student with its teacher."""
+        config = student.job.config
+        train = dataclasses.replace(student.job.splits["train"], teacher=self.logits)
+        job = dataclasses.replace(student.job, splits={**student.job.splits, "train": train})
+        deciding = {
+            **student.deciding,
+            "teacher": {"name": self.name, "fingerprint": self.fingerprint},
+            "temperature": config.temperature,
+            "soft_weight": config.soft_weight,
+        }
+        return dataclasses.replace(student, job=job, deciding=deciding)
+
+
+def teacher_config(config: TrainConfig) -> TrainConfig | None:
+    """The training that makes the teacher of a distillation; None where the teacher is the folder of a run.
+
+    Raises:
+        ConfigError: For a folder that holds several runs.
+    """
+    assert config.teacher is not None, "checked with the settings"
+    folder = Path(config.teacher).expanduser()
+    seeds = sorted(path.name for path in folder.glob("seed-*") if runs.is_finished(path))
+    if seeds:
+        raise ConfigError(f"The teacher {folder} holds runs, one a seed.", f"Give one of them: {folder / seeds[0]}.")
+    if (folder / "config.json").is_file() and (folder / "metrics.json").is_file():
+        return None
+    return dataclasses.replace(config, method="kresource", resource=config.teacher, teacher=None, seeds=(SEED,))
+
+
+class Teacher:
+    """Finds what is there of a teacher: its logits, its reader, its run."""
+
+    def __init__(self, student: Prepared, shared: Shared) -> None:
+        """
+        Raises:
+            CacheError: For a run folder without a trained reader.
+            ConfigError: For a teacher of another task, or one that reads a resource itself.
+        """
+        self.student = student
+        config = student.job.config
+        own = teacher_config(config)
+        self.prepared: Prepared | None = None
+        """Where it has to be trained, or was by us."""
+        if own is None:
+            folder = Path(config.teacher or "").expanduser()
+            self.folders = [folder]
+            decides = self._of_run(folder)
+            self.name = str(decides["reader"]["name"])
+        else:
+            self.prepared = prepare(own, shared)
+            decides = {**self.prepared.deciding, "seed": SEED}
+            self.name = self.prepared.reader.name
+            # The same training under the name of the other plain method serves as well.
+            as_reader = dataclasses.replace(self.prepared.job.config, method="kreader")
+            twin = dataclasses.replace(self.prepared, job=dataclasses.replace(self.prepared.job, config=as_reader))
+            self.folders = [runs.seed_folder(one.folder, SEED) for one in (self.prepared, twin)]
+        train = shared.corpus(student.job.task, config.data, config.limit).splits["train"]
+        text = canonical_json({"teacher": {**decides, "method": "plain"}, "examples": train.digest})
+        self.fingerprint = hashlib.sha256(text.encode()).hexdigest()
+        self.path = (
+            config.cache_dir
+            / student.job.task.name
+            / "train"
+            / f"teacher-{self.name}-{self.fingerprint[:8]}"
+            / "logits.npz"
+        )
+
+    def _of_run(self, folder: Path) -> dict[str, Any]:
+        """What decided the run in ``folder``."""
+        decides: dict[str, Any] = runs.read_config(folder)["config"]
+        if decides["task"] != self.student.job.task.name:
+            raise ConfigError(
+                f"The teacher in {folder} was trained on {decides['task']}, the student learns "
+                f"{self.student.job.task.name}.",
+                "Give a teacher of the same task.",
+            )
+        if decides["method"] not in PLAIN_METHODS:
+            raise ConfigError(
+                f"The teacher in {folder} is a run of method {decides['method']}; a teacher is a plain model.",
+                f"Give a run of method {' or '.join(PLAIN_METHODS)}.",
+            )
+        return decides
+
+    def kept(self) -> Lesson | None:
+        """The logits of an earlier call."""
+        if not self.path.is_file():
+            return None
+        return self._lesson(TeacherLogits.load(self.path, self.fingerprint), computed=False)
+
+    def from_reader(self) -> Lesson | None:
+        """By the trained reader that a run left.
+
+        Raises:
+            CacheError: If the teacher was given as a run and its reader is gone, or does not give the task's labels in
+                their order.
+        """
+        for folder in self.folders:
+            if (folder / runs.READER).is_dir():
+                trusted = self._spec(folder).trust_remote_code
+                reader = KReader.load(folder / runs.READER, trust_remote_code=trusted)
+                reader.check_task(self.student.job.task, folder / runs.READER)
+                return self.from_trained(reader)
+        if self.prepared is None:
+            raise CacheError(
+                f"{self.folders[0]} holds no trained reader. {runs.why_no_reader(self.folders[0])}",
+                f"Remove {self.folders[0]} and train it again, or give the teacher by its model.",
+            )
+        return None
+
+    def from_trained(self, reader: KReader) -> Lesson:
+        """By this trained teacher; kept for later."""
+        job = self.student.job
+        if self.prepared is not None:
+            data, tokenizer = self.prepared.job.splits["train"], self.prepared.job.tokenizer
+        else:
+            tokenizer = load_tokenizer(self._spec(self.folders[0]), words=job.task.words)
+            max_length = int(runs.read_config(self.folders[0])["config"]["reader"]["max_length"])
+            examples = job.splits["train"].examples
+            data = SplitData(examples=examples, index=encode_examples(tokenizer, examples, job.task, max_length))
+        reader.to(choose_device(job.config.device))
+        logits = TeacherLogits(
+            ids=tuple(example.id for example in data.examples),
+            logits=example_logits(reader, data, job.task, tokenizer),
+        )
+        try:
+            logits.save(self.path, self.fingerprint)
+        except OSError as error:  # the student learns all the same, and the next one has them computed anew
+            note(f"The teacher's logits are not kept: {self.path} cannot be written ({error.strerror or error}).")
+        return self._lesson(logits, computed=True)
+
+    def _spec(self, folder: Path) -> ModelSpec:
+        """The trained reader of the run in ``folder``."""
+        return trained_spec(self.name, folder / runs.READER, self.student.job.config.models)
+
+    def _lesson(self, logits: TeacherLogits, *, computed: bool) -> Lesson:
+        train = self.student.job.splits["train"]
+        if logits.ids != tuple(example.id for example in train.examples):
+            raise CacheError(f"{self.path} is of other examples.", "Remove it; it is made again.")
+        total = sum(len(one) for one in logits.logits)
+        taught = 0
+        for i, one in enumerate(logits.logits):
+            there: NDArray[np.bool_] = np.isfinite(one[:, 0])
+            if self.student.job.task.head == "token":
+                _, words = train.first_subwords[i]
+                there = there[words]
+            taught += int(there.sum())
+        return Lesson(
+            logits=logits,
+            name=self.name,
+            fingerprint=self.fingerprint,
+            computed=computed,
+            recorded={"logits": str(self.path), "words_taught": taught, "words_left_out": total - taught},
+        )

@@ -1,0 +1,1 @@
+"""Stage one: a frozen model runs over a split, its states go into a cache."""

@@ -1,0 +1,46 @@
+"""What can be seen wrong in a call of stage one before torch is imported.
+
+Importing torch and transformers takes seconds, so a command line that cannot be run is refused before that.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from kr2cache.cache.format import DTYPES
+from kr2cache.config import COMPUTE_DTYPES, ExtractConfig
+from kr2cache.errors import unknown_name
+from kr2cache.fusion import check_layers_form, parse_layers
+from kr2cache.models.files import check_obtainable, layers_in_config
+from kr2cache.models.registry import ModelSpec, find_model
+from kr2cache.system.device import check_device_name
+from kr2cache.tasks import Task, find_task
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Extraction:
+    """What the names of an extraction mean."""
+
+    spec: ModelSpec
+    task: Task
+
+
+def check_extraction(config: ExtractConfig) -> Extraction:
+    """Check the settings of stage one; reads no data and loads nothing.
+
+    Raises:
+        KR2CacheError: For a name, path or setting that cannot be right, or a model that cannot be had.
+    """
+    if config.dtype not in DTYPES:
+        raise unknown_name("dtype", config.dtype, DTYPES)
+    if config.compute_dtype not in COMPUTE_DTYPES:
+        raise unknown_name("compute dtype", config.compute_dtype, COMPUTE_DTYPES)
+    check_device_name(config.device)
+    check_layers_form(config.layers)
+    task = find_task(config.task)
+    spec = find_model(config.resource, config.models)
+    task.check_data(config.split, config.data)
+    check_obtainable(spec)
+    if (model_layers := layers_in_config(spec)) is not None:
+        parse_layers(config.layers, model_layers)
+    return Extraction(spec=spec, task=task)

@@ -1,0 +1,172 @@
+"""What an extraction will take, known before the model is loaded: settings checked, split read and tokenised."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from rich.text import Text
+
+from kr2cache.cache.format import DTYPES, SequenceIndex, canonical_json, row_bytes
+from kr2cache.cache.shard import headers_left
+from kr2cache.config import ExtractConfig
+from kr2cache.errors import ConfigError, DiskSpaceError
+from kr2cache.extraction.checks import check_extraction
+from kr2cache.fusion import parse_layers
+from kr2cache.models import tokenizers
+from kr2cache.models.encode import MissingWords, check_token_ids, encode_examples, missing_words
+from kr2cache.models.load import encoder_shape, load_config, max_positions, vocabulary
+from kr2cache.models.registry import ModelSpec
+from kr2cache.models.tokenizers import load_tokenizer
+from kr2cache.store import provenance
+from kr2cache.system.console import bytes_text, console, count_text, note, ranges_text
+from kr2cache.system.device import choose_device
+from kr2cache.system.disk import free_bytes
+from kr2cache.tasks import Example, find_task
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractPlan:
+    """What an extraction will take, known before the model is loaded."""
+
+    config: ExtractConfig
+    spec: ModelSpec
+    index: SequenceIndex
+    layers: tuple[int, ...]
+    model_layers: int
+    width: int
+    pad_id: int
+    template: str
+    corpus: str
+    missing_words: MissingWords
+    """Of a task of words: how many get no states."""
+
+    @property
+    def tokens(self) -> int:
+        return len(self.index.input_id)
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token: all stored layers."""
+        return row_bytes(self.width, self.config.dtype) * len(self.layers)
+
+    @property
+    def state_bytes(self) -> int:
+        return self.tokens * self.token_bytes
+
+    @property
+    def chosen(self) -> provenance.Chosen:
+        return provenance.Chosen(
+            resource=self.spec.name,
+            task=self.config.task,
+            corpus=self.corpus,
+            split=self.config.split,
+            max_length=self.config.max_length,
+            layers=self.layers,
+            fusion=None,
+            dtype=self.config.dtype,
+            compute_dtype=self.config.compute_dtype,
+        )
+
+    def bytes_by_choice(self) -> dict[str, dict[str, int]]:
+        """Bytes for every dtype with all layers, the last four, and one."""
+        choices = {"all": self.model_layers, "last4": min(4, self.model_layers), "one layer": 1}
+        return {
+            dtype: {name: self.tokens * layers * row_bytes(self.width, dtype) for name, layers in choices.items()}
+            for dtype in DTYPES
+        }
+
+
+def plan_extraction(config: ExtractConfig, examples: Sequence[Example] | None = None) -> ExtractPlan:
+    """Check the settings, read and tokenise the split, and say what it takes. Loads no weights.
+
+    Args:
+        examples: The split, where the caller has read it already.
+    """
+    checked = check_extraction(config)
+    spec, task = checked.spec, checked.task
+    choose_device(config.device)
+    if examples is None:
+        examples = task.read(config.split, config.data, config.limit)
+    model_config = load_config(spec)
+    model_layers, width = encoder_shape(model_config)
+    layers = parse_layers(config.layers, model_layers)
+    longest = max_positions(model_config)
+    if longest is not None and config.max_length > longest:
+        raise ConfigError(
+            f"A maximal length of {config.max_length} is more than {spec.name!r} has positions ({longest}).",
+            f"Give --max-length {longest} or less.",
+        )
+    tokenizer = load_tokenizer(spec, words=task.words)
+    index = encode_examples(tokenizer, examples, task, config.max_length)
+    check_token_ids(index, vocabulary(model_config), repr(spec.name))
+    return ExtractPlan(
+        config=config,
+        spec=spec,
+        index=index,
+        layers=layers,
+        model_layers=model_layers,
+        width=width,
+        pad_id=tokenizers.pad_id(tokenizer),
+        template=task.template,
+        corpus=task.corpus(config.data),
+        missing_words=missing_words(index, [example.texts[0] for example in examples], config.max_length, tokenizer)
+        if task.words
+        else MissingWords(0, 0),
+    )
+
+
+def check_disk(plan: ExtractPlan) -> None:
+    """Refuse what the disk cannot hold, beside the space that shards of this cache have reserved already.
+
+    Raises:
+        DiskSpaceError: With what it needs, what is free, and what would need less.
+    """
+    needed = plan.state_bytes - _reserved(plan)
+    free = free_bytes(plan.config.cache_dir)
+    if needed > free:
+        last4 = plan.tokens * row_bytes(plan.width, plan.config.dtype) * min(4, len(plan.layers))
+        raise DiskSpaceError(
+            f"The states take {bytes_text(needed)}, but {plan.config.cache_dir} has {bytes_text(free)} free.",
+            f"--layers last4 takes {bytes_text(last4)}, --dtype int8 half of float16; or give another --cache-dir.",
+        )
+
+
+def _reserved(plan: ExtractPlan) -> int:
+    """Bytes that the shards of this cache take on disk; some or all of them may be there, finished or not."""
+    wanted = canonical_json(asdict(plan.chosen))
+    split = plan.config.cache_dir / plan.config.task / plan.config.split
+    most = 0
+    for folder in split.glob(f"{glob.escape(plan.spec.name)}-*"):
+        shards = sorted(folder.glob("*.h5"))
+        headers = headers_left(shards[0]) if shards else []
+        if any(canonical_json(header.provenance.get("chosen")) == wanted for header in headers):
+            most = max(most, sum(path.stat().st_blocks * 512 for path in shards))
+    return most
+
+
+def describe(plan: ExtractPlan, length_option: str = "--max-length") -> None:
+    """Say what the extraction will take.
+
+    Args:
+        length_option: What the command at hand calls the maximal length of this model's sequences.
+    """
+    free = free_bytes(plan.config.cache_dir)
+    said = Text.assemble(
+        (plan.spec.name, "bold"),
+        f" on {plan.config.task}/{plan.config.split} ({plan.corpus}): "
+        f"{count_text(len(plan.index), 'sequence')}, {count_text(plan.tokens, 'token')}, layers "
+        f"{ranges_text(plan.layers)} of width {plan.width} as {plan.config.dtype}: ",
+        (bytes_text(plan.state_bytes), "bold"),
+        f" ({bytes_text(free)} free in {os.fspath(plan.config.cache_dir)})",
+    )
+    console.print(said, soft_wrap=True)
+    longest = f"{plan.config.max_length} tokens ({length_option})"
+    filled = int((plan.index.n_tokens == plan.config.max_length).sum())
+    if missing := plan.missing_words.total:
+        reasons = plan.missing_words.reasons(plan.config.max_length, length_option)
+        note(f"No states for {count_text(missing, 'word')}: {reasons}.")
+    elif filled and not find_task(plan.config.task).words:
+        note(f"{count_text(filled, 'sequence')} of {longest}: what is longer was cut to that.")

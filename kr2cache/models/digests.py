@@ -1,0 +1,156 @@
+"""Digests of a model: what it is, apart from its name, its folder and the format of its files."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Collection
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any
+
+from kr2cache.models.contents import weight_files
+from kr2cache.models.files import model_folder
+from kr2cache.models.load import load_config, load_encoder, quiet
+from kr2cache.models.registry import ModelSpec
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+
+NOT_COMPUTED = frozenset(
+    [
+        "_name_or_path",
+        "architectures",
+        "auto_map",
+        "dtype",
+        "torch_dtype",
+        "transformers_version",
+        "id2label",
+        "label2id",
+        "num_labels",
+        "problem_type",
+        "finetuning_task",
+        "use_cache",
+        "output_hidden_states",
+        "output_attentions",
+        "return_dict",
+        "chunk_size_feed_forward",
+        "is_encoder_decoder",
+        "bos_token_id",
+        "eos_token_id",
+        "sep_token_id",
+        "attn_implementation",
+        "_attn_implementation",
+    ]
+)
+"""Fields of a configuration that do not decide what an encoder computes."""
+
+
+def config_digest(config: PretrainedConfig, *, training: bool = False) -> str:
+    """SHA-256 of the configuration's fields that decide what the model computes (heads, activation, epsilon, ...): two
+    models of equal weights may still differ in them.
+
+    The digest of a file is the same with any later transformers. Caches and runs record it, and a later release that
+    gives an architecture one more field, with a default, changes nothing that they were made from. So hashed are the
+    fields that the architecture had in transformers 5.23 (``config_fields.txt``), and beside them only what is not a
+    default. (Not the file's own fields alone: files of one model differ in which defaults they spell out.)
+
+    Args:
+        training: Whether dropout counts, as it does for a model that is trained.
+    """
+    fields = {
+        name: value
+        for name, value in _lasting_fields(config).items()
+        if name not in NOT_COMPUTED and (training or "drop" not in name)
+    }
+    text = json.dumps(fields, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _lasting_fields(config: PretrainedConfig) -> dict[str, Any]:
+    """The fields without defaults that a later transformers added."""
+    fields: dict[str, Any] = config.to_dict()
+    of_library = type(config).__module__.startswith("transformers.")
+    # A class that comes with a model is what it is: only the base class, which is the library's, may get more fields.
+    known = _known_fields().get(config.model_type, frozenset()) if of_library else fields.keys() - _base_defaults()
+    defaults = _defaults(config, known)
+    return {
+        name: value
+        for name, value in fields.items()
+        if name in known or name == "model_type" or name not in defaults or defaults[name] != value
+    }
+
+
+def _defaults(config: PretrainedConfig, known: Collection[str]) -> dict[str, Any]:
+    """Every field as it is where only the known ones are given: a default may follow from them (width / heads)."""
+    own = config.to_dict()
+    try:
+        with quiet():
+            fields: dict[str, Any] = type(config)(**{name: own[name] for name in known if name in own}).to_dict()
+    except Exception:  # a class that comes with a model may want other arguments, and check them as it likes
+        return _base_defaults()
+    return fields
+
+
+@functools.cache
+def _base_defaults() -> dict[str, Any]:
+    from transformers import PretrainedConfig
+
+    fields: dict[str, Any] = PretrainedConfig().to_dict()
+    return fields
+
+
+@functools.cache
+def _known_fields() -> dict[str, frozenset[str]]:
+    """Model type to the fields that its configuration had in transformers 5.23."""
+    lines = files("kr2cache.models").joinpath("config_fields.txt").read_text("utf-8").splitlines()
+    words = [line.split() for line in lines if not line.startswith("#")]
+    return {model_type: frozenset(names) for model_type, *names in words}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Digests:
+    """What a model is, apart from where it lies."""
+
+    weights: str
+    """``weights_digest``"""
+    config: str
+    """``config_digest``"""
+    config_in_training: str
+    """The same with dropout."""
+
+
+def model_digests(spec: ModelSpec) -> Digests:
+    """The digests of a model on this machine; a model whose files did not change is read once a process."""
+    folder = model_folder(spec)
+    files = sorted([*weight_files(folder), folder / "config.json"])
+    stamp = tuple((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files if path.is_file())
+    key = (spec.name, spec.model_type, spec.layers, spec.dropout, stamp)
+    if key not in _digests:
+        encoder = load_encoder(spec)
+        _digests[key] = Digests(
+            weights=weights_digest(encoder),
+            config=config_digest(encoder.config),
+            config_in_training=config_digest(load_config(spec), training=True),
+        )
+    return _digests[key]
+
+
+_digests: dict[Any, Digests] = {}
+
+
+def weights_digest(encoder: PreTrainedModel) -> str:
+    """XXH3-128 of the encoder's weights: names, shapes and float32 bytes, by name; the pooler is left out.
+
+    What is hashed is what computes, so hub id, folder, file format and the file's dtype make no difference.
+    """
+    import xxhash
+
+    digest = xxhash.xxh3_128()
+    for name, tensor in sorted(encoder.state_dict().items()):
+        if not name.startswith("pooler."):
+            digest.update(f"{name}{tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().numpy().data)
+    return digest.hexdigest()

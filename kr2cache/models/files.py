@@ -1,0 +1,138 @@
+"""Where a model lies on this machine, and how it is downloaded."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+from kr2cache.errors import ModelUnavailableError
+from kr2cache.models.contents import fault, files_to_download, weight_files
+from kr2cache.models.registry import ModelSpec
+from kr2cache.system import hub
+
+
+def local_folder(spec: ModelSpec) -> Path | None:
+    """Where the model lies on this machine: its path, or its snapshot in the hub's cache. None if it does not.
+
+    Never asks the network.
+    """
+    if spec.path is not None:
+        return spec.path if (spec.path / "config.json").is_file() else None
+    if spec.package is not None and (carried := _inside_package(spec.package)) is not None:
+        return carried
+    from huggingface_hub import try_to_load_from_cache
+
+    for hub_id in (spec.hub_id, *spec.aliases):
+        if hub_id is None:
+            continue
+        config = try_to_load_from_cache(hub_id, "config.json", revision=spec.revision)
+        if isinstance(config, str) and weight_files(Path(config).parent):
+            return Path(config).parent
+    return None
+
+
+def _inside_package(package: str) -> Path | None:
+    """The folder that an installed package carries; None where it is not installed. Imports nothing."""
+    name, _, inside = package.partition("/")
+    found = importlib.util.find_spec(name)
+    for place in (found.submodule_search_locations or ()) if found else ():
+        if (Path(place) / inside / "config.json").is_file():
+            return Path(place) / inside
+    return None
+
+
+def model_folder(spec: ModelSpec) -> Path:
+    """The model's folder on this machine, downloaded from the hub if need be.
+
+    Raises:
+        ModelUnavailableError: If it is not here and cannot be had; the message names the hub id and both remedies.
+    """
+    folder = local_folder(spec)
+    if folder is not None:
+        return folder
+    hub_id = _obtainable(spec)
+    try:
+        return _download(hub_id, spec.revision)
+    except Exception as error:  # huggingface_hub raises a dozen unrelated classes; all mean "not to be had"
+        raise _not_to_be_had(spec, str(error).strip().splitlines()[0]) from error
+
+
+def check_obtainable(spec: ModelSpec) -> None:
+    """Raise ``ModelUnavailableError`` for a model that is neither on this machine nor to be had, or whose folder lacks
+    weights; downloads nothing.
+    """
+    folder = local_folder(spec)
+    if folder is None:
+        _obtainable(spec)
+    else:
+        check_files(spec, folder)
+
+
+def check_complete(spec: ModelSpec) -> None:
+    """Raise ``ModelUnavailableError`` for a model whose folder lacks weights, or holds pointers to them."""
+    check_files(spec, model_folder(spec))
+
+
+def check_files(spec: ModelSpec, folder: Path) -> None:
+    wrong = fault(folder)
+    if wrong is not None:
+        what, remedy = wrong
+        raise ModelUnavailableError(f"Model {spec.name!r} is not complete: {what}", remedy)
+
+
+def _obtainable(spec: ModelSpec) -> str:
+    """The hub id that a model which is not on this machine can be downloaded by."""
+    if spec.path is not None:
+        raise ModelUnavailableError(
+            f"The folder of model {spec.name!r}, {spec.path}, holds no config.json.",
+            "Give the folder that holds config.json, the weights and the tokenizer.",
+        )
+    if spec.hub_id is None:
+        raise ModelUnavailableError(
+            f"Model {spec.name!r} is not on this machine.",
+            f"It needs {spec.needs}."
+            if spec.needs
+            else f'Give its folder, or name it: path = "..." under [models.{spec.name}] in kr2cache.toml.',
+        )
+    reason = hub.unreachable()
+    if reason is not None:
+        raise _not_to_be_had(spec, reason)
+    return spec.hub_id
+
+
+def _not_to_be_had(spec: ModelSpec, reason: str) -> ModelUnavailableError:
+    return ModelUnavailableError(
+        f"Model {spec.name!r} (hub id {spec.hub_id}) is not on this machine, and the hub gave no copy: {reason}",
+        ('pip install "kr2cache[demo]" brings it. ' if spec.package is not None else "")
+        + f"Either run `hf download {spec.hub_id}` where there is a network and copy its folder here, or name a folder "
+        f'that you have: path = "..." under [models.{spec.name}] in kr2cache.toml.',
+    )
+
+
+def layers_in_config(spec: ModelSpec) -> int | None:
+    """L + 1 as config.json says it, without transformers; None where it does not, or the model is not here."""
+    folder = local_folder(spec)
+    if folder is None:
+        return None
+    try:
+        layers = spec.layers or json.loads((folder / "config.json").read_text("utf-8"))["num_hidden_layers"]
+    except (OSError, ValueError, KeyError, TypeError):  # loading it will say what is wrong with it
+        return None
+    return layers + 1 if isinstance(layers, int) else None
+
+
+def _download(hub_id: str, revision: str | None) -> Path:
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+
+    names = HfApi().list_repo_files(hub_id, revision=revision)
+
+    def fields(name: str) -> dict[str, Any]:
+        if name not in names:
+            return {}
+        content: dict[str, Any] = json.loads(Path(hf_hub_download(hub_id, name, revision=revision)).read_text("utf-8"))
+        return content
+
+    wanted = files_to_download(names, fields("config.json"), fields("tokenizer_config.json"))
+    return Path(snapshot_download(hub_id, revision=revision, allow_patterns=wanted))

@@ -1,0 +1,330 @@
+"""Configurations, encoders and task models, loaded from a model's folder."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kr2cache.errors import ConfigError, KR2CacheError, ModelUnavailableError, UnsupportedModelError
+from kr2cache.models.files import check_files, model_folder
+from kr2cache.models.registry import ModelSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PretrainedConfig, PreTrainedModel
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Loading and saving without transformers' reports: what matters in them is checked here and said in our own
+    words. Afterwards transformers reports as before."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+@contextlib.contextmanager
+def explained(spec: ModelSpec, what: str) -> Iterator[None]:
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        with quiet():
+            yield
+    except KR2CacheError:
+        raise
+    except StrictDataclassError as error:
+        said = " ".join(str(error).split())
+        raise UnsupportedModelError(
+            f"The {what} of model {spec.name!r} does not serve: {said}", "Correct that field in its config.json."
+        ) from error
+    except Exception as error:  # a damaged or foreign file makes these libraries raise almost anything
+        lines = [line for line in str(error).strip().splitlines() if line.strip()] or [type(error).__name__]
+        raise ModelUnavailableError(
+            f"The {what} of model {spec.name!r} cannot be loaded: {lines[0]}",
+            f"It needs {spec.needs}." if spec.needs else "Check that the folder is complete (kr2cache models).",
+        ) from error
+
+
+BERT_FIELDS = frozenset(["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"])
+
+
+def load_config(spec: ModelSpec) -> PretrainedConfig:
+    """The model's configuration; layers and width are known from it before the weights are touched.
+
+    A config.json with BERT's fields and no ``model_type`` (Google's, OSCAR's) is of the time when BERT was the only
+    one.
+    """
+    from transformers import AutoConfig
+
+    folder = model_folder(spec)
+    with explained(spec, "configuration"):
+        fields = json.loads((folder / "config.json").read_text("utf-8"))
+        model_type = spec.model_type
+        if model_type is None and "model_type" not in fields and set(fields) >= BERT_FIELDS:
+            model_type = "bert"
+        if model_type is not None:
+            fields.pop("model_type", None)
+            config: PretrainedConfig = AutoConfig.for_model(model_type, **fields)
+        else:
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=spec.trust_remote_code)
+    config.return_dict = True  # a tuple has no names for what is in it
+    if spec.layers is not None:
+        there = _count(config, "num_hidden_layers")
+        if spec.layers > there:
+            raise ConfigError(
+                f"Model {spec.name!r} is to be the first {spec.layers} layers of a model that has {there}.",
+                f"Correct layers under [models.{spec.name}] in kr2cache.toml.",
+            )
+        config.num_hidden_layers = spec.layers
+    if spec.dropout is not None:
+        for name in config.to_dict():
+            if "dropout" in name and isinstance(getattr(config, name), int | float):
+                setattr(config, name, float(spec.dropout))
+    return config
+
+
+def encoder_shape(config: PretrainedConfig) -> tuple[int, int]:
+    """(L + 1, D): layers with the embedding output, and width.
+
+    Raises:
+        UnsupportedModelError: If the configuration does not say so.
+    """
+    return _count(config, "num_hidden_layers") + 1, _count(config, "hidden_size")
+
+
+def vocabulary(config: PretrainedConfig) -> int:
+    """How many tokens the model has embeddings for.
+
+    Raises:
+        UnsupportedModelError: If the configuration does not say so.
+    """
+    return _count(config, "vocab_size")
+
+
+def _count(config: PretrainedConfig, name: str) -> int:
+    value = getattr(config, name, None)
+    if type(value) is int and value > 0:
+        return value
+    raise _field_error(config, name, "a whole number from 1 on is needed")
+
+
+def _field_error(config: PretrainedConfig, name: str, needed: str) -> UnsupportedModelError:
+    said = repr(getattr(config, name)) if hasattr(config, name) else "absent"
+    return UnsupportedModelError(
+        f"The configuration of {config.name_or_path or 'the model'} ({config.model_type}) has {name} {said}; {needed}.",
+        f"Correct {name} in its config.json, or choose another model.",
+    )
+
+
+ROBERTA_POSITIONS = (
+    "camembert", "data2vec-text", "esm", "ibert", "lilt", "longformer", "luke", "markuplm", "mpnet", "roberta",
+    "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
+)  # fmt: skip
+"""Architectures that count positions from the padding id + 1 on: that many embeddings are never used by a token."""
+
+
+def max_positions(config: PretrainedConfig) -> int | None:
+    """The most tokens that the model's position embeddings admit, special tokens included; None where unlimited.
+
+    Raises:
+        UnsupportedModelError: If the configuration's numbers leave no position, or lack one that decides.
+    """
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is None or getattr(config, "position_embedding_type", "absolute") != "absolute":
+        return None
+    if int(positions) < 1:
+        if _has_positions_by_default(config):
+            raise _field_error(config, "max_position_embeddings", "this architecture has a limit")
+        return None  # how XLNet and others say that there is no limit
+    if config.model_type not in ROBERTA_POSITIONS:
+        return int(positions)
+    if config.pad_token_id is None:
+        raise _field_error(config, "pad_token_id", "this architecture counts positions from it")
+    if int(positions) <= int(config.pad_token_id) + 1:
+        raise _field_error(
+            config, "pad_token_id", f"positions count from it + 1 on, and max_position_embeddings is {positions}"
+        )
+    return int(positions) - int(config.pad_token_id) - 1
+
+
+def _has_positions_by_default(config: PretrainedConfig) -> bool:
+    try:
+        default = getattr(type(config)(), "max_position_embeddings", None)
+    except Exception:  # a class that comes with a model may want arguments
+        return False
+    return isinstance(default, int) and default > 0
+
+
+def load_encoder(spec: ModelSpec) -> PreTrainedModel:
+    """The model without a head, in float32 and frozen: no gradients, no dropout.
+
+    Raises:
+        UnsupportedModelError: If the checkpoint lacks weights of the encoder (they would be random), or the model is an
+            encoder-decoder.
+    """
+    return open_encoder(spec)[0]
+
+
+def open_encoder(spec: ModelSpec) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    """(``load_encoder``, names of the checkpoint's tensors that the encoder has no place for: heads, image parts)."""
+    import torch
+    from transformers import AutoModel
+
+    config = load_config(spec)
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"Model {spec.name!r} ({config.model_type}) is an encoder-decoder; a resource is an encoder.",
+            "Choose a model with one stack of layers (BERT, RoBERTa, ...).",
+        )
+    with explained(spec, "weights"):
+        architecture = class_of(config)
+        folder = model_folder(spec)
+        check_files(spec, folder)
+        # The pooler is not among the states, and many checkpoints lack it.
+        headless = {"add_pooling_layer": False} if accepts(architecture, "add_pooling_layer") else {}
+        model, report = _from_pretrained(
+            AutoModel,
+            folder,
+            config,
+            dtype=torch.float32,
+            output_loading_info=True,
+            weights_only=True,
+            ignore_mismatched_sizes=True,
+            trust_remote_code=spec.trust_remote_code,
+            **headless,
+        )
+    _check_shapes(spec, report["mismatched_keys"])
+    missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
+    if missing:
+        raise UnsupportedModelError(
+            f"The checkpoint of {spec.name!r} lacks {len(missing)} weights of its encoder: {', '.join(missing[:3])}"
+            f"{', ...' if len(missing) > 3 else ''}. They would be random numbers.",
+            "Give a complete checkpoint of this architecture.",
+        )
+    model.requires_grad_(False)
+    cut = spec.layers is not None  # then most of what is left out are the other layers
+    return model.eval(), () if cut else tuple(sorted(report["unexpected_keys"]))
+
+
+HEADS_OF_PRETRAINING = re.compile(r"(.*\.)?(pooler|cls|lm_head|mlm|classifier|vocab_\w+|\w+_predictions)\b.*")
+
+
+def describe_dropped(spec: ModelSpec, dropped: Sequence[str]) -> str | None:
+    """What of a checkpoint is not used, in one line, where that is more than the usual heads of pre-training."""
+    if all(HEADS_OF_PRETRAINING.fullmatch(name) for name in dropped):
+        return None
+    parts = Counter(re.split(r"\.(?=\w+$)", name)[0] for name in dropped)
+    names = ", ".join(name if count == 1 else f"{name} ({count})" for name, count in parts.items())
+    return f"{spec.name}: {len(dropped)} tensors of the checkpoint are not part of its text encoder, left out: {names}"
+
+
+def load_pretrained(
+    spec: ModelSpec, model_class: Any, config: PretrainedConfig, weights: Mapping[str, Tensor] | None = None
+) -> tuple[PreTrainedModel, frozenset[str], frozenset[str]]:
+    """The checkpoint of ``spec`` as a task model, in float32; what is missing or of another shape is drawn at random.
+
+    Args:
+        model_class: An auto class, or the model's own with ``weights``.
+        weights: The checkpoint's, where they are in memory already; the model takes them for its own.
+
+    Returns:
+        The model, the names of the weights that were missing, and of those of the head that had another shape.
+
+    Raises:
+        UnsupportedModelError: If weights of the base model have other shapes than ``config`` says.
+    """
+    import torch
+
+    with explained(spec, "weights"):
+        folder = None
+        if weights is None:
+            folder = model_folder(spec)
+            check_files(spec, folder)
+        model, report = _from_pretrained(
+            model_class,
+            folder,
+            config,
+            state_dict=weights,
+            dtype=torch.float32,
+            output_loading_info=True,
+            weights_only=True,
+            ignore_mismatched_sizes=True,
+            trust_remote_code=spec.trust_remote_code,
+        )
+    head = head_names(model)
+    _check_shapes(spec, [one for one in report["mismatched_keys"] if one[0] not in head])
+    other = frozenset(name for name, *_ in report["mismatched_keys"])
+    return model, frozenset(report["missing_keys"]), other
+
+
+def _from_pretrained(model_class: Any, folder: Path | None, config: PretrainedConfig, **options: Any) -> Any:
+    """``model_class.from_pretrained``, also where the padding token has no embedding: it gets no padding token then."""
+    try:
+        return model_class.from_pretrained(folder, config=config, **options)
+    except AssertionError:  # of torch.nn.Embedding
+        pad, known = getattr(config, "pad_token_id", None), getattr(config, "vocab_size", None)
+        if pad is None or known is None or -known <= pad < known:
+            raise
+        config = copy.deepcopy(config)
+        config.pad_token_id = None
+        return model_class.from_pretrained(folder, config=config, **options)
+
+
+def head_names(model: PreTrainedModel) -> frozenset[str]:
+    """The names of a task model's weights that are not part of its base model."""
+    prefix = f"{model.base_model_prefix}."
+    return frozenset(name for name in model.state_dict() if not name.startswith(prefix))
+
+
+def _check_shapes(spec: ModelSpec, mismatched: Iterable[tuple[str, Sequence[int], Sequence[int]]]) -> None:
+    """Raise ``UnsupportedModelError`` for weights whose shapes are not those of the configuration.
+
+    Args:
+        mismatched: Name, shape in the file, shape by the configuration.
+    """
+    wrong = sorted((name, tuple(there), tuple(wanted)) for name, there, wanted in mismatched)
+    if wrong:
+        name, there, wanted = wrong[0]
+        more = f", and {len(wrong) - 1} more differ" if len(wrong) > 1 else ""
+        raise UnsupportedModelError(
+            f"The weights of {spec.name!r} do not have the shapes of its config.json: {name} is {there} in the file, "
+            f"{wanted} by the configuration{more}.",
+            "config.json and the weights do not belong together: copy both from the same model.",
+        )
+
+
+def not_finite(model: PreTrainedModel) -> list[str]:
+    """The names of the model's weights that hold nan or an infinite number."""
+    import torch
+
+    return [
+        name
+        for name, tensor in model.state_dict().items()
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all())
+    ]
+
+
+def class_of(config: PretrainedConfig) -> type | None:
+    from transformers import MODEL_MAPPING
+
+    found = MODEL_MAPPING.get(type(config), None)
+    return found if isinstance(found, type) else None
+
+
+def accepts(function: Callable[..., Any] | None, argument: str) -> bool:
+    return function is not None and argument in inspect.signature(function).parameters

@@ -1,0 +1,84 @@
+"""A model's tokenizer, and the token that fills a batch."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from kr2cache.errors import ModelUnavailableError, UnsupportedModelError
+from kr2cache.models.files import model_folder
+from kr2cache.models.load import accepts, class_of, explained, load_config, vocabulary
+from kr2cache.models.registry import ModelSpec
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+
+def load_tokenizer(spec: ModelSpec, *, words: bool) -> PreTrainedTokenizerBase:
+    """The model's tokenizer.
+
+    Args:
+        words: Whether it will be given texts as lists of words. A byte-level BPE (RoBERTa's) is then told to put a
+            space before each word: without it every word would silently lose its space prefix.
+
+    Raises:
+        ModelUnavailableError: If it cannot be loaded, or has no vocabulary: transformers makes one of special tokens
+            alone where the files are missing.
+        UnsupportedModelError: For a byte-level BPE that cannot be told so.
+    """
+    from transformers import AutoTokenizer
+
+    folder = model_folder(spec)
+    arguments: dict[str, Any] = {**spec.tokenizer, "trust_remote_code": spec.trust_remote_code}
+    config = load_config(spec)
+    if "model_type" not in json.loads((folder / "config.json").read_text("utf-8")):
+        arguments["config"] = config  # the tokenizer's class follows from it
+    with explained(spec, "tokenizer"):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, **arguments)
+        if words and _drops_the_space(tokenizer):
+            tokenizer = AutoTokenizer.from_pretrained(folder, **arguments, add_prefix_space=True)
+            if _drops_the_space(tokenizer):
+                raise UnsupportedModelError(
+                    f"The tokenizer of {spec.name!r} cannot read texts that are lists of words: it is a byte-level BPE "
+                    f"saved as the generic class {type(tokenizer).__name__}, which puts no space before a word: every "
+                    "word would be read as the middle of a longer one.",
+                    f'Set "add_prefix_space": true in the pre_tokenizer of {folder / "tokenizer.json"} (a text then '
+                    "begins with a space too), or choose another model. It serves for tasks with plain text.",
+                )
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        raise ModelUnavailableError(
+            f"The tokenizer of {spec.name!r} knows no word: {folder} holds no vocabulary (tokenizer.json, vocab.txt or "
+            "the like), and every word would be read as unknown.",
+            "Copy the tokenizer's files there too, beside config.json and the weights.",
+        )
+    if not 0 <= pad_id(tokenizer) < vocabulary(config):
+        tokenizer.pad_token = None  # the model has no embedding for it
+    # The class of a tokenizer says neither: BertTokenizer is used with models that have no segments, and a generic one
+    # with those that have.
+    names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
+    tokenizer.model_input_names = [*names, "token_type_ids"] if _has_segments(config) else names
+    return tokenizer
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that fills a batch; 0 where the tokenizer has none (it is masked whatever it is)."""
+    return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0)
+
+
+def _has_segments(config: PretrainedConfig) -> bool:
+    """Whether the model tells the segments of a pair apart; its tokenizer may give segment ids all the same."""
+    architecture = class_of(config)
+    forward = getattr(architecture, "forward", None)
+    return int(getattr(config, "type_vocab_size", None) or 0) > 1 and accepts(forward, "token_type_ids")
+
+
+def _drops_the_space(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether this is a byte-level BPE that starts a given word without its space."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return False
+    steps = json.loads(backend.to_str()).get("pre_tokenizer") or {}
+    return any(
+        step.get("type") == "ByteLevel" and not step.get("add_prefix_space")
+        for step in (steps, *steps.get("pretokenizers", ()))
+    )

@@ -1,0 +1,1 @@
+"""All caches: what each was made from, which one fits, how one is made from another."""

@@ -1,0 +1,246 @@
+"""The caches there are, what is in one of them, and taking one away."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kr2cache.cache.reader import FeatureCache
+from kr2cache.config import local
+from kr2cache.errors import CacheError, ConfigError
+from kr2cache.store import provenance
+from kr2cache.system.console import bytes_text, count_text, time_text
+from kr2cache.system.locks import only_writer
+
+_FOUND = {
+    "weights": "other weights",
+    "config": "another configuration of the model",
+    "template": "another template",
+    "segments": "other segment ids",
+}
+"""Found fields of the provenance that concern a whole cache, and what a difference is called."""
+SAMPLE = 200
+"""Sequences that the norms are taken of, evenly spaced."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One folder of shards."""
+
+    folder: Path
+    bytes: int
+    """On disk."""
+    problem: str | None
+    """Why it cannot be read; then the rest is empty."""
+    resource: str = ""
+    task: str = ""
+    corpus: str = ""
+    split: str = ""
+    sequences: int = 0
+    complete: int = 0
+    tokens: int = 0
+    layers: tuple[int, ...] = ()
+    fusion: dict[str, Any] | None = None
+    dtype: str = ""
+    fingerprint: str = ""
+    written: float = 0.0
+    """When its newest shard was last written, in seconds since 1970. Copying a cache can change it."""
+    stale: str = ""
+    """What was changed since: a newer cache of the same names and settings was made from something else. Empty where
+    there is none."""
+
+    @property
+    def written_text(self) -> str:
+        """``2026-11-27 23:50``, of this machine's clock; empty where it is not known."""
+        return time_text(self.written) if self.written else ""
+
+    def json(self) -> dict[str, Any]:
+        return {**asdict(self), "folder": str(self.folder), "written": self.written_text or None}
+
+
+def cache_folders(cache_dir: Path) -> list[Path]:
+    """Every folder of shards below ``cache_dir``, also those whose making was stopped early."""
+    found = {path.parent for pattern in ("*.h5", "*.h5.partial") for path in cache_dir.glob(f"*/*/*/{pattern}")}
+    return sorted(found)
+
+
+def entry(folder: Path) -> Entry:
+    """What one folder holds."""
+    size = sum(path.stat().st_size for path in _files(folder))
+    try:
+        cache = FeatureCache.open(folder)
+        chosen = provenance.chosen_of(cache.provenance, folder)
+    except CacheError as error:
+        return Entry(folder=folder, bytes=size, problem=error.message)
+    return Entry(
+        folder=folder,
+        bytes=size,
+        problem=None,
+        resource=chosen.resource,
+        task=chosen.task,
+        corpus=chosen.corpus,
+        split=chosen.split,
+        sequences=len(cache.n_tokens),
+        complete=len(cache),
+        tokens=int(cache.n_tokens.sum(dtype=np.int64)),
+        layers=cache.layers,
+        fusion=cache.fusion,
+        dtype=cache.dtype,
+        fingerprint=cache.fingerprint,
+        written=max(path.stat().st_mtime for path in _files(folder)),
+    )
+
+
+def entries(cache_dir: Path) -> list[Entry]:
+    """What every folder below ``cache_dir`` holds, and which of them went stale."""
+    found = [entry(folder) for folder in cache_folders(cache_dir)]
+    of_names: dict[tuple[str, ...], list[Entry]] = {}
+    for one in found:
+        if one.problem is None:
+            of_names.setdefault((one.resource, one.task, one.corpus, one.split), []).append(one)
+    for alike in of_names.values():
+        *older, newest = sorted(alike, key=lambda one: one.written)
+        for one in older:
+            if changes := _changes(one.folder, newest.folder):
+                place = found.index(one)
+                found[place] = replace(one, stale=f"{newest.folder.name} is newer: {', '.join(changes)}")
+    return found
+
+
+def _changes(older: Path, newer: Path) -> list[str]:
+    """What was changed between the making of two caches of the same names, in words. Fewer layers or examples, or
+    another dtype, are no change: train may still take either."""
+    then, now = FeatureCache.open(older), FeatureCache.open(newer)
+    made, remade = then.provenance["found"], now.provenance["found"]
+    changes = [text for name, text in _FOUND.items() if made.get(name) != remade.get(name)]
+    positions = now.find(then.ids)
+    there = positions >= 0
+    changed = int(np.count_nonzero(then.text_xxh3[there] != now.text_xxh3[positions[there]]))
+    if changed:
+        changes.append(f"{changed:,} of {count_text(len(there), 'text')} changed")
+    same_texts = made.get("texts") == remade.get("texts")
+    same_length = then.provenance["chosen"]["max_length"] == now.provenance["chosen"]["max_length"]
+    if same_texts and same_length and made.get("tokens") != remade.get("tokens"):
+        changes.append("other tokens")
+    return changes
+
+
+def find_cache(name: str, cache_dir: Path) -> Path:
+    """The cache folder that ``name`` means: a folder, a path below ``cache_dir`` (as ``cache list`` shows it), or the
+    name of a folder there or its beginning.
+
+    Returns:
+        The folder as ``name`` writes it; in full where that has no name in it (``.``, ``..``).
+
+    Raises:
+        ConfigError: If there is none, or there are several; they are listed. For a URL.
+    """
+    local(Path(name), "The cache")
+    with contextlib.suppress(OSError, ValueError, RuntimeError):  # RuntimeError: ~ of a user that is not there
+        for folder in (Path(name).expanduser(), cache_dir / name):
+            if name and folder.is_dir():
+                return folder.resolve() if folder.name in ("", "..") else folder
+    name = name.rstrip("/")
+    folders = cache_folders(cache_dir)
+    for fits in ([f for f in folders if f.name == name], [f for f in folders if name and f.name.startswith(name)]):
+        if len(fits) == 1:
+            return fits[0]
+        if fits:
+            raise ConfigError(
+                f"{name!r} may be {' or '.join(map(str, fits[:6]))}.", "Give the whole folder, or more of its name."
+            )
+    held = ", ".join(folder.name for folder in folders[:8]) or "none"
+    raise ConfigError(f"There is no cache {name!r} in {cache_dir}.", f"There are: {held} (kr2cache cache list).")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Portrait:
+    """What is in a cache, in numbers."""
+
+    lengths: tuple[list[int], list[int]]
+    """Histogram of tokens a sequence: edges (k+1), counts (k)."""
+    norms: list[float]
+    """Mean Euclidean norm of a state, for each stored layer."""
+    largest: list[float]
+    """Largest magnitude of a value, for each stored layer."""
+    sampled: int
+    """Sequences that norms and magnitudes are of."""
+
+
+def portrait(cache: FeatureCache) -> Portrait:
+    """Lengths of all sequences; norms and magnitudes of up to ``SAMPLE`` complete ones, evenly spaced."""
+    complete = np.flatnonzero(cache.complete)
+    step = max(1, len(complete) // SAMPLE)
+    sample = complete[::step][:SAMPLE]
+    sums = np.zeros(len(cache.layers))
+    largest = np.zeros(len(cache.layers))
+    tokens = 0
+    for position in sample.tolist():
+        cache.read_ahead(np.array([position]))
+        states_LTD = cache.states(position).astype(np.float32)
+        sums += np.linalg.norm(states_LTD, axis=2).sum(axis=1)
+        largest = np.maximum(largest, np.abs(states_LTD).max(axis=(1, 2)))
+        tokens += states_LTD.shape[1]
+    edges = _edges(cache.n_tokens)
+    counts = np.histogram(cache.n_tokens, edges)[0]
+    return Portrait(
+        lengths=(edges.tolist(), counts.tolist()),
+        norms=(sums / max(1, tokens)).tolist(),
+        largest=largest.tolist(),
+        sampled=len(sample),
+    )
+
+
+def _edges(n_tokens: NDArray[np.int32]) -> NDArray[np.int64]:
+    """About ten bins of whole numbers from the shortest to the longest."""
+    shortest, longest = int(n_tokens.min()), int(n_tokens.max())
+    step = max(1, -(-(longest - shortest + 1) // 10))
+    return np.arange(shortest, longest + step + 1, step)
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    for pattern in ("*.h5", "*.partial"):
+        yield from (path for path in folder.glob(pattern) if path.is_file())
+
+
+def removable_bytes(folder: Path) -> int:
+    """What removing a cache would free.
+
+    Raises:
+        CacheError: If the folder holds no shard.
+    """
+    files = list(_files(folder))
+    if not any(path.name.startswith("shard-") for path in files):
+        raise CacheError(f"{folder} is no cache: it holds no shard.", "kr2cache cache list shows the caches.")
+    return sum(path.stat().st_blocks * 512 for path in files)
+
+
+def remove(folder: Path) -> str:
+    """Delete a cache's shards, and the folder if nothing else is in it (with the link that ``folder`` may be); returns
+    what was done, in words.
+
+    Raises:
+        BusyError: If a process is writing it.
+        CacheError: If the folder holds no shard.
+    """
+    freed = removable_bytes(folder)
+    with only_writer(folder, wait=False):
+        for path in list(_files(folder)):
+            path.unlink()
+        rest = [path.name for path in folder.iterdir()]
+        if not rest:
+            folder.resolve().rmdir()
+            if folder.is_symlink():
+                folder.unlink()
+    if not rest:
+        with contextlib.suppress(OSError):  # others are in them
+            folder.parent.rmdir()
+            folder.parent.parent.rmdir()
+    kept = f"; {', '.join(sorted(rest)[:3])} in it is not of the cache and was kept" if rest else ""
+    return f"Removed {folder}, {bytes_text(freed)} freed{kept}."

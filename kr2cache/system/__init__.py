@@ -1,0 +1,1 @@
+"""The machine: terminal, devices, disk, memory, network, other processes."""

@@ -1,0 +1,157 @@
+"""How much memory there is, how much work takes, and where arrays begin."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kr2cache.system.allocator import return_free_memory
+
+MEMBERSHIP, MOUNTS = Path("/proc/self/cgroup"), Path("/proc/self/mountinfo")
+LIMITS = {
+    1: [("memory.limit_in_bytes", "memory.usage_in_bytes")],
+    2: [("memory.max", "memory.current"), ("memory.high", "memory.current")],
+}
+"""By the version of control groups: files of a limit and of what is taken."""
+
+
+@dataclass(frozen=True)
+class _Limit:
+    """Of a control group that this process is in (Linux). A job of a batch system or a container may take far less than
+    the computer has, and is killed where it takes more.
+    """
+
+    bytes: int
+    use: Path
+    """A file that says how much is taken."""
+
+    def left(self) -> int:
+        """Bytes; all of them where the group does not say what it takes."""
+        try:
+            return max(0, self.bytes - max(0, int(self.use.read_text()) - self._given_up()))
+        except (OSError, ValueError):
+            return self.bytes
+
+    def _given_up(self) -> int:
+        """Bytes that count as taken, and are given up when asked for, such as pages that hold files; 0 where the group
+        does not say.
+        """
+        try:
+            lines = self.use.with_name("memory.stat").read_text().splitlines()
+            numbers = {name: int(number) for name, number in (line.split() for line in lines)}
+        except (OSError, ValueError):
+            return 0
+        prefix = "total_" if "total_inactive_file" in numbers else ""  # with the groups below it: so in version 1
+        names = (f"{prefix}inactive_file", f"{prefix}active_file", "slab_reclaimable")
+        return sum(numbers.get(name, 0) for name in names)
+
+
+def free_memory() -> int:
+    """Bytes that this process may still take, those included that hold files and are given up when asked for; a careful
+    guess where the system does not say.
+    """
+    return min([_free_memory_of_computer(), *(limit.left() for limit in _limits())])
+
+
+def total_memory() -> int:
+    """Bytes that this process may take if no other does; a careful guess where the system does not say."""
+    return min([_memory_of_computer(), *(limit.bytes for limit in _limits())])
+
+
+def _free_memory_of_computer() -> int:
+    with contextlib.suppress(OSError, StopIteration, ValueError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):  # not told on macOS
+        return 4 * 2**30
+
+
+def _memory_of_computer() -> int:
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):
+        return 8 * 2**30
+
+
+def _limits() -> Iterator[_Limit]:
+    """Of all control groups that count this process's memory: its own and those that they lie in."""
+    names = dict(_names())
+    for version, mounted, top in _hierarchies():
+        if version not in names:
+            continue
+        # A container may see the names of outside, of which the mounted folder is the part up to ``top``.
+        inside = os.path.relpath(names[version], top)
+        own = mounted if inside.startswith("..") else mounted / inside
+        for folder in (own, *(parent for parent in own.parents if parent.is_relative_to(mounted))):
+            for limit, use in LIMITS[version]:
+                with contextlib.suppress(OSError, ValueError):  # not there, or "max", which is none
+                    yield _Limit(int((folder / limit).read_text()), folder / use)
+
+
+def _names() -> Iterator[tuple[int, str]]:
+    """By version, the control group that counts this process's memory."""
+    for line in _lines(MEMBERSHIP):
+        _, controllers, name = (*line.split(":", 2), "", "")[:3]
+        if name.startswith("/") and (not controllers or "memory" in controllers.split(",")):
+            yield 1 if controllers else 2, name
+
+
+def _hierarchies() -> Iterator[tuple[int, Path, str]]:
+    """Version, folder and topmost group of where control groups of memory are mounted."""
+    for line in _lines(MOUNTS):
+        place, _, kind = line.partition(" - ")
+        fields, (system, *_, options) = place.split(), (*kind.split(), "", "")[:3]
+        version = 2 if system == "cgroup2" else 1 if system == "cgroup" and "memory" in options.split(",") else 0
+        if version and len(fields) > 4:
+            yield version, Path(fields[4]), fields[3]
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return os.fsdecode(path.read_bytes()).split("\n")
+    except OSError:  # no Linux
+        return []
+
+
+CACHE_LINE = 64
+
+
+def aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """An array, not filled, that begins with a cache line as a mapped array of a file does. NumPy's begin 16 bytes
+    after one, and copying between two that lie askew takes up to half as long again.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + CACHE_LINE, dtype=np.uint8)
+    start = -memory.__array_interface__["data"][0] % CACHE_LINE
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
+def peak_of(work: Callable[[], object]) -> int | None:
+    """Run ``work``; by how many bytes the process's resident memory rose above what it was, mapped files included. None
+    where the system does not say.
+    """
+    try:
+        return_free_memory(every_s=0)  # else what is kept of other work would hide this one's
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+        before = _status("VmRSS")
+    except OSError:
+        work()
+        return None
+    work()
+    return max(0, _status("VmHWM") - before)
+
+
+def _status(name: str) -> int:
+    """Bytes, of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))

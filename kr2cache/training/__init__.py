@@ -1,0 +1,1 @@
+"""Stage two: readers are trained on cached states."""

@@ -1,0 +1,239 @@
+"""Examples of one split to the tensors of a batch, and the order in which a training goes through them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Sampler
+from transformers import PreTrainedTokenizerBase
+
+from kr2cache.cache.format import SequenceIndex
+from kr2cache.models.encode import FirstSubwords, pad
+from kr2cache.models.tokenizers import pad_id
+from kr2cache.tasks import Example, Task
+from kr2cache.training.distill import TeacherLogits
+from kr2cache.training.features import Features
+from kr2cache.training.kreader import IGNORED
+
+TARGETS = ("labels", "teacher_logits")
+"""Of a batch: what is learned from, not read."""
+WHOLE = 2**40
+PART_OVERHEAD = {"cpu": 128}
+"""See ``part_overhead``."""
+POOL_BATCHES = 50
+"""Examples of so many batches are sorted by length together, or of a quarter of the split where that is less."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitData:
+    """One split, ready for a reader."""
+
+    examples: Sequence[Example]
+    index: SequenceIndex
+    """Its sequences by the reader's tokenizer."""
+    features: Features | None = None
+    """The resource's states of the same sequences; None for plain readers."""
+    teacher: TeacherLogits | None = None
+    """What a teacher says of the same examples; None without distillation."""
+
+    @property
+    def sequences_per_example(self) -> int:
+        return len(self.index) // len(self.examples)
+
+    @cached_property
+    def first_subwords(self) -> FirstSubwords:
+        """Of a split of words."""
+        return FirstSubwords(self.index)
+
+    def positions(self) -> NDArray[np.int64]:
+        """(examples,) how many positions each takes in the encoder, about."""
+        lengths = self.index.n_tokens.astype(np.int64)
+        if self.features is not None:
+            lengths = lengths + self.features.n_tokens
+        per_example: NDArray[np.int64] = lengths.reshape(len(self.examples), -1).max(axis=1)
+        return per_example * self.sequences_per_example
+
+
+class Batcher:
+    """Example numbers to the tensors of one batch."""
+
+    def __init__(self, data: SplitData, task: Task, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.data = data
+        self.head = task.head
+        self.pad_id = pad_id(tokenizer)
+        self.first = data.index.first_token
+
+    def __call__(self, examples: Sequence[int]) -> dict[str, Tensor]:
+        """Inputs of ``KReader.forward`` and what they should give."""
+        batch = self.inputs(examples)
+        T = batch["input_ids"].shape[-1]
+        if all(self.data.examples[i].label is not None for i in examples):
+            batch["labels"] = self._labels(examples, T)
+        if self.data.teacher is not None:
+            batch["teacher_logits"] = self._teacher_logits(self.data.teacher, examples, T)
+        return batch
+
+    def inputs(self, examples: Sequence[int]) -> dict[str, Tensor]:
+        """What a reader reads, without labels."""
+        per = self.data.sequences_per_example
+        sequences = [example * per + choice for example in examples for choice in range(per)]
+        tokens = [self.data.index.input_id[self.first[i] : self.first[i + 1]] for i in sequences]
+        input_ids = pad(tokens, self.pad_id)
+        lengths = self.data.index.n_tokens[sequences]
+        mask = (np.arange(input_ids.shape[1])[None, :] < lengths[:, None]).astype(np.int64)
+        shape = (len(examples), per, -1) if self.head == "choice" else (len(examples), -1)
+        batch = {
+            "input_ids": torch.from_numpy(input_ids).reshape(shape),
+            "attention_mask": torch.from_numpy(mask).reshape(shape),
+        }
+        if self.data.index.segment_id is not None:
+            segments = [self.data.index.segment_id[self.first[i] : self.first[i + 1]] for i in sequences]
+            batch["token_type_ids"] = torch.from_numpy(pad(segments, 0)).reshape(shape)
+        if self.data.features is not None:
+            states, resource_mask = self.data.features.batch(sequences)
+            batch["resource_states"] = states if isinstance(states, Tensor) else torch.from_numpy(states)
+            batch["resource_mask"] = torch.from_numpy(resource_mask)
+        return batch
+
+    def _labels(self, examples: Sequence[int], T: int) -> Tensor:
+        if self.head != "token":
+            return torch.tensor([self.data.examples[i].label for i in examples])
+        labels = np.full((len(examples), T), IGNORED, dtype=np.int64)
+        for row, i in zip(labels, examples, strict=True):
+            gold = self.data.examples[i].label
+            assert isinstance(gold, tuple), "splits without gold labels are not trained on"
+            starts, words = self.data.first_subwords[i]
+            row[starts] = np.array(gold, dtype=np.int64)[words]
+        return torch.from_numpy(labels)
+
+    def _teacher_logits(self, teacher: TeacherLogits, examples: Sequence[int], T: int) -> Tensor:
+        """(B, T, K) for tagging, at each word's first subword and nan elsewhere; else (B, K)."""
+        if self.head != "token":
+            return torch.from_numpy(np.concatenate([teacher.logits[i] for i in examples]))
+        labels = teacher.logits[examples[0]].shape[1]
+        logits = np.full((len(examples), T, labels), np.nan, dtype=np.float32)
+        for row, i in zip(logits, examples, strict=True):
+            starts, words = self.data.first_subwords[i]
+            row[starts] = teacher.logits[i][words]
+        return torch.from_numpy(logits)
+
+
+def part_overhead(device: torch.device) -> int:
+    """Positions: what one part more of a batch costs. A GPU, mostly idle with small parts, gets batches whole."""
+    return PART_OVERHEAD.get(device.type, WHOLE)
+
+
+def split_by_length(lengths: NDArray[np.int64], overhead: int) -> list[NDArray[np.intp]]:
+    """Cut a batch into parts of like lengths, so that padding and parts together cost least.
+
+    Args:
+        lengths: (B,) positions that each example takes.
+        overhead: How many positions more cost as much as one part more.
+
+    Returns:
+        Places in the batch, by part, longest first.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    longest_first = lengths[order]
+    starts = np.flatnonzero(np.diff(longest_first, prepend=-1))  # between equal lengths no cut saves anything
+    longest, cuts = longest_first[starts], np.append(starts, len(order))
+    cost, begins = np.zeros(len(cuts), dtype=np.int64), np.zeros(len(cuts), dtype=np.intp)
+    for stop in range(1, len(cuts)):  # the cheapest way to cut what comes before ``stop``
+        candidates = cost[:stop] + longest[:stop] * (cuts[stop] - cuts[:stop]) + overhead
+        begins[stop] = candidates.argmin()
+        cost[stop] = candidates[begins[stop]]
+    parts = []
+    stop = len(starts)
+    while stop:
+        begin = int(begins[stop])
+        parts.append(order[cuts[begin] : cuts[stop]])
+        stop = begin
+    return parts[::-1]
+
+
+class StepBatcher:
+    """Example numbers to what one training step gets: ``parts``, the batch cut by length. Each part says its ``share``
+    of the batch's loss, so that the parts' gradients add up to the batch's own; padding is hardly computed.
+    """
+
+    def __init__(self, batcher: Batcher, overhead: int) -> None:
+        """
+        Args:
+            overhead: As for ``split_by_length``.
+        """
+        self.batcher = batcher
+        self.overhead = overhead
+        self.positions = batcher.data.positions()
+
+    def __call__(self, examples: Sequence[int]) -> dict[str, list[dict[str, Any]]]:
+        numbers = np.asarray(examples)
+        cuts = split_by_length(self.positions[numbers], self.overhead)
+        parts: list[dict[str, Any]] = [dict(self.batcher(numbers[cut].tolist())) for cut in cuts]
+        for target in TARGETS:
+            if target in parts[0]:
+                counts = [_targets(part[target]) for part in parts]
+                for part, count in zip(parts, counts, strict=True):
+                    part[f"{target}_share"] = count / max(1, sum(counts))
+        # At least one part: a step without a backward pass would leave the other processes of a torchrun waiting.
+        return {
+            "parts": [part for part in parts if any(part.get(f"{target}_share") for target in TARGETS)] or parts[:1]
+        }
+
+
+def _targets(tensor: Tensor) -> int:
+    """How many labels, or teacher's answers, a mean over them counts."""
+    if tensor.is_floating_point():
+        return int((~tensor[..., 0].isnan()).sum())
+    return int((tensor != IGNORED).sum())
+
+
+class LengthGroupedSampler(Sampler[int]):
+    """Random batches of like lengths: examples are shuffled, sorted by length within pools, and the batches that these
+    are cut into are shuffled again. Other batches than plain drawing makes, unlike ``StepBatcher``'s parts.
+
+    The batch with the longest example comes first, so that a device whose memory is too small says so at once.
+    """
+
+    def __init__(self, lengths: NDArray[np.int64], batch_size: int, seed: int) -> None:
+        """
+        Args:
+            lengths: (examples,) positions that each takes.
+            batch_size: Examples of one step.
+            seed: Decides the order together with the epoch.
+        """
+        self.lengths = lengths
+        self.batch_size = batch_size
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the Trainer before each epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        draw = np.random.default_rng([self.seed, self.epoch])
+        order = draw.permutation(len(self.lengths))
+        pool = self.batch_size * max(1, min(POOL_BATCHES, len(order) // (4 * self.batch_size)))
+        # The last pool takes the rest, so that what fills no batch is the shortest of many.
+        starts = list(range(0, max(1, len(order) - pool + 1), pool))
+        for start, stop in zip(starts, [*starts[1:], len(order)], strict=True):
+            part = order[start:stop]
+            order[start:stop] = part[np.argsort(-self.lengths[part], kind="stable")]
+        whole = len(order) // self.batch_size
+        batches = order[: whole * self.batch_size].reshape(whole, self.batch_size)
+        draw.shuffle(batches, axis=0)
+        if whole:
+            longest = int(self.lengths[batches].max(axis=1).argmax())
+            batches[[0, longest]] = batches[[longest, 0]]
+        yield from batches.ravel().tolist()
+        yield from order[whole * self.batch_size :].tolist()

@@ -1,0 +1,138 @@
+"""What a reader says of examples: logits and predictions, in batches of like lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from kr2cache.cache.format import offsets
+from kr2cache.errors import DeviceMemoryError, TrainingError
+from kr2cache.models.encode import length_sorted_batches
+from kr2cache.models.forward import cheaper_forward
+from kr2cache.system.device import drop_unused_memory, is_out_of_memory
+from kr2cache.tasks import Task
+from kr2cache.tasks.base import Prediction
+from kr2cache.training.batches import Batcher, SplitData, part_overhead, split_by_length
+from kr2cache.training.kreader import KReader
+
+POSITIONS_PER_BATCH = {"cpu": 2_048, "cuda": 32_768}
+"""Of one batch, reader's and resource's positions together."""
+
+
+def predict(reader: KReader, data: SplitData, task: Task, tokenizer: PreTrainedTokenizerBase) -> list[Prediction]:
+    """Label numbers for every example, in order; None for a word without a token."""
+    return most_likely(example_logits(reader, data, task, tokenizer), task)
+
+
+def most_likely(logits: Sequence[NDArray[np.float32]], task: Task) -> list[Prediction]:
+    """The labels that examples' logits say.
+
+    Args:
+        logits: As ``example_logits`` gives them.
+    """
+    if not logits:
+        return []
+    rows = np.concatenate(logits)
+    unknown = np.isnan(rows)
+    rows[unknown] = -np.inf  # argmax would take nan for the largest
+    best: list[int] = rows.argmax(axis=1).tolist()
+    if task.head != "token":
+        return list(best)
+    labels: list[int | None] = list(best)
+    for word in np.flatnonzero(unknown[:, 0]).tolist():
+        labels[word] = None
+    return [labels[start:stop] for start, stop in pairwise(offsets(np.array([len(one) for one in logits])).tolist())]
+
+
+def batches_of(data: SplitData, device: torch.device) -> list[NDArray[np.intp]]:
+    """Example numbers of each batch of an evaluation: like lengths together, longest first. What is left to pad is cut
+    where that costs less: of a small split all would be one batch.
+    """
+    budget = POSITIONS_PER_BATCH.get(device.type, POSITIONS_PER_BATCH["cpu"])
+    overhead = part_overhead(device)
+    positions = data.positions()
+    whole = length_sorted_batches(positions, budget)
+    return [batch[part] for batch in whole for part in split_by_length(positions[batch], overhead)]
+
+
+def example_logits(
+    reader: KReader, data: SplitData, task: Task, tokenizer: PreTrainedTokenizerBase
+) -> list[NDArray[np.float32]]:
+    """Logits of every example, in order; batches go by length, longest first. One that does not fit into the device's
+    memory is halved: nobody should lose a training to its evaluation.
+
+    Returns:
+        One array an example: (words, labels) for tagging, at each word's first subword, nan for a word without a
+        token; else (1, labels or choices).
+
+    Raises:
+        TrainingError: If a logit is not a finite number. It would else be scored as a word without a token, or as the
+            first label.
+    """
+    device = next(reader.parameters()).device
+    batcher = Batcher(data, task, tokenizer)
+    is_token = task.head == "token"
+    first_row = offsets(
+        np.array([len(example.texts[0]) if is_token else 1 for example in data.examples], dtype=np.int64)
+    )
+    rows: NDArray[np.float32] | None = None
+    was_training = reader.training
+    reader.eval()
+    with torch.inference_mode(), cheaper_forward(reader, int(data.positions().sum())):
+        todo = batches_of(data, device)[::-1]
+        while todo:
+            numbers = todo.pop()
+            logits = _logits_if_they_fit(reader, batcher, numbers, device)
+            if logits is None:
+                drop_unused_memory()
+                todo += np.array_split(numbers, 2)[::-1]
+                continue
+            if rows is None:  # the first batch says how many labels or choices there are
+                rows = np.full((first_row[-1], logits.shape[-1]), np.nan, dtype=np.float32)
+            places, targets = np.arange(len(numbers)), first_row[numbers]
+            if is_token:
+                places, tokens, words = data.first_subwords.of(numbers)
+                logits, targets = logits[places, tokens], targets[places] + words
+            finite = np.isfinite(logits).all(axis=1)
+            if not finite.all():
+                raise _not_finite(data.examples[numbers[places[np.argmin(finite)]]].id)
+            rows[targets] = logits
+    reader.train(was_training)
+    assert rows is not None, "splits without an example are refused"
+    return [rows[start:stop] for start, stop in pairwise(first_row.tolist())]
+
+
+def _not_finite(name: str) -> TrainingError:
+    return TrainingError(
+        f"The reader gives nan or inf for example {name!r}, not a score for each label.",
+        "Its training diverged, or its numbers are too large for its compute dtype. Lower --learning-rate, or remove "
+        "bf16 and fp16 under [training] in kr2cache.toml.",
+    )
+
+
+def _logits_if_they_fit(
+    reader: KReader, batcher: Batcher, numbers: NDArray[np.intp], device: torch.device
+) -> NDArray[np.float32] | None:
+    """Logits of one batch, on the CPU; None where it does not fit into the device's memory and can be halved.
+
+    Raises:
+        DeviceMemoryError: If one example alone does not fit.
+    """
+    try:
+        inputs = {name: tensor.to(device) for name, tensor in batcher.inputs(numbers.tolist()).items()}
+        logits: NDArray[np.float32] = reader(**inputs)["logits"].float().cpu().numpy()
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        if len(numbers) == 1:
+            raise DeviceMemoryError(
+                f"Example {batcher.data.examples[int(numbers[0])].id!r} does not fit into the memory of {device}.",
+                "Free the device's memory (nvidia-smi shows who has it), or give --device cpu.",
+            ) from None
+        return None
+    return logits

@@ -1,0 +1,59 @@
+"""Does a training step fit into the device's memory? Known before the first step, not after hours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from kr2cache.config import TrainConfig
+from kr2cache.errors import DeviceMemoryError
+from kr2cache.training.batches import StepBatcher
+from kr2cache.training.kreader import KReader
+
+OPTIMIZER_BYTES = 8
+"""Of each trained weight: AdamW keeps two float32 averages, which are there from the second step on."""
+
+
+def out_of_memory(config: TrainConfig, device: torch.device) -> DeviceMemoryError:
+    """What to say of a training step that does not fit."""
+    steps = int(config.training.get("gradient_accumulation_steps", 1))
+    remedy = "Give a smaller --max-length or --resource-max-length, or --device cpu."
+    if config.batch_size > 1:
+        remedy = (
+            f"Give --batch-size {config.batch_size // 2} and write gradient_accumulation_steps = {2 * steps} under "
+            "[training] in kr2cache.toml: as many examples a step. Or write bf16 = true there."
+        )
+    return DeviceMemoryError(
+        f"A training step with --batch-size {config.batch_size} does not fit into the memory of {device}.", remedy
+    )
+
+
+class LongestBatchFirst(TrainerCallback):
+    """Before the first step, the batch of the longest examples goes forward and backward once, beside what the
+    optimizer will keep. Weights and random numbers stay what they are.
+    """
+
+    def __init__(self, reader: KReader, batcher: StepBatcher, try_batch: Callable[[dict[str, Any]], None]) -> None:
+        """
+        Args:
+            try_batch: Sends a batch forward and backward, and forgets what came of it.
+        """
+        self.reader = reader
+        self.batcher = batcher
+        self.try_batch = try_batch
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        features = self.batcher.batcher.data.features
+        read = features.sequences_read if features is not None else 0
+        trained = sum(parameter.numel() for parameter in self.reader.parameters() if parameter.requires_grad)
+        longest: list[int] = np.argsort(-self.batcher.positions, kind="stable")[: args.train_batch_size].tolist()
+        with torch.random.fork_rng(devices=[args.device] if args.device.type == "cuda" else []):
+            optimizer = torch.empty(trained * OPTIMIZER_BYTES, dtype=torch.uint8, device=args.device)
+            self.try_batch(self.batcher(longest))
+            del optimizer
+        if features is not None:
+            features.sequences_read = read

@@ -1,0 +1,488 @@
+"""The KReader: equations 1 to 3 recomputed in NumPy, the loss, and what is kept of it."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForTokenClassification
+
+from kr2cache.errors import CacheError, ConfigError, KR2CacheError, UnsupportedModelError
+from kr2cache.fusion import Fusion, parse_fusion
+from kr2cache.models.registry import find_model
+from kr2cache.tasks.base import Head
+from kr2cache.training.kreader import (
+    EXTRAS,
+    EXTRAS_CONFIG,
+    HEADS,
+    IGNORED,
+    KReader,
+    TaskCheckpoint,
+    make_projection,
+    projection_kind,
+)
+
+WIDTH = 16
+"""h1, of the reader."""
+BATCH, CHOICES, TOKENS, POSITIONS = 2, 3, 5, 4
+HEAD_NAMES = get_args(Head)
+
+
+def kreader(
+    head: Head = "token",
+    fusion: Fusion | None = None,
+    projection: Any = "none",
+    resource_width: int = WIDTH,
+    *,
+    model_type: str = "bert",
+) -> KReader:
+    torch.manual_seed(0)
+    config = tiny.config(model_type, width=WIDTH, initializer_range=0.4, num_labels=4)
+    model = HEADS[head].from_config(config)
+    return KReader(model, head, fusion=fusion, projection=projection, resource_width=resource_width).eval()
+
+
+def inputs_of(
+    head: Head = "token", *, layers: int = 3, resource_width: int = WIDTH, dtype: torch.dtype = torch.float16
+) -> dict[str, Tensor]:
+    draw = torch.Generator().manual_seed(5)
+    shape = (BATCH, CHOICES, TOKENS) if head == "choice" else (BATCH, TOKENS)
+    sequences = math.prod(shape[:-1])
+    mask = torch.ones(shape, dtype=torch.long)
+    mask[0, ..., -1] = 0
+    resource_mask = torch.ones(sequences, POSITIONS, dtype=torch.long)
+    resource_mask[0, -2:] = 0
+    return {
+        "input_ids": torch.randint(5, len(tiny.VOCABULARY), shape, generator=draw),
+        "attention_mask": mask,
+        "resource_states": torch.randn(sequences, layers, POSITIONS, resource_width, generator=draw).to(dtype),
+        "resource_mask": resource_mask,
+    }
+
+
+def plain(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in inputs.items() if not name.startswith("resource")}
+
+
+def entering_the_encoder(reader: KReader, inputs: dict[str, Tensor]) -> NDArray[np.float32]:
+    """What the first layer of the reader's encoder is given, (B, l1 + l2, h1)."""
+    seen: list[Tensor] = []
+    base = reader.model.base_model
+    layers = base.transformer.layer if base.config.model_type == "distilbert" else base.encoder.layer
+    handle = layers[0].register_forward_pre_hook(lambda module, args: seen.append(args[0].detach().clone()))
+    with torch.no_grad():
+        reader(**inputs)
+    handle.remove()
+    (entered,) = seen
+    return entered.numpy()
+
+
+def embeddings(reader: KReader, inputs: dict[str, Tensor]) -> NDArray[np.float32]:
+    """H_reader^0: transformers' own hidden_states[0], without a resource."""
+    base = copy.deepcopy(reader.model.base_model)
+    base.embeddings._forward_hooks.clear()
+    base._forward_hooks.clear()
+    with torch.no_grad():
+        output = base(
+            input_ids=inputs["input_ids"].flatten(0, -2),
+            attention_mask=inputs["attention_mask"].flatten(0, -2),
+            output_hidden_states=True,
+        )
+    return output.hidden_states[0].numpy()
+
+
+def weights_of(module: nn.Module) -> dict[str, NDArray[np.float64]]:
+    return {name: tensor.detach().numpy().astype(np.float64) for name, tensor in module.state_dict().items()}
+
+
+def gelu(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    return x * 0.5 * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
+
+
+def mlp(module: nn.Module, x: NDArray[np.float64]) -> NDArray[np.float64]:
+    w = weights_of(module)
+    return gelu(x @ w["0.weight"].T + w["0.bias"]) @ w["2.weight"].T + w["2.bias"]
+
+
+# Equations 1 to 3 ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model_type", ["bert", "distilbert", "roberta"])
+@pytest.mark.parametrize(
+    ("name", "layers", "weights"),
+    [
+        ("fuse", 3, [1 / 3, 1 / 3, 1 / 3]),
+        ("all", 3, [1 / 3, 1 / 3, 1 / 3]),
+        ("last2", 2, [0.5, 0.5]),
+        ("layer1", 1, [1.0]),
+    ],
+)
+def test_what_enters_the_encoder_is_equations_1_to_3(
+    name: str, layers: int, weights: list[float], model_type: str
+) -> None:
+    reader = kreader(fusion=parse_fusion(name, 3), model_type=model_type)
+    inputs = inputs_of(layers=layers)
+    states = inputs["resource_states"].numpy().astype(np.float64)
+    fused = sum(weight * states[:, i] for i, weight in enumerate(weights))  # eq. 1; eq. 2 is left out, h2 = h1
+    expected = np.concatenate([embeddings(reader, inputs), fused], axis=1)  # eq. 3
+    found = entering_the_encoder(reader, inputs)
+    assert found.shape == (BATCH, TOKENS + POSITIONS, WIDTH)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_trained_weights_are_used_as_they_are() -> None:
+    reader = kreader(fusion=parse_fusion("fuse", 3))
+    w = np.array([0.5, -1.25, 2.0])
+    with torch.no_grad():
+        reader.fusion_weights.copy_(torch.from_numpy(w))
+    inputs = inputs_of()
+    expected = np.einsum("l,blrd->brd", w, inputs["resource_states"].numpy().astype(np.float64))
+    np.testing.assert_allclose(entering_the_encoder(reader, inputs)[:, TOKENS:], expected, atol=1e-4)
+
+
+def test_every_choice_gets_its_own_states() -> None:
+    reader = kreader("choice", parse_fusion("layer0", 3))
+    inputs = inputs_of("choice", layers=1)
+    found = entering_the_encoder(reader, inputs)
+    assert found.shape == (BATCH * CHOICES, TOKENS + POSITIONS, WIDTH)
+    np.testing.assert_array_equal(found[:, TOKENS:], inputs["resource_states"][:, 0].float().numpy())
+    np.testing.assert_allclose(found[:, :TOKENS], embeddings(reader, inputs), atol=1e-6)
+
+
+def test_mlp_between_widths() -> None:
+    reader = kreader(fusion=parse_fusion("fuse", 3), projection="mlp", resource_width=10)
+    inputs = inputs_of(resource_width=10)
+    fused = inputs["resource_states"].numpy().astype(np.float64).mean(axis=1)
+    found = entering_the_encoder(reader, inputs)[:, TOKENS:]
+    np.testing.assert_allclose(found, mlp(reader.projection, fused), atol=1e-5)
+    assert reader.projection[0].weight.shape == (WIDTH, 10)
+
+
+@pytest.mark.parametrize("name", ["fuse", "all", "last2"])
+def test_direct_projection_is_one_matrix_product_of_all_layers(name: str) -> None:
+    layers = 2 if name == "last2" else 3
+    reader = kreader(fusion=parse_fusion(name, 3), projection="direct", resource_width=10)
+    inputs = inputs_of(layers=layers, resource_width=10)
+    states = inputs["resource_states"].numpy().astype(np.float64)
+    w = weights_of(reader.projection)
+    assert w["weight"].shape == (WIDTH, layers * 10)
+    side_by_side = np.concatenate([states[:, i] for i in range(layers)], axis=-1)
+    found = entering_the_encoder(reader, inputs)[:, TOKENS:]
+    np.testing.assert_allclose(found, side_by_side @ w["weight"].T + w["bias"], atol=1e-5)
+    assert "fusion_weights" not in dict(reader.named_parameters()), "the matrix has the weights already"
+
+
+@pytest.mark.parametrize("name", ["all", "last2", "last1"])
+def test_a_fixed_fusion_of_fused_and_of_unfused_states_is_the_same(name: str) -> None:
+    fusion = parse_fusion(name, 3)
+    reader = kreader(fusion=fusion, projection="mlp", resource_width=10)
+    inputs = inputs_of(layers=len(fusion.layers), resource_width=10, dtype=torch.float32)
+    fused = np.stack([fusion.apply(states.numpy()) for states in inputs["resource_states"]])
+    with torch.no_grad():
+        separate = reader(**inputs)["logits"]
+        together = reader(**{**inputs, "resource_states": torch.from_numpy(fused)[:, None]})["logits"]
+    torch.testing.assert_close(together, separate, rtol=1e-5, atol=1e-5)
+
+
+def test_trainable_weights_start_uniform_and_fixed_ones_do_not_train() -> None:
+    trainable = kreader(fusion=parse_fusion("fuse", 7))
+    assert isinstance(trainable.fusion_weights, nn.Parameter)
+    np.testing.assert_allclose(trainable.fusion_weights.detach().numpy(), np.full(7, 1 / 7), rtol=1e-6)
+    assert "fusion_weights" not in dict(kreader(fusion=parse_fusion("all", 7)).named_parameters())
+
+
+def test_projection_kinds() -> None:
+    assert projection_kind("auto", 16, 16) == "none"
+    assert projection_kind("auto", 10, 16) == "mlp"
+    assert projection_kind("mlp", 16, 16) == "mlp"
+    assert projection_kind("direct", 10, 16) == "direct"
+    assert projection_kind("none", 16, 16) == "none"
+    with pytest.raises(ConfigError, match="resource has 10, the reader 16"):
+        projection_kind("none", 10, 16)
+    assert not list(make_projection("none", 3, 16, 16).parameters())
+
+
+# Outputs -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fusion", [None, "fuse"])
+def test_logits_of_tagging_are_cut_to_the_readers_tokens(fusion: str | None) -> None:
+    reader = kreader(fusion=None if fusion is None else parse_fusion(fusion, 3))
+    inputs = inputs_of()
+    given = plain(inputs) if fusion is None else inputs
+    whole: list[Tensor] = []
+    handle = reader.model.register_forward_hook(lambda module, args, output: whole.append(output.logits))
+    with torch.no_grad():
+        found = reader(**given)["logits"]
+    handle.remove()
+    assert found.shape == (BATCH, TOKENS, 4)
+    assert whole[0].shape == (BATCH, TOKENS + (POSITIONS if fusion else 0), 4)
+    torch.testing.assert_close(found, whole[0][:, :TOKENS], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("head", HEAD_NAMES)
+@pytest.mark.parametrize("fusion", [None, "fuse"])
+def test_loss_is_cross_entropy_of_labels_that_count(head: Head, fusion: str | None) -> None:
+    reader = kreader(head, None if fusion is None else parse_fusion(fusion, 3))
+    inputs = inputs_of(head) if fusion else plain(inputs_of(head))
+    labels = (
+        torch.tensor([[1, IGNORED, 3, 0, IGNORED], [2, 2, IGNORED, 1, 0]]) if head == "token" else torch.tensor([1, 2])
+    )
+    with torch.no_grad():
+        output = reader(**inputs, labels=labels)
+    values = output["logits"].double().numpy().reshape(-1, output["logits"].shape[-1])
+    log_probabilities = values - np.log(np.exp(values).sum(axis=1, keepdims=True))
+    flat = labels.numpy().ravel()
+    counted = np.flatnonzero(flat != -100)
+    expected = -log_probabilities[counted, flat[counted]].mean()
+    assert float(output["loss"]) == pytest.approx(expected, rel=1e-5)
+    if fusion is None:  # and it is what its users know
+        with torch.no_grad():
+            known = reader.model(**inputs, labels=labels)
+        assert float(output["loss"]) == pytest.approx(float(known.loss), rel=1e-5)
+        torch.testing.assert_close(output["logits"], known.logits)
+    assert set(reader(**inputs)) == {"logits"}
+
+
+def test_a_resource_without_states_is_refused() -> None:
+    with pytest.raises(ConfigError, match="got no states"):
+        kreader(fusion=parse_fusion("fuse", 3))(**plain(inputs_of()))
+
+
+def test_states_of_one_batch_do_not_stay_for_the_next() -> None:
+    reader = kreader(fusion=parse_fusion("fuse", 3))
+    inputs = inputs_of()
+    with torch.no_grad():
+        reader(**inputs)
+        after = reader.model(**plain(inputs)).logits
+    assert after.shape[1] == TOKENS
+    other = KReader(copy.deepcopy(reader.model), "token")
+    other.model.base_model.embeddings._forward_hooks.clear()
+    with torch.no_grad():
+        torch.testing.assert_close(after, other(**plain(inputs))["logits"])
+
+
+def full_masks(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Nothing padded: transformers then leaves the mask out, and a lost G would pass without any error of its own."""
+    return {name: torch.ones_like(tensor) if name.endswith("mask") else tensor for name, tensor in inputs.items()}
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
+@pytest.mark.parametrize("head", HEAD_NAMES)
+def test_a_lost_hook_is_an_error(head: Head, padded: bool) -> None:
+    reader = kreader(head, parse_fusion("fuse", 3))
+    inputs = inputs_of(head) if padded else full_masks(inputs_of(head))
+    reader(**inputs)
+    reader.model.base_model.embeddings._forward_hooks.clear()
+    with pytest.raises(UnsupportedModelError, match=rf"saw {TOKENS} positions instead of {TOKENS + POSITIONS}"):
+        reader(**inputs)
+
+
+def replica_of(module: nn.Module) -> nn.Module:
+    """As torch.nn.parallel.replicate makes them for DataParallel, on the CPU."""
+    modules = list(module.modules())
+    numbers = {one: number for number, one in enumerate(modules)}
+    replicas = [one._replicate_for_data_parallel() for one in modules]
+    for one, replica in zip(modules, replicas, strict=True):
+        for name, child in one._modules.items():
+            if child is not None:
+                replica._modules[name] = replicas[numbers[child]]
+        for name, weight in one._parameters.items():
+            if weight is not None:
+                setattr(replica, name, weight.detach())
+    return replicas[0]
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
+def test_a_replica_of_data_parallel_is_an_error(padded: bool) -> None:
+    reader = kreader(fusion=parse_fusion("fuse", 3))
+    inputs = inputs_of() if padded else full_masks(inputs_of())
+    baseline = kreader()
+    with torch.no_grad():  # the plain reader's replicas work, so the emulation does
+        torch.testing.assert_close(replica_of(baseline)(**plain(inputs))["logits"], baseline(**plain(inputs))["logits"])
+        with pytest.raises(UnsupportedModelError, match="DataParallel"):
+            replica_of(reader)(**inputs)
+
+
+def test_a_copy_of_a_reader_is_a_reader_of_its_own() -> None:
+    reader = kreader(fusion=parse_fusion("fuse", 3))
+    inputs = inputs_of()
+    twin = copy.deepcopy(reader)
+    with torch.no_grad():
+        before = reader(**inputs)["logits"]
+        twin.fusion_weights.mul_(3)
+        changed = twin(**inputs)["logits"]
+        torch.testing.assert_close(reader(**inputs)["logits"], before, rtol=0, atol=0)
+    assert (changed - before).abs().max() > 1e-3
+
+
+# Keeping it ----------------------------------------------------------------------------------------------------------
+
+KINDS: dict[str, tuple[str | None, str]] = {
+    "plain": (None, "none"),
+    "fuse": ("fuse", "none"),
+    "fuse-mlp": ("fuse", "mlp"),
+    "last2-mlp": ("last2", "mlp"),
+    "direct": ("all", "direct"),
+}
+
+
+@pytest.mark.parametrize("head", HEAD_NAMES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_saved_reader_loads_with_equal_logits(kind: str, head: Head, tmp_path: Path) -> None:
+    name, projection = KINDS[kind]
+    fusion = None if name is None else parse_fusion(name, 3)
+    width = WIDTH if projection == "none" else 10
+    reader = kreader(head, fusion, projection, width)
+    if name == "fuse":
+        with torch.no_grad():
+            reader.fusion_weights.copy_(torch.tensor([0.1, 0.7, -0.4]))
+    inputs = inputs_of(head, layers=len(fusion.layers) if fusion else 1, resource_width=width)
+    inputs = plain(inputs) if fusion is None else inputs
+    with torch.no_grad():
+        expected = reader(**inputs)["logits"]
+    reader.train()
+    reader.save(tmp_path)
+    torch.manual_seed(99)
+    loaded = KReader.load(tmp_path)
+    assert not loaded.training
+    weights = loaded.state_dict()
+    assert weights.keys() == reader.state_dict().keys()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in reader.state_dict().items())
+    with torch.no_grad():
+        # A product with one row of weights rounds by where these lie in memory, with some processors.
+        torch.testing.assert_close(loaded(**inputs)["logits"], expected, rtol=0, atol=1e-6)
+    assert isinstance(getattr(loaded, "fusion_weights", None), nn.Parameter) == (name == "fuse")
+    # The task model beside it is transformers' own.
+    assert type(HEADS[head].from_pretrained(tmp_path)) is type(reader.model)
+
+
+def test_a_folder_that_is_no_reader_is_refused(bert: Path, tmp_path: Path) -> None:
+    with pytest.raises(CacheError, match="not a trained KReader"):
+        KReader.load(bert)
+    kreader(fusion=parse_fusion("fuse", 3)).save(tmp_path)
+    (tmp_path / EXTRAS_CONFIG).write_text("{", "utf-8")
+    with pytest.raises(CacheError, match=r"kr2\.json cannot be read"):
+        KReader.load(tmp_path)
+
+
+def test_a_reader_whose_projection_is_incomplete_is_refused(tmp_path: Path) -> None:
+    kreader(fusion=parse_fusion("fuse", 3), projection="mlp", resource_width=10).save(tmp_path)
+    extras = load_file(tmp_path / EXTRAS)
+    del extras["projection.2.weight"]
+    save_file(extras, tmp_path / EXTRAS)
+    with pytest.raises((KR2CacheError, RuntimeError)):  # not random numbers in its place
+        KReader.load(tmp_path)
+
+
+def test_what_is_kept_beside_the_model(tmp_path: Path) -> None:
+    kreader("sequence", parse_fusion("last2", 3), "mlp", 10).save(tmp_path)
+    assert json.loads((tmp_path / EXTRAS_CONFIG).read_text("utf-8")) == {
+        "head": "sequence",
+        "fusion": {"name": "last2", "layers": [1, 2], "trainable": False},
+        "projection": "mlp",
+        "resource_width": 10,
+    }
+    assert set(load_file(tmp_path / EXTRAS)) == {
+        "fusion_weights",
+        *(f"projection.{i}.{kind}" for i in (0, 2) for kind in ("weight", "bias")),
+    }
+
+
+# Loading task models -------------------------------------------------------------------------------------------------
+
+
+def test_a_task_model_has_the_checkpoints_weights_in_float32_and_a_head_by_seed(tmp_path: Path) -> None:
+    folder = tiny.save_model(tmp_path / "model")
+    AutoModel.from_pretrained(folder).half().save_pretrained(folder)
+    spec = find_model(str(folder), {})
+    drawn = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        drawn.append(TaskCheckpoint(spec, "token", ("NOUN", "VERB", "X")).task_model())
+    first, again, other = drawn
+    assert {weight.dtype for weight in first.parameters()} == {torch.float32}
+    assert first.config.id2label == {0: "NOUN", 1: "VERB", 2: "X"}
+    assert first.classifier.weight.shape == (3, WIDTH)
+    assert isinstance(first, type(AutoModelForTokenClassification.from_config(first.config)))
+    torch.testing.assert_close(first.classifier.weight, again.classifier.weight, rtol=0, atol=0)
+    assert (first.classifier.weight != other.classifier.weight).any()
+    stored = load_file(folder / "model.safetensors")
+    for name, tensor in first.base_model.state_dict().items():
+        torch.testing.assert_close(tensor, stored[name].float(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("head", HEAD_NAMES)
+def test_heads(head: Head, bert: Path) -> None:
+    model = TaskCheckpoint(find_model(str(bert), {}), head, ("a", "b", "c", "d", "e")).task_model()
+    with torch.no_grad():
+        found = KReader(model.eval(), head)(**plain(inputs_of(head)))["logits"]
+    assert found.shape == {"token": (BATCH, TOKENS, 5), "sequence": (BATCH, 5), "choice": (BATCH, CHOICES)}[head]
+
+
+@pytest.mark.parametrize("head", HEAD_NAMES)
+@pytest.mark.parametrize("model_type", ["bert", "roberta", "distilbert", "electra"])
+def test_the_head_of_an_earlier_training_is_not_used(tmp_path: Path, model_type: str, head: Head) -> None:
+    """As many labels, in another order; or another number of them: what is drawn is drawn as without that head."""
+    model = HEADS[head].from_config(tiny.config(model_type, num_labels=3))
+    model.base_model.save_pretrained(tmp_path / "plain")
+    labels = ("entailment", "neutral", "contradiction", "other", "none")
+    for folder, count in (("same", 3), ("fewer", 2)):
+        model.config.num_labels = count
+        trained = HEADS[head].from_config(model.config)
+        trained.base_model.load_state_dict(model.base_model.state_dict())
+        trained.config.problem_type = "regression"
+        trained.save_pretrained(tmp_path / folder)
+    for folder, wanted in (("same", 3), ("fewer", 5)):
+        drawn = []
+        for name in ("plain", folder):
+            checkpoint = TaskCheckpoint(find_model(str(tmp_path / name), {}), head, labels[:wanted])
+            torch.manual_seed(4)
+            drawn.append((checkpoint.task_model(), torch.rand(2), checkpoint.left_out))
+        (expected, next_expected, none), (found, next_found, left_out) = drawn
+        assert torch.equal(next_found, next_expected), "and so is what comes after"
+        theirs = expected.state_dict()
+        for name, tensor in found.state_dict().items():
+            assert torch.equal(tensor, theirs[name]), name
+        assert none == ()
+        assert set(left_out) == {name for name in theirs if not name.startswith(f"{found.base_model_prefix}.")}
+        assert found.config.problem_type is None
+
+
+def test_what_pre_training_made_outside_the_base_model_is_kept(tmp_path: Path) -> None:
+    """ModernBERT's task models go on with a layer of its masked language model."""
+    config = tiny.config("modernbert")
+    masked = AutoModelForMaskedLM.from_config(config)
+    masked.save_pretrained(tmp_path / "pretrained")
+    checkpoint = TaskCheckpoint(find_model(str(tmp_path / "pretrained"), {}), "token", ("a", "b", "c"))
+    found = checkpoint.task_model().state_dict()
+    assert torch.equal(found["head.dense.weight"], masked.state_dict()["head.dense.weight"])
+    assert checkpoint.left_out == ()
+    # A tagger's head holds that layer as well, further trained; its classifier alone is new.
+    AutoModelForTokenClassification.from_pretrained(tmp_path / "pretrained").save_pretrained(tmp_path / "tagger")
+    tagger = TaskCheckpoint(find_model(str(tmp_path / "tagger"), {}), "token", ("a", "b"))
+    assert torch.equal(tagger.task_model().state_dict()["head.dense.weight"], masked.state_dict()["head.dense.weight"])
+    assert tagger.left_out == ("classifier.bias", "classifier.weight")
+
+
+@pytest.mark.parametrize("change", ["lost", "reshaped"])
+def test_a_saved_reader_without_some_weights_is_refused(tmp_path: Path, change: str) -> None:
+    kreader("token").save(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    if change == "lost":
+        del weights["classifier.weight"]
+    else:
+        weights["classifier.weight"] = weights["classifier.weight"][:2].contiguous()
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CacheError, match=r"lacks 1 of its weights, or has them in other shapes: classifier\.weight"):
+        KReader.load(tmp_path)
