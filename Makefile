@@ -1,15 +1,24 @@
-# Two commands for a fresh checkout: `make demo` shows both stages on a real model, `make test` runs every check.
+# Two commands for a fresh checkout: `make demo` shows both stages on a real model, `make test` checks the code.
+# `make test-long` adds the tests that are long by nature (marker `long`); `make test-all` runs all tests.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest --numprocesses=logical --maxprocesses=8
 
-.PHONY: demo test lint format gpu gpu-check gpu-wheels clean
+.PHONY: demo test test-long test-all lint format gpu gpu-check gpu-wheels clean
 
 demo: $(VENV)/.installed
 	$(BIN)/kr2cache demo
 
 test: lint
-	$(BIN)/python -m pytest --numprocesses=logical --maxprocesses=8 --dist=worksteal
+	$(PYTEST) --dist=worksteal -m "not long"
+
+# By file: tests of one file share what takes long to make.
+test-long: $(VENV)/.installed
+	$(PYTEST) --dist=loadfile -m long
+
+test-all: lint
+	$(PYTEST) --dist=worksteal
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -146,6 +146,7 @@ def test_the_range_of_a_median_is_the_sign_tests(number: int) -> None:
     assert high == (max(values) if np.isnan(expected.high) else expected.high)
 
 
+@pytest.mark.long
 def test_the_bench_measures_every_part_and_leaves_nothing(
     world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

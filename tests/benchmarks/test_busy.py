@@ -14,6 +14,7 @@ def test_programs_keep_cores_busy_and_end() -> None:
     assert all(one.poll() is not None for one in programs)
 
 
+@pytest.mark.long
 def test_a_training_is_timed(reader_model: Path, corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--reader", str(reader_model), "--task", "udpos", "--data", str(corpus), "--epochs", "1"]
     busy.main([*options, "--repeats", "1", "--spinners", "0", "--settings", "one thread"])

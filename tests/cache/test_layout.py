@@ -312,6 +312,7 @@ def test_mutated_structures_end_in_a_refusal(good: dict[str, bytes], fuzz: Fuzz,
     assert min(fuzz.seen[how] for how in ("read", "refused", "not plain")) >= 20, fuzz.seen
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("value", [0x00, 0xFF])
 def test_every_byte_of_every_header_may_be_wrong(good: dict[str, bytes], fuzz: Fuzz, value: int) -> None:
     """With checksums that are right, so that nothing but the parser stands before it."""

@@ -30,7 +30,7 @@ layers = 1
 lr_scheduler_type = "constant"
 """
 
-pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason="no real data beside the checkout")
+pytestmark = [pytest.mark.long, pytest.mark.skipif(not DATA.is_dir(), reason="no real data beside the checkout")]
 
 
 def head(source: Path, count: int, skip: int = 0) -> str:

@@ -253,6 +253,7 @@ def test_what_the_layouts_become_is_as_their_papers_feed_it_to_bert(folder: Path
     ]
 
 
+@pytest.mark.long
 @real_data
 @pytest.mark.parametrize(
     ("name", "source", "split", "count"),
@@ -273,6 +274,7 @@ def test_published_files(name: str, source: str, split: str, count: int, folder:
     assert ours == expected
 
 
+@pytest.mark.long
 @real_data
 @pytest.mark.parametrize(
     ("split", "stem", "count"), [("train", "train", 16_113), ("dev", "valid", 1_838), ("test", "tests", 3_084)]
@@ -286,6 +288,7 @@ def test_published_piqa_with_its_labels_beside_it(split: str, stem: str, count: 
     assert read("piqa", split, piqa) == expected
 
 
+@pytest.mark.long
 @real_data
 def test_published_files_by_eye(folder: Path) -> None:
     shutil.copyfile(DATA / "hellaswag" / "val_1000.jsonl", folder / "hellaswag_val.jsonl")

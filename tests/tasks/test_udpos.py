@@ -72,6 +72,7 @@ def test_own_corpus_reads_as_the_conllu_package_reads_it(path: Path) -> None:
     )
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not UD_FILES, reason="no treebanks beside the checkout")
 @pytest.mark.parametrize("path", UD_FILES, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_treebanks_read_as_the_conllu_package_reads_them(path: Path, tmp_path: Path) -> None:
@@ -84,6 +85,7 @@ def test_treebanks_read_as_the_conllu_package_reads_them(path: Path, tmp_path: P
     assert len(ours) > 500
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not UD_FILES, reason="no treebanks beside the checkout")
 @pytest.mark.parametrize(
     ("name", "sentences", "words"),

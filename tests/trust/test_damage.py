@@ -15,12 +15,14 @@ def rows() -> dict[str, Row]:
     return damage.run(500)
 
 
+@pytest.mark.long
 def test_undamaged_caches_are_whole(rows: dict[str, Row]) -> None:
     none = rows["none"]
     assert (none.files, none.found, none.refused, none.harmless) == (8, 0, 0, 8)
     assert none.missed == none.misnamed == none.foreign == []
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_damage_is_found(rows: dict[str, Row], kind: str) -> None:
     row = rows[kind]
@@ -31,6 +33,7 @@ def test_all_damage_is_found(rows: dict[str, Row], kind: str) -> None:
     assert row.slowest < 30
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if "bit" in kind])
 def test_sequences_are_named_exactly(rows: dict[str, Row], kind: str) -> None:
     assert rows[kind].misnamed == []
@@ -53,6 +56,7 @@ def test_a_process_that_dies_is_noticed_and_replaced(tmp_path: Path) -> None:
         assert "is not a folder" in examine(tmp_path / "file").refused
 
 
+@pytest.mark.long
 def test_the_table_has_a_row_for_each_kind(rows: dict[str, Row]) -> None:
     lines = damage.table(rows).splitlines()
     assert len(lines) == 2 + 1 + len(KINDS) + 1

@@ -267,6 +267,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.002)
 
 
+@pytest.mark.long
 def test_ctrl_c_twice_loses_nothing_at_whatever_moments(tmp_path: Path) -> None:
     """The second one does not wait for the end of a batch."""
     victim, log, draw = victim_of(MANY_BATCHES, tmp_path), tmp_path / "log", random.Random(0)

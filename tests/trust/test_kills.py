@@ -19,6 +19,7 @@ from kr2cache.cache.writer import CacheWriter, PackedStates
 FLOAT16, TAKEN_OVER = kills.CASES[0], kills.CASES[-1]
 
 
+@pytest.mark.long
 def test_killed_at_random_moments_nothing_is_lost_and_the_same_bytes_come_out(tmp_path: Path) -> None:
     report = kills.run(25, tmp_path, seed=1, cases=(FLOAT16, TAKEN_OVER))
     assert report.faults == []
@@ -123,6 +124,7 @@ def test_a_missing_shard_is_an_excuse(killed: tuple[kills.Whole, dict[str, bytes
     assert report.faults == []
 
 
+@pytest.mark.long
 def test_a_writer_that_marks_before_it_writes_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = CacheWriter._write
 

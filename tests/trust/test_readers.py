@@ -17,6 +17,7 @@ from kr2cache.cache.shard import open_shard
 from kr2cache.cache.writer import CacheWriter, PackedStates, unmark
 
 
+@pytest.mark.long
 def test_readers_see_right_states_and_no_others(tmp_path: Path) -> None:
     outcome = readers.run(6.0, tmp_path)
     assert outcome.right, outcome.seen.errors
