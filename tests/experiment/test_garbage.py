@@ -15,6 +15,8 @@ import pytest
 
 from kr2cache.system.allocator import objects_set_aside
 
+pytestmark = pytest.mark.usefixtures("nothing_set_aside")
+
 
 @pytest.fixture
 def imported(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:

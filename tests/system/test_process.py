@@ -59,6 +59,7 @@ def process_state() -> dict[str, Any]:
     }
 
 
+@pytest.mark.usefixtures("nothing_set_aside")
 def test_library_calls_leave_the_process_as_it_was(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
@@ -83,6 +84,7 @@ def test_library_calls_leave_the_process_as_it_was(world: World, monkeypatch: py
     assert process_state() == before
 
 
+@pytest.mark.usefixtures("nothing_set_aside")
 def test_objects_that_a_program_set_aside_stay_aside() -> None:
     gc.collect()
     gc.freeze()
