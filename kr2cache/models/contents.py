@@ -43,6 +43,16 @@ def fault(folder: Path) -> tuple[str, str] | None:
     return None
 
 
+def not_json_in(folder: Path) -> tuple[str, str] | None:
+    """The first file of ``folder`` that should be JSON and is not, and why."""
+    for path in sorted(folder.glob("*.json")):
+        try:
+            json.loads(path.read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            return path.name, str(error)
+    return None
+
+
 def _is_lfs_pointer(path: Path) -> bool:
     if path.stat().st_size >= LFS_POINTER_BYTES:
         return False

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kr2cache.errors import ConfigError, KR2CacheError, ModelUnavailableError, UnsupportedModelError
+from kr2cache.models.contents import not_json_in
 from kr2cache.models.files import check_files, model_folder
 from kr2cache.models.registry import ModelSpec
 
@@ -38,6 +39,10 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
+CONFIGURATION, WEIGHTS = "configuration", "weights"
+"""What of a model is loaded, as ``explained`` calls it."""
+
+
 @contextlib.contextmanager
 def explained(spec: ModelSpec, what: str) -> Iterator[None]:
     from huggingface_hub.errors import StrictDataclassError
@@ -53,11 +58,30 @@ def explained(spec: ModelSpec, what: str) -> Iterator[None]:
             f"The {what} of model {spec.name!r} does not serve: {said}", "Correct that field in its config.json."
         ) from error
     except Exception as error:  # a damaged or foreign file makes these libraries raise almost anything
-        lines = [line for line in str(error).strip().splitlines() if line.strip()] or [type(error).__name__]
+        said, remedy = _first_line(error), "Check that the folder is complete (kr2cache models)."
+        not_json = not_json_in(model_folder(spec)) if what != WEIGHTS else None
+        if not_json is not None:
+            name, reason = not_json
+            said, remedy = f"{name} is not JSON in UTF-8: {reason}", f"Copy {name} again from the model."
+        elif isinstance(error, ImportError):
+            remedy = "Install what is missing, or choose another model."
+        elif what == CONFIGURATION:
+            remedy = (
+                "Check model_type and the other fields of its config.json. An architecture that is new needs a newer "
+                "transformers."
+            )
         raise ModelUnavailableError(
-            f"The {what} of model {spec.name!r} cannot be loaded: {lines[0]}",
-            f"It needs {spec.needs}." if spec.needs else "Check that the folder is complete (kr2cache models).",
+            f"The {what} of model {spec.name!r} cannot be loaded: {said}",
+            f"It needs {spec.needs}." if spec.needs else remedy,
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    """What it says in one line; of a KeyError, which says the key alone, its name as well."""
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    return f"KeyError: {lines[0]}" if isinstance(error, KeyError) else lines[0]
 
 
 BERT_FIELDS = frozenset(["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"])
@@ -72,7 +96,7 @@ def load_config(spec: ModelSpec) -> PretrainedConfig:
     from transformers import AutoConfig
 
     folder = model_folder(spec)
-    with explained(spec, "configuration"):
+    with explained(spec, CONFIGURATION):
         fields = json.loads((folder / "config.json").read_text("utf-8"))
         model_type = spec.model_type
         if model_type is None and "model_type" not in fields and set(fields) >= BERT_FIELDS:
@@ -82,7 +106,9 @@ def load_config(spec: ModelSpec) -> PretrainedConfig:
             config: PretrainedConfig = AutoConfig.for_model(model_type, **fields)
         else:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=spec.trust_remote_code)
-    config.return_dict = True  # a tuple has no names for what is in it
+    # What a model gives is asked for in each call. A tuple has no names for what is in it, and transformers does not
+    # save a trained model whose configuration asks for attentions that its fast attention does not give.
+    config.return_dict, config.output_attentions, config.output_hidden_states = True, False, False
     if spec.layers is not None:
         there = _count(config, "num_hidden_layers")
         if spec.layers > there:
@@ -191,13 +217,14 @@ def open_encoder(spec: ModelSpec) -> tuple[PreTrainedModel, tuple[str, ...]]:
             f"Model {spec.name!r} ({config.model_type}) is an encoder-decoder; a resource is an encoder.",
             "Choose a model with one stack of layers (BERT, RoBERTa, ...).",
         )
-    with explained(spec, "weights"):
+    with explained(spec, WEIGHTS):
         architecture = class_of(config)
         folder = model_folder(spec)
         check_files(spec, folder)
         # The pooler is not among the states, and many checkpoints lack it.
         headless = {"add_pooling_layer": False} if accepts(architecture, "add_pooling_layer") else {}
         model, report = _from_pretrained(
+            spec,
             AutoModel,
             folder,
             config,
@@ -250,12 +277,13 @@ def load_pretrained(
     """
     import torch
 
-    with explained(spec, "weights"):
+    with explained(spec, WEIGHTS):
         folder = None
         if weights is None:
             folder = model_folder(spec)
             check_files(spec, folder)
         model, report = _from_pretrained(
+            spec,
             model_class,
             folder,
             config,
@@ -272,17 +300,47 @@ def load_pretrained(
     return model, frozenset(report["missing_keys"]), other
 
 
-def _from_pretrained(model_class: Any, folder: Path | None, config: PretrainedConfig, **options: Any) -> Any:
-    """``model_class.from_pretrained``, also where the padding token has no embedding: it gets no padding token then."""
+def _from_pretrained(
+    spec: ModelSpec, model_class: Any, folder: Path | None, config: PretrainedConfig, **options: Any
+) -> Any:
+    """``model_class.from_pretrained``, also where the padding token has no embedding: it gets no padding token then.
+
+    Raises:
+        UnsupportedModelError: If no model can be built from the configuration, whatever the weights are.
+    """
     try:
         return model_class.from_pretrained(folder, config=config, **options)
-    except AssertionError:  # of torch.nn.Embedding
+    except Exception as error:
         pad, known = getattr(config, "pad_token_id", None), getattr(config, "vocab_size", None)
-        if pad is None or known is None or -known <= pad < known:
-            raise
-        config = copy.deepcopy(config)
-        config.pad_token_id = None
-        return model_class.from_pretrained(folder, config=config, **options)
+        outside = pad is not None and known is not None and not -known <= pad < known
+        if isinstance(error, AssertionError) and outside:  # of torch.nn.Embedding
+            config = copy.deepcopy(config)
+            config.pad_token_id = None
+            return model_class.from_pretrained(folder, config=config, **options)
+        _check_builds(spec, model_class, config)
+        raise
+
+
+def _check_builds(spec: ModelSpec, model_class: Any, config: PretrainedConfig) -> None:
+    """Raise ``UnsupportedModelError`` if the configuration alone is what makes loading fail."""
+    import torch
+
+    automatic = hasattr(model_class, "from_config")
+    try:
+        with torch.device("meta"):  # no memory, no random numbers
+            if automatic:
+                model_class.from_config(copy.deepcopy(config), trust_remote_code=spec.trust_remote_code)
+            else:
+                model_class(copy.deepcopy(config))
+    except Exception as error:
+        remedy = "Correct that in its config.json, or copy the file again from the model."
+        if isinstance(error, ImportError):
+            remedy = "Install what is missing, or correct its config.json."
+        raise UnsupportedModelError(
+            f"No model can be built as the configuration of {spec.name!r} ({config.model_type}) says: "
+            f"{_first_line(error)}",
+            remedy,
+        ) from error
 
 
 def head_names(model: PreTrainedModel) -> frozenset[str]:

@@ -24,6 +24,7 @@ from transformers import (
     AutoModelForTokenClassification,
     AutoTokenizer,
     BertConfig,
+    BertForTokenClassification,
     BertModel,
     BertTokenizer,
     PreTrainedConfig,
@@ -477,12 +478,17 @@ def test_a_padding_token_outside_the_embeddings_does_no_harm(tmp_path: Path, mod
 
 
 @pytest.mark.parametrize("model_type", ["bert", "modernbert"])
-def test_a_configuration_that_asks_for_tuples_does_no_harm(tmp_path: Path, model_type: str) -> None:
+def test_what_a_configuration_wants_as_output_does_no_harm(tmp_path: Path, model_type: str) -> None:
     folder = tiny.save_model(tmp_path / "m", model_type)
     expected, digest = states_of(folder), model_digests(find_model(str(folder), {})).config
-    edit_config(folder, return_dict=False)
+    edit_config(folder, return_dict=False, output_attentions=True, output_hidden_states=True)
     assert all(torch.equal(one, other) for one, other in zip(states_of(folder), expected, strict=True))
     assert model_digests(find_model(str(folder), {})).config == digest
+    spec = find_model(str(folder), {})
+    reader, *_ = load_pretrained(spec, AutoModelForTokenClassification, load_config(spec))
+    reader.save_pretrained(tmp_path / "trained")  # transformers refuses to save a configuration that wants attentions
+    _, missing, other = load_pretrained(find_model(str(tmp_path / "trained"), {}), type(reader), reader.config)
+    assert not missing | other
 
 
 @pytest.mark.parametrize(
@@ -512,6 +518,69 @@ def test_a_field_that_is_null_or_makes_no_sense_is_named(
     )
     with pytest.raises(UnsupportedModelError, match=rf"\b{field}\b"):
         plan_extraction(config)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"hidden_act": "nosuch"}, "KeyError: 'nosuch'"),
+        ({"num_attention_heads": 7}, "not a multiple of the number of attention heads"),
+    ],
+)
+def test_a_configuration_that_no_model_can_be_built_from_is_not_blamed_on_the_weights(
+    tmp_path: Path, fields: dict[str, object], message: str
+) -> None:
+    folder = tiny.save_model(tmp_path / "m")
+    edit_config(folder, **fields)
+    spec = find_model(str(folder), {})
+    for load in (
+        lambda: load_encoder(spec),
+        lambda: load_pretrained(spec, AutoModelForTokenClassification, load_config(spec)),
+        lambda: load_pretrained(spec, BertForTokenClassification, load_config(spec), {}),
+    ):
+        with pytest.raises(UnsupportedModelError, match=f"No model can be built .* 'm' .*{message}") as refused:
+            load()
+        assert "config.json" in refused.value.remedy
+
+
+def test_weights_that_are_damaged_are_not_blamed_on_the_configuration(tmp_path: Path) -> None:
+    folder = tiny.save_model(tmp_path / "m")
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:2_000])
+    with pytest.raises(ModelUnavailableError, match="The weights of model 'm' cannot be loaded") as refused:
+        load_encoder(find_model(str(folder), {}))
+    assert "is complete" in refused.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", b"{"),
+        ("config.json", b""),
+        ("config.json", b'\xef\xbb\xbf{"model_type": "bert"}'),
+        ("tokenizer_config.json", b'{"a": "\xff"}'),
+        ("tokenizer.json", b"{"),
+    ],
+)
+def test_a_file_that_is_not_json_is_named(tmp_path: Path, name: str, content: bytes) -> None:
+    folder = tiny.save_model(tmp_path / "m")
+    (folder / name).write_bytes(content)
+    with pytest.raises(ModelUnavailableError, match=f"{name} is not JSON in UTF-8") as refused:
+        load_tokenizer(find_model(str(folder), {}), words=True)
+    assert refused.value.remedy == f"Copy {name} again from the model."
+
+
+def test_an_architecture_that_is_not_known_and_a_package_that_is_missing_get_their_own_advice(tmp_path: Path) -> None:
+    folder = tiny.save_model(tmp_path / "m")
+    spec = find_model(str(folder), {})
+    edit_config(folder, quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
+    with pytest.raises(ModelUnavailableError, match="bitsandbytes") as refused:
+        load_encoder(spec)
+    assert refused.value.remedy.startswith("Install what is missing")
+    edit_config(folder, model_type="nosuch")
+    with pytest.raises(ModelUnavailableError, match="nosuch") as refused:
+        load_config(spec)
+    assert "model_type" in refused.value.remedy
+    assert "transformers" in refused.value.remedy
 
 
 def test_no_limit_of_positions_is_no_limit() -> None:
