@@ -45,7 +45,7 @@ from kr2cache.store import provenance
 from kr2cache.store.derive import find_donors, in_ranges, ranges
 from kr2cache.system.allocator import return_free_memory
 from kr2cache.system.console import bytes_text, count_text, done, note, seconds_text, waiting, work_progress
-from kr2cache.system.device import choose_device, device_name, is_out_of_memory
+from kr2cache.system.device import choose_device, device_name, drop_unused_memory, is_out_of_memory
 from kr2cache.system.interrupt import interrupt_between_batches
 from kr2cache.system.locks import check_writable, only_writer
 from kr2cache.system.process import process_unchanged
@@ -251,10 +251,10 @@ def _threads(number: object) -> Iterator[None]:
 
 
 def check_history(plan: ExtractPlan, encoder: PreTrainedModel) -> None:
-    """See that the states of these sequences do not depend on what ran before.
+    """See that the model takes these sequences, and that their states do not depend on what ran before.
 
     Raises:
-        UnsupportedModelError: If they do.
+        UnsupportedModelError: If it fails on them, or they do.
         DeviceMemoryError: If the longest sequence does not fit.
     """
     device = choose_device(plan.config.device)
@@ -265,10 +265,16 @@ def check_history(plan: ExtractPlan, encoder: PreTrainedModel) -> None:
 
     try:
         check_repeatable(encoder, plan.index.n_tokens, run, repr(plan.spec.name))
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        raise budget.too_long(plan, device) from None
+    except UnsupportedModelError:
+        raise
+    except Exception as error:  # the model's first pass, and its code may raise anything
+        if is_out_of_memory(error):
+            raise budget.too_long(plan, device) from None
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UnsupportedModelError(
+            f"{plan.spec.name!r} ({encoder.config.model_type}) fails on its first text: {reason}",
+            "Check its config.json, or choose another model.",
+        ) from error
 
 
 def _check_states(plan: ExtractPlan, encoder: PreTrainedModel) -> bool:
@@ -279,7 +285,7 @@ def _check_states(plan: ExtractPlan, encoder: PreTrainedModel) -> bool:
             before.
     """
     check_history(plan, encoder)
-    shortest, longest = int(np.argmin(plan.index.n_tokens)), int(np.argmax(plan.index.n_tokens))
+    shortest = int(np.argmin(plan.index.n_tokens))
     expected = (1, int(plan.index.n_tokens[shortest]), plan.width)
     alone = _run(encoder, plan, [shortest])
     shapes = {tuple(layer.shape) for layer in alone}
@@ -289,10 +295,33 @@ def _check_states(plan: ExtractPlan, encoder: PreTrainedModel) -> bool:
             f"{sorted(shapes)} where {plan.model_layers} of {expected} were expected.",
             "A resource has one state of the same width per token in every layer.",
         )
-    beside = _run(encoder, plan, [shortest, longest])
-    if beside[0].shape[1] < int(plan.index.n_tokens[longest]):
+    longest, beside = _beside_the_longest(plan, encoder, shortest)
+    if beside[0].shape[1] < longest:
         return False
     return padding_is_harmless(alone, beside, plan.config.compute_dtype)
+
+
+def _beside_the_longest(
+    plan: ExtractPlan, encoder: PreTrainedModel, sequence: int
+) -> tuple[int, tuple[torch.Tensor, ...]]:
+    """The length of the longest sequence that fits into the device's memory beside ``sequence``, nearly, and the layers
+    of both.
+
+    Raises:
+        DeviceMemoryError: If none fits.
+    """
+    order = np.argsort(plan.index.n_tokens, kind="stable")
+    place = len(order) - 1
+    while True:
+        try:
+            return int(plan.index.n_tokens[order[place]]), _run(encoder, plan, [sequence, int(order[place])])
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            if place == 0:
+                raise budget.too_long(plan, encoder.device) from None
+        drop_unused_memory()
+        place //= 2
 
 
 PADDING_TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2, "float16": 1e-2}
@@ -442,12 +471,12 @@ def _fitting(plan: ExtractPlan, batch: NDArray[np.intp], device: torch.device, f
             raise
         longest = int(plan.index.n_tokens[batch].max())
         less = max(longest, len(batch) * longest // 2)
+        smaller = f", or go on with smaller batches: --tokens-per-batch {less}" if len(batch) > 1 else ""
         raise DeviceMemoryError(
             f"{device} ran out of memory at a batch of {count_text(len(batch), 'sequence')} of up to {longest:,} "
             f"tokens, the first of them {plan.index.ids[batch[0]].decode('utf-8')!r}. What is complete is kept in "
             f"{folder}.",
-            "Free the device's memory (nvidia-smi shows who has it) and run the same command again, or go on with "
-            f"smaller batches: --tokens-per-batch {less}.",
+            f"Free the device's memory (nvidia-smi shows who has it) and run the same command again{smaller}.",
         ) from None
 
 

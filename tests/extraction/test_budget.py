@@ -69,22 +69,43 @@ def test_a_sequence_that_does_not_fit_alone_is_named_before_anything_is_written(
     assert not list(world.caches.rglob("*.h5*"))
 
 
+def test_two_sequences_that_do_not_fit_beside_each_other_do_not_stop_one_that_does(
+    world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before a cache is made, a short sequence runs beside a longer one, to see whether padding does harm."""
+    longest = int(plan_of(world).index.n_tokens.max())
+    with scarce_memory(longest) as fitted:
+        result = world.extract(tokens_per_batch=longest)
+    assert max(fitted) == longest
+    cache = FeatureCache.open(result.cache)
+    assert cache.complete.all()
+    assert cache.batch_plan["padded"] is True
+
+
+def test_a_batch_of_one_sequence_cannot_be_made_smaller(world: World) -> None:
+    longest = int(plan_of(world).index.n_tokens.max())
+    with pytest.raises(DeviceMemoryError, match="batch of 1 sequence of") as refused, scarce_memory(0, after=8):
+        world.extract(tokens_per_batch=longest)
+    assert "run the same command again." in refused.value.remedy
+    assert "--tokens-per-batch" not in refused.value.remedy
+
+
 def test_later_the_batch_is_named_what_is_complete_stays_and_the_advice_works(
     world: World, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    whole = world.extract(tokens_per_batch=60, cache_dir=world.folder / "whole").cache
+    whole = world.extract(tokens_per_batch=90, cache_dir=world.folder / "whole").cache
     # Eight passes look at the model, one batch is computed, and then another program takes memory.
     with (
         pytest.raises(DeviceMemoryError, match=r"batch of \d+ sequences? of up to \d+ tokens") as refused,
         scarce_memory(0, after=9),
     ):
-        world.extract(tokens_per_batch=60)
+        world.extract(tokens_per_batch=90)
     folder = world.cache_folders()[0]
     complete = FeatureCache.open(folder).complete
     assert complete.any()
     assert not complete.all()
     less = int(refused.value.remedy.rpartition(" ")[2].rstrip("."))
-    assert less < 60
+    assert less < 90
     capsys.readouterr()
     with scarce_memory(less):
         result = world.extract(tokens_per_batch=less)

@@ -743,6 +743,13 @@ def test_an_encoder_decoder_is_refused(model_type: str, tmp_path: Path) -> None:
         extracted(folder, tmp_path / "cache")
 
 
+def test_a_model_that_fails_on_its_first_text_is_refused_by_name(tmp_path: Path) -> None:
+    folder = tiny.save_model(tmp_path / "model", chunk_size_feed_forward=7)  # lengths have to be a multiple of it
+    with pytest.raises(UnsupportedModelError, match=r"'model' \(bert\) fails on its first text: .*chunk size 7"):
+        extracted(folder, tmp_path / "cache")
+    assert not list(tmp_path.rglob("*.h5"))
+
+
 def test_a_checkpoint_without_a_weight_of_the_encoder_is_refused_by_name(tmp_path: Path) -> None:
     folder = tiny.save_model(tmp_path / "model")
     weights = load_file(folder / "model.safetensors")
