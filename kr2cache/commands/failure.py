@@ -10,7 +10,7 @@ from typing import Any
 import typer
 
 from kr2cache.commands.options import print_json
-from kr2cache.errors import InterruptedWorkError, KR2CacheError, UsageError
+from kr2cache.errors import DeviceMemoryError, InterruptedWorkError, KR2CacheError, UsageError
 from kr2cache.system import interrupt
 from kr2cache.system.console import console, to_stderr
 
@@ -45,6 +45,10 @@ def explain(error: BaseException) -> Failure:
         message = error.format_message() or str(error)
         remedy = "kr2cache --help, or kr2cache COMMAND --help, lists what there is."
         return Failure(kind=UsageError.__name__, message=message, remedy=remedy, code=2)
+    elif isinstance(error, RuntimeError) and _is_out_of_memory(error):
+        message = f"Memory ran out: {str(error).splitlines()[0]}"
+        remedy = "Free the device's memory (nvidia-smi shows who has it), or give --device cpu."
+        return Failure(kind=DeviceMemoryError.__name__, message=message, remedy=remedy, code=1)
     elif isinstance(error, OSError):
         where = f": {error.filename}" if error.filename else ""
         message = f"{error.strerror or error}{where}"
@@ -53,6 +57,14 @@ def explain(error: BaseException) -> Failure:
         message = str(error) or "no message"
         remedy = "This failure was not foreseen: run the same command with --debug and report what it prints."
     return Failure(kind=type(error).__name__, message=message, remedy=remedy, code=code)
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    if "torch" not in sys.modules:  # then it cannot be torch's, and importing it takes seconds
+        return False
+    from kr2cache.system.device import is_out_of_memory
+
+    return is_out_of_memory(error)
 
 
 def report(failure: Failure, as_json: bool) -> None:

@@ -294,6 +294,8 @@ def train_seed(job: Job, seed: int, folder: Path, title: str) -> Trained:
             positions=train.positions(),
         )
     except Exception as error:  # what the rehearsal leaves out, such as push_to_hub
+        if is_out_of_memory(error):
+            raise out_of_memory(job.config, arguments.device) from None
         raise _first_step_error(job.config, error) from error
     trainer.remove_callback(PrinterCallback)
     progress = _Progress(title)

@@ -87,3 +87,14 @@ def test_an_example_that_does_not_fit_alone_is_named(world: World) -> None:
         pytest.raises(DeviceMemoryError, match=r"Example '(dev|test)-s"),
     ):
         world.train(epochs=1.0, batch_size=1)
+
+
+def test_a_reader_that_does_not_fit_by_itself_says_what_to_change(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_large(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    monkeypatch.setattr(train_module.ReaderTrainer, "__init__", too_large)
+    with pytest.raises(DeviceMemoryError, match="--batch-size 4 does not fit"):
+        world.train(method="kreader")
