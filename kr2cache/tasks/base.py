@@ -131,8 +131,11 @@ class Task(ABC):
         folder = data_folder(data)
         examples = self._read_folder(folder, split) if folder is not None else self.read_hub(self._hub_id(data), split)
         if not examples:
-            left_out = f" Left out are {self.left_out}." if self.left_out else ""
-            raise DataError(f"The {split} split of {self.corpus(data)} holds no example.", f"Check the file.{left_out}")
+            nothing_but = f", or hold nothing but {self.left_out}" if self.left_out else ""
+            raise DataError(
+                f"The {split} split of {self.corpus(data)} holds no example.",
+                f"Check its files: they are empty{nothing_but}.",
+            )
         return examples[:limit]
 
     def corpus(self, data: str | None) -> str:
@@ -183,7 +186,8 @@ class Task(ABC):
         if unread := unread_files(folder, split, self._names):
             note(
                 f"{folder}, {split} split: read {names_text(files, folder)}. Did not read "
-                f"{names_text(unread, folder)}. If they belong to this split, put all its files into {folder / split}/."
+                f"{names_text(unread, folder)}. If they belong to this split, put all its files into {folder / split}/ "
+                f"itself, unpacked, with names that end in {' or '.join(self.suffixes)}."
             )
 
     def _read_folder(self, folder: Path, split: str) -> list[Example]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import random
 import time
 from collections.abc import Sequence
@@ -374,6 +375,22 @@ def test_a_missing_split_names_the_files_that_may_be_it(folder: Path, capsys: py
     with pytest.raises(MissingSplitError):  # a training goes on without it
         UdPos(None).read("dev", str(folder))
     assert "dev split: read nothing. Did not read dev_1.conllu." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["dev.conllu.gz", "DEV.CONLLU", "dev/DEV.CONLLU", "dev/more/dev.conllu"])
+def test_the_advice_for_files_that_are_not_read_works(
+    folder: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = sentence("x", name="s1")
+    write(folder / name, "")
+    (folder / name).write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+    with pytest.raises(MissingSplitError):
+        UdPos(None).read("dev", str(folder))
+    advice = f"put all its files into {folder}/dev/ itself, unpacked, with names that end in .conllu."
+    assert f"Did not read {name}. If they belong to this split, {advice}" in capsys.readouterr().out
+    (folder / name).unlink()
+    write(folder / "dev" / "a.conllu", text)
+    assert [one.id for one in UdPos(None).read("dev", str(folder))] == ["a.conllu/s1"]
 
 
 def test_examples_that_stand_in_two_files_are_counted_aloud(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
