@@ -233,6 +233,8 @@ class Fuzz:
         monkeypatch.setattr(layout.os, "pread", pread)
 
     def __call__(self, content: bytes | bytearray) -> None:
+        # A new file: ext4 waits 3 ms for the disk where an old one is written anew.
+        self.path.unlink(missing_ok=True)
         self.path.write_bytes(content)
         self.size = len(content)
         for what_is_left in (False, True):

@@ -588,7 +588,7 @@ def interrupt(arguments: str, ready: Callable[[], bool]) -> tuple[int, str, str]
 def test_ctrl_c_in_extraction_keeps_what_is_complete_and_goes_on(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    count = 4_000
+    count = 1_500
     (place / "corpus" / "train.conllu").write_text(tiny.conllu(tiny.sentences(count, longest=3)), "utf-8")
     root = place / ".kr2cache" / "udpos-de" / "train"
 

@@ -305,7 +305,7 @@ def test_ctrl_c_twice_loses_nothing_at_whatever_moments(tmp_path: Path) -> None:
 
 
 def test_the_command_after_ctrl_c_twice(workdir: Path, bert: Path) -> None:
-    count = 3_000
+    count = 1_500
     (workdir / "corpus").mkdir()
     (workdir / "corpus" / "train.conllu").write_text(tiny.conllu(tiny.sentences(count, longest=3)), "utf-8")
     arguments = ["extract", "--resource", str(bert), "--data", str(workdir / "corpus"), "--task", "udpos", "--json"]
