@@ -12,6 +12,7 @@ from kr2cache.commands.defaults import OPTIONS, TRAIN_OPTIONS
 from kr2cache.commands.loading import loading
 from kr2cache.commands.options import CacheDir, Debug, Device, Json, RunDir, Seeds, checked, merge, print_json
 from kr2cache.config import TrainConfig, read_toml
+from kr2cache.experiment.cells import cells_of
 from kr2cache.experiment.grid import Line, read_grid
 
 
@@ -44,9 +45,6 @@ def sweep_cli(
     given = merge(toml, seeds=seeds, epochs=epochs, limit=limit, device=device, run_dir=run_dir, cache_dir=cache_dir)
     defaults = {name.replace("-", "_") for name in TRAIN_OPTIONS}
     table = read_grid(grid, TRAIN_OPTIONS)
-    with loading(as_json):
-        from kr2cache.experiment.sweep import Sweep, describe_sweep
-
     asked = {"seeds": seeds, "epochs": epochs, "limit": limit}
     above = {name: value for name, value in asked.items() if value is not None}
     above |= {name: given[name] for name in ("device", "run_dir", "cache_dir") if name in given}
@@ -61,7 +59,11 @@ def sweep_cli(
             training=toml.training,
         )
 
-    result = Sweep(table, cell_config, keep_readers=keep_readers).run(keep_going=keep_going)
+    cells = cells_of(table, cell_config)
+    with loading(as_json):
+        from kr2cache.experiment.sweep import Sweep, describe_sweep
+
+    result = Sweep(table, cells, keep_readers=keep_readers).run(keep_going=keep_going)
     describe_sweep(result)
     from kr2cache.report import describe, report
 

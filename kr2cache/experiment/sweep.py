@@ -7,81 +7,29 @@ and the others go on. ``RUN_DIR/sweeps/NAME.json`` says which run belongs where;
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from kr2cache.config import PLAIN_METHODS, TrainConfig
-from kr2cache.errors import ConfigError, DataError, InterruptedWorkError, KR2CacheError
+from kr2cache.errors import InterruptedWorkError, KR2CacheError
+from kr2cache.experiment.cells import Cell, cells_text, count_cells, explained, find_faults, refusal
 from kr2cache.experiment.checks import check_names
 from kr2cache.experiment.grid import Grid, Line
-from kr2cache.experiment.pipeline import TrainResult, train
+from kr2cache.experiment.pipeline import train
 from kr2cache.experiment.ready import check_ready, open_models, read_corpus
 from kr2cache.experiment.shared import Shared
 from kr2cache.experiment.teacher import teacher_config
 from kr2cache.system.allocator import objects_set_aside
 from kr2cache.system.console import console, count_text, failed, heading, silent
 from kr2cache.system.locks import check_writable
-from kr2cache.tasks import find_task
-from kr2cache.tasks.files import data_folder
-from kr2cache.tasks.udpos import UdPos
 from kr2cache.training import runs
 
 MANIFESTS = "sweeps"
 """Folder in the run folder."""
-CELLS_NAMED = 4
-"""In one message; of more, the number is said."""
-
-
-@dataclass(kw_only=True)
-class Cell:
-    """One configuration of the grid, and what became of it."""
-
-    row: Line
-    column: Line
-    config: TrainConfig
-    folder: str | None = None
-    """Of its runs, relative to the run folder; None until it is known."""
-    error: str | None = None
-    remedy: str = ""
-    """Of the error."""
-    result: TrainResult | None = None
-
-    @property
-    def name(self) -> str:
-        return f"{self.column.name} · {self.row.name}"
-
-    def json(self) -> dict[str, Any]:
-        """The cell in the manifest."""
-        config = self.config
-        frozen = config.reader if config.method == "kreader2" else config.resource
-        return {
-            "row": self.row.name,
-            "column": self.column.name,
-            "folder": self.folder,
-            "seeds": list(config.seeds),
-            "task": config.task,
-            "method": config.method,
-            "fusion": config.fusion if config.method in ("kr2", "kreader2") else None,
-            "reader": config.resource if config.method == "kresource" else config.reader,
-            "resource": frozen if config.method in ("kr2", "kreader2") else None,
-            "teacher": config.teacher,
-            "settings": self.settings,
-            "error": self.error,
-            **({"remedy": self.remedy} if self.remedy else {}),
-        }
-
-    @property
-    def settings(self) -> str:
-        """A digest of everything that was asked for, the place of files aside."""
-        aside = dict.fromkeys(("run_dir", "cache_dir", "device", "keep_readers", "temporary_readers"))
-        fields = {**dataclasses.asdict(self.config), **aside}
-        return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,28 +62,17 @@ class SweepResult:
 class Sweep:
     """A grid on its way."""
 
-    def __init__(self, grid: Grid, cell_config: Callable[[Line, Line], TrainConfig], *, keep_readers: bool) -> None:
+    def __init__(self, grid: Grid, cells: list[Cell], *, keep_readers: bool) -> None:
         """
         Args:
-            cell_config: The configuration of a row in a column.
+            cells: As ``cells_of`` gives them.
             keep_readers: Whether trained readers stay on disk after their predictions are written.
-
-        Raises:
-            KR2CacheError: For a cell that could not be run whatever is on this machine: an unknown name, a setting that
-                makes no sense.
         """
         self.grid = grid
         self.keep_readers = keep_readers
-        self.cells = [
-            Cell(row=row, column=column, config=cell_config(row, column))
-            for column in grid.columns
-            for row in grid.rows
-        ]
+        self.cells = cells
         self._shared = Shared()
-        if faults := _faults((cell, [partial(check_names, cell.config)]) for cell in self.cells):
-            raise _refusal(faults, grid, "")
-        _check_languages(grid, self.cells)
-        self.run_dir = self.cells[0].config.run_dir
+        self.run_dir = cells[0].config.run_dir
         self.manifest = self.run_dir / MANIFESTS / f"{grid.name}.json"
 
     @objects_set_aside()
@@ -182,10 +119,10 @@ class Sweep:
             f"Checking the data and models of {count_text(len(self.cells), 'cell')} before the first training."
         )
         with silent():  # each training says the same again, under its own heading
-            faults = _faults((cell, self._checks(cell.config)) for cell in self._in_order())
+            faults = find_faults((cell, self._checks(cell.config)) for cell in self._in_order())
         if faults and not keep_going:
-            some_run = _count_cells(faults) < len(self.cells)
-            raise _refusal(faults, self.grid, "--keep-going trains the other cells." if some_run else "")
+            some_run = count_cells(faults) < len(self.cells)
+            raise refusal(faults, self.grid, "--keep-going trains the other cells." if some_run else "")
         for fault in faults:
             for cell in fault.cells:
                 if cell.error is None:  # the first reason is kept
@@ -214,7 +151,7 @@ class Sweep:
         except KeyboardInterrupt:
             raise InterruptedWorkError("Interrupted.") from None
         except Exception as raised:  # one cell's unforeseen failure is no reason to lose the others
-            error = _explained(raised)
+            error = explained(raised)
             before = next((one for one in self.cells if (one.error, one.remedy) == (error.message, error.remedy)), None)
             self._failed(cell, error)
             if before is None:
@@ -286,96 +223,6 @@ class Sweep:
             },
         )
         partial.replace(self.manifest)
-
-
-def _check_languages(grid: Grid, cells: Sequence[Cell]) -> None:
-    """A folder has sentences of one language: under the names of two a table would be wrong without a word."""
-    first: dict[Path, tuple[str, Cell]] = {}
-    for cell in cells:
-        task = find_task(cell.config.task)
-        try:
-            folder = data_folder(cell.config.data)
-        except DataError:  # the cell will say so; others can be run
-            continue
-        if not isinstance(task, UdPos) or task.language is None or folder is None:
-            continue
-        language, other = first.setdefault(folder.resolve(), (task.language, cell))
-        if language != task.language:
-            raise ConfigError(
-                f"{grid.name}: {other.row.name} / {other.column.name} ({other.config.task}) and {cell.row.name} / "
-                f"{cell.column.name} ({cell.config.task}) would read the same sentences, {cell.config.data}.",
-                "Give each column data of its own; what [defaults] of kr2cache.toml says serves all that have none.",
-            )
-
-
-# What keeps cells from running ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class Fault:
-    """One reason, and all cells that cannot run because of it."""
-
-    error: KR2CacheError
-    cells: list[Cell]
-
-
-def _faults(cells: Iterable[tuple[Cell, Iterable[Callable[[], object]]]]) -> list[Fault]:
-    """What the checks of these cells raise, each fault once."""
-    found: dict[tuple[str, str], Fault] = {}
-    for cell, checks in cells:
-        for check in checks:
-            try:
-                check()
-            except Exception as raised:
-                error = _explained(raised)
-                fault = found.setdefault((error.message, error.remedy), Fault(error=error, cells=[]))
-                if all(one is not cell for one in fault.cells):
-                    fault.cells.append(cell)
-    return list(found.values())
-
-
-def _count_cells(faults: Sequence[Fault]) -> int:
-    return len({id(cell) for fault in faults for cell in fault.cells})
-
-
-def _explained(error: Exception) -> KR2CacheError:
-    """``error`` with words for people; an interruption is none of a cell's errors and goes on."""
-    if isinstance(error, InterruptedWorkError):
-        raise error
-    if isinstance(error, KR2CacheError):
-        return error
-    return KR2CacheError(
-        f"{type(error).__name__}: {error}", "This failure was not foreseen: train this cell with --debug and report it."
-    )
-
-
-def _refusal(faults: Sequence[Fault], grid: Grid, remedy: str) -> KR2CacheError:
-    """One error for all faults."""
-    total = len(grid.rows) * len(grid.columns)
-    cells = _count_cells(faults)
-    start = f"{cells} of {count_text(total, 'cell')} cannot run; nothing was trained."
-    if len(faults) == 1:
-        error = faults[0].error
-        message = f"{start} {cells_text(faults[0].cells, grid)}: {error.message}"
-        return type(error)(message, f"{error.remedy} {remedy}".strip())
-    lines = [start]
-    for fault in faults:
-        lines.append(f"- {cells_text(fault.cells, grid)}: {fault.error.message}")
-        if fault.error.remedy:
-            lines.append(f"  {fault.error.remedy}")
-    return ConfigError("\n".join(lines), remedy)
-
-
-def cells_text(cells: Sequence[Cell], grid: Grid) -> str:
-    """The cells by their names; whole columns in short, and of many the first few."""
-    if len(cells) == len(grid.rows) * len(grid.columns) > 1:
-        return "every cell"
-    parts = []
-    for column in grid.columns:
-        own = [cell.name for cell in cells if cell.column is column]
-        parts += [f"{column.name} (every row)"] if len(own) == len(grid.rows) > 1 else own
-    more = f" and {len(parts) - CELLS_NAMED} more" if len(parts) > CELLS_NAMED else ""
-    return ", ".join(parts[:CELLS_NAMED]) + more
 
 
 def describe_sweep(result: SweepResult) -> None:

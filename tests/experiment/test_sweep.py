@@ -25,6 +25,7 @@ from kr2cache.errors import (
     UnknownNameError,
 )
 from kr2cache.experiment import pipeline, sweep
+from kr2cache.experiment.cells import cells_of
 from kr2cache.experiment.grid import Grid, Line, read_grid
 from kr2cache.experiment.sweep import Sweep, SweepResult
 from kr2cache.prediction.predict import Predictor
@@ -77,11 +78,10 @@ def planned(world: World, text: str = GRID, *, keep_readers: bool = False, **abo
         "cache_dir": world.caches,
         "device": "cpu",
     }
-    return Sweep(
-        grid,
-        lambda row, column: grid.config(row, column, below=below, above=above, overrides=named, training={}),
-        keep_readers=keep_readers,
+    cells = cells_of(
+        grid, lambda row, column: grid.config(row, column, below=below, above=above, overrides=named, training={})
     )
+    return Sweep(grid, cells, keep_readers=keep_readers)
 
 
 def manifest(result: SweepResult) -> dict[str, Any]:
@@ -104,9 +104,9 @@ def test_every_grid_of_the_project_makes_sense(path: Path) -> None:
         oscar = {"oscar": {"path": "somewhere"}}
         return grid.config(row, column, below={}, above={}, overrides=oscar, training={})
 
-    whole = Sweep(grid, cell_config, keep_readers=False)
-    assert len(whole.cells) == len(grid.rows) * len(grid.columns)
-    assert all(cell.config.seeds == (1, 2, 3) for cell in whole.cells)
+    cells = cells_of(grid, cell_config)
+    assert len(cells) == len(grid.rows) * len(grid.columns)
+    assert all(cell.config.seeds == (1, 2, 3) for cell in cells)
     assert grid.paper == path.stem[:6]
 
 

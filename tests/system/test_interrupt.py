@@ -155,6 +155,7 @@ WRONG = (
     "bench --device cdua",
     "demo --device cdua",
     "cache repair nowhere",
+    "sweep grid.toml",
 )
 
 
@@ -162,6 +163,9 @@ def test_names_paths_and_options_are_checked_before_torch_is_imported(workdir: P
     (workdir / "model").symlink_to(bert)
     (workdir / "corpus").symlink_to(corpus)
     (workdir / "empty").mkdir()
+    settings = 'settings = {task = "udpos", data = "corpus", reader = "model", resource = "model"}'
+    row = '[[rows]]\nname = "KR2"\nmethod = "KR2"\n[[columns]]\nname = "X"\n'
+    (workdir / "grid.toml").write_text(f"{settings}\n{row}", "utf-8")
     code = (
         "import sys\nfrom kr2cache.cli import run\n"
         "codes = [run(line.split()) for line in sys.argv[1:]]\n"
