@@ -182,6 +182,10 @@ def _differences(sweep: Sweep, comparisons: dict[tuple[str, str], Comparison]) -
         tests = (p_text(p) for p in (one.p_examples, one.p_seeds, one.p))
         return tuple(map(Cell, (*place, one.baseline, difference, *tests, seeds, VERDICTS[one.noise])))
 
+    tested = sum(one.p is not None for one in comparisons.values())
+    corrected = "none, no comparison has a verdict"
+    if tested:
+        corrected = f"the larger of both, by Holm's method for {count_text(tested, 'comparison')}"
     return Table(
         name=f"{sweep.name}-differences",
         title=f"{sweep.title}: differences",
@@ -195,10 +199,7 @@ def _differences(sweep: Sweep, comparisons: dict[tuple[str, str], Comparison]) -
             "verdict",
         ),
         rows=tuple(row(place, one) for place, one in comparisons.items()),
-        legend=(
-            "Points: difference of the means over the seeds that both have. p corrected: the larger of both, by Holm's "
-            f"method for {count_text(sum(one.p is not None for one in comparisons.values()), 'comparison')}.",
-        ),
+        legend=(f"Points: difference of the means over the seeds that both have. p corrected: {corrected}.",),
         records=tuple(
             {
                 "row": place[0],

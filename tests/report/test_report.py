@@ -112,6 +112,7 @@ def test_a_difference_that_both_tests_see_has_no_mark(tmp_path: Path) -> None:
     assert float(difference["points"]) == pytest.approx(1.3)
     assert difference["baseline"] == "KReader"
     assert [cell.text for cell in made.tables[1].rows[0]][3] == "+1.3"
+    assert made.tables[1].legend[0].endswith("the larger of both, by Holm's method for 1 comparison.")
 
 
 @pytest.mark.parametrize(("score", "shown"), [(0.8, "0.0"), (0.79996, "0.0"), (0.79, "−1.0")])
@@ -153,6 +154,7 @@ def test_one_seed_has_no_deviation_and_no_verdict(tmp_path: Path) -> None:
         ("90.0", "", "?"),
     ]
     assert "?: no verdict: it takes 3 seeds that both rows have." in made.tables[0].legend[1]
+    assert made.tables[1].legend[0].endswith("p corrected: none, no comparison has a verdict.")
 
 
 @pytest.mark.parametrize(("folder", "remarks"), [(KR2, ["", "2/3"]), (KREADER, ["2/3", ""])])
