@@ -306,20 +306,31 @@ def read_toml(folder: Path, options: Mapping[str, type]) -> Toml:
     return Toml(defaults=defaults, models=models, training=content.get("training", {}))
 
 
+KIND_NAMES: dict[type, str] = {
+    str: "text in quotes",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    Path: "a path in quotes",
+}
+"""What the types of options are called in messages."""
+LIST_OF = {"seeds": "a list of whole numbers, such as [1, 2]", "layers": "text in quotes, or a list such as [0, 3]"}
+"""Options that take a list, and what they are in messages."""
+
+
 def typed(key: str, value: Any, kind: type, where: str) -> Any:
     """``value`` as the option ``key`` takes it: lists as text, whole numbers as floats, text as paths.
 
     Raises:
         ConfigError: If it is of another type, or a URL for a path; ``where`` it stands is in the message.
     """
-    if key == "seeds" and isinstance(value, list):
-        value = ",".join(map(str, value))
-    if key == "layers" and isinstance(value, list):
+    if key in LIST_OF and isinstance(value, list):
         value = ",".join(map(str, value))
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if kind is Path and isinstance(value, str):
         value = local(Path(value), f"{key} in {where}:").expanduser()
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise ConfigError(f"{key} = {value!r} in {where} should be {kind.__name__}.", "Correct it.")
+        wanted = LIST_OF.get(key) or KIND_NAMES[kind]
+        raise ConfigError(f"{key} = {value!r} in {where} should be {wanted}.", "Correct it.")
     return value

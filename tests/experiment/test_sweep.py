@@ -137,7 +137,8 @@ def test_the_papers_grids_have_its_rows_and_columns() -> None:
     ("before", "after", "said"),
     [
         ('method = "kreader"', 'methood = "kreader"', "Did you mean 'method'"),
-        ("epochs = 1", 'epochs = "one"', r"epochs = 'one' in \[settings\]"),
+        ("epochs = 1", 'epochs = "one"', r"epochs = 'one' in \[settings\] .* should be a number\."),
+        ("seeds = [1, 2]", "seeds = 3", r"seeds = 3 in .* should be a list of whole numbers"),
         ('paper = "table1"', 'paper = "table9"', "table9"),
         ('baseline = "KReader"', 'baseline = "KReadr"', "Did you mean 'KReader'"),
         ('name = "KR2"', 'name = "KReader"', "two rows are called 'KReader'"),
