@@ -13,7 +13,7 @@ from kr2cache.extraction.packing import Packer
 from kr2cache.extraction.planning import ExtractPlan
 from kr2cache.models.encode import length_sorted_batches
 from kr2cache.system.console import note
-from kr2cache.system.device import drop_unused_memory, is_out_of_memory
+from kr2cache.system.device import drop_unused_memory, is_out_of_memory, memory_advice
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +35,7 @@ def too_long(plan: ExtractPlan, device: torch.device) -> DeviceMemoryError:
     return DeviceMemoryError(
         f"The longest sequence, {int(plan.index.n_tokens.max()):,} tokens, does not fit into the memory of {device} "
         f"together with {plan.spec.name}.",
-        "Free the device's memory (nvidia-smi shows who has it), or give a smaller --max-length, or --device cpu.",
+        memory_advice(device, "give a smaller --max-length"),
     )
 
 

@@ -45,7 +45,14 @@ from kr2cache.store import provenance
 from kr2cache.store.derive import find_donors, in_ranges, ranges
 from kr2cache.system.allocator import return_free_memory
 from kr2cache.system.console import bytes_text, count_text, done, note, seconds_text, waiting, work_progress
-from kr2cache.system.device import choose_device, device_name, drop_unused_memory, is_out_of_memory
+from kr2cache.system.device import (
+    choose_device,
+    device_name,
+    drop_unused_memory,
+    freeing,
+    is_out_of_memory,
+    memory_advice,
+)
 from kr2cache.system.interrupt import interrupt_between_batches
 from kr2cache.system.locks import check_writable, only_writer
 from kr2cache.system.process import process_unchanged
@@ -233,7 +240,7 @@ def _move(encoder: PreTrainedModel, device: torch.device, plan: ExtractPlan) -> 
         size = sum(parameter.nbytes for parameter in encoder.parameters())
         raise DeviceMemoryError(
             f"{plan.spec.name} takes {bytes_text(size)}; the memory of {device} has no room for it.",
-            "Free the device's memory (nvidia-smi shows who has it), or give --device cpu.",
+            memory_advice(device),
         ) from None
 
 
@@ -476,7 +483,7 @@ def _fitting(plan: ExtractPlan, batch: NDArray[np.intp], device: torch.device, f
             f"{device} ran out of memory at a batch of {count_text(len(batch), 'sequence')} of up to {longest:,} "
             f"tokens, the first of them {plan.index.ids[batch[0]].decode('utf-8')!r}. What is complete is kept in "
             f"{folder}.",
-            f"Free the device's memory (nvidia-smi shows who has it) and run the same command again{smaller}.",
+            f"{freeing(device)} and run the same command again{smaller}.",
         ) from None
 
 

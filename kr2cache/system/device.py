@@ -68,6 +68,23 @@ def is_out_of_memory(error: Exception) -> bool:
     )
 
 
+def freeing(device: torch.device) -> str:
+    """How to free this device's memory: the start of a sentence."""
+    if device.type == "cuda":
+        return "Free the GPU's memory (nvidia-smi shows who has it)"
+    return "Close other programs"
+
+
+def memory_advice(device: torch.device, *others: str) -> str:
+    """What to do where something does not fit into a device's memory.
+
+    Args:
+        others: What helps besides, as in "give a smaller --max-length".
+    """
+    elsewhere = [] if device.type == "cpu" else ["give --device cpu"]
+    return f"{', or '.join([freeing(device), *others, *elsewhere])}."
+
+
 def drop_unused_memory() -> None:
     """Give back what torch keeps of a GPU's memory for later, in large blocks, after a shape that did not fit."""
     import torch

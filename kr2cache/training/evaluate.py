@@ -14,7 +14,7 @@ from kr2cache.cache.format import offsets
 from kr2cache.errors import DeviceMemoryError, TrainingError
 from kr2cache.models.encode import length_sorted_batches
 from kr2cache.models.forward import cheaper_forward
-from kr2cache.system.device import drop_unused_memory, is_out_of_memory
+from kr2cache.system.device import drop_unused_memory, is_out_of_memory, memory_advice
 from kr2cache.tasks import Task
 from kr2cache.tasks.base import Prediction
 from kr2cache.training.batches import Batcher, SplitData, part_overhead, split_by_length
@@ -132,7 +132,7 @@ def _logits_if_they_fit(
         if len(numbers) == 1:
             raise DeviceMemoryError(
                 f"Example {batcher.data.examples[int(numbers[0])].id!r} does not fit into the memory of {device}.",
-                "Free the device's memory (nvidia-smi shows who has it), or give --device cpu.",
+                memory_advice(device),
             ) from None
         return None
     return logits

@@ -11,6 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from kr2cache.config import TrainConfig
 from kr2cache.errors import DeviceMemoryError
+from kr2cache.system.device import memory_advice
 from kr2cache.training.batches import StepBatcher
 from kr2cache.training.kreader import KReader
 
@@ -21,7 +22,7 @@ OPTIMIZER_BYTES = 8
 def out_of_memory(config: TrainConfig, device: torch.device) -> DeviceMemoryError:
     """What to say of a training step that does not fit."""
     steps = int(config.training.get("gradient_accumulation_steps", 1))
-    remedy = "Give a smaller --max-length or --resource-max-length, or --device cpu."
+    remedy = memory_advice(device, "give a smaller --max-length or --resource-max-length")
     if config.batch_size > 1:
         remedy = (
             f"Give --batch-size {config.batch_size // 2} and write gradient_accumulation_steps = {2 * steps} under "

@@ -14,6 +14,7 @@ from kr2cache.extraction import budget
 from kr2cache.extraction.extract import _run
 from kr2cache.extraction.planning import ExtractPlan, plan_extraction
 from kr2cache.models.load import load_encoder
+from kr2cache.system.device import memory_advice
 
 CPU = torch.device("cpu")
 
@@ -63,7 +64,10 @@ def test_what_needs_most_memory_is_tried_not_the_longest_alone(world: World) -> 
 def test_a_sequence_that_does_not_fit_alone_is_named_before_anything_is_written(world: World) -> None:
     with scarce_memory(3), pytest.raises(DeviceMemoryError, match="longest sequence") as refused:
         fitting(plan_of(world))
-    assert "--max-length" in refused.value.remedy
+    assert refused.value.remedy == "Close other programs, or give a smaller --max-length."
+    assert "nvidia-smi" in memory_advice(torch.device("cuda"))
+    for elsewhere in ("cuda:1", "mps"):
+        assert memory_advice(torch.device(elsewhere)).endswith(", or give --device cpu.")
     with scarce_memory(3), pytest.raises(DeviceMemoryError, match="longest sequence"):
         world.extract()
     assert not list(world.caches.rglob("*.h5*"))
@@ -86,7 +90,7 @@ def test_a_batch_of_one_sequence_cannot_be_made_smaller(world: World) -> None:
     longest = int(plan_of(world).index.n_tokens.max())
     with pytest.raises(DeviceMemoryError, match="batch of 1 sequence of") as refused, scarce_memory(0, after=8):
         world.extract(tokens_per_batch=longest)
-    assert "run the same command again." in refused.value.remedy
+    assert refused.value.remedy == "Close other programs and run the same command again."
     assert "--tokens-per-batch" not in refused.value.remedy
 
 

@@ -68,6 +68,7 @@ def test_a_step_that_does_not_fit_says_what_to_change(world: World, tried: list[
         world.train(batch_size=1)
     assert "--max-length" in refused.value.remedy
     assert "--batch-size 0" not in refused.value.remedy
+    assert "--device cpu" not in refused.value.remedy, "it is the CPU's memory that is too small"
 
 
 def test_an_evaluation_that_does_not_fit_goes_on_in_halves(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
