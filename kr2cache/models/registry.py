@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kr2cache.config import local
 from kr2cache.errors import ConfigError, ModelUnavailableError, unknown_name
 
 
@@ -136,7 +137,7 @@ def known_models(overrides: Mapping[str, Mapping[str, Any]]) -> dict[str, ModelS
                 )
         given = dict(values)
         if "path" in given:
-            given["path"] = Path(given["path"]).expanduser()
+            given["path"] = local(Path(given["path"]), f"path in [models.{name}] in kr2cache.toml:").expanduser()
         if {"hub_id", "package"} & set(given) and "path" not in given:
             given["path"] = None
         if {"hub_id", "path"} & set(given) and "package" not in given:

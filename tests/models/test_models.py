@@ -154,6 +154,11 @@ def test_toml_adds_models_and_overrides_fields_of_registered_ones(bert: Path, wo
     assert local_folder(find_model("gottbert", overrides)) == bert
 
 
+def test_a_url_where_toml_gives_the_folder_of_a_model_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"path in \[models\.mine\] in kr2cache\.toml: s3://bucket/m is a URL"):
+        known_models({"mine": {"path": "s3://bucket/m"}})
+
+
 def test_toml_with_a_wrong_field_gives_the_nearest() -> None:
     with pytest.raises(UnknownNameError, match=r"\[models\.gottbert\].*'pth'.*Did you mean 'path'"):
         known_models({"gottbert": {"pth": "x"}})
@@ -226,8 +231,10 @@ def test_absent_and_offline_names_the_hub_id_and_both_remedies_quickly(hub: Path
     assert spec.hub_id is not None
     assert spec.hub_id in caught.value.message
     assert f"hf download {spec.hub_id}" in caught.value.remedy
-    assert f"[models.{spec.name}]" in caught.value.remedy
-    assert 'path = "' in caught.value.remedy
+    if name == spec.name:
+        assert f'path = "..." under [models.{name}]' in caught.value.remedy
+    else:  # under [models] its own name would not be looked for
+        assert caught.value.remedy.endswith(f"or give a folder that you have in place of {name}.")
 
 
 def test_without_a_network_it_is_as_quick(workdir: Path) -> None:
