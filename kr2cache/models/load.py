@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kr2cache.errors import ConfigError, KR2CacheError, ModelUnavailableError, UnsupportedModelError
+from kr2cache.errors import ConfigError, DeviceMemoryError, KR2CacheError, ModelUnavailableError, UnsupportedModelError
 from kr2cache.models.contents import not_json_in
 from kr2cache.models.files import check_files, model_folder
 from kr2cache.models.registry import ModelSpec
+from kr2cache.system.device import is_out_of_memory, memory_advice
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,6 +59,13 @@ def explained(spec: ModelSpec, what: str) -> Iterator[None]:
             f"The {what} of model {spec.name!r} does not serve: {said}", "Correct that field in its config.json."
         ) from error
     except Exception as error:  # a damaged or foreign file makes these libraries raise almost anything
+        if is_out_of_memory(error):
+            import torch
+
+            raise DeviceMemoryError(
+                f"The {what} of model {spec.name!r} cannot be loaded: this computer has too little free memory.",
+                memory_advice(torch.device("cpu")),
+            ) from error
         said, remedy = _first_line(error), "Check that the folder is complete (kr2cache models)."
         not_json = not_json_in(model_folder(spec)) if what != WEIGHTS else None
         if not_json is not None:
@@ -70,10 +78,9 @@ def explained(spec: ModelSpec, what: str) -> Iterator[None]:
                 "Check model_type and the other fields of its config.json. An architecture that is new needs a newer "
                 "transformers."
             )
-        raise ModelUnavailableError(
-            f"The {what} of model {spec.name!r} cannot be loaded: {said}",
-            f"It needs {spec.needs}." if spec.needs else remedy,
-        ) from error
+        if spec.needs and not_json is None:
+            remedy = f"It needs {spec.needs}."
+        raise ModelUnavailableError(f"The {what} of model {spec.name!r} cannot be loaded: {said}", remedy) from error
 
 
 def _first_line(error: Exception) -> str:

@@ -52,8 +52,13 @@ def wait_for_gpu() -> None:
         torch.mps.synchronize()
 
 
-OUT_OF_MEMORY = ("MPS backend out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
-"""In messages of errors that torch raises as plain RuntimeError."""
+OUT_OF_MEMORY = (
+    "MPS backend out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "Cannot allocate memory",  # the system's words, where a file of weights is mapped
+)
+"""In messages of errors that torch and safetensors raise without a class of their own."""
 
 
 def is_out_of_memory(error: Exception) -> bool:

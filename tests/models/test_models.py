@@ -34,13 +34,28 @@ from transformers import (
 
 from kr2cache.cli import run
 from kr2cache.config import ExtractConfig
-from kr2cache.errors import ConfigError, KR2CacheError, ModelUnavailableError, UnknownNameError, UnsupportedModelError
+from kr2cache.errors import (
+    ConfigError,
+    DeviceMemoryError,
+    KR2CacheError,
+    ModelUnavailableError,
+    UnknownNameError,
+    UnsupportedModelError,
+)
 from kr2cache.extraction.planning import plan_extraction
 from kr2cache.models.contents import fault
 from kr2cache.models.digests import model_digests, weights_digest
 from kr2cache.models.encode import pad
 from kr2cache.models.files import check_obtainable, local_folder, model_folder
-from kr2cache.models.load import encoder_shape, load_config, load_encoder, load_pretrained, max_positions
+from kr2cache.models.load import (
+    WEIGHTS,
+    encoder_shape,
+    explained,
+    load_config,
+    load_encoder,
+    load_pretrained,
+    max_positions,
+)
 from kr2cache.models.registry import REGISTRY, ModelSpec, find_model, known_models
 from kr2cache.models.tokenizers import load_tokenizer, pad_id
 
@@ -571,9 +586,24 @@ def test_weights_that_are_damaged_are_not_blamed_on_the_configuration(tmp_path: 
 def test_a_file_that_is_not_json_is_named(tmp_path: Path, name: str, content: bytes) -> None:
     folder = tiny.save_model(tmp_path / "m")
     (folder / name).write_bytes(content)
-    with pytest.raises(ModelUnavailableError, match=f"{name} is not JSON in UTF-8") as refused:
-        load_tokenizer(find_model(str(folder), {}), words=True)
-    assert refused.value.remedy == f"Copy {name} again from the model."
+    for spec in (find_model(str(folder), {}), find_model("minilm", {"minilm": {"path": str(folder)}})):
+        with pytest.raises(ModelUnavailableError, match=f"{name} is not JSON in UTF-8") as refused:
+            load_tokenizer(spec, words=True)
+        assert refused.value.remedy == f"Copy {name} again from the model.", "also where the name needs an extra"
+
+
+def test_weights_without_room_in_memory_are_not_blamed_on_the_model(tmp_path: Path) -> None:
+    spec = find_model("minilm", {"minilm": {"path": str(tiny.save_model(tmp_path / "m"))}})
+    for said in (
+        "unable to mmap 9 bytes from file </m>: Cannot allocate memory (12)",
+        "Cannot allocate memory (os error 12)",
+    ):
+        with (
+            pytest.raises(DeviceMemoryError, match=r"weights .* too little free memory") as refused,
+            explained(spec, WEIGHTS),
+        ):
+            raise OSError(said)  # as torch and safetensors said it where the address space was limited
+        assert refused.value.remedy == "Close other programs."
 
 
 def test_an_architecture_that_is_not_known_and_a_package_that_is_missing_get_their_own_advice(tmp_path: Path) -> None:
