@@ -16,11 +16,12 @@ from numpy.typing import NDArray
 
 from kr2cache.bench import BenchConfig, Race, alternately, race, run_through, size_text
 from kr2cache.cache.shard import open_shard
-from kr2cache.extraction.extract import extract, fill, hidden_states
+from kr2cache.extraction.extract import extract, fill
 from kr2cache.extraction.planning import ExtractPlan, plan_extraction
 from kr2cache.models.encode import length_sorted_batches
 from kr2cache.models.forward import cheaper_forward
 from kr2cache.models.load import open_encoder
+from kr2cache.models.states import hidden_states
 from kr2cache.system.device import choose_device
 
 TARGET = {"cpu": 1 / 0.97, "cuda": 1 / 0.8}

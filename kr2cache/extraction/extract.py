@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kr2cache.cache.create import create_shards, shard_cuts
-from kr2cache.cache.format import SequenceIndex, ShardHeader
+from kr2cache.cache.format import ShardHeader
 from kr2cache.cache.reader import FeatureCache
 from kr2cache.cache.shard import headers_left
 from kr2cache.cache.writer import CacheWriter
@@ -37,10 +37,11 @@ from kr2cache.extraction import budget
 from kr2cache.extraction.packing import Packer
 from kr2cache.extraction.planning import ExtractPlan, check_disk
 from kr2cache.models.digests import config_digest, weights_digest
-from kr2cache.models.encode import length_sorted_batches, pad
+from kr2cache.models.encode import length_sorted_batches
 from kr2cache.models.forward import cheaper_forward
 from kr2cache.models.load import describe_dropped, not_finite, open_encoder
 from kr2cache.models.repeatable import check_repeatable
+from kr2cache.models.states import hidden_states, padding_is_harmless
 from kr2cache.store import provenance
 from kr2cache.store.derive import find_donors, in_ranges, ranges
 from kr2cache.system.allocator import return_free_memory
@@ -331,72 +332,10 @@ def _beside_the_longest(
         place //= 2
 
 
-PADDING_TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2, "float16": 1e-2}
-"""Of the largest state: how far rounding may move a state when its sequence runs beside another one."""
-
-
-def padding_is_harmless(alone: Sequence[torch.Tensor], beside: Sequence[torch.Tensor], compute_dtype: str) -> bool:
-    """Whether a sequence has the same states beside a longer one as alone. Some architectures (FNet, ConvBERT,
-    Nystromformer, YOSO) let padding into the states whatever the mask says; such a model gets batches of equal lengths.
-
-    Args:
-        alone: Layers of one sequence, (1, T, D).
-        beside: Layers of two, the same one first, (2, at least T, D).
-    """
-    T = alone[0].shape[1]
-    tolerance = PADDING_TOLERANCE[compute_dtype]
-    for one, other in zip(alone, beside, strict=True):
-        largest = float(one.float().abs().max())
-        # Written so that nan, which the writer will name, passes here.
-        if float((one.float() - other[:1, :T].float()).abs().max()) > tolerance * largest:
-            return False
-    return True
-
-
 def _run(
     encoder: PreTrainedModel, plan: ExtractPlan, sequences: Sequence[int] | NDArray[np.intp]
 ) -> tuple[torch.Tensor, ...]:
     return hidden_states(encoder, plan.index, sequences, pad_id=plan.pad_id, compute_dtype=plan.config.compute_dtype)
-
-
-def hidden_states(
-    encoder: PreTrainedModel,
-    index: SequenceIndex,
-    sequences: Sequence[int] | NDArray[np.intp],
-    *,
-    pad_id: int,
-    compute_dtype: str,
-) -> tuple[torch.Tensor, ...]:
-    """All layers of some sequences, padded to the longest: L + 1 tensors of shape (B, T, D) on the encoder's device.
-
-    Args:
-        compute_dtype: ``float32``, or what autocast computes in.
-    """
-    import torch
-
-    device = encoder.device
-
-    def moved(array: NDArray[Any]) -> torch.Tensor:
-        # A GPU copies from pinned memory without making this thread wait for the batch that it computes.
-        tensor = torch.from_numpy(array)
-        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-    def tensor(tokens: NDArray[Any], fill: int) -> torch.Tensor:
-        return moved(pad([tokens[first[i] : first[i + 1]] for i in sequences], fill))
-
-    first = index.first_token
-    inputs = {"input_ids": tensor(index.input_id, pad_id)}
-    if index.segment_id is not None:
-        inputs["token_type_ids"] = tensor(index.segment_id, 0)
-    lengths = moved(index.n_tokens[np.asarray(sequences)])
-    T = inputs["input_ids"].shape[1]
-    inputs["attention_mask"] = (torch.arange(T, device=device)[None, :] < lengths[:, None]).long()
-    autocast = compute_dtype != "float32"
-    dtype = getattr(torch, compute_dtype) if autocast else torch.bfloat16
-    with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=autocast):
-        output = encoder(**inputs, output_hidden_states=True)
-    states: tuple[torch.Tensor, ...] = output.hidden_states
-    return states
 
 
 def _compute(

@@ -34,7 +34,6 @@ from kr2cache.errors import (
     ModelUnavailableError,
     UnknownNameError,
 )
-from kr2cache.extraction.extract import hidden_states, padding_is_harmless
 from kr2cache.models.digests import config_digest, weights_digest
 from kr2cache.models.encode import MissingWords, check_token_ids, encode, encode_examples, missing_words
 from kr2cache.models.files import local_folder
@@ -42,6 +41,7 @@ from kr2cache.models.forward import cheaper_forward
 from kr2cache.models.load import encoder_shape, load_encoder, vocabulary
 from kr2cache.models.registry import ModelSpec, find_model, trained_spec
 from kr2cache.models.repeatable import check_repeatable
+from kr2cache.models.states import hidden_states, padding_is_harmless
 from kr2cache.models.tokenizers import load_tokenizer, pad_id
 from kr2cache.system.device import choose_device
 from kr2cache.system.process import process_unchanged

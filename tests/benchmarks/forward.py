@@ -19,11 +19,11 @@ import torch
 from torch import nn
 
 from kr2cache.config import ExtractConfig
-from kr2cache.extraction.extract import hidden_states
 from kr2cache.extraction.planning import ExtractPlan, plan_extraction
 from kr2cache.models import forward
 from kr2cache.models.encode import length_sorted_batches
 from kr2cache.models.load import open_encoder
+from kr2cache.models.states import hidden_states
 from kr2cache.system.allocator import keep_free_memory
 
 BITS = 10

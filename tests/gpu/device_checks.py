@@ -28,12 +28,12 @@ from kr2cache.errors import CacheError, DeviceMemoryError
 from kr2cache.experiment.pipeline import train
 from kr2cache.experiment.prepare import prepare
 from kr2cache.experiment.shared import Shared
-from kr2cache.extraction.extract import hidden_states
 from kr2cache.extraction.packing import Packer
 from kr2cache.extraction.planning import ExtractPlan
 from kr2cache.extraction.repair import RepairConfig, repair
 from kr2cache.fusion import parse_fusion
 from kr2cache.models.load import load_encoder
+from kr2cache.models.states import hidden_states
 from kr2cache.prediction.predict import Predictor
 from kr2cache.training.batches import SplitData
 from kr2cache.training.evaluate import example_logits

@@ -28,10 +28,11 @@ from kr2cache.bench import BenchConfig, Race, race, run_through, training
 from kr2cache.bench.reading import drop_pages
 from kr2cache.cache.reader import FeatureCache
 from kr2cache.cache.shard import open_shard
-from kr2cache.extraction.extract import extract, fill, hidden_states
+from kr2cache.extraction.extract import extract, fill
 from kr2cache.extraction.planning import ExtractPlan
 from kr2cache.models.encode import length_sorted_batches
 from kr2cache.models.load import open_encoder
+from kr2cache.models.states import hidden_states
 from kr2cache.training.features import DeviceFeatures, Features, ResourceFeatures
 from kr2cache.training.train import Job
 
