@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kr2cache.errors import ModelUnavailableError, UnsupportedModelError
@@ -26,17 +27,16 @@ def load_tokenizer(spec: ModelSpec, *, words: bool) -> PreTrainedTokenizerBase:
             alone where the files are missing.
         UnsupportedModelError: For a byte-level BPE that cannot be told so.
     """
-    from transformers import AutoTokenizer
-
     folder = model_folder(spec)
     arguments: dict[str, Any] = {**spec.tokenizer, "trust_remote_code": spec.trust_remote_code}
     config = load_config(spec)
     if "model_type" not in json.loads((folder / "config.json").read_text("utf-8")):
         arguments["config"] = config  # the tokenizer's class follows from it
     with explained(spec, "tokenizer"):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, **arguments)
+        loader = _loader(spec, folder)
+        tokenizer: PreTrainedTokenizerBase = loader.from_pretrained(folder, **arguments)
         if words and _drops_the_space(tokenizer):
-            tokenizer = AutoTokenizer.from_pretrained(folder, **arguments, add_prefix_space=True)
+            tokenizer = loader.from_pretrained(folder, **arguments, add_prefix_space=True)
             if _drops_the_space(tokenizer):
                 raise UnsupportedModelError(
                     f"The tokenizer of {spec.name!r} cannot read texts that are lists of words: it is a byte-level BPE "
@@ -58,6 +58,23 @@ def load_tokenizer(spec: ModelSpec, *, words: bool) -> PreTrainedTokenizerBase:
     names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
     tokenizer.model_input_names = [*names, "token_type_ids"] if _has_segments(config) else names
     return tokenizer
+
+
+def _loader(spec: ModelSpec, folder: Path) -> Any:
+    """What loads the tokenizer: ``AutoTokenizer``, or the model's own class where the folder names it as one string. So
+    transformers' ``save_pretrained`` writes it, and its ``AutoTokenizer`` cannot read that.
+    """
+    from transformers import AutoTokenizer
+
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    named = settings.get("auto_map")
+    reference = named.get("AutoTokenizer") if isinstance(named, dict) else None
+    if not (isinstance(reference, str) and spec.trust_remote_code):
+        return AutoTokenizer
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    return get_class_from_dynamic_module(reference, folder)
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:

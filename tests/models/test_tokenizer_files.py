@@ -74,6 +74,21 @@ def test_a_tokenizer_that_is_code_is_kept_so_that_it_loads_again(tmp_path: Path,
     assert [number for number in tokens_from(files, model, tmp_path / "again") if number != 3] == expected
 
 
+def test_a_folder_that_transformers_saved_with_a_tokenizer_that_is_code_is_a_model(tmp_path: Path) -> None:
+    model = tiny.use_code_tokenizer(tiny.save_model(tmp_path / "model"), reference="letters.Letters")
+    saved = tiny.save_model(tmp_path / "saved")
+    for path in saved.glob("*token*"):
+        path.unlink()
+    load_tokenizer(ModelSpec(name=OWN, path=model, trust_remote_code=True), words=True).save_pretrained(saved)
+    settings = json.loads((saved / "tokenizer_config.json").read_text("utf-8"))
+    assert isinstance(settings["auto_map"]["AutoTokenizer"], str)
+    tokenizer = load_tokenizer(ModelSpec(name=OWN, path=saved, trust_remote_code=True), words=True)
+    expected = [tiny.VOCABULARY.index(letter) for letter in "dashaus?"]
+    assert [number for number in tokenizer("das haus ?")["input_ids"] if number != 3] == expected
+    with pytest.raises(KR2CacheError, match="cannot be loaded"):  # its code runs only where the user trusts it
+        load_tokenizer(ModelSpec(name=OWN, path=saved), words=True)
+
+
 def test_a_tokenizer_that_cannot_be_kept_is_refused_before_the_training(world: World) -> None:
     model = tiny.use_code_tokenizer(world.folder / "models" / "reader", prefix="")
     path = model / "tokenization_letters.py"
