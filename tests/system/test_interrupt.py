@@ -85,7 +85,8 @@ COMMANDS = {
 def test_ctrl_c_while_torch_is_imported(workdir: Path, bert: Path, corpus: Path, command: str) -> None:
     (workdir / "model").symlink_to(bert)
     (workdir / "corpus").symlink_to(corpus)
-    (workdir / "grid.toml").write_text('[[columns]]\nname = "X"\ntask = "udpos"\n[[rows]]\nname = "Y"\n')
+    row = '[[rows]]\nname = "Y"\nmethod = "kreader"\nreader = "model"\ndata = "corpus"\n'
+    (workdir / "grid.toml").write_text(f'[[columns]]\nname = "X"\ntask = "udpos"\n{row}')
     (workdir / "runs").mkdir()
     of_a_run = {"config": {"task": "udpos", "method": "kreader", "reader": "bert", "seed": 1}, "recorded": {}}
     (workdir / "runs" / "config.json").write_text(json.dumps(of_a_run), "utf-8")
