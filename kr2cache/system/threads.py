@@ -6,9 +6,9 @@ import os
 
 SPINS = 1_000
 """So often a waiting thread looks again before it sleeps: for up to 50 microseconds. libgomp's own 300,000 are
-milliseconds. That is fast alone. On busy cores a thread then burns the time that the thread it waits for needs: an
-epoch took 3 to 10 times as long. To wake a thread that sleeps costs 10 microseconds (AMD EPYC, a virtual machine);
-five of six waits in a training step are over before it sleeps."""
+milliseconds. Alone, a training takes as long with either (within 2 %). On busy cores a thread that spins burns the time
+that the thread it waits for needs: an epoch took 3 to 10 times as long. To wake a thread that sleeps costs 10
+microseconds (AMD EPYC, a virtual machine); five of six waits in a training step are over before it sleeps."""
 BLOCK_MS = 1
 """The same for the OpenMP libraries of LLVM and Intel, whose own value is 200 ms."""
 CHOSEN = ("GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_WAIT_POLICY")
