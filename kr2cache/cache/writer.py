@@ -30,6 +30,8 @@ SYNC_EVERY_S = 0.5
 """At most this much computing is lost with the power; and what is not synced at the end of an extraction is waited for:
 with 5 seconds that was a tenth of a short one.
 """
+SYNC_EVERY_BYTES = 2**26
+"""Or once so much is written, whichever is first: a disk that nobody asks to sync stands still meanwhile."""
 PENDING_BATCHES = 4
 """Batches that may wait for the disk; bounds memory when the disk is slower than the model."""
 
@@ -105,7 +107,8 @@ class PackedStates:
 
 
 class CacheWriter:
-    """Fills the shards of one cache from a thread of its own, so that the model never waits for the disk.
+    """Fills the shards of one cache from threads of its own, so that the model never waits for the disk. One writes,
+    the other syncs and marks what it wrote: the disk works while states are hashed.
 
     Leaving the ``with`` block, in whatever way, writes, syncs and marks what was handed over.
     """
@@ -117,25 +120,28 @@ class CacheWriter:
                 raise _rewritten(shard)
         self.bytes_written = 0
         self._files = [os.open(shard.path, os.O_RDWR) for shard in self.shards]
-        # Simple queues: a Ctrl-C inside leaves neither lock nor waiter behind, so the thread needs no watch.
+        # Simple queues: a Ctrl-C inside leaves neither lock nor waiter behind, so the threads need no watch.
         self._states: queue.SimpleQueue[PackedStates | None] = queue.SimpleQueue()
         self._room: queue.SimpleQueue[None] = queue.SimpleQueue()
         for _ in range(PENDING_BATCHES):
             self._room.put(None)
-        self._unmarked: list[tuple[int, int]] = []
+        self._written: queue.SimpleQueue[tuple[int, int, int] | None] = queue.SimpleQueue()
+        """(shard, sequence, bytes) of what lies in its file, and is not marked yet."""
         self._failure: BaseException | None = None
-        self._synced_at = time.monotonic()
-        self._thread = threading.Thread(target=self._work, name="cache-writer", daemon=True)
+        self._writer = threading.Thread(target=self._write_all, name="cache-writer", daemon=True)
+        self._syncer = threading.Thread(target=self._mark_all, name="cache-syncer", daemon=True)
 
     def __enter__(self) -> Self:
-        self._thread.start()
+        self._writer.start()
+        self._syncer.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._states.put(None)
-        self._thread.join()
+        for queued, thread in ((self._states, self._writer), (self._written, self._syncer)):
+            queued.put(None)
+            thread.join()
         for descriptor in self._files:
             os.close(descriptor)
         if error is None:
@@ -163,7 +169,7 @@ class CacheWriter:
             failure, self._failure = self._failure, None
             raise failure
 
-    def _work(self) -> None:
+    def _write_all(self) -> None:
         _preempt_nobody()
         while (states := self._states.get()) is not None:
             self._room.put(None)
@@ -171,14 +177,31 @@ class CacheWriter:
                 continue  # keep taking, so that the model's thread is not left waiting for room
             try:
                 self._write(states)
-                if time.monotonic() - self._synced_at > SYNC_EVERY_S:
-                    self._mark()
             except BaseException as error:
                 self._fail(error)
-        try:
-            self._mark()
-        except BaseException as error:
-            self._fail(error)
+
+    def _mark_all(self) -> None:
+        _preempt_nobody()
+        unmarked: list[tuple[int, int]] = []
+        unsynced, synced_at, more = 0, time.monotonic(), True
+        while more:
+            with contextlib.suppress(queue.Empty):
+                patience = max(0.0, synced_at + SYNC_EVERY_S - time.monotonic()) if unmarked else None
+                written = self._written.get(timeout=patience)
+                more = written is not None
+                if written is not None:
+                    shard, i, size = written
+                    unmarked.append((shard, i))
+                    unsynced += size
+                    self.bytes_written += size
+            is_due = unsynced > SYNC_EVERY_BYTES or time.monotonic() - synced_at > SYNC_EVERY_S
+            if unmarked and ((is_due and self._written.empty()) or not more):
+                try:
+                    self._mark(unmarked)
+                except BaseException as error:
+                    self._fail(error)
+                    return  # what a failed sync may have lost must never be marked by a later one
+                unmarked, unsynced, synced_at = [], 0, time.monotonic()
 
     def _fail(self, error: BaseException) -> None:
         # Set once, in our own words: the model's thread may take it at any moment.
@@ -206,20 +229,18 @@ class CacheWriter:
                 continue  # it ran with its batch, and others may be reading what is there
             if not all_finite(raw, scale, shard.header.dtype):
                 raise _not_finite(shard, i, raw, scale)
-            self._pwrite(descriptor, raw, shard.place("hidden") + first * shard.header.row_bytes)
+            size = self._pwrite(descriptor, raw, shard.place("hidden") + first * shard.header.row_bytes)
             if scale is not None:
-                self._pwrite(descriptor, scale, shard.place("hidden_scale") + first * scale.itemsize)
+                size += self._pwrite(descriptor, scale, shard.place("hidden_scale") + first * scale.itemsize)
             digest = np.array([states_xxh3(raw, scale)], dtype="<u8")
-            self._pwrite(descriptor, digest, shard.place("examples/xxh3") + i * digest.itemsize)
-            self._unmarked.append((states.shard, i))
+            size += self._pwrite(descriptor, digest, shard.place("examples/xxh3") + i * digest.itemsize)
+            self._written.put((states.shard, i, size))
 
-    def _pwrite(self, descriptor: int, array: NDArray[Any], offset: int) -> None:
-        self.bytes_written += write_whole(descriptor, array.data, offset)
+    def _pwrite(self, descriptor: int, array: NDArray[Any], offset: int) -> int:
+        return write_whole(descriptor, array.data, offset)
 
-    def _mark(self) -> None:
+    def _mark(self, unmarked: Sequence[tuple[int, int]]) -> None:
         """Sync the states, and only then the marks that vouch for them."""
-        # Taken out first: what a failed sync may have lost must never be marked by a later one.
-        unmarked, self._unmarked = self._unmarked, []
         touched = sorted({shard for shard, _ in unmarked})
         for shard in touched:
             sync(self._files[shard])
@@ -227,4 +248,3 @@ class CacheWriter:
             os.pwrite(self._files[shard], b"\x01", self.shards[shard].place("examples/complete") + i)
         for shard in touched:
             sync(self._files[shard])
-        self._synced_at = time.monotonic()

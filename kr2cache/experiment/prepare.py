@@ -152,7 +152,9 @@ def _with_features(job: Job, resource: Resource) -> tuple[Job, dict[str, Feature
     splits = {}
     for split, data in job.splits.items():
         ids = resource.corpus.splits[split].ids
-        states = ResourceFeatures(caches[split], ids, fusion, keep_layers=projection == "direct")
+        states = ResourceFeatures(
+            caches[split], ids, fusion, keep_layers=projection == "direct", pinned=device.type == "cuda"
+        )
         features: Features = states
         if states.nbytes <= room:
             room -= states.nbytes

@@ -135,7 +135,8 @@ class Packer:
         dtype = self.dtype
         if dtype == "int8":
             states = states.float()
-            scale = states.abs().amax(dim=1) / 127
+            # By a tensor: a GPU divides by a number as if it multiplied by 1 / 127, which rounds otherwise.
+            scale = states.abs().amax(dim=1) / states.new_tensor(127.0)
             safe = torch.where(scale > 0, scale, torch.ones_like(scale))
             return torch.round(states / safe[:, None]).to(torch.int8), scale
         return states.to(getattr(torch, dtype)), None

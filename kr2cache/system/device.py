@@ -32,6 +32,8 @@ def choose_device(name: str) -> torch.device:
             return torch.device("cuda", torch.cuda.current_device())
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     device = torch.device(name)
+    if name == "cuda" and torch.cuda.is_available():  # as tensors there say it
+        device = torch.device("cuda", torch.cuda.current_device())
     available = {
         "cpu": True,
         "cuda": torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count(),

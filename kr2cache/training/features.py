@@ -11,7 +11,7 @@ Shape letters: B sequences, T positions (padded), L layers that reach the model,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -47,16 +47,26 @@ class Features(Protocol):
 class ResourceFeatures:
     """The resource's states for the examples of one split, as one fusion needs them."""
 
-    def __init__(self, cache: FeatureCache, sequence_ids: Sequence[str], fusion: Fusion, *, keep_layers: bool) -> None:
+    def __init__(
+        self,
+        cache: FeatureCache,
+        sequence_ids: Sequence[str],
+        fusion: Fusion,
+        *,
+        keep_layers: bool,
+        pinned: bool = False,
+    ) -> None:
         """
         Args:
             cache: Holds at least ``sequence_ids``, and the fusion's layers or the fusion itself.
             sequence_ids: In the order of the split's sequences; ``batch`` counts in it.
             fusion: Which layers.
             keep_layers: Do not fuse, though the fusion is fixed: the direct projection wants the layers side by side.
+            pinned: Make batches in memory that a GPU copies from by itself.
         """
         self.cache = cache
         self.fusion = fusion
+        self.pinned = pinned
         self.device = torch.device("cpu")
         self.sequences_read = 0
         """How many sequences ``batch`` has given out: so many forward passes of the resource were not needed."""
@@ -96,11 +106,19 @@ class ResourceFeatures:
         self.read_ahead(sequences)
         lengths = self.n_tokens[list(sequences)]
         shape = (len(sequences), self.layers, int(lengths.max()), self.width)
-        states_BLTD = aligned_empty(shape, self.cache.states_dtype)
+        states_BLTD = self._empty(shape)
         for row, sequence, length in zip(states_BLTD, sequences, lengths.tolist(), strict=True):
             row[:, :length] = self.states(sequence)
             row[:, length:] = 0
         return states_BLTD, (np.arange(states_BLTD.shape[2])[None, :] < lengths[:, None]).astype(np.int64)
+
+    def _empty(self, shape: tuple[int, ...]) -> NDArray[np.floating]:
+        dtype = self.cache.states_dtype
+        if not self.pinned:
+            return aligned_empty(shape, dtype)
+        # torch keeps it for later batches once a GPU has read it. Fresh memory, to be copied to pinned memory after,
+        # took four times as long.
+        return torch.empty(shape, dtype=torch_dtype(dtype), pin_memory=True).numpy()
 
     def read_ahead(self, sequences: Sequence[int]) -> None:
         """As ``FeatureCache.read_ahead``; what is fused is in memory, or in a file that was just written."""
@@ -156,8 +174,8 @@ class DeviceFeatures:
         self.layers = features.layers
         self.sequences_read = 0
         """How many sequences ``batch`` has given out."""
-        self._first_row = torch.from_numpy(offsets(self.n_tokens) * features.layers).to(device)
-        dtype = torch.from_numpy(np.empty(0, dtype=features.cache.states_dtype)).dtype
+        self._first_row = offsets(self.n_tokens) * features.layers
+        dtype = torch_dtype(features.cache.states_dtype)
         # One row more than there are, of zeros: what padding is gathered from.
         self._rows = torch.zeros(int(self._first_row[-1]) + 1, features.width, dtype=dtype, device=device)
         for start in range(0, len(self.n_tokens), SEQUENCES_AT_ONCE):
@@ -171,14 +189,18 @@ class DeviceFeatures:
         """As ``ResourceFeatures.batch``, the states on the device."""
         self.sequences_read += len(sequences)
         lengths = self.n_tokens[list(sequences)]
-        device = self.device
-        T = int(lengths.max())
-        length_B = torch.from_numpy(lengths).to(device, non_blocking=True)[:, None, None]
-        first_B = self._first_row[torch.as_tensor(list(sequences)).to(device, non_blocking=True)][:, None, None]
-        layer_L, place_T = torch.arange(self.layers, device=device)[:, None], torch.arange(T, device=device)
-        rows_BLT = first_B + layer_L * length_B + place_T
-        rows_BLT = torch.where(place_T < length_B, rows_BLT, len(self._rows) - 1)
-        return self._rows[rows_BLT], (np.arange(T)[None, :] < lengths[:, None]).astype(np.int64)
+        place_T, length_B = np.arange(lengths.max()), lengths[:, None, None]
+        first_B, layer_L = self._first_row[list(sequences)][:, None, None], np.arange(self.layers)[:, None]
+        rows_BLT = np.where(place_T < length_B, first_B + layer_L * length_B + place_T, len(self._rows) - 1)
+        # Computed here and copied: there each of these operations would start a kernel of its own.
+        rows = torch.from_numpy(rows_BLT)
+        rows = (rows.pin_memory() if self.device.type == "cuda" else rows).to(self.device, non_blocking=True)
+        return self._rows[rows], (place_T < lengths[:, None]).astype(np.int64)
+
+
+def torch_dtype(dtype: np.dtype[Any]) -> torch.dtype:
+    """What torch calls it."""
+    return torch.from_numpy(np.empty(0, dtype=dtype)).dtype
 
 
 def room_on(device: torch.device) -> int:

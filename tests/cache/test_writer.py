@@ -75,7 +75,7 @@ def test_a_writer_killed_in_the_middle_leaves_only_right_sequences(tmp_path: Pat
     assert_valid_hdf5(folder)
     marked = tiny_cache.marked_sequences(folder, truth)
     writes = 2 if dtype == "float16" else 3  # of a sequence: states, scales, checksum; then one mark each
-    assert len(marked) == (at - 1) // (writes + 1)
+    assert len(marked) <= (at - 1) // (writes + 1)
     cache = FeatureCache.open(folder)
     assert cache.ids == [truth.ids[i] for i in marked]
     for i in marked:
@@ -123,8 +123,9 @@ def test_a_sequence_is_marked_only_after_its_bytes_were_synced(
     folder = tmp_path / "cache"
     create_shards(folder, truth.header, truth.index, 60)
     assert len(tiny_cache.shards(folder)) > 1
-    at = {path.name: tiny_cache.byte_offset(path, "examples/complete") for path in tiny_cache.shards(folder)}
-    counts = {path.name: len(FeatureCache.open(folder).all_ids) for path in tiny_cache.shards(folder)}
+    mark_at = {path.name: tiny_cache.byte_offset(path, "examples/complete") for path in tiny_cache.shards(folder)}
+    checksum_at = {path.name: tiny_cache.byte_offset(path, "examples/xxh3") for path in tiny_cache.shards(folder)}
+    count = len(truth.ids)
     monkeypatch.setattr(writer_module, "SYNC_EVERY_S", sync_every_s)
     names: dict[int, str] = {}
     with CacheWriter(folder) as out:
@@ -136,17 +137,20 @@ def test_a_sequence_is_marked_only_after_its_bytes_were_synced(
         for batch in tiny_cache.batches(truth, out, (2, 0, 3, 1)):
             out.write(batch)
 
-    unsynced, marks = dict.fromkeys(at, False), 0
+    # A checksum is the last that is written of a sequence. While one thread syncs, another may write what comes next.
+    written: dict[str, set[int]] = {shard: set() for shard in mark_at}
+    synced: dict[str, set[int]] = {shard: set() for shard in mark_at}
+    marks = 0
     for name, descriptor, *rest in calls:
         shard = names[descriptor]
         if name != "pwrite":
-            unsynced[shard] = False
-        elif at[shard] <= rest[1] < at[shard] + counts[shard]:
+            synced[shard] |= written[shard]
+        elif mark_at[shard] <= rest[1] < mark_at[shard] + count:
             assert rest[0] == b"\x01"
-            assert not unsynced[shard], "marked before its bytes were on disk"
+            assert rest[1] - mark_at[shard] in synced[shard], "marked before its bytes were on disk"
             marks += 1
-        else:
-            unsynced[shard] = True
+        elif checksum_at[shard] <= rest[1] < checksum_at[shard] + 8 * count:
+            written[shard].add((rest[1] - checksum_at[shard]) // 8)
     assert marks == 4
     assert calls[-1][0] != "pwrite", "the marks themselves are synced too"
     assert tiny_cache.marked_sequences(folder, truth) == [0, 1, 2, 3]
@@ -160,18 +164,24 @@ def test_a_sync_that_failed_once_is_not_taken_back_by_one_that_works(
     folder = tmp_path / "cache"
     create_shards(folder, truth.header, truth.index, 2**30)
     monkeypatch.setattr(writer_module, "SYNC_EVERY_S", 0.0)
-    real, failed = os.fdatasync, threading.Event()
+    real, failing, go_on = os.fdatasync, threading.Event(), threading.Event()
 
     def fdatasync(descriptor: int) -> None:
-        if not failed.is_set():
-            failed.set()
+        if not failing.is_set():
+            failing.set()
+            assert go_on.wait(10)
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         real(descriptor)
 
     monkeypatch.setattr(os, "fdatasync", fdatasync)
     with pytest.raises(OSError, match="Input/output error"), CacheWriter(folder) as out:
-        (batch,) = tiny_cache.batches(truth, out, [0])
-        out.write(batch)
+        first, second = tiny_cache.batches(truth, out, [0, 1])
+        out.write(first)
+        assert failing.wait(10)
+        out.write(second)  # the sync that fails may lose this as well
+        while out._states.qsize() or not out._written.qsize():
+            time.sleep(0.001)
+        go_on.set()
     assert tiny_cache.marked_sequences(folder, truth) == []
 
 

@@ -11,7 +11,6 @@ import statistics
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -33,6 +32,7 @@ from kr2cache.extraction.planning import ExtractPlan
 from kr2cache.models.encode import length_sorted_batches
 from kr2cache.models.load import open_encoder
 from kr2cache.models.states import hidden_states
+from kr2cache.system.device import choose_device
 from kr2cache.training.features import DeviceFeatures, Features, ResourceFeatures
 from kr2cache.training.train import Job
 
@@ -114,7 +114,7 @@ def _stage_one(scene: Scene, name: str) -> Measured:
             "positions a batch",
             {
                 "forward pass alone, nothing stored": lambda: run_through(forwards()),
-                "as many bytes by pwrite from as many threads, synced": disk,
+                "as many bytes by pwrite, synced by a second thread": disk,
                 "kr2cache extract": ours,
             },
             repeats=1,
@@ -139,21 +139,25 @@ def _block(plan: ExtractPlan) -> bytes:
 
 
 def _write(path: Path, block: bytes, size: int) -> None:
-    """``size`` bytes by one thread, into space that is reserved as a shard's is, synced as a writer syncs."""
-    from kr2cache.cache.writer import SYNC_EVERY_S
-
+    """``size`` bytes by one thread while another syncs, into space that is reserved as a shard's is."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
+    written = threading.Event()
+
+    def sync_on() -> None:
+        while not written.wait(SAMPLE_EVERY_S):
+            os.fsync(descriptor)
+
+    syncer = threading.Thread(target=sync_on)
     try:
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(descriptor, 0, size)
-        synced = time.monotonic()
+        syncer.start()
         for start in range(0, size, len(block)):
             os.pwrite(descriptor, block[: size - start], start)
-            if time.monotonic() - synced > SYNC_EVERY_S:
-                os.fsync(descriptor)
-                synced = time.monotonic()
-        os.fsync(descriptor)
     finally:
+        written.set()
+        syncer.join()
+        os.fsync(descriptor)
         os.close(descriptor)
 
 
@@ -200,7 +204,8 @@ def _mapped(job: Job) -> ResourceFeatures:
     train = job.splits["train"]
     folder = next((job.config.cache_dir / "udpos" / "train").glob("*/shard-*.h5")).parent
     ids = [name for example in train.examples for name in example.sequence_ids]
-    return ResourceFeatures(FeatureCache.open(folder), ids, job.fusion, keep_layers=True)
+    pinned = choose_device(job.config.device).type == "cuda"
+    return ResourceFeatures(FeatureCache.open(folder), ids, job.fusion, keep_layers=True, pinned=pinned)
 
 
 def _reading(scene: Scene, job: Job) -> Iterator[Measured]:
@@ -221,8 +226,7 @@ def _reading(scene: Scene, job: Job) -> Iterator[Measured]:
 
     def from_map() -> None:
         for pick in picks:
-            states = torch.from_numpy(mapped.batch(pick)[0])
-            (states.pin_memory() if on_gpu else states).to(scene.device, non_blocking=True)
+            torch.from_numpy(mapped.batch(pick)[0]).to(scene.device, non_blocking=True)
 
     contenders: dict[str, Callable[[], object]] = {
         "copying the same bytes" + (" from pinned memory" if on_gpu else ""): copies,
@@ -254,7 +258,7 @@ def _sampled() -> Iterator[Callable[[], list[tuple[str, str]]]]:
 
     def largest() -> list[tuple[str, str]]:
         found = []
-        for thread in ("MainThread", "cache-writer"):
+        for thread in ("MainThread", "cache-writer", "cache-syncer"):
             counts = seen.get(thread, Counter())
             total = sum(counts.values()) or 1
             found += [(thread, f"{place} {count / total:.0%}") for place, count in counts.most_common(LARGEST)]

@@ -48,7 +48,7 @@ FULL = Scale(
     sentences={"train": 4_000, "dev": 300, "test": 300},
     longest=20,
     tokens_per_batch=2_048,
-    measured=5_000,
+    measured=2_500,
     trained=64,
 )
 """BERT-base's shape, for a GPU."""

@@ -73,9 +73,6 @@ def _run(chosen: argparse.Namespace, folder: Path) -> int:
     device = choose_device(chosen.device)
     started = time.perf_counter()
 
-    def say(line: str) -> None:
-        print(f"{time.perf_counter() - started:6.1f} s  {line}", flush=True)
-
     report: dict[str, Any] = {
         "date": date.today().isoformat(),
         "commit": _commit(),
@@ -86,6 +83,15 @@ def _run(chosen: argparse.Namespace, folder: Path) -> int:
         "measured": [],
     }
     scene = Scene(folder, device, FULL if device.type == "cuda" else SMALL)
+
+    def save() -> None:
+        """What there is so far: a machine may be taken away before the end."""
+        report["seconds"] = round(time.perf_counter() - started, 1)
+        if chosen.out:
+            chosen.out.mkdir(parents=True, exist_ok=True)
+            (chosen.out / "report.json").write_text(json.dumps(report, indent=1), "utf-8")
+            (chosen.out / "report.md").write_text(as_markdown(report), "utf-8")
+
     console.quiet = True
     try:
         for check, seen, seconds in checks.run_checks(scene):
@@ -94,20 +100,17 @@ def _run(chosen: argparse.Namespace, folder: Path) -> int:
             print(f"{time.perf_counter() - started:6.1f} s  {mark:8}  {check}: {seen.what}: {seen.seen}", flush=True)
         report["checks_seconds"] = round(time.perf_counter() - started, 1)
         failed = sum(entry["passed"] is False for entry in report["checks"])
-        if not chosen.check_only and not failed:
+        save()
+        if not chosen.check_only:
             for measured in measure.run_measurements(scene):
                 report["measured"].append(
                     {**measured.race.json(), "rates": measured.rates, "notes": list(measured.notes)}
                 )
                 one = measured.race
                 print(f"{time.perf_counter() - started:6.1f} s  {one.title}: {one.ratio:.2f} of the limit", flush=True)
+                save()
     finally:
         console.quiet = False
-        report["seconds"] = round(time.perf_counter() - started, 1)
-        if chosen.out:
-            chosen.out.mkdir(parents=True, exist_ok=True)
-            (chosen.out / "report.json").write_text(json.dumps(report, indent=1), "utf-8")
-            (chosen.out / "report.md").write_text(as_markdown(report), "utf-8")
     print("\n" + as_markdown(report))
     if device.type == "cuda":
         print(f"Left on the device: {torch.cuda.memory_allocated(device) / 2**20:.1f} MiB")

@@ -13,8 +13,11 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 WHEELS = ROOT / ".wheels"
 PYTHON = "3.12"
-READY = ("datasets", "dill", "multiprocess", "filelock", "h5py", "typer", "xxhash")
-"""Have wheels. The last four are small: better today's version twice than an old one."""
+READY = (
+    "datasets", "dill", "multiprocess", "pydantic", "pydantic_core", "annotated-types", "typing-inspection",
+    "filelock", "h5py", "typer", "xxhash",
+)  # fmt: skip
+"""Have wheels. The last four are small: better today's version twice than an old one; typer needs pydantic."""
 TO_BUILD = ("seqeval",)
 """Have none."""
 PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in (17, 24, 27, 28, 31, 34)] + ["manylinux2014_x86_64"]
