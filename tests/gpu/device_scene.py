@@ -45,7 +45,7 @@ FULL = Scale(
         "positions": 512,
     },
     reader_layers=3,
-    sentences={"train": 4_000, "dev": 300, "test": 300},
+    sentences={"train": 3_000, "dev": 300, "test": 100},
     longest=20,
     tokens_per_batch=2_048,
     measured=2_500,
