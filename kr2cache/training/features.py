@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from kr2cache.cache.format import offsets
 from kr2cache.cache.reader import FeatureCache
@@ -114,7 +115,8 @@ class ResourceFeatures:
 
     def _empty(self, shape: tuple[int, ...]) -> NDArray[np.floating]:
         dtype = self.cache.states_dtype
-        if not self.pinned:
+        # A worker process of a DataLoader must not touch the GPU; there the DataLoader itself pins what comes.
+        if not self.pinned or get_worker_info() is not None:
             return aligned_empty(shape, dtype)
         # torch keeps it for later batches once a GPU has read it. Fresh memory, to be copied to pinned memory after,
         # took four times as long.

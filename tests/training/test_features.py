@@ -12,6 +12,7 @@ import pytest
 import tiny
 import torch
 from numpy.typing import NDArray
+from torch.utils.data import DataLoader
 from world import read_only
 
 from kr2cache.cache.reader import FeatureCache
@@ -292,3 +293,17 @@ def test_their_bytes_are_counted(caches: dict[str, FeatureCache]) -> None:
 
 def test_a_cpu_has_its_states_in_the_page_cache() -> None:
     assert room_on(torch.device("cpu")) == 0
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true but no accelerator")
+def test_a_worker_process_does_not_pin(caches: dict[str, FeatureCache]) -> None:
+    """Pinning would start CUDA there, which a forked process cannot do; without a GPU it fails as well."""
+    cache = caches["float16"]
+    fusion = parse_fusion("fuse", MODEL_LAYERS)
+    pinned = ResourceFeatures(cache, cache.ids, fusion, keep_layers=True, pinned=True)
+    usual = ResourceFeatures(cache, cache.ids, fusion, keep_layers=True)
+    loader: DataLoader[Any] = DataLoader(
+        range(12), batch_size=4, num_workers=1, collate_fn=pinned.batch, multiprocessing_context="fork", pin_memory=True
+    )
+    for start, (states, _) in zip(range(0, 12, 4), loader, strict=True):
+        np.testing.assert_array_equal(states, usual.batch(range(start, start + 4))[0])
