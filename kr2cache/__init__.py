@@ -1,26 +1,49 @@
 """Run a frozen language model once, keep every layer of its hidden states, and train readers on them.
 
-What is named here is loaded when it is first used: ``FeatureCache`` needs h5py and NumPy, torch and transformers come
-with the stages that need them.
+Each public name is imported when it is first used (PEP 562): ``FeatureCache`` needs h5py and NumPy only, ``extract``,
+``train`` and ``Predictor`` need torch and transformers.
 """
 
-TYPE_CHECKING = False  # what typing calls so; importing typing is a third of this package's start
+from kr2cache.version import __version__
+
+TYPE_CHECKING = False  # type checkers know this name; importing typing would be a third of this package's import time
 if TYPE_CHECKING:
     from kr2cache.cache.reader import FeatureCache
+    from kr2cache.config import ExtractConfig, TrainConfig
     from kr2cache.errors import KR2CacheError
+    from kr2cache.experiment.pipeline import train
+    from kr2cache.extraction.extract import extract
+    from kr2cache.prediction.predict import Predictor
 
-__version__ = "0.1.0"
+__all__ = [
+    "ExtractConfig",
+    "FeatureCache",
+    "KR2CacheError",
+    "Predictor",
+    "TrainConfig",
+    "__version__",
+    "extract",
+    "train",
+]
 
-__all__ = ["FeatureCache", "KR2CacheError", "__version__"]
+_MODULES = {
+    "ExtractConfig": "config",
+    "FeatureCache": "cache.reader",
+    "KR2CacheError": "errors",
+    "Predictor": "prediction.predict",
+    "TrainConfig": "config",
+    "extract": "extraction.extract",
+    "train": "experiment.pipeline",
+}
 
 
 def __getattr__(name: str) -> object:
-    if name == "FeatureCache":
-        from kr2cache.cache.reader import FeatureCache
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
 
-        return FeatureCache
-    if name == "KR2CacheError":
-        from kr2cache.errors import KR2CacheError
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
 
-        return KR2CacheError
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 from importlinter import cli as import_linter
 
+import kr2cache
 from kr2cache.config import ExtractConfig
 from kr2cache.extraction.extract import extract
 from kr2cache.extraction.planning import plan_extraction
@@ -77,3 +79,29 @@ def test_modules_that_the_command_line_starts_with_are_light(module: str) -> Non
 def test_the_first_modules_import_next_to_nothing() -> None:
     """So that Ctrl-C is explained from early on."""
     assert not loaded_by("import kr2cache.cli") & (HEAVY | {"typer", "rich", "numpy", "h5py", "typing", "dataclasses"})
+
+
+def test_the_public_names_are_found_when_they_are_used() -> None:
+    wanted = {"ExtractConfig", "FeatureCache", "KR2CacheError", "Predictor", "TrainConfig", "extract", "train"}
+    assert set(kr2cache.__all__) == wanted | {"__version__"}
+    assert set(kr2cache.__all__) <= set(dir(kr2cache))
+    for name in wanted:
+        assert getattr(kr2cache, name).__name__ == name
+        assert importlib.util.find_spec(f"kr2cache.{name}") is None, "a module of that name would take its place"
+    with pytest.raises(AttributeError, match="no attribute 'Extract'"):
+        kr2cache.Extract  # noqa: B018
+    names = "ExtractConfig, FeatureCache, KR2CacheError, TrainConfig"
+    assert not loaded_by(f"from kr2cache import {names}") & HEAVY
+
+
+def test_the_command_line_calls_the_public_functions() -> None:
+    from kr2cache.experiment import pipeline
+
+    assert kr2cache.extract is extract
+    assert kr2cache.train is pipeline.train
+
+
+def test_importing_the_package_is_quick() -> None:
+    code = "import time; start = time.perf_counter(); import kr2cache; print(time.perf_counter() - start)"
+    times = [float(subprocess.check_output([sys.executable, "-c", code])) for _ in range(3)]
+    assert min(times) < 0.3

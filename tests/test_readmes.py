@@ -106,13 +106,19 @@ def test_python_in_the_readmes_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     """On a cache and a run that an earlier version wrote, under the names that the READMEs give them."""
     monkeypatch.chdir(unpack_old_world(tmp_path))
     (tmp_path / "res").symlink_to("models/res")  # where the run's resource is looked for without kr2cache.toml
+    (tmp_path / "models" / "gottbert-base").symlink_to("res")
+    (tmp_path / "models" / "xlm-roberta-base").symlink_to("reader")
+    (tmp_path / "corpus" / "de").symlink_to(".")
     ran: dict[str, dict[str, Any]] = {}
     for page in PAGES:
         for block in blocks(page, "python"):
             code = RUN.sub(OLD_RUN, CACHE.sub(OLD_CACHE, block))
             names: dict[str, Any] = {"__name__": "readme"}
             exec(compile(code, name_of(page), "exec"), names)
-            ran[name_of(page)] = names
+            ran.setdefault(name_of(page), {}).update(names)
+    both_stages = ran["README.md"]
+    assert both_stages["made"].cache.is_relative_to(".kr2cache/udpos-de/train")
+    assert len(both_stages["result"].runs) == 2
     reading = ran["kr2cache/cache/README.md"]
     layers, tokens, width = reading["states"].shape
     assert (layers, width) == (len(reading["cache"].layers), reading["cache"].width)

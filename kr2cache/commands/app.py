@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 
-from kr2cache import __version__
 from kr2cache.commands import cache
 from kr2cache.commands.extract import extract_cli
 from kr2cache.commands.listing import bench_cli, demo_cli, models_cli, tasks_cli
@@ -14,6 +13,7 @@ from kr2cache.commands.options import App
 from kr2cache.commands.predict import predict_cli
 from kr2cache.commands.sweep import report_cli, sweep_cli
 from kr2cache.commands.train import train_cli
+from kr2cache.version import __version__
 
 app = App(
     name="kr2cache",

@@ -25,6 +25,7 @@ from kr2cache.cache.format import ShardHeader
 from kr2cache.cache.reader import FeatureCache
 from kr2cache.cache.shard import headers_left
 from kr2cache.cache.writer import CacheWriter
+from kr2cache.config import ExtractConfig
 from kr2cache.errors import (
     CacheError,
     CacheVersionError,
@@ -35,7 +36,7 @@ from kr2cache.errors import (
 )
 from kr2cache.extraction import budget
 from kr2cache.extraction.packing import Packer
-from kr2cache.extraction.planning import ExtractPlan, check_disk
+from kr2cache.extraction.planning import ExtractPlan, check_disk, plan_extraction
 from kr2cache.models.digests import config_digest, weights_digest
 from kr2cache.models.encode import length_sorted_batches
 from kr2cache.models.forward import cheaper_forward
@@ -87,9 +88,12 @@ class ExtractResult:
 
 
 @process_unchanged()
-def extract(plan: ExtractPlan) -> ExtractResult:
+def extract(settings: ExtractConfig | ExtractPlan) -> ExtractResult:
     """Make the cache, or find it finished, or go on with an interrupted or damaged one. What other caches of the same
     split hold, computed alike, is taken over from them.
+
+    Args:
+        settings: The settings, or the plan that ``plan_extraction`` made of them, if the caller has it already.
 
     Raises:
         DiskSpaceError: Before the model is loaded, if the disk cannot hold the cache.
@@ -98,6 +102,7 @@ def extract(plan: ExtractPlan) -> ExtractResult:
         ValueRangeError: For a state that the stored dtype cannot hold; what is complete is kept.
     """
     started = time.monotonic()
+    plan = settings if isinstance(settings, ExtractPlan) else plan_extraction(settings)
     check_disk(plan)
     with waiting(f"Loading {plan.spec.name}"):
         encoder, dropped = open_encoder(plan.spec)

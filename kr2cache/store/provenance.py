@@ -24,11 +24,11 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from kr2cache import __version__
 from kr2cache.cache.format import SequenceIndex, canonical_json
 from kr2cache.cache.reader import FeatureCache
 from kr2cache.errors import CacheError, ConfigError
 from kr2cache.fusion import parse_fusion
+from kr2cache.version import __version__
 
 
 @dataclass(frozen=True, kw_only=True)
