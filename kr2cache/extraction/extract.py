@@ -44,7 +44,7 @@ from kr2cache.models.load import describe_dropped, not_finite, open_encoder
 from kr2cache.models.repeatable import check_repeatable
 from kr2cache.models.states import hidden_states, padding_is_harmless
 from kr2cache.store import provenance
-from kr2cache.store.derive import find_donors, in_ranges, ranges
+from kr2cache.store.takeover import as_mask, as_ranges, find_donors
 from kr2cache.system.allocator import return_free_memory
 from kr2cache.system.console import bytes_text, count_text, done, note, seconds_text, waiting, work_progress
 from kr2cache.system.device import (
@@ -208,7 +208,7 @@ def _new_header(
     if not covered.any():
         return header
     # Which sequences the model runs on is part of the plan: going on after a stop has to form the same batches.
-    return replace(header, batch_plan={**batch_plan, "computed": ranges(~covered)})
+    return replace(header, batch_plan={**batch_plan, "computed": as_ranges(~covered)})
 
 
 def fill(plan: ExtractPlan, encoder: PreTrainedModel, folder: Path, header: ShardHeader) -> tuple[int, int]:
@@ -224,7 +224,7 @@ def fill(plan: ExtractPlan, encoder: PreTrainedModel, folder: Path, header: Shar
         stale.unlink()
     for path in create_shards(folder, header, plan.index, int(header.batch_plan["shard_bytes"])):
         note(f"{path.name} was damaged: it is made again from what is left of it.")
-    planned = in_ranges(header.batch_plan.get("computed"), len(plan.index))
+    planned = as_mask(header.batch_plan.get("computed"), len(plan.index))
     taken = 0
     if not planned.all() and not FeatureCache.open(folder).complete[~planned].all():
         taken = find_donors(plan.config.cache_dir, folder, header, plan.index).fill(folder, header, ~planned)

@@ -1,48 +1,36 @@
-"""Caches made from caches, without the model: slices, stored fusions, and what a new cache takes over from older ones.
-
-Everything read from a cache here is compared with its checksum first: damage does not spread.
-"""
+"""Make a cache from another cache, without the model: a slice, or a stored fusion."""
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
 
 from kr2cache.cache.create import create_shards
-from kr2cache.cache.format import DTYPES, ON_DISK, SequenceIndex, ShardHeader, encode, offsets, row_bytes
+from kr2cache.cache.format import DTYPES, ON_DISK, SequenceIndex, ShardHeader, row_bytes
 from kr2cache.cache.reader import FeatureCache
-from kr2cache.cache.writer import CacheWriter, PackedStates
-from kr2cache.errors import CacheError, ConfigError, DiskSpaceError, InterruptedWorkError, unknown_name
+from kr2cache.errors import CacheError, ConfigError, DiskSpaceError, unknown_name
 from kr2cache.fusion import Fusion, parse_fusion, parse_layers
 from kr2cache.store import provenance
-from kr2cache.system.console import bytes_text, work_progress
+from kr2cache.store.copying import states_as_stored, write_states
+from kr2cache.system.console import bytes_text
 from kr2cache.system.disk import free_bytes
-from kr2cache.system.interrupt import interrupt_between_batches
 from kr2cache.system.locks import check_writable, only_writer
-
-Stored = tuple[NDArray[Any], NDArray[np.float32] | None]
-"""Values (rows, D) and, for int8, scales (rows,), as on disk."""
-
-
-# Slices and fusions ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
 class DerivePlan:
-    """A cache to be made of another one, and what it will take."""
+    """A cache to make from another cache."""
 
     source: FeatureCache
     positions: NDArray[np.int64]
-    """Of the source's sequences, in order."""
+    """(n,) which sequences of the source it holds, in order."""
     fusion: Fusion | None
     index: SequenceIndex
     header: ShardHeader
@@ -56,7 +44,7 @@ class DerivePlan:
 
 @dataclass(frozen=True, kw_only=True)
 class DeriveResult:
-    """What was made."""
+    """The cache that was made."""
 
     cache: Path
     sequences: int
@@ -64,7 +52,7 @@ class DeriveResult:
     source_bytes: int
     seconds: float
     made: bool
-    """False where it was there already."""
+    """False if the cache was complete before."""
 
     def json(self) -> dict[str, Any]:
         return {**asdict(self), "cache": str(self.cache)}
@@ -79,23 +67,24 @@ def plan_slice(
     ids: Iterable[str] | None = None,
     cache_dir: Path | None = None,
 ) -> DerivePlan:
-    """A smaller cache of fewer layers, fewer sequences, or a smaller dtype.
+    """Plan a smaller cache: fewer layers, fewer sequences, or a smaller dtype.
 
     Args:
-        layers: As ``--layers``; None for those of the source.
-        dtype: None for the source's.
-        limit: Only the first so many sequences.
-        ids: Only these: ids of sequences, or of examples (``ID`` stands for ``ID#0``, ``ID#1``, ...).
-        cache_dir: Where it goes; None for the cache folder that the source lies in.
+        source: The cache to copy from.
+        layers: As ``--layers``; None keeps the layers of the source.
+        dtype: None keeps the dtype of the source.
+        limit: Keep only the first sequences, this many.
+        ids: Keep only these sequences or examples (``ID`` stands for ``ID#0``, ``ID#1``, ...).
+        cache_dir: Where the new cache goes; None for the cache directory of the source.
 
     Raises:
-        CacheError: If the source is not complete, or does not say what it was made from.
-        ConfigError: For layers or ids that the source does not hold, a dtype that cannot come from the source's, or no
-            ``cache_dir`` for a source that lies in none.
+        CacheError: If the source is not complete, or does not record what it was made from.
+        ConfigError: If the source does not hold these layers or ids, its dtype cannot become ``dtype``, or
+            ``cache_dir`` is None and the source is in no cache directory.
     """
     wanted = source.layers if layers is None else parse_layers(layers, source.model_layers)
     if source.fusion is not None and layers is not None:
-        raise ConfigError(f"{source.folder} holds one fusion, no layers to choose from.", "Leave --layers out.")
+        raise ConfigError(f"{source.folder} holds one fusion, no layers to choose from.", "Omit --layers.")
     missing = sorted(set(wanted) - set(source.layers))
     if missing:
         raise ConfigError(
@@ -107,7 +96,8 @@ def plan_slice(
     positions = _positions(source, limit, ids)
     if wanted == source.layers and target == source.dtype and len(positions) == len(source.n_tokens):
         raise ConfigError(
-            f"That is {source.folder} as it is.", "Give --layers, --dtype, --limit or --ids to leave something out."
+            f"This slice would be {source.folder} as it is.",
+            "Give --layers, --dtype, --limit or --ids to make it smaller.",
         )
     return _plan(source, positions, wanted, target, None, cache_dir)
 
@@ -115,15 +105,21 @@ def plan_slice(
 def plan_fusion(
     source: FeatureCache, fusion_name: str, *, dtype: str | None = None, cache_dir: Path | None = None
 ) -> DerivePlan:
-    """A cache that holds one fixed fusion alone: 1 / (L+1) of the bytes.
+    """Plan a cache that holds only one fixed fusion: with all L+1 layers, 1 / (L+1) of the bytes.
+
+    Args:
+        source: The cache that holds the layers.
+        fusion_name: ``all`` or ``lastN``.
+        dtype: None keeps the dtype of the source.
+        cache_dir: Where the new cache goes; None for the cache directory of the source.
 
     Raises:
-        ConfigError: For a fusion that has trainable weights or one layer, layers that the source does not hold, or no
-            ``cache_dir`` for a source that lies in none.
+        ConfigError: If the fusion has trainable weights or only one layer, the source does not hold its layers, or
+            ``cache_dir`` is None and the source is in no cache directory.
         CacheError: If the source is not complete.
     """
     if source.fusion is not None:
-        raise ConfigError(f"{source.folder} holds a fusion already.", "Give the cache it was made from.")
+        raise ConfigError(f"{source.folder} holds a fusion already.", "Give the cache that it was made from.")
     fusion = parse_fusion(fusion_name, source.model_layers)
     if fusion.trainable:
         raise ConfigError(
@@ -131,8 +127,8 @@ def plan_fusion(
         )
     if len(fusion.layers) == 1:
         raise ConfigError(
-            f"Fusion {fusion_name!r} is one layer: nothing is averaged.",
-            f"kr2cache cache slice {source.folder} --layers {fusion.layers[0]}  stores it alone.",
+            f"Fusion {fusion_name!r} is one layer: there is nothing to average.",
+            f"kr2cache cache slice {source.folder} --layers {fusion.layers[0]}  stores only this layer.",
         )
     missing = sorted(set(fusion.layers) - set(source.layers))
     if missing:
@@ -141,7 +137,7 @@ def plan_fusion(
             "Extract again with --layers all.",
         )
     positions = _positions(source, None, None)
-    # The one stored layer bears the number of the last that takes part; ``fusion`` says what it is.
+    # The stored layer has the number of the last averaged layer; ``fusion`` in its header says what it is.
     return _plan(source, positions, fusion.layers[-1:], _dtype(source, dtype), fusion, cache_dir)
 
 
@@ -152,7 +148,7 @@ def _dtype(source: FeatureCache, dtype: str | None) -> str:
         raise unknown_name("dtype", dtype, DTYPES)
     if source.dtype == "int8" or ON_DISK[dtype].itemsize > ON_DISK[source.dtype].itemsize:
         raise ConfigError(
-            f"{source.folder} is {source.dtype}: what it rounded away does not come back as {dtype}.",
+            f"{source.folder} is {source.dtype}: {dtype} cannot restore what it rounded away.",
             f"Extract again with --dtype {dtype}.",
         )
     return dtype
@@ -160,7 +156,7 @@ def _dtype(source: FeatureCache, dtype: str | None) -> str:
 
 def _positions(source: FeatureCache, limit: int | None, ids: Iterable[str] | None) -> NDArray[np.int64]:
     if limit is not None and limit < 1:
-        raise ConfigError(f"--limit {limit} leaves nothing.", "Give 1 or more.")
+        raise ConfigError(f"--limit {limit} keeps no sequence.", "Give 1 or more.")
     if ids is None:
         positions = np.arange(len(source.n_tokens))
     else:
@@ -174,18 +170,18 @@ def _positions(source: FeatureCache, limit: int | None, ids: Iterable[str] | Non
         if unknown:
             raise ConfigError(
                 f"{source.folder} holds no {unknown[0]!r}"
-                + (f", nor {len(unknown) - 1} more." if unknown[1:] else "."),
-                f"Its ids are like {source.all_ids[0]!r}.",
+                + (f", and {len(unknown) - 1} more ids are missing." if unknown[1:] else "."),
+                f"Its ids look like {source.all_ids[0]!r}.",
             )
         positions = np.unique([position for name in ids for position in by_example[name]])
     positions = positions[:limit].astype(np.int64)
     if not len(positions):
-        raise ConfigError("No id was given.", "Give the file of --ids one id a line.")
+        raise ConfigError("The list of ids is empty.", "Write one id per line into the file of --ids.")
     unfinished = int((~source.complete[positions]).sum())
     if unfinished:
         raise CacheError(
             f"{unfinished:,} of the {len(positions):,} sequences in {source.folder} are not complete.",
-            "Run the kr2cache extract that made it again: it goes on where it stopped.",
+            "Run the same kr2cache extract again: it continues where it stopped.",
         )
     return positions
 
@@ -214,8 +210,9 @@ def _plan(
     where = cache_dir or provenance.cache_dir_of(source.folder, before)
     if where is None:
         raise ConfigError(
-            f"Where to? {source.folder} does not lie in a cache folder, as {before.task}/{before.split}/NAME.",
-            "Give --cache-dir: the folder that the new cache goes into.",
+            f"{source.folder} is not in a cache directory (CACHE_DIR/{before.task}/{before.split}/NAME), so there is "
+            "no place for the new cache.",
+            "Give --cache-dir: the new cache goes there.",
         )
     return DerivePlan(
         source=source,
@@ -229,7 +226,7 @@ def _plan(
             width=source.width,
             fingerprint=digest,
             provenance={"chosen": asdict(chosen), "found": asdict(found), "recorded": recorded},
-            # Nothing of it was planned for the model.
+            # The model runs for no sequence of it.
             batch_plan={**source.batch_plan, "computed": []},
             fusion=stored_fusion,
         ),
@@ -239,42 +236,45 @@ def _plan(
 
 
 def derive(plan: DerivePlan) -> DeriveResult:
-    """Make the planned cache, find it finished, or go on with it.
+    """Make the planned cache, or complete it if it was begun before.
 
     Raises:
-        DiskSpaceError: If the disk cannot hold it; before anything is written.
-        ValueRangeError: For a state that the new dtype cannot hold, or that is not finite in the source.
+        DiskSpaceError: Before writing, if the disk cannot hold the cache.
+        ValueRangeError: If the new dtype cannot hold a state, or a state of the source is not finite.
         CacheError: If a sequence of the source is damaged.
     """
     started = time.monotonic()
     check_writable(plan.folder.parent, "--cache-dir")
     with only_writer(plan.folder):
-        there = any(plan.folder.glob("*.h5"))
-        if not there and plan.state_bytes > free_bytes(plan.cache_dir):
+        begun = any(plan.folder.glob("*.h5"))
+        if not begun and plan.state_bytes > free_bytes(plan.cache_dir):
             raise DiskSpaceError(
                 f"The states take {bytes_text(plan.state_bytes)}, but {plan.cache_dir} has "
                 f"{bytes_text(free_bytes(plan.cache_dir))} free.",
-                "Make room, or give another --cache-dir.",
+                "Free some space, or give another --cache-dir.",
             )
         create_shards(plan.folder, plan.header, plan.index, int(plan.header.batch_plan["shard_bytes"]))
-        todo = np.flatnonzero(~FeatureCache.open(plan.folder).complete).tolist()
-        stored = ((i, _stored_as(plan.header, plan.fusion, [(plan.source, int(plan.positions[i]))])) for i in todo)
-        _write(plan.folder, stored, len(todo), f"from {plan.source.folder.name}")
+        missing = np.flatnonzero(~FeatureCache.open(plan.folder).complete)
+        _copy(plan.folder, plan.header, plan.fusion, plan.source, missing, plan.positions[missing])
     return DeriveResult(
         cache=plan.folder,
         sequences=len(plan.index),
         bytes=sum(path.stat().st_size for path in plan.folder.glob("*.h5")),
         source_bytes=plan.source.stored_bytes,
         seconds=time.monotonic() - started,
-        made=bool(len(todo)),
+        made=bool(len(missing)),
     )
 
 
 def source_of(folder: Path, header: ShardHeader) -> FeatureCache:
-    """The cache that a derived one was made from.
+    """The cache that a derived cache was made from.
+
+    Args:
+        folder: The derived cache.
+        header: Its header.
 
     Raises:
-        CacheError: If it is not there any more.
+        CacheError: If the source no longer exists.
     """
     chosen = provenance.chosen_of(header.provenance, folder)
     origin = header.provenance.get("recorded", {}).get("derived_from")
@@ -283,37 +283,52 @@ def source_of(folder: Path, header: ShardHeader) -> FeatureCache:
     source = next((cache for cache in caches if cache.fingerprint == origin), None)
     if source is None:
         raise CacheError(
-            f"{folder} was made from another cache (fingerprint {str(origin)[:8]}), which is not there any more.",
-            "Make that one again with kr2cache extract, or remove this one.",
+            f"{folder} was made from another cache (fingerprint {str(origin)[:8]}), which no longer exists.",
+            f"Make the other cache again with kr2cache extract, or remove {folder.name}.",
         )
     return source
 
 
 def refill(folder: Path, header: ShardHeader, source: FeatureCache) -> int:
-    """Make damaged shards and incomplete sequences of a derived cache again from its source; returns how many.
+    """Make damaged shards and incomplete sequences of a derived cache again from its source.
 
-    The caller holds its lock.
+    The caller holds the lock of the cache.
+
+    Returns:
+        How many sequences were copied.
 
     Raises:
-        CacheError: If the source is damaged itself, or which of its sequences were taken is not known any more.
-        ValueRangeError: For a state that is not finite.
+        CacheError: If the source is damaged too, or nothing records which of its sequences the cache held.
+        ValueRangeError: If a state is not finite.
     """
     create_shards(folder, header, _derived_index(folder, header, source), int(header.batch_plan["shard_bytes"]))
     cache = FeatureCache.open(folder)
-    todo = np.flatnonzero(~cache.complete)
-    places = source.positions(cache.all_ids[i] for i in todo.tolist())
+    missing = np.flatnonzero(~cache.complete)
+    positions = source.positions(cache.all_ids[i] for i in missing.tolist())
     fusion = None
     if header.fusion is not None and source.fusion is None:
         fusion = Fusion(name="stored", layers=tuple(header.fusion["layers"]), trainable=False)
+    return _copy(folder, header, fusion, source, missing, positions)
+
+
+def _copy(
+    folder: Path,
+    header: ShardHeader,
+    fusion: Fusion | None,
+    source: FeatureCache,
+    sequences: NDArray[np.intp],
+    positions: NDArray[np.int64],
+) -> int:
+    """Write ``sequences`` of the derived cache in ``folder`` from ``positions`` of its source, both (k,)."""
     stored = (
-        (i, _stored_as(header, fusion, [(source, place)]))
-        for i, place in zip(todo.tolist(), places.tolist(), strict=True)
+        (i, states_as_stored(header, fusion, [(source, position)]))
+        for i, position in zip(sequences.tolist(), positions.tolist(), strict=True)
     )
-    return _write(folder, stored, len(todo), f"from {source.folder.name}")
+    return write_states(folder, stored, len(sequences), f"from {source.folder.name}")
 
 
 def _derived_index(folder: Path, header: ShardHeader, source: FeatureCache) -> SequenceIndex:
-    """The index of a derived cache: its own if it is sound, else the first sequences of its source if it was them."""
+    """The index of a derived cache: its own if it is sound, else the first sequences of the source if they match."""
     made = provenance.found_of(header.provenance, folder)
     candidates = []
     with contextlib.suppress(CacheError):
@@ -324,160 +339,6 @@ def _derived_index(folder: Path, header: ShardHeader, source: FeatureCache) -> S
         if (provenance.texts_digest(index), provenance.tokens_digest(index)) == (made.texts, made.tokens):
             return index
     raise CacheError(
-        f"The index of {folder} is damaged, and which sequences of {source.folder.name} it held is not known any more.",
+        f"The index of {folder} is damaged, and nothing records which sequences of {source.folder.name} it held.",
         f"Make it again: kr2cache cache remove {folder}, then slice or fuse.",
     )
-
-
-# Taking over ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Donors:
-    """Older caches that hold states which a new cache needs: same weights, same tokens, same dtypes."""
-
-    caches: list[FeatureCache]
-    positions: list[NDArray[np.int64]]
-    """For each cache, (n,): where it holds each sequence of the new one, -1 where it does not."""
-    covered: NDArray[np.bool_]
-    """(n,) whether all its layers are somewhere."""
-
-    def fill(self, folder: Path, header: ShardHeader, wanted: NDArray[np.bool_]) -> int:
-        """Copy what is wanted and not complete yet; returns how many sequences.
-
-        Damaged sequences are left out: the model runs for them.
-        """
-        todo = np.flatnonzero(wanted & self.covered & ~FeatureCache.open(folder).complete).tolist()
-
-        def stored() -> Iterator[tuple[int, Stored]]:
-            for i in todo:
-                held = [(c, int(p[i])) for c, p in zip(self.caches, self.positions, strict=True) if p[i] >= 0]
-                with contextlib.suppress(CacheError):
-                    yield i, _stored_as(header, None, held)
-
-        return _write(folder, stored(), len(todo), "taken over")
-
-
-def find_donors(cache_dir: Path, folder: Path, header: ShardHeader, index: SequenceIndex) -> Donors:
-    """The caches of the same task and split that hold sequences of ``index`` computed alike.
-
-    A sequence's states depend on weights, configuration, token ids and segments (which follow from text and template)
-    and on the dtypes: where these are equal, its id, the maximal length and the rest of the corpus may differ.
-
-    Args:
-        folder: The new cache's own, which is left out.
-    """
-    chosen, made = header.provenance["chosen"], header.provenance["found"]
-    layers = np.array(header.layers)
-    covered = np.zeros((len(index), len(layers)), dtype=bool)
-    donors = Donors([], [], np.zeros(len(index), dtype=bool))
-    keys: list[bytes] | None = None
-    candidates = [
-        cache
-        for cache in provenance.caches_of(cache_dir, chosen["task"], chosen["split"])
-        if cache.folder.resolve() != folder.resolve() and cache.fusion is None and not provenance.rounded_again(cache)
-    ]
-    for cache in sorted(candidates, key=lambda cache: -len(cache.layers)):
-        theirs, was = cache.provenance["found"], cache.provenance["chosen"]
-        same = all(made[name] == theirs.get(name) for name in ("weights", "config", "template", "segments"))
-        if not same or any(chosen[name] != was[name] for name in ("dtype", "compute_dtype")):
-            continue
-        if cache.width != header.width or cache.model_layers != header.model_layers:
-            continue
-        holds = np.isin(layers, cache.layers)
-        if not holds.any() or covered[:, holds].all():
-            continue
-        keys = keys or _keys(index, bool(made["segments"]))
-        where = {
-            key: position
-            for position, key in enumerate(_keys(cache.tokens(), bool(made["segments"])))
-            if cache.complete[position]
-        }
-        positions = np.array([where.get(key, -1) for key in keys], dtype=np.int64)
-        covered[np.ix_(positions >= 0, holds)] = True
-        donors.caches.append(cache)
-        donors.positions.append(positions)
-    return Donors(donors.caches, donors.positions, np.asarray(covered.all(axis=1)))
-
-
-def _keys(index: SequenceIndex, segments: bool) -> list[bytes]:
-    """What decides the states of each sequence, beside the model."""
-    first = index.first_token.tolist()
-    tokens = np.ascontiguousarray(index.input_id)
-    texts = index.text_xxh3.tolist()
-    keys = []
-    for i, (start, stop) in enumerate(itertools.pairwise(first)):
-        key = xxhash.xxh3_128_digest(tokens[start:stop].data)
-        keys.append(key + texts[i].to_bytes(8, "little") if segments else key)
-    return keys
-
-
-# Both -----------------------------------------------------------------------------------------------------------------
-
-
-def _write(folder: Path, sequences: Iterable[tuple[int, Stored]], count: int, what: str) -> int:
-    """Write ``sequences`` (position, states as they are stored), about ``count``; returns how many they were."""
-    if not count:
-        return 0
-    written = 0
-    with work_progress("sequences") as progress:
-        bar = progress.add_task(f"{folder.name} {what}", total=count, note="")
-        try:
-            with interrupt_between_batches() as check_interrupt, CacheWriter(folder) as writer:
-                firsts = offsets(np.array([len(shard.ids) for shard in writer.shards]))
-                for i, (raw, scale) in sequences:
-                    number = int(np.searchsorted(firsts, i, side="right")) - 1
-                    writer.write(PackedStates(number, [i - int(firsts[number])], raw, scale))
-                    check_interrupt()
-                    written += 1
-                    progress.update(bar, advance=1, note=f"{bytes_text(writer.bytes_written)} written")
-            progress.update(bar, note=f"{bytes_text(writer.bytes_written)} written")
-        except KeyboardInterrupt:
-            raise InterruptedWorkError(
-                f"Interrupted. What is complete is kept in {folder}.",
-                "Run the same command again: it goes on where it stopped.",
-            ) from None
-    return written
-
-
-def _stored_as(header: ShardHeader, fusion: Fusion | None, held: list[tuple[FeatureCache, int]]) -> Stored:
-    """One sequence as a cache of ``header`` stores it, each layer from the first cache that holds it.
-
-    Raises:
-        CacheError: If it is damaged there.
-    """
-    for cache, position in held:
-        cache.check(position)
-    cache, position = held[0]
-    if fusion is not None:
-        return encode(fusion.apply(cache.states(position, fusion.layers)), header.dtype)
-    if header.dtype != cache.dtype:
-        layers = None if cache.fusion is not None else header.layers
-        return encode(cache.states(position, layers).reshape(-1, header.width), header.dtype)
-    if cache.layers == header.layers:
-        return cache.stored(position)
-    parts = []
-    for layer in header.layers:
-        owner, place = next((c, p) for c, p in held if layer in c.layers)
-        raw, scale = owner.stored(place)
-        T, at = int(owner.n_tokens[place]), owner.layers.index(layer)
-        rows = slice(at * T, (at + 1) * T)
-        parts.append((raw[rows], None if scale is None else scale[rows]))
-    scales = [scale for _, scale in parts if scale is not None]
-    return np.concatenate([raw for raw, _ in parts]), np.concatenate(scales) if scales else None
-
-
-def ranges(mask: NDArray[np.bool_]) -> list[list[int]]:
-    """``[[start, stop], ...]`` of the True in ``mask``: as a batch plan stores it."""
-    edges = np.flatnonzero(np.diff(np.concatenate([[False], mask, [False]]).astype(np.int8)))
-    return [[int(start), int(stop)] for start, stop in zip(edges[::2], edges[1::2], strict=True)]
-
-
-def in_ranges(stored: Sequence[Sequence[int]] | None, count: int) -> NDArray[np.bool_]:
-    """The reverse; everything where a batch plan says nothing."""
-    if stored is None:
-        return np.ones(count, dtype=bool)
-    mask = np.zeros(count, dtype=bool)
-    for start, stop in stored:
-        mask[start:stop] = True
-    return mask

@@ -895,7 +895,7 @@ def test_a_derived_cache_whose_source_is_gone(place: World, derived: tuple[Path,
         assert is_whole(folder)
         assert ran == [(0,)]
         return
-    with pytest.raises(CacheError, match=r"was made from another cache .* which is not there any more") as caught:
+    with pytest.raises(CacheError, match=r"was made from another cache .* which no longer exists") as caught:
         mend(folder, place)
     assert "kr2cache extract" in caught.value.remedy
     found = check_cache(folder)

@@ -45,7 +45,7 @@ from kr2cache.cache.reader import FeatureCache
 from kr2cache.config import ExtractConfig
 from kr2cache.errors import CacheError
 from kr2cache.extraction import extract, planning
-from kr2cache.store import derive
+from kr2cache.store import takeover
 from kr2cache.system.console import console
 from kr2cache.tasks import Example
 
@@ -206,7 +206,7 @@ def tell_phases(now: mmap.mmap) -> None:
         setattr(owner, name, told)
 
     during(extract, "create_shards", Phase.SHARDS, Phase.AGAIN)
-    during(derive.Donors, "fill", Phase.TAKING, Phase.AGAIN)
+    during(takeover.Donors, "fill", Phase.TAKING, Phase.AGAIN)
     during(extract, "_compute", Phase.WRITING, Phase.END)
 
 

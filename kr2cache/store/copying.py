@@ -1,0 +1,95 @@
+"""Write the states of one cache into another: a slice, a stored fusion, or sequences that a new cache takes over.
+
+Each sequence is compared with its checksum before it is copied, so damage does not spread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kr2cache.cache.format import ShardHeader, encode, offsets
+from kr2cache.cache.reader import FeatureCache
+from kr2cache.cache.writer import CacheWriter, PackedStates
+from kr2cache.errors import InterruptedWorkError
+from kr2cache.fusion import Fusion
+from kr2cache.system.console import bytes_text, work_progress
+from kr2cache.system.interrupt import interrupt_between_batches
+
+Stored = tuple[NDArray[Any], NDArray[np.float32] | None]
+"""Values (rows, D) as on disk, and for int8 the scales (rows,)."""
+
+
+def states_as_stored(header: ShardHeader, fusion: Fusion | None, sources: list[tuple[FeatureCache, int]]) -> Stored:
+    """One sequence as a cache with ``header`` stores it.
+
+    Args:
+        header: The header of the cache that is written.
+        fusion: Averages the layers first; None copies them.
+        sources: Caches that hold the sequence, and its position in each. Every layer comes from the first cache that
+            holds it.
+
+    Raises:
+        CacheError: If the sequence is damaged in one of the caches.
+    """
+    for cache, position in sources:
+        cache.check(position)
+    cache, position = sources[0]
+    if fusion is not None:
+        return encode(fusion.apply(cache.states(position, fusion.layers)), header.dtype)
+    if header.dtype != cache.dtype:
+        layers = None if cache.fusion is not None else header.layers
+        return encode(cache.states(position, layers).reshape(-1, header.width), header.dtype)
+    if cache.layers == header.layers:
+        return cache.stored(position)
+    parts = []
+    for layer in header.layers:
+        source, place = next((c, p) for c, p in sources if layer in c.layers)
+        raw, scale = source.stored(place)
+        T, number = int(source.n_tokens[place]), source.layers.index(layer)
+        rows = slice(number * T, (number + 1) * T)
+        parts.append((raw[rows], None if scale is None else scale[rows]))
+    scales = [scale for _, scale in parts if scale is not None]
+    return np.concatenate([raw for raw, _ in parts]), np.concatenate(scales) if scales else None
+
+
+def write_states(folder: Path, sequences: Iterable[tuple[int, Stored]], count: int, origin: str) -> int:
+    """Write sequences into the shards in ``folder``.
+
+    Args:
+        folder: Where the shards are.
+        sequences: (position in the cache, states as stored).
+        count: How many sequences to expect; the progress bar shows it.
+        origin: Where they come from, in words, for the progress bar.
+
+    Returns:
+        How many sequences were written.
+
+    Raises:
+        InterruptedWorkError: On Ctrl-C; complete sequences are kept.
+    """
+    if not count:
+        return 0
+    written = 0
+    with work_progress("sequences") as progress:
+        bar = progress.add_task(f"{folder.name} {origin}", total=count, note="")
+        try:
+            with interrupt_between_batches() as check_interrupt, CacheWriter(folder) as writer:
+                firsts = offsets(np.array([len(shard.ids) for shard in writer.shards]))
+                for i, (raw, scale) in sequences:
+                    number = int(np.searchsorted(firsts, i, side="right")) - 1
+                    writer.write(PackedStates(number, [i - int(firsts[number])], raw, scale))
+                    check_interrupt()
+                    written += 1
+                    progress.update(bar, advance=1, note=f"{bytes_text(writer.bytes_written)} written")
+            progress.update(bar, note=f"{bytes_text(writer.bytes_written)} written")
+        except KeyboardInterrupt:
+            raise InterruptedWorkError(
+                f"Interrupted. Complete sequences are kept in {folder}.",
+                "Run the same command again to continue.",
+            ) from None
+    return written

@@ -1,0 +1,132 @@
+"""Find states that older caches already hold, so that a new cache copies them and the model does not run for them."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from kr2cache.cache.format import SequenceIndex, ShardHeader
+from kr2cache.cache.reader import FeatureCache
+from kr2cache.errors import CacheError
+from kr2cache.store import provenance
+from kr2cache.store.copying import Stored, states_as_stored, write_states
+
+
+@dataclass(frozen=True)
+class Donors:
+    """Older caches that hold states of a new cache: same weights, same tokens, same dtypes."""
+
+    caches: list[FeatureCache]
+    positions: list[NDArray[np.int64]]
+    """For each cache, (n,): its position of each sequence of the new cache, or -1."""
+    covered: NDArray[np.bool_]
+    """(n,) whether the donors hold all layers of the sequence."""
+
+    def fill(self, folder: Path, header: ShardHeader, wanted: NDArray[np.bool_]) -> int:
+        """Copy the wanted sequences that are not complete yet.
+
+        Damaged sequences are not copied: the model runs for them.
+
+        Args:
+            folder: The new cache; its shards exist.
+            header: Its header.
+            wanted: (n,)
+
+        Returns:
+            How many sequences were copied.
+        """
+        missing = np.flatnonzero(wanted & self.covered & ~FeatureCache.open(folder).complete).tolist()
+
+        def stored() -> Iterator[tuple[int, Stored]]:
+            for i in missing:
+                sources = [(c, int(p[i])) for c, p in zip(self.caches, self.positions, strict=True) if p[i] >= 0]
+                with contextlib.suppress(CacheError):
+                    yield i, states_as_stored(header, None, sources)
+
+        return write_states(folder, stored(), len(missing), "taken over")
+
+
+def find_donors(cache_dir: Path, folder: Path, header: ShardHeader, index: SequenceIndex) -> Donors:
+    """The caches of the same task and split that hold states of the sequences in ``index``.
+
+    A sequence's states depend on weights, configuration, token ids, segments (which follow from text and template) and
+    dtypes. Where these are equal, its id, the maximal length and the rest of the corpus may differ.
+
+    Args:
+        cache_dir: Where to look.
+        folder: The new cache, which is no donor of its own.
+        header: Its header.
+        index: Its sequences.
+    """
+    segments = bool(header.provenance["found"]["segments"])
+    layers = np.array(header.layers)
+    covered = np.zeros((len(index), len(layers)), dtype=bool)
+    caches: list[FeatureCache] = []
+    positions: list[NDArray[np.int64]] = []
+    keys: list[bytes] | None = None
+    for cache in _candidates(cache_dir, folder, header):
+        holds = np.isin(layers, cache.layers)
+        if not holds.any() or covered[:, holds].all():
+            continue
+        keys = keys or _keys(index, segments)
+        stored = {
+            key: position for position, key in enumerate(_keys(cache.tokens(), segments)) if cache.complete[position]
+        }
+        found = np.array([stored.get(key, -1) for key in keys], dtype=np.int64)
+        covered[np.ix_(found >= 0, holds)] = True
+        caches.append(cache)
+        positions.append(found)
+    return Donors(caches, positions, np.asarray(covered.all(axis=1)))
+
+
+def _candidates(cache_dir: Path, folder: Path, header: ShardHeader) -> list[FeatureCache]:
+    """Other caches of the same task and split, computed by the same model in the same way; most layers first."""
+    chosen, found = header.provenance["chosen"], header.provenance["found"]
+
+    def serves(cache: FeatureCache) -> bool:
+        if cache.folder.resolve() == folder.resolve() or cache.fusion is not None or provenance.rounded_again(cache):
+            return False
+        chosen_there, found_there = cache.provenance["chosen"], cache.provenance["found"]
+        return (
+            all(found[name] == found_there.get(name) for name in ("weights", "config", "template", "segments"))
+            and all(chosen[name] == chosen_there[name] for name in ("dtype", "compute_dtype"))
+            and (cache.width, cache.model_layers) == (header.width, header.model_layers)
+        )
+
+    caches = provenance.caches_of(cache_dir, chosen["task"], chosen["split"])
+    return sorted(filter(serves, caches), key=lambda cache: -len(cache.layers))
+
+
+def _keys(index: SequenceIndex, segments: bool) -> list[bytes]:
+    """For each sequence, a digest of its input to the model."""
+    first = index.first_token.tolist()
+    tokens = np.ascontiguousarray(index.input_id)
+    texts = index.text_xxh3.tolist()
+    keys = []
+    for i, (start, stop) in enumerate(itertools.pairwise(first)):
+        key = xxhash.xxh3_128_digest(tokens[start:stop].data)
+        keys.append(key + texts[i].to_bytes(8, "little") if segments else key)
+    return keys
+
+
+def as_ranges(mask: NDArray[np.bool_]) -> list[list[int]]:
+    """``[[start, stop], ...]`` of the True values in ``mask``; a batch plan stores this form."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], mask, [False]]).astype(np.int8)))
+    return [[int(start), int(stop)] for start, stop in zip(edges[::2], edges[1::2], strict=True)]
+
+
+def as_mask(ranges: Sequence[Sequence[int]] | None, count: int) -> NDArray[np.bool_]:
+    """The reverse of ``as_ranges``, (count,). None, from a batch plan without ranges, gives True everywhere."""
+    if ranges is None:
+        return np.ones(count, dtype=bool)
+    mask = np.zeros(count, dtype=bool)
+    for start, stop in ranges:
+        mask[start:stop] = True
+    return mask
