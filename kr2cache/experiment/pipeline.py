@@ -32,7 +32,8 @@ from kr2cache.system.process import process_unchanged
 from kr2cache.system.terminal import Column, print_table
 from kr2cache.tasks import Task
 from kr2cache.training import runs
-from kr2cache.training.train import RETURN_MEMORY_EVERY_S, Job, Trained, train_seed, write_reader, write_trained
+from kr2cache.training.train import Job, Trained, train_seed, write_reader, write_trained
+from kr2cache.training.trainer import RETURN_MEMORY_EVERY_S
 
 
 @dataclass(frozen=True, kw_only=True)

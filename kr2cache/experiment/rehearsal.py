@@ -22,7 +22,7 @@ from kr2cache.config import TrainConfig
 from kr2cache.errors import ConfigError
 from kr2cache.training.arguments import settings_error, training_arguments
 from kr2cache.training.kreader import KReader
-from kr2cache.training.train import ReaderTrainer
+from kr2cache.training.trainer import ReaderTrainer
 
 NOT_REHEARSED: dict[str, Any] = {"push_to_hub": False, "torch_compile": False, "torch_compile_backend": None}
 """Settings that act outside of this machine, or take minutes: their values for the rehearsal."""

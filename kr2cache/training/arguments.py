@@ -15,9 +15,23 @@ from kr2cache.config import TrainConfig
 from kr2cache.errors import ConfigError, unknown_name
 from kr2cache.system.device import choose_device
 
+IN_THIS_PROCESS = {
+    "dataloader_pin_memory": False,
+    "dataloader_num_workers": 0,
+    "dataloader_persistent_workers": False,
+    "dataloader_prefetch_factor": None,
+}
+"""Batches with states on the GPU: such states cannot be pinned, and no other process can gather them."""
 
-def training_arguments(config: TrainConfig, folder: Path, seed: int) -> TrainingArguments:
-    """The Trainer's arguments: ours, with ``[training]`` of ``kr2cache.toml`` laid over the defaults.
+
+def training_arguments(
+    config: TrainConfig, folder: Path, seed: int, *, states_on_gpu: bool = False
+) -> TrainingArguments:
+    """The Trainer's arguments: our defaults, changed by ``[training]`` of ``kr2cache.toml``, then what options decide.
+
+    Args:
+        folder: Where the Trainer may leave files.
+        states_on_gpu: The resource's states are on the GPU before training starts (``DeviceFeatures``).
 
     Raises:
         UnknownNameError: For a name that TrainingArguments does not have.
@@ -35,15 +49,19 @@ def training_arguments(config: TrainConfig, folder: Path, seed: int) -> Training
             f"Training on --device {config.device}: the Trainer takes the first GPU it sees.",
             f"Set CUDA_VISIBLE_DEVICES={device.index} and give --device cuda.",
         )
+
+    def made(training: Mapping[str, Any]) -> TrainingArguments:
+        return TrainingArguments(**_values(config, training, folder, seed, device, states_on_gpu))
+
     try:
-        arguments = TrainingArguments(**_values(config, config.training, folder, seed, device))
+        arguments = made(config.training)
     except Exception as error:  # whatever the packages raise that a setting asks for
         if not config.training:
             raise
 
         def refused(training: Mapping[str, Any]) -> Exception | None:
             try:
-                TrainingArguments(**_values(config, training, folder, seed, device))
+                made(training)
             except Exception as error:
                 return error
             return None
@@ -58,18 +76,23 @@ def training_arguments(config: TrainConfig, folder: Path, seed: int) -> Training
 
 
 def _values(
-    config: TrainConfig, training: Mapping[str, Any], folder: Path, seed: int, device: torch.device
+    config: TrainConfig,
+    training: Mapping[str, Any],
+    folder: Path,
+    seed: int,
+    device: torch.device,
+    states_on_gpu: bool,
 ) -> dict[str, Any]:
-    """What TrainingArguments is given."""
+    copies_from_cpu = device.type == "cuda" and not states_on_gpu
     return {
         "save_strategy": "no",
         "logging_strategy": "epoch",
         "report_to": "none",
-        # A GPU's loss is not looked at after each step, nor is a batch's copy to it waited for: the next batch is
-        # gathered meanwhile. Weights that are no longer finite are noticed at the end of the run.
+        # Do not wait for the GPU after each step, neither for the loss nor for the copy of a batch: the CPU gathers the
+        # next batch meanwhile. The end of the run checks that weights are finite.
         "logging_nan_inf_filter": False,
-        "accelerator_config": {"non_blocking": device.type == "cuda"},
-        "dataloader_pin_memory": device.type == "cuda",
+        "accelerator_config": {"non_blocking": copies_from_cpu},
+        "dataloader_pin_memory": copies_from_cpu,
         **training,
         "output_dir": str(folder),
         "num_train_epochs": config.epochs,
@@ -80,6 +103,7 @@ def _values(
         "disable_tqdm": True,
         "remove_unused_columns": False,
         "label_names": ["labels"],
+        **(IN_THIS_PROCESS if states_on_gpu else {}),
     }
 
 

@@ -47,6 +47,10 @@ class SplitData:
     def sequences_per_example(self) -> int:
         return len(self.index) // len(self.examples)
 
+    @property
+    def states_on_gpu(self) -> bool:
+        return self.features is not None and self.features.device.type != "cpu"
+
     @cached_property
     def first_subwords(self) -> FirstSubwords:
         """Of a split of words."""

@@ -1,8 +1,9 @@
-"""What a reader says of examples: logits and predictions, in batches of like lengths."""
+"""Logits, predictions and scores of a reader, computed in batches of similar lengths."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -22,6 +23,21 @@ from kr2cache.training.kreader import KReader
 
 POSITIONS_PER_BATCH = {"cpu": 2_048, "cuda": 32_768}
 """Of one batch, reader's and resource's positions together."""
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """Predictions for the examples of one split, and their scores."""
+
+    predictions: list[Prediction]
+    scores: dict[str, float]
+    """Metric to fraction."""
+
+
+def evaluate(reader: KReader, data: SplitData, task: Task, tokenizer: PreTrainedTokenizerBase) -> Evaluated:
+    """Predict and score one split that has gold labels."""
+    predictions = predict(reader, data, task, tokenizer)
+    return Evaluated(predictions, task.score([example.label for example in data.examples], predictions))
 
 
 def predict(reader: KReader, data: SplitData, task: Task, tokenizer: PreTrainedTokenizerBase) -> list[Prediction]:

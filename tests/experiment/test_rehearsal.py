@@ -13,7 +13,7 @@ from world import World
 from kr2cache.errors import ConfigError
 from kr2cache.experiment.rehearsal import rehearse
 from kr2cache.training.kreader import KReader
-from kr2cache.training.train import ReaderTrainer
+from kr2cache.training.trainer import ReaderTrainer
 
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"dataloader_drop_last": True}, "dataloader_drop_last = True: 3 training examples do not fill one batch of 4"),

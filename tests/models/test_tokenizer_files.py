@@ -24,7 +24,7 @@ from kr2cache.prediction.predict import Predictor
 from kr2cache.tasks import find_task
 from kr2cache.training import runs
 from kr2cache.training.kreader import KReader
-from kr2cache.training.train import ReaderTrainer
+from kr2cache.training.trainer import ReaderTrainer
 
 OWN = "letters"
 """The name of a reader whose tokenizer is code."""

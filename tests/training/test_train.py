@@ -19,7 +19,7 @@ from kr2cache.errors import (
 from kr2cache.tasks.udpos import UdPos
 from kr2cache.training import arguments as arguments_module
 from kr2cache.training import batches
-from kr2cache.training import train as train_module
+from kr2cache.training import trainer as trainer_module
 from kr2cache.training.arguments import training_arguments
 
 
@@ -35,6 +35,20 @@ def test_neither_loss_nor_copy_of_a_batch_is_waited_for(
     assert "fused" in arguments.optim
 
 
+def test_states_on_the_gpu_are_gathered_by_the_training_process(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(arguments_module, "choose_device", lambda _: torch.device("cuda"))
+    workers = {"dataloader_num_workers": 2, "dataloader_persistent_workers": True, "dataloader_prefetch_factor": 4}
+    arguments = training_arguments(world.config(training=workers), tmp_path, 1, states_on_gpu=True)
+    assert not arguments.accelerator_config.non_blocking
+    assert not arguments.dataloader_pin_memory
+    assert arguments.dataloader_num_workers == 0
+    assert not arguments.dataloader_persistent_workers
+    assert arguments.dataloader_prefetch_factor is None
+    assert training_arguments(world.config(training=workers), tmp_path, 1).dataloader_num_workers == 2
+
+
 def test_the_training_section_has_the_last_word(world: World, tmp_path: Path) -> None:
     chosen: dict[str, Any] = {"logging_nan_inf_filter": True, "accelerator_config": {"non_blocking": True}}
     arguments = training_arguments(world.config(training=chosen), tmp_path, 1)
@@ -44,11 +58,11 @@ def test_the_training_section_has_the_last_word(world: World, tmp_path: Path) ->
 
 def test_a_long_training_gives_freed_memory_back(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[float] = []
-    monkeypatch.setattr(train_module, "return_free_memory", asked.append)
+    monkeypatch.setattr(trainer_module, "return_free_memory", asked.append)
     (run,) = world.train(method="kreader", batch_size=4).runs
     examples = json.loads((run.folder / "config.json").read_text("utf-8"))["recorded"]["examples"]["train"]
     steps = 2 * math.ceil(examples / 4)
-    assert asked == [train_module.RETURN_MEMORY_EVERY_S] * steps, "after each step, and it looks at its watch"
+    assert asked == [trainer_module.RETURN_MEMORY_EVERY_S] * steps, "after each step, and it looks at its watch"
 
 
 def test_the_same_seed_gives_the_same_run_wherever_it_is_put(world: World) -> None:
@@ -68,13 +82,13 @@ def test_batches_in_parts_train_as_whole_ones_do(world: World, monkeypatch: pyte
     reader = {"r": {"path": str(world.folder / "models" / "reader"), "dropout": 0.0}}
     settings: dict[str, Any] = {"reader": "r", "models": reader, "fusion": "fuse", "method": method, "batch_size": 6}
     parts: list[int] = []
-    step = train_module.ReaderTrainer.training_step
+    step = trainer_module.ReaderTrainer.training_step
 
     def counting(self: Any, model: Any, inputs: dict[str, Any], *rest: Any) -> Any:
         parts.append(len(inputs["parts"]))
         return step(self, model, inputs, *rest)
 
-    monkeypatch.setattr(train_module.ReaderTrainer, "training_step", counting)
+    monkeypatch.setattr(trainer_module.ReaderTrainer, "training_step", counting)
     monkeypatch.setattr(batches, "PART_OVERHEAD", {"cpu": 2})
     cut = world.train(run_dir=world.folder / "cut", **settings).runs[0]
     assert max(parts) > 2

@@ -13,7 +13,7 @@ from world import World, predictions, scarce_memory
 
 from kr2cache.errors import DeviceMemoryError
 from kr2cache.training import batches
-from kr2cache.training import train as train_module
+from kr2cache.training import trainer as trainer_module
 from kr2cache.training.batches import StepBatcher
 from kr2cache.training.trial import LongestBatchFirst
 
@@ -22,7 +22,7 @@ from kr2cache.training.trial import LongestBatchFirst
 def tried(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Every training tries its longest batch, as on a GPU; positions of what was tried."""
     sizes: list[int] = []
-    begin = train_module.ReaderTrainer.__init__
+    begin = trainer_module.ReaderTrainer.__init__
 
     def init(self: Any, *arguments: Any, **named: Any) -> None:
         begin(self, *arguments, **named)
@@ -34,7 +34,7 @@ def tried(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
         self.add_callback(LongestBatchFirst(named["model"], batcher, try_batch))
 
-    monkeypatch.setattr(train_module.ReaderTrainer, "__init__", init)
+    monkeypatch.setattr(trainer_module.ReaderTrainer, "__init__", init)
     return sizes
 
 
@@ -96,6 +96,6 @@ def test_a_reader_that_does_not_fit_by_itself_says_what_to_change(
     def too_large(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
 
-    monkeypatch.setattr(train_module.ReaderTrainer, "__init__", too_large)
+    monkeypatch.setattr(trainer_module.ReaderTrainer, "__init__", too_large)
     with pytest.raises(DeviceMemoryError, match="--batch-size 4 does not fit"):
         world.train(method="kreader")
