@@ -22,7 +22,7 @@ from kr2cache.models.forward import cheaper_forward
 from kr2cache.models.load import load_encoder
 from kr2cache.models.registry import find_model
 from kr2cache.models.tokenizers import load_tokenizer
-from kr2cache.prediction.predict import OnlineFeatures, OnlineResource
+from kr2cache.prediction.online import OnlineFeatures, OnlineResource
 from kr2cache.system.device import choose_device
 from kr2cache.training.batches import WHOLE, Batcher, SplitData, StepBatcher, part_overhead
 from kr2cache.training.evaluate import batches_of, predict

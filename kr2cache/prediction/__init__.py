@@ -1,1 +1,1 @@
-"""A trained reader at work on new text."""
+"""A trained reader labels new text."""

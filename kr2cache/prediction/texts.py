@@ -1,4 +1,4 @@
-"""Text in and labels out: the examples that a reader is given, and how its predictions are written down."""
+"""Text in and labels out: read the examples that a reader labels, and format its predictions."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from kr2cache.prediction.predict import Predicted
 from kr2cache.system import utf8
 from kr2cache.tasks import Example, Task
 
-# What goes in --------------------------------------------------------------------------------------------------------
+# Input --------------------------------------------------------------------------------------------------------
 
 
 def read_lines(task: Task, lines: Iterable[str], name: str = "line") -> list[Example]:
-    """Examples that someone typed, one a line: words split by spaces, or texts split by tabs. Blank lines are skipped.
+    """Examples from plain lines, one example per line: words split by spaces, or texts split by tabs. Blank lines are
+    skipped.
 
     Args:
-        name: Ids are this and the number of the line, from 1: ``line-1``.
+        name: Ids are this name and the line number, from 1: ``line-1``.
 
     Raises:
-        DataError: For a line that is not UTF-8 or has not the texts the task needs, or nothing but blank lines.
+        DataError: If a line is not UTF-8, lacks a text that the task needs, or if all lines are blank.
     """
     examples = []
     for number, line in enumerate(lines, 1):
@@ -33,23 +34,24 @@ def read_lines(task: Task, lines: Iterable[str], name: str = "line") -> list[Exa
         if text.strip():
             examples.append(task.from_line(text, place))
     if not examples:
-        raise DataError("There is no text to label.", "Give one example a line.")
+        raise DataError("There is no text to label.", "Give one example per line.")
     return examples
 
 
 def typed_lines(raw_lines: Iterable[bytes], name: str) -> Iterator[str]:
-    """Lines of text as ``utf8.lines`` gives them, whichever way they end (``\\n``, ``\\r\\n``, ``\\r``)."""
+    """Decoded lines, with any line ending (``\\n``, ``\\r\\n``, ``\\r``)."""
     for line in utf8.lines(raw_lines, name):
         yield from io.StringIO(line, newline=None)
 
 
 def read_file(task: Task, path: Path) -> list[Example]:
-    """The examples of a file: in the task's own format by its suffix, else one a line.
+    """The examples of a file: in the task's own format if the suffix matches, else one example per line.
 
-    Gold labels are kept where the file has them.
+    Gold labels are kept if the file has them.
 
     Raises:
-        DataError: If it is missing, empty, or not what its suffix says; naming file and line.
+        DataError: If the file is missing or empty, or its content does not fit its suffix. The message names the file
+            and the line.
     """
     try:
         if path.suffix in task.suffixes:
@@ -64,30 +66,33 @@ def read_file(task: Task, path: Path) -> list[Example]:
     return examples
 
 
-# What comes out ------------------------------------------------------------------------------------------------------
+# Output ------------------------------------------------------------------------------------------------------
 
 
 def score(task: Task, examples: Sequence[Example], predicted: Sequence[Predicted]) -> dict[str, float] | None:
-    """The task's metrics; None unless every example has a gold label: a score over a part is not the file's."""
+    """The task's metrics. None unless every example has a gold label: the score of a part is not the score of the
+    file."""
     if not examples or any(example.label is None for example in examples):
         return None
     numbers = {label: number for number, label in enumerate(task.labels)}
 
-    def numbered(one: Predicted) -> Any:
-        if isinstance(one.predicted, list):
-            return [None if tag is None else numbers[tag] for tag in one.predicted]
-        return numbers[one.predicted]
+    def numbered(label: list[str | None] | str) -> Any:
+        if isinstance(label, list):
+            return [None if tag is None else numbers[tag] for tag in label]
+        return numbers[label]
 
-    return task.score([example.label for example in examples], [numbered(one) for one in predicted])
+    return task.score(
+        [example.label for example in examples], [numbered(prediction.predicted) for prediction in predicted]
+    )
 
 
 UNKNOWN = "_"
-"""What CoNLL-U writes where it knows nothing."""
+"""CoNLL-U's sign for an unknown value."""
 
 
 def as_text(task: Task, example: Example, predicted: Predicted) -> str:
-    """One line for people: ``Das/DET ist/AUX``, ``word/_`` where a word has no label; else label, probability and text
-    (of several choices the one that was chosen)."""
+    """One line to read: ``Das/DET ist/AUX`` for tagging, ``word/_`` for a word without a label; else the label, its
+    probability and the text (with several choices, the chosen text)."""
     if isinstance(predicted.predicted, list):
         tags = [UNKNOWN if tag is None else tag for tag in predicted.predicted]
         return " ".join(f"{_one_line(word)}/{tag}" for word, tag in zip(example.texts[0], tags, strict=True))
@@ -98,18 +103,18 @@ def as_text(task: Task, example: Example, predicted: Predicted) -> str:
 
 
 def conllu(examples: Sequence[Example], predicted: Sequence[Predicted]) -> str:
-    """A CoNLL-U file of tagged sentences: forms and UPOS. Whatever else its columns are for is unknown, so ``_``.
+    """A CoNLL-U file of tagged sentences: forms and UPOS. All other columns are unknown (``_``).
 
     Raises:
-        ConfigError: For predictions of a task that does not tag words.
+        ConfigError: If the task does not tag words.
     """
     sentences = []
-    for example, one in zip(examples, predicted, strict=True):
-        if not isinstance(one.predicted, list):
+    for example, prediction in zip(examples, predicted, strict=True):
+        if not isinstance(prediction.predicted, list):
             raise ConfigError("CoNLL-U holds tagged words; these predictions are labels of whole examples.")
         forms = [_one_line(word) or UNKNOWN for word in example.texts[0]]
         lines = [f"# sent_id = {_one_line(example.id)}", f"# text = {' '.join(forms)}"]
-        for number, (form, tag) in enumerate(zip(forms, one.predicted, strict=True), 1):
+        for number, (form, tag) in enumerate(zip(forms, prediction.predicted, strict=True), 1):
             columns = [str(number), form, UNKNOWN, UNKNOWN if tag is None else tag, *[UNKNOWN] * 6]
             lines.append("\t".join(columns))
         sentences.append("\n".join(lines) + "\n\n")
@@ -117,8 +122,8 @@ def conllu(examples: Sequence[Example], predicted: Sequence[Predicted]) -> str:
 
 
 BREAKS = re.compile("[ \t-\r\x1c-\x1f\x85\u2028\u2029]+")
-"""What would end a line or a column, and several spaces, at which lenient parsers split columns. A no-break space is
-part of a word."""
+"""Characters that would end a line or a column, and runs of spaces, where lenient parsers split columns. A no-break
+space is part of a word."""
 
 
 def _one_line(text: str) -> str:
