@@ -6,7 +6,6 @@ Importing torch and transformers takes seconds, so a command line that cannot be
 from __future__ import annotations
 
 import dataclasses
-import glob
 from pathlib import Path
 
 from kr2cache.config import METHODS, PROJECTIONS, TrainConfig
@@ -14,7 +13,7 @@ from kr2cache.errors import ConfigError, unknown_name
 from kr2cache.fusion import check_fusion_name, parse_fusion
 from kr2cache.models.files import check_obtainable, layers_in_config
 from kr2cache.models.registry import ModelSpec, find_model, known_models
-from kr2cache.store.stored import find_resource
+from kr2cache.store.stored import find_resource, has_caches
 from kr2cache.system.device import check_device_name
 from kr2cache.tasks import Task, find_task
 
@@ -85,11 +84,6 @@ def check_training(config: TrainConfig) -> Training:
         check_obtainable(training.teacher)
     training.task.check_data("train", config.data)
     check_obtainable(training.reader)
-    if training.resource is not None and not has_caches(config, training.resource):
+    if training.resource is not None and not has_caches(config.cache_dir, config.task, training.resource.name):
         check_obtainable(training.resource)
     return training
-
-
-def has_caches(config: TrainConfig, spec: ModelSpec) -> bool:
-    """Whether caches may stand for a resource that is not on this machine."""
-    return any((config.cache_dir / config.task).glob(f"*/{glob.escape(spec.name)}-*/shard-*.h5"))

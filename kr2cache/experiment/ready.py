@@ -12,13 +12,14 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from kr2cache.config import TrainConfig
 from kr2cache.errors import ConfigError
-from kr2cache.experiment.checks import Training, check_training, has_caches
+from kr2cache.experiment.checks import Training, check_training
 from kr2cache.experiment.rehearsal import rehearse
 from kr2cache.experiment.shared import Corpus, Shared
 from kr2cache.fusion import parse_fusion
 from kr2cache.models.files import check_complete, local_folder
 from kr2cache.models.load import encoder_shape, load_config, max_positions
 from kr2cache.models.registry import ModelSpec
+from kr2cache.store.stored import has_caches
 from kr2cache.system.console import waiting
 from kr2cache.system.locks import check_writable
 from kr2cache.training.arguments import training_arguments
@@ -104,7 +105,7 @@ def _check_length(length: int, option: str, spec: ModelSpec, model_config: Pretr
 
 def _check_resource(training: Training, spec: ModelSpec, reader_config: PretrainedConfig, shared: Shared) -> None:
     config = training.config
-    if local_folder(spec) is None and (has_caches(config, spec) or not config.extract):
+    if local_folder(spec) is None and (has_caches(config.cache_dir, config.task, spec.name) or not config.extract):
         return
     model_config = load_config(spec)
     check_complete(spec)

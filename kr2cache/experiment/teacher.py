@@ -23,6 +23,7 @@ from kr2cache.experiment.shared import Shared
 from kr2cache.models.encode import encode_examples
 from kr2cache.models.registry import ModelSpec, trained_spec
 from kr2cache.models.tokenizers import load_tokenizer
+from kr2cache.store.folders import cache_folder
 from kr2cache.system.console import count_text, note
 from kr2cache.system.device import choose_device
 from kr2cache.training import runs
@@ -118,13 +119,8 @@ class Teacher:
         train = shared.corpus(student.job.task, config.data, config.limit).splits["train"]
         text = canonical_json({"teacher": {**decides, "method": "plain"}, "examples": train.digest})
         self.fingerprint = hashlib.sha256(text.encode()).hexdigest()
-        self.path = (
-            config.cache_dir
-            / student.job.task.name
-            / "train"
-            / f"teacher-{self.name}-{self.fingerprint[:8]}"
-            / "logits.npz"
-        )
+        place = cache_folder(config.cache_dir, student.job.task.name, "train", f"teacher-{self.name}", self.fingerprint)
+        self.path = place / "logits.npz"
 
     def _of_run(self, folder: Path) -> dict[str, Any]:
         """What decided the run in ``folder``."""

@@ -43,7 +43,7 @@ from kr2cache.models.forward import cheaper_forward
 from kr2cache.models.load import describe_dropped, not_finite, open_encoder
 from kr2cache.models.repeatable import check_repeatable
 from kr2cache.models.states import hidden_states, padding_is_harmless
-from kr2cache.store import provenance
+from kr2cache.store import folders, provenance
 from kr2cache.store.takeover import as_mask, as_ranges, find_donors
 from kr2cache.system.allocator import return_free_memory
 from kr2cache.system.console import bytes_text, count_text, done, note, seconds_text, waiting, work_progress
@@ -110,7 +110,7 @@ def extract(settings: ExtractConfig | ExtractPlan) -> ExtractResult:
     if said := describe_dropped(plan.spec, dropped):
         note(f"{said}.")
     digest = provenance.fingerprint(plan.chosen, what)
-    folder = provenance.cache_folder(plan.config.cache_dir, plan.chosen, digest)
+    folder = folders.cache_folder(plan.config.cache_dir, plan.config.task, plan.config.split, plan.spec.name, digest)
     computed = taken = 0
     if not _is_finished(folder, digest):
         check_writable(folder.parent, "--cache-dir")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -20,7 +19,7 @@ from kr2cache.models.encode import MissingWords, check_token_ids, encode_example
 from kr2cache.models.load import encoder_shape, load_config, max_positions, vocabulary
 from kr2cache.models.registry import ModelSpec
 from kr2cache.models.tokenizers import load_tokenizer
-from kr2cache.store import provenance
+from kr2cache.store import folders, provenance
 from kr2cache.system.console import bytes_text, console, count_text, note, ranges_text
 from kr2cache.system.device import choose_device
 from kr2cache.system.disk import free_bytes
@@ -137,9 +136,9 @@ def check_disk(plan: ExtractPlan) -> None:
 def _reserved(plan: ExtractPlan) -> int:
     """Bytes that the shards of this cache take on disk; some or all of them may be there, finished or not."""
     wanted = canonical_json(asdict(plan.chosen))
-    split = plan.config.cache_dir / plan.config.task / plan.config.split
+    config = plan.config
     most = 0
-    for folder in split.glob(f"{glob.escape(plan.spec.name)}-*"):
+    for folder in folders.matching(config.cache_dir, task=config.task, split=config.split, name=plan.spec.name):
         shards = sorted(folder.glob("*.h5"))
         headers = headers_left(shards[0]) if shards else []
         if any(canonical_json(header.provenance.get("chosen")) == wanted for header in headers):

@@ -28,7 +28,7 @@ from kr2cache.models.encode import MissingWords, encode_examples
 from kr2cache.models.load import open_encoder
 from kr2cache.models.registry import ModelSpec, find_model, name_of_stored
 from kr2cache.models.tokenizers import load_tokenizer, pad_id
-from kr2cache.store import derive, provenance
+from kr2cache.store import derive, folders, provenance
 from kr2cache.system.console import count_text, done, note, seconds_text
 from kr2cache.system.locks import check_writable, only_writer
 from kr2cache.system.process import process_unchanged
@@ -113,7 +113,7 @@ def _header(found: CacheCheck) -> ShardHeader:
     headers: list[ShardHeader] = []
     for shard in sorted(found.shards, key=lambda shard: bool(shard.unreadable)):
         headers += headers_left(shard.path) if shard.unreadable else [open_shard(shard.path).header]
-    named = [h for h in headers if h.fingerprint[:8] == found.folder.absolute().name.rpartition("-")[2]]
+    named = [h for h in headers if h.fingerprint.startswith(folders.digest_of(found.folder))]
     if named:
         return named[0]
     prints = Counter(header.fingerprint for header in headers)
@@ -195,7 +195,7 @@ def _plan(
             dtype=chosen.dtype,
             compute_dtype=chosen.compute_dtype,  # type: ignore[arg-type]  # one of them: the fingerprint was compared
             device=config.device,
-            cache_dir=provenance.cache_dir_of(config.folder, chosen) or config.folder.absolute().parent,
+            cache_dir=folders.cache_dir_of(config.folder, chosen.task, chosen.split) or config.folder.absolute().parent,
             models=config.models,
         ),
         spec=spec,

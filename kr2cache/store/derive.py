@@ -17,8 +17,9 @@ from kr2cache.cache.format import DTYPES, ON_DISK, SequenceIndex, ShardHeader, r
 from kr2cache.cache.reader import FeatureCache
 from kr2cache.errors import CacheError, ConfigError, DiskSpaceError, unknown_name
 from kr2cache.fusion import Fusion, parse_fusion, parse_layers
-from kr2cache.store import provenance
+from kr2cache.store import folders, provenance
 from kr2cache.store.copying import states_as_stored, write_states
+from kr2cache.store.inventory import open_caches
 from kr2cache.system.console import bytes_text
 from kr2cache.system.disk import free_bytes
 from kr2cache.system.locks import check_writable, only_writer
@@ -207,7 +208,7 @@ def _plan(
     recorded["derived_from"] = source.fingerprint
     if dtype != source.dtype:
         recorded["converted_from"] = source.dtype
-    where = cache_dir or provenance.cache_dir_of(source.folder, before)
+    where = cache_dir or folders.cache_dir_of(source.folder, before.task, before.split)
     if where is None:
         raise ConfigError(
             f"{source.folder} is not in a cache directory (CACHE_DIR/{before.task}/{before.split}/NAME), so there is "
@@ -230,7 +231,7 @@ def _plan(
             batch_plan={**source.batch_plan, "computed": []},
             fusion=stored_fusion,
         ),
-        folder=provenance.cache_folder(where, chosen, digest),
+        folder=folders.cache_folder(where, chosen.task, chosen.split, chosen.resource, digest),
         cache_dir=where,
     )
 
@@ -278,8 +279,8 @@ def source_of(folder: Path, header: ShardHeader) -> FeatureCache:
     """
     chosen = provenance.chosen_of(header.provenance, folder)
     origin = header.provenance.get("recorded", {}).get("derived_from")
-    where = provenance.cache_dir_of(folder, chosen)
-    caches = provenance.caches_of(where, chosen.task, chosen.split) if where is not None else []
+    where = folders.cache_dir_of(folder, chosen.task, chosen.split)
+    caches = open_caches(where, chosen.task, chosen.split)[0] if where is not None else []
     source = next((cache for cache in caches if cache.fingerprint == origin), None)
     if source is None:
         raise CacheError(

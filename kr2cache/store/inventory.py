@@ -1,4 +1,4 @@
-"""The caches there are, what is in one of them, and taking one away."""
+"""List caches, open them, describe one, remove one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from kr2cache.cache.reader import FeatureCache
 from kr2cache.config import local
 from kr2cache.errors import CacheError, ConfigError
-from kr2cache.store import provenance
+from kr2cache.store import folders, provenance
 from kr2cache.system.console import bytes_text, count_text, time_text
 from kr2cache.system.locks import only_writer
 
@@ -24,9 +24,9 @@ _FOUND = {
     "template": "another template",
     "segments": "other segment ids",
 }
-"""Found fields of the provenance that concern a whole cache, and what a difference is called."""
+"""Found fields of the provenance that concern a whole cache, with the words for a difference."""
 SAMPLE = 200
-"""Sequences that the norms are taken of, evenly spaced."""
+"""At most this many sequences, evenly spaced, are read for the norms."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class Entry:
     bytes: int
     """On disk."""
     problem: str | None
-    """Why it cannot be read; then the rest is empty."""
+    """Why the cache cannot be read; then the fields below are empty."""
     resource: str = ""
     task: str = ""
     corpus: str = ""
@@ -50,14 +50,13 @@ class Entry:
     dtype: str = ""
     fingerprint: str = ""
     written: float = 0.0
-    """When its newest shard was last written, in seconds since 1970. Copying a cache can change it."""
+    """When the newest shard was last written, in seconds since 1970. Copying a cache can change it."""
     stale: str = ""
-    """What was changed since: a newer cache of the same names and settings was made from something else. Empty where
-    there is none."""
+    """What changed since: a newer cache of the same names was made from other contents. Empty if there is none."""
 
     @property
     def written_text(self) -> str:
-        """``2026-11-27 23:50``, of this machine's clock; empty where it is not known."""
+        """``2026-11-27 23:50`` in this machine's time zone; empty if unknown."""
         return time_text(self.written) if self.written else ""
 
     def json(self) -> dict[str, Any]:
@@ -65,13 +64,34 @@ class Entry:
 
 
 def cache_folders(cache_dir: Path) -> list[Path]:
-    """Every folder of shards below ``cache_dir``, also those whose making was stopped early."""
-    found = {path.parent for pattern in ("*.h5", "*.h5.partial") for path in cache_dir.glob(f"*/*/*/{pattern}")}
-    return sorted(found)
+    """Every folder with shards below ``cache_dir``, also if its extraction stopped before the first shard was ready."""
+    return [
+        folder
+        for folder in folders.matching(cache_dir)
+        if any(next(folder.glob(pattern), None) for pattern in ("*.h5", "*.h5.partial"))
+    ]
+
+
+def open_caches(cache_dir: Path, task: str, split: str) -> tuple[list[FeatureCache], dict[Path, CacheError]]:
+    """Open every cache of a task's split.
+
+    Returns:
+        The caches; and the folders that cannot be read as caches, with the reason.
+    """
+    root = folders.split_folder(cache_dir, task, split)
+    caches, unreadable = [], {}
+    for folder in sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else ():
+        try:
+            cache = FeatureCache.open(folder)
+            provenance.chosen_of(cache.provenance, folder)
+            caches.append(cache)
+        except CacheError as error:
+            unreadable[folder] = error
+    return caches, unreadable
 
 
 def entry(folder: Path) -> Entry:
-    """What one folder holds."""
+    """Describe what one folder holds."""
     size = sum(path.stat().st_size for path in _files(folder))
     try:
         cache = FeatureCache.open(folder)
@@ -98,7 +118,7 @@ def entry(folder: Path) -> Entry:
 
 
 def entries(cache_dir: Path) -> list[Entry]:
-    """What every folder below ``cache_dir`` holds, and which of them went stale."""
+    """Describe every folder with shards below ``cache_dir``, and find stale caches."""
     found = [entry(folder) for folder in cache_folders(cache_dir)]
     of_names: dict[tuple[str, ...], list[Entry]] = {}
     for one in found:
@@ -114,16 +134,17 @@ def entries(cache_dir: Path) -> list[Entry]:
 
 
 def _changes(older: Path, newer: Path) -> list[str]:
-    """What was changed between the making of two caches of the same names, in words. Fewer layers or examples, or
-    another dtype, are no change: train may still take either."""
+    """What changed between two caches of the same names, in words. Fewer layers or examples, or another dtype, are no
+    change: training can still use both caches.
+    """
     then, now = FeatureCache.open(older), FeatureCache.open(newer)
     made, remade = then.provenance["found"], now.provenance["found"]
     changes = [text for name, text in _FOUND.items() if made.get(name) != remade.get(name)]
     positions = now.find(then.ids)
-    there = positions >= 0
-    changed = int(np.count_nonzero(then.text_xxh3[there] != now.text_xxh3[positions[there]]))
+    in_both = positions >= 0
+    changed = int(np.count_nonzero(then.text_xxh3[in_both] != now.text_xxh3[positions[in_both]]))
     if changed:
-        changes.append(f"{changed:,} of {count_text(len(there), 'text')} changed")
+        changes.append(f"{changed:,} of {count_text(len(in_both), 'text')} changed")
     same_texts = made.get("texts") == remade.get("texts")
     same_length = then.provenance["chosen"]["max_length"] == now.provenance["chosen"]["max_length"]
     if same_texts and same_length and made.get("tokens") != remade.get("tokens"):
@@ -132,49 +153,53 @@ def _changes(older: Path, newer: Path) -> list[str]:
 
 
 def find_cache(name: str, cache_dir: Path) -> Path:
-    """The cache folder that ``name`` means: a folder, a path below ``cache_dir`` (as ``cache list`` shows it), or the
-    name of a folder there or its beginning.
+    """The folder of the cache ``name``.
+
+    Args:
+        name: A folder, a path below ``cache_dir`` (as ``cache list`` shows it), or (the beginning of) a folder name
+            there.
+        cache_dir: Where the caches are.
 
     Returns:
-        The folder as ``name`` writes it; in full where that has no name in it (``.``, ``..``).
+        The folder as ``name`` writes it; the full path for ``.`` and ``..``.
 
     Raises:
-        ConfigError: If there is none, or there are several; they are listed. For a URL.
+        ConfigError: If no cache or several caches match (the message lists them), or ``name`` is a URL.
     """
     local(Path(name), "The cache")
-    with contextlib.suppress(OSError, ValueError, RuntimeError):  # RuntimeError: ~ of a user that is not there
+    with contextlib.suppress(OSError, ValueError, RuntimeError):  # RuntimeError: ~ of an unknown user
         for folder in (Path(name).expanduser(), cache_dir / name):
             if name and folder.is_dir():
                 return folder.resolve() if folder.name in ("", "..") else folder
     name = name.rstrip("/")
-    folders = cache_folders(cache_dir)
-    for fits in ([f for f in folders if f.name == name], [f for f in folders if name and f.name.startswith(name)]):
-        if len(fits) == 1:
-            return fits[0]
-        if fits:
+    stored = cache_folders(cache_dir)
+    for matches in ([f for f in stored if f.name == name], [f for f in stored if name and f.name.startswith(name)]):
+        if len(matches) == 1:
+            return matches[0]
+        if matches:
             raise ConfigError(
-                f"{name!r} may be {' or '.join(map(str, fits[:6]))}.", "Give the whole folder, or more of its name."
+                f"{name!r} may be {' or '.join(map(str, matches[:6]))}.", "Give the whole folder, or more of its name."
             )
-    held = ", ".join(folder.name for folder in folders[:8]) or "none"
-    raise ConfigError(f"There is no cache {name!r} in {cache_dir}.", f"There are: {held} (kr2cache cache list).")
+    names = ", ".join(folder.name for folder in stored[:8]) or "none"
+    raise ConfigError(f"There is no cache {name!r} in {cache_dir}.", f"There are: {names} (kr2cache cache list).")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Portrait:
-    """What is in a cache, in numbers."""
+    """Statistics of a cache."""
 
     lengths: tuple[list[int], list[int]]
-    """Histogram of tokens a sequence: edges (k+1), counts (k)."""
+    """Histogram of tokens per sequence: edges (k+1), counts (k)."""
     norms: list[float]
-    """Mean Euclidean norm of a state, for each stored layer."""
+    """For each stored layer, the mean Euclidean norm of a state."""
     largest: list[float]
-    """Largest magnitude of a value, for each stored layer."""
+    """For each stored layer, the largest magnitude of a value."""
     sampled: int
-    """Sequences that norms and magnitudes are of."""
+    """How many sequences were read for norms and magnitudes."""
 
 
 def portrait(cache: FeatureCache) -> Portrait:
-    """Lengths of all sequences; norms and magnitudes of up to ``SAMPLE`` complete ones, evenly spaced."""
+    """Lengths of all sequences; norms and magnitudes of at most ``SAMPLE`` complete sequences, evenly spaced."""
     complete = np.flatnonzero(cache.complete)
     step = max(1, len(complete) // SAMPLE)
     sample = complete[::step][:SAMPLE]
@@ -198,7 +223,7 @@ def portrait(cache: FeatureCache) -> Portrait:
 
 
 def _edges(n_tokens: NDArray[np.int32]) -> NDArray[np.int64]:
-    """About ten bins of whole numbers from the shortest to the longest."""
+    """The edges of about ten bins of whole numbers, from the shortest to the longest sequence."""
     shortest, longest = int(n_tokens.min()), int(n_tokens.max())
     step = max(1, -(-(longest - shortest + 1) // 10))
     return np.arange(shortest, longest + step + 1, step)
@@ -210,7 +235,7 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def removable_bytes(folder: Path) -> int:
-    """What removing a cache would free.
+    """How many bytes on disk removing a cache frees.
 
     Raises:
         CacheError: If the folder holds no shard.
@@ -222,11 +247,13 @@ def removable_bytes(folder: Path) -> int:
 
 
 def remove(folder: Path) -> str:
-    """Delete a cache's shards, and the folder if nothing else is in it (with the link that ``folder`` may be); returns
-    what was done, in words.
+    """Delete the shards of a cache, and its folder if nothing else is in it; also ``folder`` if it is a link to it.
+
+    Returns:
+        What was done, in words.
 
     Raises:
-        BusyError: If a process is writing it.
+        BusyError: If a process is writing the cache.
         CacheError: If the folder holds no shard.
     """
     freed = removable_bytes(folder)
@@ -239,8 +266,6 @@ def remove(folder: Path) -> str:
             if folder.is_symlink():
                 folder.unlink()
     if not rest:
-        with contextlib.suppress(OSError):  # others are in them
-            folder.parent.rmdir()
-            folder.parent.parent.rmdir()
+        folders.remove_empty_parents(folder)
     kept = f"; {', '.join(sorted(rest)[:3])} in it is not of the cache and was kept" if rest else ""
     return f"Removed {folder}, {bytes_text(freed)} freed{kept}."

@@ -1,37 +1,35 @@
-"""What the names of caches say: which tasks and resources there are. Opens no cache.
+"""Which tasks and resources have caches, from the names of their folders alone: no cache is opened.
 
-A cache is called by its resource and a hash, ``.kr2cache/udpos-de/train/gottbert-1f3a9c2e``, so it can name a resource
-whose model is not on this machine.
+So a cache can name a resource whose model is not on this machine.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from kr2cache.errors import UnknownNameError
 from kr2cache.models.registry import ModelSpec, find_model, name_of_stored
-
-CACHE_NAME = re.compile(r"(.+)-[0-9a-f]{8}")
+from kr2cache.store import folders
 
 
 def tasks_and_resources(cache_dir: Path) -> list[tuple[str, str]]:
     """(task, resource) of every cache."""
-    folders = {path.parent for path in cache_dir.glob("*/*/*/shard-*.h5")}
-    return sorted({(folder.parent.parent.name, folder.name.rpartition("-")[0]) for folder in folders})
+    return sorted({(folders.task_of(f), folders.name_of(f)) for f in folders.matching(cache_dir) if _has_shards(f)})
 
 
 def find_resource(name: str, cache_dir: Path, overrides: Mapping[str, Mapping[str, Any]]) -> ModelSpec:
-    """The model called ``name``, as ``find_model`` has it, or the resource of a cache.
+    """The model ``name``, as ``find_model`` gives it, or the resource of a cache.
 
     Args:
-        name: Also a resource as caches record it, or a cache as ``kr2cache cache list`` shows it.
+        name: A model, a resource as caches record it, or a cache as ``kr2cache cache list`` shows it.
+        cache_dir: Where the caches are.
+        overrides: As for ``find_model``.
 
     Raises:
-        UnknownNameError: If it is none of these.
-        ModelUnavailableError: For a model folder that does not exist.
+        UnknownNameError: If ``name`` is none of these.
+        ModelUnavailableError: If ``name`` is a model folder that does not exist.
     """
     if (resource := _resource_of(name, cache_dir)) is not None:
         return _stored(resource, overrides)
@@ -44,18 +42,27 @@ def find_resource(name: str, cache_dir: Path, overrides: Mapping[str, Mapping[st
 
 
 def _resource_of(name: str, cache_dir: Path) -> str | None:
-    """The resource of the cache called ``name``: its folder, a path below ``cache_dir``, or the folder's own name."""
-    named = CACHE_NAME.fullmatch(Path(name).name)
-    if named is None:
+    """The resource of the cache ``name``: a folder, a path below ``cache_dir``, or a folder name there."""
+    resource = folders.name_in(name)
+    if resource is None:
         return None
     places = [Path(name).expanduser(), cache_dir / name]
     if Path(name).name == name:
-        places += cache_dir.glob(f"*/*/{name}")
-    return named[1] if any(next(place.glob("shard-*.h5"), None) for place in places) else None
+        places += [folder for folder in folders.matching(cache_dir, name=resource) if folder.name == name]
+    return resource if any(map(_has_shards, places)) else None
+
+
+def has_caches(cache_dir: Path, task: str, resource: str) -> bool:
+    """Whether any split of a task has a cache of the resource."""
+    return any(map(_has_shards, folders.matching(cache_dir, task=task, name=resource)))
+
+
+def _has_shards(folder: Path) -> bool:
+    return next(folder.glob("shard-*.h5"), None) is not None
 
 
 def _stored(resource: str, overrides: Mapping[str, Mapping[str, Any]]) -> ModelSpec:
-    """The model of that name; one that nothing is known of but its caches, where it was given as a folder."""
+    """The model with the name that a cache records. If the model was a folder, only its name is known."""
     try:
         return find_model(name_of_stored(resource, overrides), overrides)
     except UnknownNameError:

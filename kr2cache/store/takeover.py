@@ -17,6 +17,7 @@ from kr2cache.cache.reader import FeatureCache
 from kr2cache.errors import CacheError
 from kr2cache.store import provenance
 from kr2cache.store.copying import Stored, states_as_stored, write_states
+from kr2cache.store.inventory import open_caches
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def _candidates(cache_dir: Path, folder: Path, header: ShardHeader) -> list[Feat
             and (cache.width, cache.model_layers) == (header.width, header.model_layers)
         )
 
-    caches = provenance.caches_of(cache_dir, chosen["task"], chosen["split"])
+    caches, _ = open_caches(cache_dir, chosen["task"], chosen["split"])
     return sorted(filter(serves, caches), key=lambda cache: -len(cache.layers))
 
 

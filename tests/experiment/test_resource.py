@@ -29,7 +29,7 @@ from kr2cache.experiment.shared import Shared
 from kr2cache.models.digests import weights_digest
 from kr2cache.models.load import load_encoder
 from kr2cache.models.registry import ModelSpec, find_model
-from kr2cache.store import provenance
+from kr2cache.store import find
 from kr2cache.tasks import find_task
 
 
@@ -121,7 +121,7 @@ def test_several_caches_that_fit_are_a_question_unless_one_has_the_default_setti
         world.extract(split, dtype="bfloat16")
     with pytest.raises(CacheError, match=r"Several caches of res fit and differ.*(bfloat16|float32)") as caught:
         world.train()
-    assert caught.value.remedy == "Say which: dtype under [defaults] in kr2cache.toml.", "their lengths are the same"
+    assert caught.value.remedy == "Choose: dtype under [defaults] in kr2cache.toml.", "their lengths are the same"
     assert world.train(dtype="bfloat16").computed == 0
     for split in SPLITS:
         world.extract(split)
@@ -175,15 +175,15 @@ def test_a_stale_cache_is_refused_and_its_command_mends_it(
 
 def test_a_cache_that_another_version_made_is_named(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     world.train()
-    real = provenance.caches_of
+    real = find.open_caches
 
-    def of_another_version(*arguments: Any) -> list[FeatureCache]:
-        caches = real(*arguments)
+    def of_another_version(*arguments: Any) -> tuple[list[FeatureCache], dict[Path, CacheError]]:
+        caches, unreadable = real(*arguments)
         for cache in caches:
             del cache.provenance["found"]["config"]
-        return caches
+        return caches, unreadable
 
-    monkeypatch.setattr(provenance, "caches_of", of_another_version)
+    monkeypatch.setattr(find, "open_caches", of_another_version)
     with pytest.raises(CacheMismatchError, match="another version of kr2cache made it, without recording config"):
         world.train(fusion="all")
 

@@ -25,7 +25,7 @@ from kr2cache.extraction import extract, planning
 from kr2cache.models.encode import SPECIAL, TEXTS_AT_ONCE, encode, encode_examples
 from kr2cache.models.registry import ModelSpec
 from kr2cache.models.tokenizers import load_tokenizer
-from kr2cache.store import provenance
+from kr2cache.store import find
 from kr2cache.tasks import Example, find_task
 
 Pair = tuple[str, str]
@@ -412,8 +412,8 @@ def test_from_the_file_to_the_cache(tmp_path: Path) -> None:
 # Provenance ----------------------------------------------------------------------------------------------------------
 
 
-def wanted_of(plan: extract.ExtractPlan, cache: FeatureCache) -> provenance.Wanted:
-    return provenance.Wanted(
+def wanted_of(plan: extract.ExtractPlan, cache: FeatureCache) -> find.Wanted:
+    return find.Wanted(
         resource=plan.spec.name,
         task=plan.config.task,
         corpus=plan.corpus,
@@ -439,21 +439,21 @@ def test_a_cache_made_without_segments_does_not_fit(tmp_path: Path) -> None:
     assert blind.folder != cache.folder
     assert max(excess(blind, states_alone(folder, PAIRS, 64, False))) <= 1
     wanted = wanted_of(plan, cache)
-    assert provenance.found_differences(cache, wanted, plan.index) == []
-    assert provenance.found_differences(blind, wanted, blind_plan.index) == []
+    assert find.found_differences(cache, wanted, plan.index) == []
+    assert find.found_differences(blind, wanted, blind_plan.index) == []
 
-    (difference,) = provenance.found_differences(blind, wanted, plan.index)
+    (difference,) = find.found_differences(blind, wanted, plan.index)
     assert difference.field == "segments"
-    assert "made without segment ids, they go with now" in difference.text
-    (difference,) = provenance.found_differences(cache, wanted, blind_plan.index)
+    assert "made without segment ids, now the model runs with them" in difference.text
+    (difference,) = find.found_differences(cache, wanted, blind_plan.index)
     assert difference.field == "segments"
-    assert "made with segment ids, they go without now" in difference.text
+    assert "made with segment ids, now the model runs without them" in difference.text
 
     # Where the tokenizer is not there, nothing can be compared; a cache from before the field was made without.
-    assert provenance.found_differences(blind, wanted, None) == []
+    assert find.found_differences(blind, wanted, None) == []
     del blind.provenance["found"]["segments"]
-    assert [one.field for one in provenance.found_differences(blind, wanted, plan.index)] == ["segments"]
-    assert provenance.found_differences(blind, wanted, blind_plan.index) == []
+    assert [one.field for one in find.found_differences(blind, wanted, plan.index)] == ["segments"]
+    assert find.found_differences(blind, wanted, blind_plan.index) == []
 
 
 def test_segments_of_a_part_of_the_examples_are_compared_too(tmp_path: Path) -> None:
@@ -461,9 +461,9 @@ def test_segments_of_a_part_of_the_examples_are_compared_too(tmp_path: Path) -> 
     examples = pairs_as_examples(PAIRS)
     cache = extracted(plan_of(folder, tmp_path / "cache", "snli", examples))
     few = plan_of(folder, tmp_path / "cache", "snli", examples[2:5])
-    assert provenance.found_differences(cache, wanted_of(few, cache), few.index) == []
+    assert find.found_differences(cache, wanted_of(few, cache), few.index) == []
     blind = dataclasses.replace(few.index, segment_id=None)
-    assert [one.field for one in provenance.found_differences(cache, wanted_of(few, cache), blind)] == ["segments"]
+    assert [one.field for one in find.found_differences(cache, wanted_of(few, cache), blind)] == ["segments"]
 
 
 # Tokenizers written in Python ----------------------------------------------------------------------------------------

@@ -302,7 +302,7 @@ def test_a_stored_fusion_serves_no_other(world: World, changes: dict[str, str]) 
         result = world.extract(split)
         fusion_of(result, "last4")
         shutil.rmtree(result.cache)
-    with pytest.raises(CacheError, match="it holds the average of layers 1, 2, 3, 4 alone"):
+    with pytest.raises(CacheError, match="it holds only the average of layers 1, 2, 3, 4"):
         world.train(**changes, extract=False)
 
 

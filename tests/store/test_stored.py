@@ -54,7 +54,7 @@ def test_a_cache_trains_without_its_model_under_each_of_its_names(
         assert document["resource_sequences"]["computed"] == 0
         (one,) = document["runs"]
         assert Path(one["folder"]).parent.name == name_of_run, "the run that the model itself gives"
-        trusted = "The weights of res are in no folder that is known here: its caches are trusted, not compared"
+        trusted = "The weights of res are in no known folder: its caches are used without comparing them"
         assert trusted in document["said"]
     for split in ("dev", "test"):
         assert predictions(Path(one["folder"]), split) == predictions(world.folder / "there", split)
