@@ -13,9 +13,9 @@ from rich.text import Text
 
 from kr2cache.cache.check import CacheCheck
 from kr2cache.cache.shard import headers_left
-from kr2cache.commands.defaults import OPTIONS
 from kr2cache.commands.loading import loading
-from kr2cache.commands.options import App, CacheDir, Data, Debug, Device, Json, merge, print_json
+from kr2cache.commands.options import App, CacheDir, Data, Device, Json, merge, print_json
+from kr2cache.commands.settings import OPTIONS
 from kr2cache.config import default_cache_dir, read_toml
 from kr2cache.errors import CacheError, ConfigError
 from kr2cache.models.registry import known_models
@@ -48,7 +48,7 @@ def _folder(name: str, cache_dir: Path | None) -> Path:
 
 
 @app.command("list")
-def list_cli(cache_dir: CacheDir = None, as_json: Json = False, debug: Debug = False) -> None:
+def list_cli(cache_dir: CacheDir = None, as_json: Json = False) -> None:
     """Every cache, its size, when it was written, whether it is complete, and which went stale."""
     from kr2cache.store.inventory import entries
     from kr2cache.system.terminal import Column, print_table
@@ -102,7 +102,7 @@ def _layers(layers: Sequence[int], fusion: dict[str, Any] | None) -> str:
 
 
 @app.command("info")
-def info_cli(cache: Cache, cache_dir: CacheDir = None, as_json: Json = False, debug: Debug = False) -> None:
+def info_cli(cache: Cache, cache_dir: CacheDir = None, as_json: Json = False) -> None:
     """What is in one cache: what it was made from, sizes, lengths, norms by layer."""
     from kr2cache.cache.reader import FeatureCache
     from kr2cache.store.inventory import entry, portrait
@@ -165,7 +165,7 @@ def _bars(title: str, names: Sequence[str], values: Sequence[float], text: Any) 
 
 
 @app.command("verify")
-def verify_cli(caches: Caches = None, cache_dir: CacheDir = None, as_json: Json = False, debug: Debug = False) -> None:
+def verify_cli(caches: Caches = None, cache_dir: CacheDir = None, as_json: Json = False) -> None:
     """Read every byte of caches against its checksum; name what is damaged. Exit code 1 unless all is whole."""
     from kr2cache.store.inventory import cache_folders
 
@@ -269,7 +269,6 @@ def repair_cli(
     device: Device = None,
     cache_dir: CacheDir = None,
     as_json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Make damaged or incomplete sequences again: runs the planned batches that hold one, no others.
 
@@ -300,7 +299,6 @@ def slice_cli(
     ids: Annotated[Path | None, typer.Option(help="File of ids to keep, one a line: of examples or sequences.")] = None,
     cache_dir: CacheDir = None,
     as_json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """A smaller cache from a larger one, without the model: fewer layers, fewer sequences, a smaller dtype."""
     from kr2cache.cache.reader import FeatureCache
@@ -324,7 +322,6 @@ def fuse_cli(
     dtype: Dtype = None,
     cache_dir: CacheDir = None,
     as_json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Store one fixed fusion alone, 1/(L+1) of the bytes; train uses it wherever it serves."""
     from kr2cache.cache.reader import FeatureCache
@@ -356,7 +353,6 @@ def remove_cli(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     cache_dir: CacheDir = None,
     as_json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Delete caches: says what it frees, and asks."""
     from kr2cache.store.inventory import removable_bytes, remove

@@ -14,42 +14,6 @@ from kr2cache.models.registry import find_model, known_models
 from kr2cache.store.stored import find_resource, tasks_and_resources
 from kr2cache.tasks import find_task, task_names
 
-OPTIONS: dict[str, type] = {
-    "resource": str,
-    "split": str,
-    "task": str,
-    "data": str,
-    "max-length": int,
-    "layers": str,
-    "dtype": str,
-    "compute-dtype": str,
-    "device": str,
-    "tokens-per-batch": int,
-    "shard-gb": float,
-    "limit": int,
-    "cache-dir": Path,
-    "reader": str,
-    "fusion": str,
-    "method": str,
-    "projection": str,
-    "seeds": str,
-    "epochs": float,
-    "batch-size": int,
-    "learning-rate": float,
-    "fusion-learning-rate": float,
-    "resource-max-length": int,
-    "teacher": str,
-    "temperature": float,
-    "soft-weight": float,
-    "run-dir": Path,
-    "check-states": bool,
-}
-"""What ``[defaults]`` may give, by the long names of the options."""
-TRAIN_OPTIONS = {
-    name: kind for name, kind in OPTIONS.items() if name not in ("split", "layers", "tokens-per-batch", "shard-gb")
-}
-"""Those that concern a training; the settings of a grid."""
-
 
 def choose_resource(cache_dir: Path, task: str | None, reader: str, overrides: Mapping[str, Mapping[str, Any]]) -> str:
     """The one resource that has caches (of ``task``, if that is known). Caches of the reader itself are those that

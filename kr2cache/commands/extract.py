@@ -7,97 +7,32 @@ from typing import Annotated, Any
 
 import typer
 
-from kr2cache.commands.defaults import OPTIONS, choose_task
+from kr2cache.commands.defaults import choose_task
 from kr2cache.commands.loading import loading
-from kr2cache.commands.options import (
-    CacheDir,
-    Data,
-    Debug,
-    Device,
-    Json,
-    Limit,
-    Task,
-    merge,
-    model_names,
-    print_json,
-)
-from kr2cache.config import COMPUTE_DTYPES, ExtractConfig, default_cache_dir, read_toml
+from kr2cache.commands.options import Json, merge, print_json, takes
+from kr2cache.commands.settings import EXTRACT, OPTIONS
+from kr2cache.config import ExtractConfig, default_cache_dir, read_toml
 from kr2cache.errors import ConfigError
 from kr2cache.extraction.checks import check_extraction
 from kr2cache.models.files import model_folder
 from kr2cache.models.registry import known_models
 from kr2cache.system.console import waiting
+from kr2cache.tasks import split_name
 
 
+@takes(ExtractConfig, EXTRACT)
 def extract_cli(
-    resource: Annotated[
-        str | None,
-        typer.Option(help="The frozen model: a name (kr2cache models), hub id or folder.", autocompletion=model_names),
-    ] = None,
-    split: Annotated[str | None, typer.Option(help="train, dev or test.", show_default="train")] = None,
-    task: Task = None,
-    data: Data = None,
-    max_length: Annotated[
-        int | None, typer.Option(help="Tokens kept of each sequence, special ones included.", show_default="128")
-    ] = None,
-    layers: Annotated[
-        str | None,
-        typer.Option(help="all, lastN (last4), or a list: 0,3,5. Layer 0 is the embeddings.", show_default="all"),
-    ] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="On disk: float16, float32, bfloat16 or int8.", show_default="float16")
-    ] = None,
-    compute_dtype: Annotated[
-        str | None,
-        typer.Option(help=f"In the forward pass: {', '.join(COMPUTE_DTYPES)} (autocast).", show_default="float32"),
-    ] = None,
-    device: Device = None,
-    tokens_per_batch: Annotated[
-        int | None, typer.Option(help="Positions in one forward pass.", show_default="1024 on CPU, 16384 on CUDA")
-    ] = None,
-    shard_gb: Annotated[float | None, typer.Option(help="GiB of states in one file.", show_default="16")] = None,
-    limit: Limit = None,
-    cache_dir: CacheDir = None,
+    typed: dict[str, Any],
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what it would take, for every dtype; write nothing.")
+        bool, typer.Option("--dry-run", help="Show how much disk it would take, for every dtype; write nothing.")
     ] = False,
     as_json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """[bold]Stage one[/]: run a frozen model once over a split and store its hidden states.
 
-    A finished cache is found at once and never written again; an interrupted one is gone on with.
+    A complete cache is never written again. An interrupted extraction continues where it stopped.
     """
-    toml = read_toml(Path.cwd(), OPTIONS)
-    given = merge(
-        toml,
-        resource=resource,
-        split=split,
-        task=task,
-        data=data,
-        max_length=max_length,
-        layers=layers,
-        dtype=dtype,
-        compute_dtype=compute_dtype,
-        device=device,
-        tokens_per_batch=tokens_per_batch,
-        shard_gb=shard_gb,
-        limit=limit,
-        cache_dir=cache_dir,
-    )
-    from kr2cache.tasks import split_name
-
-    given["split"] = split_name(given.get("split", "train"))
-    where = given.get("cache_dir", default_cache_dir())
-    if "resource" not in given:
-        raise ConfigError(
-            "Which resource?",
-            "Give --resource, or resource under [defaults] in kr2cache.toml: "
-            f"{', '.join(known_models(toml.models))}, a hub id or a folder.",
-        )
-    if "task" not in given:
-        given["task"] = choose_task(given["resource"], where, toml.models)
-    config = ExtractConfig(**given, models=toml.models)
+    config = _config(typed)
     model_folder(check_extraction(config).spec)  # a download shows its own progress
     with loading(as_json):
         from kr2cache.extraction.extract import describe_result, extract
@@ -112,6 +47,22 @@ def extract_cli(
     describe_result(result)
     if as_json:
         print_json(result.json())
+
+
+def _config(typed: dict[str, Any]) -> ExtractConfig:
+    """The settings of this call. What the user did not type comes from ``kr2cache.toml`` or the registry."""
+    toml = read_toml(Path.cwd(), OPTIONS)
+    given = merge(toml, **typed)
+    given["split"] = split_name(given.get("split", "train"))
+    if "resource" not in given:
+        raise ConfigError(
+            "Which resource?",
+            "Give --resource, or resource under [defaults] in kr2cache.toml: "
+            f"{', '.join(known_models(toml.models))}, a hub id or a folder.",
+        )
+    if "task" not in given:
+        given["task"] = choose_task(given["resource"], given.get("cache_dir", default_cache_dir()), toml.models)
+    return ExtractConfig(**given, models=toml.models)
 
 
 def _show_dry_run(plan: Any, as_json: bool) -> None:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection
 from pathlib import Path
 
-from kr2cache.commands.defaults import OPTIONS, TRAIN_OPTIONS
+from kr2cache.commands.settings import OPTIONS, TRAIN_OPTIONS
 from kr2cache.config import TOML
 
 OPTION = re.compile(r"(?<![\w-])--([a-z][a-z-]*)")

@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from kr2cache.commands.defaults import OPTIONS
 from kr2cache.commands.loading import loading
-from kr2cache.commands.options import Debug, Device, Json, Limit, checked, print_json
+from kr2cache.commands.options import Device, Json, Limit, checked, print_json
+from kr2cache.commands.settings import OPTIONS
 from kr2cache.config import read_toml
 from kr2cache.models.contents import fault
 from kr2cache.models.files import check_obtainable
@@ -20,7 +20,7 @@ from kr2cache.system.locks import check_writable
 from kr2cache.tasks import find_task
 
 
-def models_cli(as_json: Json = False, debug: Debug = False) -> None:
+def models_cli(as_json: Json = False) -> None:
     """The models that have a name, and which are on this machine."""
     from rich.text import Text
 
@@ -67,7 +67,7 @@ def models_cli(as_json: Json = False, debug: Debug = False) -> None:
             console.print(f"{name} needs {spec.needs}.", markup=False, soft_wrap=True)
 
 
-def tasks_cli(as_json: Json = False, debug: Debug = False) -> None:
+def tasks_cli(as_json: Json = False) -> None:
     """The tasks there are, and where their data comes from."""
     from kr2cache.system.terminal import Column, print_table
     from kr2cache.tasks import task_names
@@ -105,7 +105,6 @@ def demo_cli(
     ),
     device: Device = None,
     as_json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Both stages on a small corpus of our own and a real model: extract once, train eight readers, print the table."""
     check_device_name(device or "auto")
@@ -139,7 +138,6 @@ def bench_cli(
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the table as bars: bench.svg, .png, .pdf.")] = None,
     as_json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """This machine's figures: extracting, reading and training beside their limits and rivals."""
     overrides = read_toml(Path.cwd(), OPTIONS).models

@@ -1,11 +1,14 @@
-"""What several commands share: options by their long names, and how they are filled in and printed."""
+"""What the commands share: how options are declared, filled in from ``kr2cache.toml`` and printed."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from inspect import Parameter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,12 +17,15 @@ from typer import CallbackParam
 from typer.core import TyperCommand, TyperOption
 from typer.models import CommandFunctionType
 
-from kr2cache.commands.defaults import OPTIONS
 from kr2cache.commands.hints import more_advice
-from kr2cache.config import Toml, local, read_toml
+from kr2cache.commands.settings import CACHE_DIR, DATA, DEVICE, LIMIT, OPTIONS, Setting, default_text, kind
+from kr2cache.config import ExtractConfig, Toml, TrainConfig, local, read_toml
 from kr2cache.errors import KR2CacheError, UsageError
 from kr2cache.models.registry import known_models
 from kr2cache.system.console import console
+
+MODELS = ("resource", "reader", "teacher")
+"""Options that the shell completes with names of models."""
 
 
 def model_names() -> list[str]:
@@ -29,31 +35,80 @@ def model_names() -> list[str]:
 
 
 def checked(value: Path | None, param: CallbackParam) -> Path | None:
-    """The value of an option or argument that names a folder or file, unless it is a URL."""
+    """The value of an option or argument that names a folder or file.
+
+    Raises:
+        ConfigError: For a URL.
+    """
     name = param.opts[0]
     return None if value is None else local(value, name if name.startswith("-") else name.upper())
 
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document; people's output goes to standard error.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of a failure.")]
-Task = Annotated[
-    str | None,
-    typer.Option(help="udpos-LANG, snli, swag, piqa, hellaswag (kr2cache tasks). Default: of the resource's language."),
-]
-Data = Annotated[
-    str | None,
-    typer.Option(
-        help="Folder with train, dev and test in the task's format, or a hub data set. Default: the task's own."
-    ),
-]
-Limit = Annotated[int | None, typer.Option(help="Only the first N examples of each split.", show_default="all")]
-Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, mps.", show_default="auto")]
-RunDir = Annotated[Path | None, typer.Option(help="Where runs go.", show_default="runs", callback=checked)]
-Seeds = Annotated[str | None, typer.Option(help="One run each.", show_default="1,2,3")]
-CacheDir = Annotated[
-    Path | None,
-    typer.Option(help="Where caches are.", show_default="$KR2CACHE_DIR, else .kr2cache", callback=checked),
-]
+def option(config: type[ExtractConfig | TrainConfig], name: str, setting: Setting) -> Any:
+    """The typer option that sets the field ``name`` of ``config``."""
+    as_type = kind(config, name)
+    return typer.Option(
+        # Without a name of its own, typer would add --no-NAME to a flag.
+        *([f"--{name.replace('_', '-')}"] if as_type is bool else []),
+        help=setting.help,
+        show_default=setting.default or default_text(config, name) or True,
+        autocompletion=model_names if name in MODELS else None,
+        callback=checked if as_type is Path else None,
+    )
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document; text for people goes to standard error.")]
+Data = Annotated[str | None, option(ExtractConfig, "data", DATA)]
+Limit = Annotated[int | None, option(ExtractConfig, "limit", LIMIT)]
+Device = Annotated[str | None, option(ExtractConfig, "device", DEVICE)]
+CacheDir = Annotated[Path | None, option(ExtractConfig, "cache_dir", CACHE_DIR)]
+DEBUG = Parameter(
+    "debug",
+    Parameter.KEYWORD_ONLY,
+    default=False,
+    annotation=Annotated[bool, typer.Option("--debug", help="Show the traceback of a failure.")],
+)
+
+
+def takes(
+    config: type[ExtractConfig | TrainConfig], settings: Mapping[str, Setting]
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command an option for each of ``settings``.
+
+    The command gets what the user typed as its first argument: a dictionary of ``settings``, None for an option that
+    was not given.
+    """
+
+    def with_options(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def run(**values: Any) -> None:
+            typed = {name: values.pop(name) for name in settings}
+            command(typed, **values)
+
+        first = [
+            Parameter(
+                name,
+                Parameter.KEYWORD_ONLY,
+                default=None,
+                annotation=Annotated[kind(config, name) | None, option(config, name, setting)],
+            )
+            for name, setting in settings.items()
+        ]
+        _sign(run, [*first, *_parameters(command)[1:]])
+        return run
+
+    return with_options
+
+
+def _parameters(function: Callable[..., Any]) -> list[Parameter]:
+    return list(inspect.signature(function, eval_str=True).parameters.values())
+
+
+def _sign(function: Any, parameters: Iterable[Parameter]) -> None:
+    """Make typer see these parameters of ``function``."""
+    named = [one.replace(kind=Parameter.KEYWORD_ONLY) for one in parameters]
+    function.__signature__ = inspect.Signature(named)
+    function.__annotations__ = {one.name: one.annotation for one in named}
 
 
 SEVERAL = {
@@ -61,12 +116,12 @@ SEVERAL = {
     "layers": "Give them in one list: --layers 0,3,5",
     "resource": "Several resources are not supported yet: run the command once for each.",
 }
-"""What to do instead of giving an option twice, where the reader may have meant a list."""
+"""What to do instead of giving an option twice, if the user may have meant a list."""
 
 
 class Command(TyperCommand):
-    """A command that refuses an option given twice (the last value would silently win), and whose errors advise only
-    what it has.
+    """A command that refuses an option given twice (typer would use the last value), and whose errors advise only
+    options that it has.
     """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -88,7 +143,7 @@ class Command(TyperCommand):
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command; an error that it ends with advises what this command has."""
+        """Run the command. If it fails, add to the error what helps with this command."""
         try:
             return super().invoke(ctx)
         except KR2CacheError as error:
@@ -99,14 +154,25 @@ class Command(TyperCommand):
 
 
 class App(typer.Typer):
-    """A group of commands, each a ``Command``."""
+    """A group of commands. Each is a ``Command`` and accepts ``--debug``, which ``cli.run`` handles."""
 
     def command(self, name: str | None = None, **settings: Any) -> Callable[[CommandFunctionType], CommandFunctionType]:
-        return super().command(name, cls=Command, **settings)
+        register = super().command(name, cls=Command, **settings)
+
+        def add(function: CommandFunctionType) -> CommandFunctionType:
+            @functools.wraps(function)
+            def run(debug: bool, **values: Any) -> Any:
+                return function(**values)
+
+            _sign(run, [*_parameters(function), DEBUG])
+            register(run)
+            return function
+
+        return add
 
 
 def merge(toml: Toml, **given: Any) -> dict[str, Any]:
-    """What was given on the command line, over ``[defaults]``; what neither gives is left out."""
+    """The options that the command line or ``[defaults]`` gives. The command line wins; None means not given."""
     values = {name: toml.defaults[name] for name in given if name in toml.defaults}
     return values | {name: value for name, value in given.items() if value is not None}
 
@@ -115,6 +181,6 @@ def print_json(document: Any) -> None:
     if console.quiet:
         return
     text = json.dumps(document, ensure_ascii=False, indent=2)
-    # An error may quote an argument that is not UTF-8; \udce4 is how JSON writes such a byte.
+    # An error may quote an argument that is not UTF-8: JSON writes such a byte as \udce4.
     sys.stdout.write(text.encode("utf-8", "backslashreplace").decode() + "\n")
     sys.stdout.flush()

@@ -9,9 +9,9 @@ from typing import Annotated
 
 import typer
 
-from kr2cache.commands.defaults import OPTIONS
 from kr2cache.commands.loading import loading
-from kr2cache.commands.options import Debug, Device, Json, checked, print_json
+from kr2cache.commands.options import Device, Json, checked, print_json
+from kr2cache.commands.settings import OPTIONS
 from kr2cache.config import read_toml
 from kr2cache.errors import ConfigError
 from kr2cache.system.console import console, count_text, note, to_stderr
@@ -32,7 +32,6 @@ def predict_cli(
     conllu: Annotated[bool, typer.Option("--conllu", help="Print CoNLL-U (tagging).")] = False,
     device: Device = None,
     as_json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Label new text: through resource and reader, without a cache."""
     if bool(text) == (file is not None):

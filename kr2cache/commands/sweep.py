@@ -4,60 +4,46 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from kr2cache.commands.defaults import OPTIONS, TRAIN_OPTIONS
 from kr2cache.commands.loading import loading
-from kr2cache.commands.options import CacheDir, Debug, Device, Json, RunDir, Seeds, checked, merge, print_json
+from kr2cache.commands.options import Json, checked, merge, print_json, takes
+from kr2cache.commands.settings import OPTIONS, SWEEP, TRAIN_OPTIONS
 from kr2cache.config import TrainConfig, read_toml
 from kr2cache.experiment.cells import cells_of
 from kr2cache.experiment.grid import Line, read_grid
 
 
+@takes(TrainConfig, SWEEP)
 def sweep_cli(
+    typed: dict[str, Any],
     grid: Annotated[Path, typer.Argument(help="A TOML grid, such as those in pipelines/.", metavar="FILE")],
-    seeds: Seeds = None,
-    epochs: Annotated[float | None, typer.Option(show_default="the grid's")] = None,
-    limit: Annotated[
-        int | None, typer.Option(help="Only the first N examples of each split.", show_default="the grid's")
-    ] = None,
-    device: Device = None,
-    run_dir: RunDir = None,
-    cache_dir: CacheDir = None,
     keep_readers: Annotated[
-        bool, typer.Option("--keep-readers", help="Keep the trained readers, not their predictions alone.")
+        bool, typer.Option("--keep-readers", help="Keep the trained readers, not only their predictions.")
     ] = False,
     keep_going: Annotated[
         bool,
-        typer.Option("--keep-going", help="Train the other cells where some lack data or models, instead of stopping."),
+        typer.Option("--keep-going", help="If some cells lack data or models, train the others instead of stopping."),
     ] = False,
     as_json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Train every cell of a table: methods, fusions, tasks, pairs of models, seeds.
 
-    All cells are checked first; if some cannot run, nothing is trained. What is done is skipped, so the same command
-    goes on after an interruption. A cell that fails while it runs is reported at the end, and the others go on.
+    All cells are checked first; if some cannot run, nothing is trained. Finished runs are skipped, so the same command
+    continues after an interruption. A cell that fails while it runs is reported at the end, and the others go on.
     """
     toml = read_toml(Path.cwd(), OPTIONS)
-    given = merge(toml, seeds=seeds, epochs=epochs, limit=limit, device=device, run_dir=run_dir, cache_dir=cache_dir)
-    defaults = {name.replace("-", "_") for name in TRAIN_OPTIONS}
-    table = read_grid(grid, TRAIN_OPTIONS)
-    asked = {"seeds": seeds, "epochs": epochs, "limit": limit}
-    above = {name: value for name, value in asked.items() if value is not None}
+    given = merge(toml, **typed)
+    # The grid wins over [defaults] where it decides results; the command line wins over the grid.
+    above = {name: value for name, value in typed.items() if value is not None}
     above |= {name: given[name] for name in ("device", "run_dir", "cache_dir") if name in given}
+    below = {name: value for name, value in toml.defaults.items() if name.replace("_", "-") in TRAIN_OPTIONS}
+    table = read_grid(grid, TRAIN_OPTIONS)
 
     def cell_config(row: Line, column: Line) -> TrainConfig:
-        return table.config(
-            row,
-            column,
-            below={name: value for name, value in toml.defaults.items() if name in defaults},
-            above=above,
-            overrides=toml.models,
-            training=toml.training,
-        )
+        return table.config(row, column, below=below, above=above, overrides=toml.models, training=toml.training)
 
     cells = cells_of(table, cell_config)
     with loading(as_json):
@@ -68,7 +54,7 @@ def sweep_cli(
     from kr2cache.report import describe, report
 
     if any(cell.folder is not None for cell in result.cells):
-        # What failed was just said, with its remedy.
+        # describe_sweep has named the failures and their remedies.
         describe(dataclasses.replace(report(result.run_dir, None), failures=[]))
     if as_json:
         print_json(result.json())
@@ -87,7 +73,6 @@ def report_cli(
         ),
     ] = None,
     as_json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Tables and plots of what was run, beside the paper's numbers where it has them.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,8 @@ import typer
 from kr2cache.cli import run
 from kr2cache.commands.app import app
 from kr2cache.commands.options import App
+from kr2cache.commands.settings import OPTIONS, TRAIN_OPTIONS, default_text, kind
+from kr2cache.config import ExtractConfig, TrainConfig
 from kr2cache.errors import UsageError
 
 
@@ -73,3 +76,24 @@ def test_short_options_count_and_flags_and_lists_may_be_repeated() -> None:
     for twice in (["-n1", "-n", "2"], ["-n", "1", "--number=1"], ["-fn1", "-n2"]):
         with pytest.raises(UsageError, match="--number is given 2 times"):
             small(args=twice, standalone_mode=False)
+
+
+def test_the_types_and_defaults_of_options_come_from_the_fields() -> None:
+    assert {name: kind(TrainConfig, name) for name in ("seeds", "method", "limit", "epochs", "run_dir")} == {
+        "seeds": str,
+        "method": str,
+        "limit": int,
+        "epochs": float,
+        "run_dir": Path,
+    }
+    texts = {name: default_text(TrainConfig, name) for name in ("seeds", "learning_rate", "batch_size", "teacher")}
+    assert texts == {"seeds": "1,2,3", "learning_rate": "2e-5", "batch_size": "32", "teacher": ""}
+    assert default_text(ExtractConfig, "shard_gb") == "16"
+    assert OPTIONS.keys() - TRAIN_OPTIONS.keys() == {"split", "layers", "tokens-per-batch", "shard-gb"}
+    assert OPTIONS["check-states"] is bool
+
+
+def test_every_command_accepts_debug() -> None:
+    for path, command in commands(typer.main.get_command(app)):
+        assert "--debug" in {name for option in command.params for name in option.opts}, path
+        assert "debug" not in inspect.signature(inspect.unwrap(command.callback)).parameters, path

@@ -12,7 +12,7 @@ import pytest
 from world import World
 
 from kr2cache import cli
-from kr2cache.commands.defaults import TRAIN_OPTIONS
+from kr2cache.commands.settings import TRAIN_OPTIONS
 from kr2cache.config import TrainConfig
 from kr2cache.errors import (
     CacheError,
