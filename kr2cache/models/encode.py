@@ -335,3 +335,8 @@ def pad(arrays: Sequence[NDArray[Any]], fill: int) -> NDArray[np.int64]:
     for row, array in zip(result, arrays, strict=True):
         row[: len(array)] = array
     return result
+
+
+def padding_mask(lengths: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
+    """The mask of a padded batch, shape (B, T), T the largest of ``lengths`` (B,): 1 for a token, 0 for padding."""
+    return (np.arange(int(lengths.max()))[None, :] < lengths[:, None]).astype(np.int64)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kr2cache.cache.format import SequenceIndex
-from kr2cache.models.encode import pad
+from kr2cache.models.encode import pad, padding_mask
 
 if TYPE_CHECKING:
     import torch
@@ -48,9 +48,7 @@ def hidden_states(
     inputs = {"input_ids": tensor(index.input_id, pad_id)}
     if index.segment_id is not None:
         inputs["token_type_ids"] = tensor(index.segment_id, 0)
-    lengths = moved(index.n_tokens[np.asarray(sequences)])
-    T = inputs["input_ids"].shape[1]
-    inputs["attention_mask"] = (torch.arange(T, device=device)[None, :] < lengths[:, None]).long()
+    inputs["attention_mask"] = moved(padding_mask(index.n_tokens[np.asarray(sequences)]))
     autocast = compute_dtype != "float32"
     dtype = getattr(torch, compute_dtype) if autocast else torch.bfloat16
     with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=autocast):

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kr2cache.cache.format import SequenceIndex
 from kr2cache.errors import CacheMismatchError, ModelUnavailableError, UnknownNameError
 from kr2cache.models.digests import config_digest, weights_digest
-from kr2cache.models.encode import encode
+from kr2cache.models.encode import encode, padding_mask
 from kr2cache.models.files import local_folder
 from kr2cache.models.load import encoder_shape, load_encoder
 from kr2cache.models.registry import ModelSpec, find_model
@@ -85,7 +85,7 @@ class OnlineFeatures:
         self.sequences_read += len(sequences)
         numbers = np.asarray(sequences)
         lengths = self.n_tokens[numbers]
-        mask = np.arange(int(lengths.max()))[None, :] < lengths[:, None]
+        mask = padding_mask(lengths)
         layers = len(self.layers) if self.weights is None else 1
         states_BLTD = torch.zeros(len(numbers), layers, mask.shape[1], self.width, device=self.device)
         together = [np.arange(len(numbers))]
@@ -93,8 +93,8 @@ class OnlineFeatures:
             together = [np.flatnonzero(lengths == length) for length in np.unique(lengths)]
         for rows in together:
             states_BLTD[torch.from_numpy(rows), :, : int(lengths[rows].max())] = self._states(numbers[rows])
-        padding = torch.from_numpy(~mask)[:, None, :, None].to(self.device)
-        return states_BLTD.masked_fill_(padding, 0), mask.astype(np.int64)
+        padding = torch.from_numpy(mask == 0)[:, None, :, None].to(self.device)
+        return states_BLTD.masked_fill_(padding, 0), mask
 
     def _states(self, sequences: NDArray[np.intp]) -> Tensor:
         """(B, L, T, D), padded positions included."""

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from kr2cache.errors import UnsupportedModelError
 from kr2cache.fusion import parse_fusion
+from kr2cache.models.encode import padding_mask
 from kr2cache.models.load import vocabulary
 from kr2cache.system.device import is_out_of_memory
 from kr2cache.tasks.base import Head
@@ -108,9 +109,9 @@ class _Trial:
         return cls(
             head=head,
             input_ids=torch.randint(vocabulary(model.config), (B, T), generator=draw),
-            attention_mask=(torch.arange(T) < l1[:, None]).long(),
+            attention_mask=torch.from_numpy(padding_mask(l1.numpy())),
             states=(torch.randn(shape, generator=draw), torch.randn(shape, generator=draw)),
-            resource_mask=(torch.arange(R) < l2[:, None]).long(),
+            resource_mask=torch.from_numpy(padding_mask(l2.numpy())),
         )
 
     def logits(self, reader: KReader, appended: dict[str, Tensor]) -> Tensor:

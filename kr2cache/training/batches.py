@@ -15,7 +15,7 @@ from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase
 
 from kr2cache.cache.format import SequenceIndex
-from kr2cache.models.encode import FirstSubwords, pad
+from kr2cache.models.encode import FirstSubwords, pad, padding_mask
 from kr2cache.models.tokenizers import pad_id
 from kr2cache.tasks import Example, Task
 from kr2cache.training.distill import TeacherLogits
@@ -90,8 +90,7 @@ class Batcher:
         sequences = [example * per + choice for example in examples for choice in range(per)]
         tokens = [self.data.index.input_id[self.first[i] : self.first[i + 1]] for i in sequences]
         input_ids = pad(tokens, self.pad_id)
-        lengths = self.data.index.n_tokens[sequences]
-        mask = (np.arange(input_ids.shape[1])[None, :] < lengths[:, None]).astype(np.int64)
+        mask = padding_mask(self.data.index.n_tokens[sequences])
         shape = (len(examples), per, -1) if self.head == "choice" else (len(examples), -1)
         batch = {
             "input_ids": torch.from_numpy(input_ids).reshape(shape),

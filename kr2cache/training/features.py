@@ -22,6 +22,7 @@ from torch.utils.data import get_worker_info
 from kr2cache.cache.format import offsets
 from kr2cache.cache.reader import FeatureCache
 from kr2cache.fusion import Fusion
+from kr2cache.models.encode import padding_mask
 from kr2cache.system.console import bytes_text, note
 from kr2cache.system.disk import temporary_file
 from kr2cache.system.memory import aligned_empty, free_memory
@@ -111,7 +112,7 @@ class ResourceFeatures:
         for row, sequence, length in zip(states_BLTD, sequences, lengths.tolist(), strict=True):
             row[:, :length] = self.states(sequence)
             row[:, length:] = 0
-        return states_BLTD, (np.arange(states_BLTD.shape[2])[None, :] < lengths[:, None]).astype(np.int64)
+        return states_BLTD, padding_mask(lengths)
 
     def _empty(self, shape: tuple[int, ...]) -> NDArray[np.floating]:
         dtype = self.cache.states_dtype

@@ -37,6 +37,7 @@ from kr2cache.models.encode import (
     length_sorted_batches,
     missing_words,
     pad,
+    padding_mask,
 )
 from kr2cache.models.registry import ModelSpec
 from kr2cache.models.tokenizers import load_tokenizer
@@ -479,3 +480,10 @@ def test_pad_fills_every_row_to_the_longest(rows: list[list[int]], fill: int) ->
     padded = pad([np.array(row, dtype=np.int64) for row in rows], fill)
     assert padded.dtype == np.int64
     assert padded.tolist() == [row + [fill] * (width - len(row)) for row in rows]
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=6))
+def test_the_mask_of_a_padded_batch_says_where_tokens_are(lengths: list[int]) -> None:
+    mask = padding_mask(np.array(lengths, dtype=np.int32))
+    assert mask.dtype == np.int64
+    assert mask.tolist() == [[1] * length + [0] * (max(lengths) - length) for length in lengths]
