@@ -21,7 +21,7 @@ from kr2cache.extraction.planning import describe, plan_extraction
 from kr2cache.report.significance import FEWEST_SEEDS
 from kr2cache.system.console import bytes_text, console, seconds_text
 from kr2cache.system.terminal import Column, print_table
-from kr2cache.training import runs
+from kr2cache.training.runs import RunFolder, mean_and_std
 
 RESOURCE = "minilm"
 READER = "minilm-3"
@@ -132,8 +132,8 @@ def corpus() -> Path:
 
 
 def _summary(label: str, result: TrainResult) -> dict[str, Any]:
-    mean, std = runs.mean_and_std([run.metrics for run in result.runs])
-    fusion = [runs.read_fusion(run.folder) for run in result.runs]
+    mean, std = mean_and_std([run.metrics for run in result.runs])
+    fusion = [RunFolder(run.folder).read_fusion() for run in result.runs]
     return {
         "label": label,
         "method": result.config.method,

@@ -16,7 +16,7 @@ from kr2cache.config import read_toml
 from kr2cache.errors import ConfigError
 from kr2cache.system.console import console, count_text, note, to_stderr
 from kr2cache.system.device import check_device_name
-from kr2cache.training.runs import read_config
+from kr2cache.training.runs import RunFolder
 
 
 def predict_cli(
@@ -45,7 +45,7 @@ def predict_cli(
     toml = read_toml(Path.cwd(), OPTIONS)
     where = device or toml.defaults.get("device", "auto")
     check_device_name(where)
-    read_config(run)
+    RunFolder(run).read_config()
     with loading(as_json):
         from kr2cache.prediction.predict import Predictor
         from kr2cache.prediction.texts import as_text, read_file, read_lines, score, typed_lines

@@ -31,7 +31,7 @@ from kr2cache.system.locks import only_writer
 from kr2cache.system.process import process_unchanged
 from kr2cache.system.terminal import Column, print_table
 from kr2cache.tasks import Task
-from kr2cache.training import runs
+from kr2cache.training.runs import Metrics, RunFolder, mean_and_std, write_json
 from kr2cache.training.train import Job, Trained, train_seed, write_reader, write_trained
 from kr2cache.training.trainer import RETURN_MEMORY_EVERY_S
 
@@ -42,7 +42,7 @@ class Run:
 
     seed: int
     folder: Path
-    metrics: runs.Metrics
+    metrics: Metrics
     seconds: float | None
     """None where the run was there already."""
     step_seconds: float | None = None
@@ -65,7 +65,7 @@ class TrainResult:
     """By split, where a resource is read and the task is one of words."""
 
     def json(self) -> dict[str, Any]:
-        mean, std = runs.mean_and_std([run.metrics for run in self.runs])
+        mean, std = mean_and_std([run.metrics for run in self.runs])
         return {
             "runs": [{"seed": run.seed, "folder": str(run.folder), "metrics": run.metrics} for run in self.runs],
             "mean": mean,
@@ -110,7 +110,7 @@ def _lesson(student: Prepared, shared: Shared) -> Lesson:
     if lesson is not None:
         return lesson
     assert teacher.prepared is not None, "a teacher that is a run has its reader"
-    if any(runs.is_finished(folder) for folder in teacher.folders):
+    if any(run.is_finished for run in teacher.runs):
         note(f"The teacher's run is there, its reader was dropped: fine-tuning {teacher.name} again.")
         run_dir = student.job.config.run_dir
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -145,19 +145,19 @@ def _train_seeds(prepared: Prepared, lesson: Lesson | None, keep: Callable[[Trai
     # Under torchrun every process trains, and the first one writes.
     writes = int(os.environ.get("RANK", "0")) == 0
     for seed in job.config.seeds:
-        target = runs.seed_folder(folder, seed)
-        with only_writer(target) if writes else contextlib.nullcontext():
+        target = RunFolder.of_seed(folder, seed)
+        with only_writer(target.path) if writes else contextlib.nullcontext():
             config = {**prepared.deciding, "method": job.config.method, "seed": seed}
-            if runs.is_finished(target):
-                runs.check_run(target, config)
-                dropped = "" if (target / runs.READER).is_dir() else " (its reader was dropped)"
-                said(f"seed {seed} is there already: {target}{dropped}")
-                done.append(Run(seed=seed, folder=target, metrics=runs.read_metrics(target), seconds=None))
+            if target.is_finished:
+                target.check(config)
+                dropped = "" if target.reader.is_dir() else " (its reader was dropped)"
+                said(f"seed {seed} is there already: {target.path}{dropped}")
+                done.append(Run(seed=seed, folder=target.path, metrics=target.read_metrics(), seconds=None))
                 continue
             started, read_before = time.monotonic(), _sequences_read(job)
-            partial = runs.start_run(target) if writes else runs.partial_folder(target)
+            partial = target.start() if writes else target.partial
             try:
-                trained = train_seed(job, seed, partial, f"{folder.name.rpartition('-')[0]} seed {seed}")
+                trained = train_seed(job, seed, partial.path, f"{folder.name.rpartition('-')[0]} seed {seed}")
                 seconds = time.monotonic() - started
                 if writes:
                     recorded = _recorded(prepared, lesson) | {
@@ -166,9 +166,9 @@ def _train_seeds(prepared: Prepared, lesson: Lesson | None, keep: Callable[[Trai
                         "resource_sequences_read": _sequences_read(job) - read_before,
                     }
                     _write_run(job, trained, partial, {"config": config, "recorded": recorded})
-                    runs.finish_run(partial, target)
+                    target.finish()
             except BaseException as error:
-                shutil.rmtree(partial, ignore_errors=True)
+                shutil.rmtree(partial.path, ignore_errors=True)
                 if not isinstance(error, KeyboardInterrupt):
                     raise
                 kept = f"Caches and {count_text(len(done), 'finished run')} are kept"
@@ -179,7 +179,7 @@ def _train_seeds(prepared: Prepared, lesson: Lesson | None, keep: Callable[[Trai
             done.append(
                 Run(
                     seed=seed,
-                    folder=target,
+                    folder=target.path,
                     metrics=trained.metrics,
                     seconds=seconds,
                     step_seconds=trained.step_seconds,
@@ -193,12 +193,12 @@ def _train_seeds(prepared: Prepared, lesson: Lesson | None, keep: Callable[[Trai
     return done
 
 
-def _write_run(job: Job, trained: Trained, folder: Path, content: dict[str, Any]) -> None:
+def _write_run(job: Job, trained: Trained, run: RunFolder, content: dict[str, Any]) -> None:
     """Write the folder of a run, the scores first. If the reader cannot be saved, the scores are kept without it."""
     seed = content["config"]["seed"]
     try:
-        write_trained(job, trained, folder)
-        runs.write_json(folder / "config.json", content)
+        write_trained(job, trained, run)
+        write_json(run.config_file, content)
     except OSError:
         scores = "; ".join(
             f"{split}: {', '.join(f'{name} {value:.4g}' for name, value in one.items())}"
@@ -209,12 +209,12 @@ def _write_run(job: Job, trained: Trained, folder: Path, content: dict[str, Any]
     if not job.config.keep_readers:
         return
     try:
-        write_reader(job, trained.reader, folder / runs.READER)
+        write_reader(job, trained.reader, run.reader)
     except Exception as error:  # a full disk, or code that comes with a model: the scores do not need the reader
-        runs.drop_reader(folder)
+        run.drop_reader()
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         content["recorded"]["reader_lost"] = reason
-        runs.write_json(folder / "config.json", content)
+        write_json(run.config_file, content)
         failed(
             f"The trained reader of seed {seed} could not be saved and is lost: {reason}. Its "
             "scores and predictions are kept. To have the reader, mend the cause, remove the folder of this seed and "
@@ -253,7 +253,7 @@ def describe_training(result: TrainResult) -> None:
     """The table of seeds, mean and standard deviation, the learned weights, and what the cache saved."""
     config = result.config
     split = "test" if "test" in result.runs[0].metrics else "dev"
-    mean, std = runs.mean_and_std([run.metrics for run in result.runs])
+    mean, std = mean_and_std([run.metrics for run in result.runs])
     names = [name for name in mean[split] if name != "cut_off_words"]
     tags_words = "cut_off_words" in mean[split]
     columns = [Column("seed", right=True), *(Column(f"{name} %", right=True) for name in names)]
@@ -274,7 +274,7 @@ def describe_training(result: TrainResult) -> None:
     title = f"{_title(config)} on {config.task}, {split} split"
     print_table(title, columns, rows, sections=[len(result.runs)])
     for run in result.runs:
-        fusion = runs.read_fusion(run.folder)
+        fusion = RunFolder(run.folder).read_fusion()
         if fusion and fusion["trainable"]:
             weights = "  ".join(
                 f"{layer}: {w:.4f}" for layer, w in zip(fusion["layers"], fusion["weights"], strict=True)

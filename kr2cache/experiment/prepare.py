@@ -24,10 +24,10 @@ from kr2cache.models.registry import ModelSpec
 from kr2cache.store import provenance
 from kr2cache.system.console import bytes_text, count_text, waiting
 from kr2cache.system.device import choose_device, device_name
-from kr2cache.training import runs
 from kr2cache.training.batches import Batcher, SplitData
 from kr2cache.training.features import DeviceFeatures, Features, ResourceFeatures, room_on
 from kr2cache.training.kreader import TaskCheckpoint, projection_kind
+from kr2cache.training.runs import configuration_folder
 from kr2cache.training.train import Job
 
 PROCEDURE = 3
@@ -62,7 +62,7 @@ class Prepared:
             parts.append(config.fusion)
         if "teacher" in self.deciding:
             parts.append(self.deciding["teacher"]["name"])
-        return runs.runs_folder(config.run_dir, self.job.task.name, parts, self.deciding)
+        return configuration_folder(config.run_dir, self.job.task.name, parts, self.deciding)
 
 
 def prepare(config: TrainConfig, shared: Shared) -> Prepared:

@@ -26,7 +26,7 @@ from kr2cache.experiment.teacher import teacher_config
 from kr2cache.system.allocator import objects_set_aside
 from kr2cache.system.console import console, count_text, failed, heading, silent
 from kr2cache.system.locks import check_writable
-from kr2cache.training import runs
+from kr2cache.training.runs import RunFolder, write_json
 
 MANIFESTS = "sweeps"
 """Folder in the run folder."""
@@ -193,7 +193,7 @@ class Sweep:
         for cell in self.cells:
             if not self.keep_readers and cell.column is column and cell.folder is not None:
                 for seed in cell.config.seeds:
-                    runs.drop_temporary_reader(runs.seed_folder(self.run_dir / cell.folder, seed))
+                    RunFolder.of_seed(self.run_dir / cell.folder, seed).drop_temporary_reader()
 
     def _take_over(self) -> None:
         """Where an earlier call of the same sweep left its runs, so that a report shows them while this one goes on."""
@@ -209,7 +209,7 @@ class Sweep:
         grid = self.grid
         self.manifest.parent.mkdir(parents=True, exist_ok=True)
         partial = self.manifest.with_suffix(".partial")
-        runs.write_json(
+        write_json(
             partial,
             {
                 "name": grid.name,

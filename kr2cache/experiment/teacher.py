@@ -26,11 +26,11 @@ from kr2cache.models.tokenizers import load_tokenizer
 from kr2cache.store.folders import cache_folder
 from kr2cache.system.console import count_text, note
 from kr2cache.system.device import choose_device
-from kr2cache.training import runs
 from kr2cache.training.batches import SplitData
 from kr2cache.training.distill import TeacherLogits
 from kr2cache.training.evaluate import example_logits
 from kr2cache.training.kreader import KReader
+from kr2cache.training.runs import RunFolder, finished_seeds
 
 SEED = 1
 """Of a teacher that is given by its model: one for all students."""
@@ -80,11 +80,10 @@ def teacher_config(config: TrainConfig) -> TrainConfig | None:
         ConfigError: For a folder that holds several runs.
     """
     assert config.teacher is not None, "checked with the settings"
-    folder = Path(config.teacher).expanduser()
-    seeds = sorted(path.name for path in folder.glob("seed-*") if runs.is_finished(path))
-    if seeds:
-        raise ConfigError(f"The teacher {folder} holds runs, one a seed.", f"Give one of them: {folder / seeds[0]}.")
-    if (folder / "config.json").is_file() and (folder / "metrics.json").is_file():
+    run = RunFolder(Path(config.teacher).expanduser())
+    if seeds := finished_seeds(run.path):
+        raise ConfigError(f"The teacher {run.path} holds runs, one a seed.", f"Give one of them: {seeds[0].path}.")
+    if run.is_finished and run.config_file.is_file():
         return None
     return dataclasses.replace(config, method="kresource", resource=config.teacher, teacher=None, seeds=(SEED,))
 
@@ -104,9 +103,9 @@ class Teacher:
         self.prepared: Prepared | None = None
         """Where it has to be trained, or was by us."""
         if own is None:
-            folder = Path(config.teacher or "").expanduser()
-            self.folders = [folder]
-            decides = self._of_run(folder)
+            run = RunFolder(Path(config.teacher or "").expanduser())
+            self.runs = [run]
+            decides = self._of_run(run)
             self.name = str(decides["reader"]["name"])
         else:
             self.prepared = prepare(own, shared)
@@ -115,25 +114,25 @@ class Teacher:
             # The same training under the name of the other plain method serves as well.
             as_reader = dataclasses.replace(self.prepared.job.config, method="kreader")
             twin = dataclasses.replace(self.prepared, job=dataclasses.replace(self.prepared.job, config=as_reader))
-            self.folders = [runs.seed_folder(one.folder, SEED) for one in (self.prepared, twin)]
+            self.runs = [RunFolder.of_seed(one.folder, SEED) for one in (self.prepared, twin)]
         train = shared.corpus(student.job.task, config.data, config.limit).splits["train"]
         text = canonical_json({"teacher": {**decides, "method": "plain"}, "examples": train.digest})
         self.fingerprint = hashlib.sha256(text.encode()).hexdigest()
         place = cache_folder(config.cache_dir, student.job.task.name, "train", f"teacher-{self.name}", self.fingerprint)
         self.path = place / "logits.npz"
 
-    def _of_run(self, folder: Path) -> dict[str, Any]:
-        """What decided the run in ``folder``."""
-        decides: dict[str, Any] = runs.read_config(folder)["config"]
+    def _of_run(self, run: RunFolder) -> dict[str, Any]:
+        """What decided this run."""
+        decides: dict[str, Any] = run.read_config()["config"]
         if decides["task"] != self.student.job.task.name:
             raise ConfigError(
-                f"The teacher in {folder} was trained on {decides['task']}, the student learns "
+                f"The teacher in {run.path} was trained on {decides['task']}, the student learns "
                 f"{self.student.job.task.name}.",
                 "Give a teacher of the same task.",
             )
         if decides["method"] not in PLAIN_METHODS:
             raise ConfigError(
-                f"The teacher in {folder} is a run of method {decides['method']}; a teacher is a plain model.",
+                f"The teacher in {run.path} is a run of method {decides['method']}; a teacher is a plain model.",
                 f"Give a run of method {' or '.join(PLAIN_METHODS)}.",
             )
         return decides
@@ -151,16 +150,16 @@ class Teacher:
             CacheError: If the teacher was given as a run and its reader is gone, or does not give the task's labels in
                 their order.
         """
-        for folder in self.folders:
-            if (folder / runs.READER).is_dir():
-                trusted = self._spec(folder).trust_remote_code
-                reader = KReader.load(folder / runs.READER, trust_remote_code=trusted)
-                reader.check_task(self.student.job.task, folder / runs.READER)
+        for run in self.runs:
+            if run.reader.is_dir():
+                trusted = self._spec(run).trust_remote_code
+                reader = KReader.load(run.reader, trust_remote_code=trusted)
+                reader.check_task(self.student.job.task, run.reader)
                 return self.from_trained(reader)
         if self.prepared is None:
             raise CacheError(
-                f"{self.folders[0]} holds no trained reader. {runs.why_no_reader(self.folders[0])}",
-                f"Remove {self.folders[0]} and train it again, or give the teacher by its model.",
+                f"{self.runs[0].path} holds no trained reader. {self.runs[0].why_no_reader()}",
+                f"Remove {self.runs[0].path} and train it again, or give the teacher by its model.",
             )
         return None
 
@@ -170,8 +169,8 @@ class Teacher:
         if self.prepared is not None:
             data, tokenizer = self.prepared.job.splits["train"], self.prepared.job.tokenizer
         else:
-            tokenizer = load_tokenizer(self._spec(self.folders[0]), words=job.task.words)
-            max_length = int(runs.read_config(self.folders[0])["config"]["reader"]["max_length"])
+            tokenizer = load_tokenizer(self._spec(self.runs[0]), words=job.task.words)
+            max_length = int(self.runs[0].read_config()["config"]["reader"]["max_length"])
             examples = job.splits["train"].examples
             data = SplitData(examples=examples, index=encode_examples(tokenizer, examples, job.task, max_length))
         reader.to(choose_device(job.config.device))
@@ -185,9 +184,9 @@ class Teacher:
             note(f"The teacher's logits are not kept: {self.path} cannot be written ({error.strerror or error}).")
         return self._lesson(logits, computed=True)
 
-    def _spec(self, folder: Path) -> ModelSpec:
-        """The trained reader of the run in ``folder``."""
-        return trained_spec(self.name, folder / runs.READER, self.student.job.config.models)
+    def _spec(self, run: RunFolder) -> ModelSpec:
+        """The trained reader of this run."""
+        return trained_spec(self.name, run.reader, self.student.job.config.models)
 
     def _lesson(self, logits: TeacherLogits, *, computed: bool) -> Lesson:
         train = self.student.job.splits["train"]

@@ -33,10 +33,10 @@ from kr2cache.prediction.online import OnlineFeatures, OnlineResource, load_reso
 from kr2cache.system.device import choose_device
 from kr2cache.system.process import process_unchanged
 from kr2cache.tasks import Example, Task, find_task
-from kr2cache.training import runs
 from kr2cache.training.batches import SplitData
 from kr2cache.training.evaluate import example_logits, most_likely
 from kr2cache.training.kreader import KReader
+from kr2cache.training.runs import RunFolder, finished_seeds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,28 +90,27 @@ class Predictor:
             CacheMismatchError: If the resource is not the model that the reader was trained with.
             ModelUnavailableError: If the resource is not on this machine and cannot be downloaded.
         """
-        folder = Path(folder).expanduser()
-        config, origin = _read_run(folder)
+        run = RunFolder(Path(folder).expanduser())
+        config, origin = _read_run(run)
         task = find_task(config["task"])
-        if not (folder / runs.READER).is_dir():
+        if not run.reader.is_dir():
             raise CacheError(
-                f"{folder} holds no trained reader: the folder {runs.READER}/ is missing.",
-                f"{runs.why_no_reader(folder)} To get a trained reader, remove {folder} and train again.",
+                f"{run.path} holds no trained reader: the folder {run.reader.name}/ is missing.",
+                f"{run.why_no_reader()} To get a trained reader, remove {run.path} and train again.",
             )
         chosen_device = choose_device(device)
         name = str(config["reader"]["name"])
-        spec = trained_spec(name, folder / runs.READER, models)
+        spec = trained_spec(name, run.reader, models)
         tokenizer = load_tokenizer(spec, words=task.words)
-        reader = _load_reader(folder / runs.READER, task, trust_remote_code=spec.trust_remote_code)
+        reader = _load_reader(run.reader, task, trust_remote_code=spec.trust_remote_code)
         if (reader.fusion is None) != ("resource" not in config):
             raise CacheError(
-                f"{folder / runs.READER} is not the reader that {folder}/config.json describes: only one of the two "
-                "has a resource.",
+                f"{run.reader} is not the reader that {run.config_file} describes: only one of the two has a resource.",
                 "Restore the folder, or train the run again.",
             )
         resource = None
         if "resource" in config:
-            resource = load_resource(folder, config["resource"], origin, models, task, chosen_device)
+            resource = load_resource(run.path, config["resource"], origin, models, task, chosen_device)
         reader.to(chosen_device)
         return cls(
             task=task,
@@ -180,19 +179,19 @@ READER_FIELDS = {"name", "max_length"}
 RESOURCE_FIELDS = {"name", "weights", "config", "max_length", "compute_dtype"}
 
 
-def _read_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def _read_run(run: RunFolder) -> tuple[dict[str, Any], dict[str, Any]]:
     """(the settings that decided the run, where its resource was)"""
-    seeds = sorted(path.name for path in folder.glob("seed-*") if runs.is_finished(path))
-    if seeds and not (folder / "config.json").is_file():
-        raise CacheError(f"{folder} holds several runs, one per seed.", f"Choose one of them: {', '.join(seeds)}.")
-    content = runs.read_config(folder)
+    seeds = [seed.path.name for seed in finished_seeds(run.path)]
+    if seeds and not run.config_file.is_file():
+        raise CacheError(f"{run.path} holds several runs, one per seed.", f"Choose one of them: {', '.join(seeds)}.")
+    content = run.read_config()
     config = content["config"]
     needed = {"reader": READER_FIELDS} | ({"resource": RESOURCE_FIELDS} if "resource" in config else {})
     for part, fields in needed.items():
         missing = sorted(fields - set(config[part] or ()))
         if missing:
             raise CacheError(
-                f"{folder}/config.json was not written by this version of kr2cache: its {part} lacks "
+                f"{run.config_file} was not written by this version of kr2cache: its {part} lacks "
                 f"{', '.join(missing)}.",
                 "Train the run again.",
             )

@@ -15,7 +15,7 @@ from typing import Any
 from kr2cache.errors import CacheError
 from kr2cache.report.records import OLDER, Collected, Configuration, Run, Sweep, SweepCell, mapping, number, sequence
 from kr2cache.system.console import count_text
-from kr2cache.training.runs import is_finished
+from kr2cache.training.runs import RunFolder
 
 _SEED_FOLDER = re.compile(r"seed-(\d+)")
 
@@ -73,7 +73,7 @@ def _read_configuration(run_dir: Path, folder: Path, notes: list[str]) -> Config
         if match is None or not path.is_dir():
             continue
         try:
-            run, seed_config, seed_layers = _read_run(path, int(match[1]))
+            run, seed_config, seed_layers = _read_run(RunFolder(path), int(match[1]))
         except CacheError as error:
             notes.append(f"{_relative(path, run_dir)}: {error.message}; the run is left out.")
             continue
@@ -90,16 +90,16 @@ def _read_configuration(run_dir: Path, folder: Path, notes: list[str]) -> Config
     return Configuration(_relative(folder, run_dir), config, dict(sorted(found.items())), layers)
 
 
-def _read_run(path: Path, seed: int) -> tuple[Run, dict[str, Any], tuple[int, ...]]:
+def _read_run(folder: RunFolder, seed: int) -> tuple[Run, dict[str, Any], tuple[int, ...]]:
     """(the run, its configuration, the layers it fuses)."""
-    if not is_finished(path):
+    if not folder.is_finished:
         raise CacheError("there is no metrics.json")
-    content = _read_object(path / "config.json")
+    content = _read_object(folder.config_file)
     config = mapping(content.get("config"))
     missing = [name for name in ("method", "task") if name not in config]
     if missing:
         raise CacheError(f"config.json lacks {' and '.join(missing)}, so it is of another version")
-    metrics = _read_object(path / "metrics.json")
+    metrics = _read_object(folder.metrics_file)
     split = next((name for name in ("test", "dev") if mapping(metrics.get(name))), None)
     if split is None:
         raise CacheError("metrics.json has no score of test or dev")
@@ -107,20 +107,20 @@ def _read_run(path: Path, seed: int) -> tuple[Run, dict[str, Any], tuple[int, ..
     wrong = [name for name, value in scores.items() if value is None]
     if wrong:
         raise CacheError(f"metrics.json: {split} {wrong[0]} is {metrics[split][wrong[0]]!r}, not a number")
-    fusion = _read_object(path / "fusion.json") if (path / "fusion.json").is_file() else {}
-    history = _read_object(path / "history.json") if (path / "history.json").is_file() else {}
+    fusion = _read_object(folder.fusion_file) if folder.fusion_file.is_file() else {}
+    history = _read_object(folder.history_file) if folder.history_file.is_file() else {}
     layers = tuple(layer for layer in sequence(fusion.get("layers")) if isinstance(layer, int))
     weights = tuple(weight for weight in map(number, sequence(fusion.get("weights"))) if weight is not None)
     learned = fusion.get("trainable") is True and weights and len(weights) == len(layers)
     run = Run(
         seed=seed,
-        path=path,
+        path=folder.path,
         split=split,
         scores={name: value for name, value in scores.items() if value is not None},
         recorded=mapping(content.get("recorded")),
         history=[entry for entry in sequence(history.get("epochs")) if isinstance(entry, Mapping)],
         weights=weights if learned else None,
-        trained=(path / "metrics.json").stat().st_mtime,
+        trained=folder.metrics_file.stat().st_mtime,
     )
     return run, config, layers
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from kr2cache.errors import CacheError
 from kr2cache.report.records import Configuration, Run
 from kr2cache.system.console import count_text
+from kr2cache.training.runs import RunFolder
 
 Place = TypeVar("Place")
 
@@ -267,14 +268,12 @@ def read_examples(run: Run) -> ExampleScores:
     """
     import numpy as np
 
-    path = run.path / f"predictions-{run.split}.jsonl"
-    shown = "/".join(path.parts[-4:])
+    folder = RunFolder(run.path)
+    shown = "/".join(folder.predictions_file(run.split).parts[-4:])
     rows: list[tuple[str, Any, float]] = []
     try:
-        with path.open(encoding="utf-8") as file:
-            for line in file:
-                row = json.loads(line)
-                rows.append((str(row["id"]), row["gold"], _right(row["gold"], row["predicted"])))
+        for row in folder.read_predictions(run.split):
+            rows.append((str(row["id"]), row["gold"], _right(row["gold"], row["predicted"])))
     except FileNotFoundError:
         raise CacheError(f"{shown} is missing") from None
     except (OSError, ValueError, KeyError, TypeError) as error:

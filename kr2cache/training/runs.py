@@ -1,11 +1,11 @@
-"""The run folder: one training with one seed, written by train, read by whoever reports on it.
+"""Run folders: one training with one seed.
 
     runs/udpos-de/kr2-xlm-r-gottbert-last4-6b1d0f42/seed-1/    config.json  metrics.json  history.json
                                                                 predictions-dev.jsonl  predictions-test.jsonl
                                                                 fusion.json (the weights w)  reader/ (the trained model)
 
-The eight digits are of a hash over everything that can change the result, so a folder that is there holds the run that
-was asked for. A folder gets its name only when it is complete; until then it is called ``seed-1.partial``.
+The eight digits come from a hash over everything that can change the result, so an existing folder holds exactly the
+run that is asked for. The folder of an incomplete run is called ``seed-1.partial``.
 """
 
 from __future__ import annotations
@@ -15,154 +15,210 @@ import json
 import os
 import shutil
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kr2cache.cache.format import canonical_json
 from kr2cache.errors import CacheError
 
-READER = "reader"
-"""Folder of the trained model inside a run's."""
-
 Metrics = dict[str, dict[str, float]]
 """Split to metric to fraction."""
 
 
-def runs_folder(run_dir: Path, task: str, parts: Sequence[str], deciding: Mapping[str, Any]) -> Path:
-    """The folder that holds the seeds of one configuration.
+@dataclass(frozen=True)
+class RunFolder:
+    """The files of one run. A run is finished if it has metrics; its reader may have been dropped."""
+
+    path: Path
+
+    @classmethod
+    def of_seed(cls, configuration: Path, seed: int) -> RunFolder:
+        """The run of one seed.
+
+        Args:
+            configuration: As ``configuration_folder`` names it.
+        """
+        return cls(configuration / f"seed-{seed}")
+
+    @property
+    def config_file(self) -> Path:
+        """``config`` decides the result; ``recorded`` is for information."""
+        return self.path / "config.json"
+
+    @property
+    def metrics_file(self) -> Path:
+        """``Metrics``"""
+        return self.path / "metrics.json"
+
+    @property
+    def history_file(self) -> Path:
+        """``best_epoch``; ``epochs``, a list of what was logged and how dev scored."""
+        return self.path / "history.json"
+
+    @property
+    def fusion_file(self) -> Path:
+        """Layers and weights. Missing for methods without a fusion."""
+        return self.path / "fusion.json"
+
+    @property
+    def reader(self) -> Path:
+        """The folder of the trained model."""
+        return self.path / "reader"
+
+    def predictions_file(self, split: str) -> Path:
+        """One line per example: ``{"id": ..., "gold": ..., "predicted": ...}`` with label names."""
+        return self.path / f"predictions-{split}.jsonl"
+
+    # Stages of a run -------------------------------------------------------------------------------------------------
+
+    @property
+    def is_finished(self) -> bool:
+        return self.metrics_file.is_file()
+
+    @property
+    def partial(self) -> RunFolder:
+        """Where the run is written until it is complete."""
+        return RunFolder(self.path.with_name(self.path.name + ".partial"))
+
+    def start(self) -> RunFolder:
+        """Make an empty ``partial`` folder and return it."""
+        shutil.rmtree(self.partial.path, ignore_errors=True)
+        self.partial.path.mkdir(parents=True)
+        return self.partial
+
+    def finish(self) -> None:
+        """The run in ``partial`` is complete: give it its name."""
+        self.partial.path.rename(self.path)
+
+    # Reading ---------------------------------------------------------------------------------------------------------
+
+    def read_metrics(self) -> Metrics:
+        """Scores of a finished run.
+
+        Raises:
+            CacheError: If metrics.json is missing, not JSON, or without scores.
+        """
+        try:
+            metrics: Metrics = json.loads(self.metrics_file.read_text("utf-8"))
+            if not metrics or not all(float(value) >= 0 for scores in metrics.values() for value in scores.values()):
+                raise ValueError("no scores in it")
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise CacheError(
+                f"{self.path} holds no readable metrics.json: {error}", "Remove it and train again."
+            ) from error
+        return metrics
+
+    def read_config(self) -> dict[str, Any]:
+        """``config`` and ``recorded`` of a finished run.
+
+        Raises:
+            CacheError: If config.json is missing, not JSON, or of another version.
+        """
+        try:
+            content: dict[str, Any] = json.loads(self.config_file.read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            inside = finished_seeds(self.path)
+            raise CacheError(
+                f"{self.path} holds no readable config.json: {error}",
+                f"Give the folder of a run, such as {inside[0].path}." if inside else "Give the folder of a run.",
+            ) from error
+        config = content.get("config") if isinstance(content, dict) else None
+        missing = {"task", "method", "reader", "seed"} - set(config if isinstance(config, dict) else ())
+        if missing or not isinstance(content.get("recorded"), dict):
+            names = ", ".join(sorted(missing)) or "recorded"
+            raise CacheError(
+                f"{self.config_file} was not written by this version of kr2cache: it lacks {names}.",
+                "Train the run anew.",
+            )
+        return content
+
+    def check(self, deciding: Mapping[str, Any]) -> None:
+        """Raise ``CacheError`` unless ``deciding`` is the ``config`` of this finished run."""
+        found = self.read_config()["config"]
+        differing = [
+            name
+            for name in {**deciding, **found}
+            if canonical_json([found.get(name)]) != canonical_json([deciding.get(name)])
+        ]
+        if differing:
+            raise CacheError(
+                f"{self.path} is the run of another configuration: {', '.join(sorted(differing))} differ.",
+                "Move it away, or remove it to train it anew.",
+            )
+
+    def read_fusion(self) -> dict[str, Any] | None:
+        """Layers and weights; None for methods without a fusion."""
+        if not self.fusion_file.is_file():
+            return None
+        content: dict[str, Any] = json.loads(self.fusion_file.read_text("utf-8"))
+        return content
+
+    def read_predictions(self, split: str) -> Iterator[Mapping[str, Any]]:
+        """``id``, ``gold`` and ``predicted`` of each example.
+
+        Raises:
+            OSError: If the file cannot be read.
+            ValueError: For a line that is not JSON.
+        """
+        with self.predictions_file(split).open(encoding="utf-8") as file:
+            yield from map(json.loads, file)
+
+    # Writing ---------------------------------------------------------------------------------------------------------
+
+    def write_predictions(self, split: str, rows: Iterable[tuple[str, Any, Any]]) -> None:
+        """
+        Args:
+            rows: id, gold and predicted label names of each example.
+        """
+        with self.predictions_file(split).open("w", encoding="utf-8") as file:
+            for name, gold, predicted in rows:
+                row = {"id": name, "gold": gold, "predicted": predicted}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    # The trained reader ----------------------------------------------------------------------------------------------
+
+    def drop_reader(self) -> None:
+        """Remove the trained reader; predictions and metrics stay."""
+        shutil.rmtree(self.reader, ignore_errors=True)
+
+    def drop_temporary_reader(self) -> None:
+        """Remove the reader of a finished run, unless the run was trained to keep it."""
+        if self.is_finished and self.read_config()["recorded"].get("temporary_reader"):
+            self.drop_reader()
+
+    def why_no_reader(self) -> str:
+        """Why a finished run has no trained reader, as a sentence."""
+        recorded = self.read_config()["recorded"]
+        if reason := recorded.get("reader_lost"):
+            return f"It could not be saved when the run was trained: {reason}."
+        if recorded.get("temporary_reader"):
+            return "A sweep drops the readers of its runs to save disk; kr2cache sweep --keep-readers keeps them."
+        return "It was removed, or not copied: copy the run's folder whole."
+
+
+def configuration_folder(run_dir: Path, task: str, parts: Sequence[str], deciding: Mapping[str, Any]) -> Path:
+    """The folder that holds the runs of one configuration, one per seed.
 
     Args:
-        parts: What the folder is called by: method, reader, resource, fusion.
-        deciding: Everything that can change the result, the seed aside.
+        parts: The readable part of its name: method, reader, resource, fusion.
+        deciding: Everything that can change the result, except the seed.
     """
     digest = hashlib.sha256(canonical_json(deciding).encode()).hexdigest()
     return run_dir / task / f"{'-'.join(parts)}-{digest[:8]}"
 
 
-def seed_folder(folder: Path, seed: int) -> Path:
-    return folder / f"seed-{seed}"
-
-
-def partial_folder(folder: Path) -> Path:
-    """What a run's folder is called until it is complete."""
-    return folder.with_name(folder.name + ".partial")
-
-
-def start_run(folder: Path) -> Path:
-    """A fresh, empty folder to build the run in; ``finish_run`` gives it its name."""
-    partial = partial_folder(folder)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    return partial
-
-
-def finish_run(partial: Path, folder: Path) -> None:
-    """Give the complete run its name."""
-    partial.rename(folder)
-
-
-def drop_reader(folder: Path) -> None:
-    """Remove the trained reader of a finished run; its predictions and metrics stay."""
-    shutil.rmtree(folder / READER, ignore_errors=True)
-
-
-def drop_temporary_reader(folder: Path) -> None:
-    """The same, unless someone trained the run to keep it, or it is not finished."""
-    if is_finished(folder) and read_config(folder)["recorded"].get("temporary_reader"):
-        drop_reader(folder)
-
-
-def why_no_reader(folder: Path) -> str:
-    """Why a finished run has no trained reader, as a sentence."""
-    recorded = read_config(folder)["recorded"]
-    if reason := recorded.get("reader_lost"):
-        return f"It could not be saved when the run was trained: {reason}."
-    if recorded.get("temporary_reader"):
-        return "A sweep drops the readers of its runs to save disk; kr2cache sweep --keep-readers keeps them."
-    return "It was removed, or not copied: copy the run's folder whole."
-
-
-def is_finished(folder: Path) -> bool:
-    return (folder / "metrics.json").is_file()
-
-
-def read_metrics(folder: Path) -> Metrics:
-    """``metrics.json`` of a finished run.
-
-    Raises:
-        CacheError: If it is not there or not JSON.
-    """
-    try:
-        metrics: Metrics = json.loads((folder / "metrics.json").read_text("utf-8"))
-        if not metrics or not all(float(value) >= 0 for scores in metrics.values() for value in scores.values()):
-            raise ValueError("no scores in it")
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise CacheError(f"{folder} holds no readable metrics.json: {error}", "Remove it and train again.") from error
-    return metrics
-
-
-def check_run(folder: Path, deciding: Mapping[str, Any]) -> None:
-    """Raise ``CacheError`` unless the finished run in ``folder`` is the one that ``deciding`` decides."""
-    there = read_config(folder)["config"]
-    other = [
-        name
-        for name in {**deciding, **there}
-        if canonical_json([there.get(name)]) != canonical_json([deciding.get(name)])
-    ]
-    if other:
-        raise CacheError(
-            f"{folder} is the run of another configuration: {', '.join(sorted(other))} differ.",
-            "Move it away, or remove it to train it anew.",
-        )
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """``config.json`` of a finished run: ``config`` decides the result, ``recorded`` is worth knowing.
-
-    Raises:
-        CacheError: If it is not there, not JSON, or of another version.
-    """
-    try:
-        content: dict[str, Any] = json.loads((folder / "config.json").read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise CacheError(f"{folder} holds no readable config.json: {error}", _which_run(folder)) from error
-    config = content.get("config") if isinstance(content, dict) else None
-    missing = {"task", "method", "reader", "seed"} - set(config if isinstance(config, dict) else ())
-    if missing or not isinstance(content.get("recorded"), dict):
-        what = ", ".join(sorted(missing)) or "recorded"
-        raise CacheError(
-            f"{folder}/config.json was not written by this version of kr2cache: it lacks {what}.", "Train the run anew."
-        )
-    return content
-
-
-def _which_run(folder: Path) -> str:
-    seeds = sorted(path for path in folder.glob("seed-*") if is_finished(path))
-    return f"Give the folder of a run, such as {seeds[0]}." if seeds else "Give the folder of a run."
-
-
-def read_fusion(folder: Path) -> dict[str, Any] | None:
-    """``fusion.json`` of a run, None for methods without a fusion."""
-    path = folder / "fusion.json"
-    if not path.is_file():
-        return None
-    content: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    return content
+def finished_seeds(configuration: Path) -> list[RunFolder]:
+    """The finished runs in the folder of a configuration; empty for other folders."""
+    return [run for path in sorted(configuration.glob("seed-*")) if (run := RunFolder(path)).is_finished]
 
 
 def write_json(path: Path, value: object) -> None:
-    """Readable JSON with a final newline. If it cannot be written, the file is what it was before."""
+    """Write readable JSON with a final newline. If writing fails, the old file stays."""
     new = path.with_name(path.name + ".new")
     new.write_text(json.dumps(value, indent=2, ensure_ascii=False) + os.linesep, "utf-8")
     new.replace(path)
-
-
-def write_predictions(path: Path, rows: Iterable[tuple[str, Any, Any]]) -> None:
-    """One line an example: ``{"id": ..., "gold": ..., "predicted": ...}``, label names."""
-    with path.open("w", encoding="utf-8") as file:
-        for name, gold, predicted in rows:
-            file.write(json.dumps({"id": name, "gold": gold, "predicted": predicted}, ensure_ascii=False) + "\n")
 
 
 def mean_and_std(runs: Sequence[Metrics]) -> tuple[Metrics, dict[str, dict[str, float | None]]]:

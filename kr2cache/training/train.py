@@ -20,11 +20,11 @@ from kr2cache.models.registry import ModelSpec
 from kr2cache.system.disk import check_room
 from kr2cache.tasks import Task
 from kr2cache.tasks.base import Prediction
-from kr2cache.training import runs
 from kr2cache.training.arguments import training_arguments
 from kr2cache.training.batches import Batcher, SplitData
 from kr2cache.training.evaluate import Evaluated, evaluate
 from kr2cache.training.kreader import KReader, TaskCheckpoint
+from kr2cache.training.runs import Metrics, RunFolder, write_json
 from kr2cache.training.trainer import KeepBest, fit
 
 
@@ -66,7 +66,7 @@ class Trained:
     """One trained reader and its scores."""
 
     reader: KReader
-    metrics: runs.Metrics
+    metrics: Metrics
     predictions: dict[str, list[Prediction]]
     history: list[dict[str, float]]
     best_epoch: float
@@ -125,8 +125,8 @@ def _check_finite(reader: KReader, seed: int, config: TrainConfig) -> None:
         )
 
 
-def write_trained(job: Job, trained: Trained, folder: Path) -> None:
-    """What a run folder holds beside config.json and the reader: metrics, history, predictions, fusion weights."""
+def write_trained(job: Job, trained: Trained, run: RunFolder) -> None:
+    """Write predictions, history, fusion weights and metrics, but not the configuration and the reader."""
     names = job.task.labels
 
     def named(label: Any) -> Any:
@@ -139,13 +139,13 @@ def write_trained(job: Job, trained: Trained, folder: Path) -> None:
             (example.id, named(example.label), named(label))
             for example, label in zip(job.splits[split].examples, predicted, strict=True)
         )
-        runs.write_predictions(folder / f"predictions-{split}.jsonl", rows)
-    runs.write_json(folder / "history.json", {"best_epoch": trained.best_epoch, "epochs": trained.history})
+        run.write_predictions(split, rows)
+    write_json(run.history_file, {"best_epoch": trained.best_epoch, "epochs": trained.history})
     if job.fusion is not None:
         direct = job.projection == "direct"
         weights = None if direct else [round(float(w), 7) for w in trained.reader.fusion_weights.detach().cpu()]
-        runs.write_json(
-            folder / "fusion.json",
+        write_json(
+            run.fusion_file,
             {
                 "fusion": job.fusion.name,
                 "layers": list(job.fusion.layers),
@@ -154,11 +154,11 @@ def write_trained(job: Job, trained: Trained, folder: Path) -> None:
                 "projection": job.projection,
             },
         )
-    runs.write_json(folder / "metrics.json", trained.metrics)
+    write_json(run.metrics_file, trained.metrics)
 
 
 def write_reader(job: Job, reader: KReader, folder: Path) -> None:
-    """The trained reader with its tokenizer, in a folder of its own."""
+    """Write the trained reader and its tokenizer into one folder."""
     reader.save(folder)
     for name, content in job.tokenizer_files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ from world import World, count_resource_batches
 from kr2cache.models import digests
 from kr2cache.models.digests import config_digest
 from kr2cache.prediction.predict import Predictor
-from kr2cache.training.runs import read_config
+from kr2cache.training.runs import RunFolder
 
 RECORDED = {
     "bert": ("b6483f85387d1a8d36db5c6217a29a94", "ac29402982069628f50bb4893581335f"),
@@ -113,7 +113,7 @@ def test_a_class_that_comes_with_a_model_keeps_its_fields(request: pytest.Fixtur
 
 def test_caches_and_runs_serve_with_a_later_transformers(world: World, request: pytest.FixtureRequest) -> None:
     run = world.train(epochs=1.0).runs[0]
-    before = read_config(run.folder)["config"]
+    before = RunFolder(run.folder).read_config()["config"]
     request.getfixturevalue("later")
     assert "later_flag" in BertConfig().to_dict()
     with count_resource_batches() as sizes:
@@ -121,6 +121,6 @@ def test_caches_and_runs_serve_with_a_later_transformers(world: World, request: 
         other = world.train(epochs=1.0, extract=False, fusion="last2").runs[0]
     assert sizes == [], "caches fit"
     assert (again.folder, again.seconds) == (run.folder, None), "the run is there already"
-    assert read_config(other.folder)["config"]["reader"]["config"] == before["reader"]["config"]
+    assert RunFolder(other.folder).read_config()["config"]["reader"]["config"] == before["reader"]["config"]
     assert Predictor.load(run.folder, device="cpu").resource is not None
     assert world.extract("train").computed == 0, "and an extraction finds its cache"

@@ -22,8 +22,8 @@ from kr2cache.models.tokenizer_files import proven_files
 from kr2cache.models.tokenizers import load_tokenizer
 from kr2cache.prediction.predict import Predictor
 from kr2cache.tasks import find_task
-from kr2cache.training import runs
 from kr2cache.training.kreader import KReader
+from kr2cache.training.runs import RunFolder
 from kr2cache.training.trainer import ReaderTrainer
 
 OWN = "letters"
@@ -127,7 +127,7 @@ def test_scores_outlive_a_reader_that_cannot_be_saved(
     for name in ("metrics.json", "predictions-dev.jsonl", "predictions-test.jsonl", "history.json"):
         assert (run / name).read_bytes() == kept[name]
     assert sorted(path.name for path in run.iterdir()) == sorted(kept)
-    assert runs.read_config(run)["config"] == json.loads(kept["config.json"])["config"]
+    assert RunFolder(run).read_config()["config"] == json.loads(kept["config.json"])["config"]
     said = capsys.readouterr().out
     assert "The trained reader of seed 1 could not be saved and is lost" in said
     assert "No space left on device" in said
@@ -139,11 +139,11 @@ def test_scores_outlive_a_reader_that_cannot_be_saved(
 def test_scores_that_cannot_be_written_are_shown(
     world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def full(path: Path, rows: object) -> None:
+    def full(run: RunFolder, split: str, rows: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(runs, "write_predictions", full)
+        patch.setattr(RunFolder, "write_predictions", full)
         with pytest.raises(OSError, match="No space"):
             world.train(method="kreader", epochs=1.0)
     (folder,) = (world.folder / "runs" / "udpos").iterdir()

@@ -45,9 +45,9 @@ from kr2cache.prediction.predict import Predicted, Predictor
 from kr2cache.prediction.texts import as_text, conllu, read_file, read_lines, score
 from kr2cache.tasks import Example, Task, find_task
 from kr2cache.tasks.udpos import UPOS
-from kr2cache.training import runs
 from kr2cache.training.evaluate import example_logits
 from kr2cache.training.kreader import KReader
+from kr2cache.training.runs import RunFolder
 
 LIVELY = {"initializer_range": 0.3}
 """Random weights so large that a wrong layer or mask shows in the logits, not in the sixth digit."""
@@ -273,7 +273,7 @@ def test_predictions_are_those_of_the_run(case: World) -> None:
     rows = [json.loads(line) for line in lines]
     predicted = case.predictor()(case.examples)
     assert [(one.id, one.predicted) for one in predicted] == [(row["id"], row["predicted"]) for row in rows]
-    assert score(case.task, case.examples, predicted) == pytest.approx(runs.read_metrics(case.run)["test"])
+    assert score(case.task, case.examples, predicted) == pytest.approx(RunFolder(case.run).read_metrics()["test"])
 
 
 def test_batch_mates_change_nothing(case: World) -> None:
@@ -415,7 +415,7 @@ def test_a_resource_whose_states_depend_on_what_ran_before_is_refused(own: World
 
 
 def test_a_dropped_reader_is_said(own: World) -> None:
-    runs.drop_reader(own.run)
+    RunFolder(own.run).drop_reader()
     with pytest.raises(CacheError, match="holds no trained reader") as caught:
         own.predictor()
     assert f"remove {own.run} and train again" in caught.value.remedy

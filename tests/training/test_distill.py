@@ -25,11 +25,11 @@ from kr2cache.experiment.prepare import prepare
 from kr2cache.experiment.shared import Shared
 from kr2cache.experiment.teacher import Teacher
 from kr2cache.models.registry import find_model
-from kr2cache.training import runs
 from kr2cache.training.batches import Batcher
 from kr2cache.training.distill import TeacherLogits, soft_loss
 from kr2cache.training.evaluate import example_logits
 from kr2cache.training.kreader import KReader, TaskCheckpoint
+from kr2cache.training.runs import RunFolder
 
 
 def by_scipy(student: np.ndarray, teacher: np.ndarray, temperature: float) -> float:
@@ -278,7 +278,7 @@ def test_a_run_whose_reader_was_dropped_is_trained_again_to_teach(taught: World)
     expected = np.load(logits)["logits"]
     logits.unlink()
     (folder,) = (taught.folder / "runs" / "udpos").glob("kresource-res-*/seed-1")
-    runs.drop_reader(folder)
+    RunFolder(folder).drop_reader()
     twin = folder.parent.with_name(folder.parent.name.replace("kresource", "kreader"))
     being_built = [one / "seed-1.partial" / "by another process" for one in (folder.parent, twin)]
     for one in being_built:
@@ -309,7 +309,7 @@ def test_a_run_that_cannot_teach_is_refused(taught: World) -> None:
     with pytest.raises(ConfigError, match="was trained on snli"):
         train(kd(taught, teacher=str(plain)))
     (plain / "config.json").write_text(json.dumps(content))
-    runs.drop_reader(plain)
+    RunFolder(plain).drop_reader()
     with pytest.raises(CacheError, match="holds no trained reader"):
         train(kd(taught, teacher=str(plain)))
 
