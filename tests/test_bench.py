@@ -16,8 +16,8 @@ import pytest
 import torch
 from world import World
 
-from kr2cache import bench
-from kr2cache.bench import BenchConfig, Race, ablation, break_even, reading
+from kr2cache.bench import BenchConfig, ablation, break_even, race, reading
+from kr2cache.bench.race import Race
 from kr2cache.bench.training import CACHED, ONLINE
 from kr2cache.cache.check import check_cache
 from kr2cache.cli import run
@@ -28,11 +28,11 @@ from kr2cache.system.memory import peak_of
 
 def test_contenders_take_turns_and_the_first_one_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     """Limit and ours more often than rivals, and each time the other way round."""
-    monkeypatch.setattr(bench, "PAIRS", (2, 3))
-    monkeypatch.setattr(bench, "PAIRS_S", math.inf)
+    monkeypatch.setattr(race, "PAIRS", (2, 3))
+    monkeypatch.setattr(race, "PAIRS_S", math.inf)
     turns: list[str] = []
     contenders = {name: functools.partial(turns.append, name) for name in ("limit", "ours", "rival")}
-    one = bench.race("t", "u", contenders, repeats=2, target=1.0)
+    one = race.race("t", "u", contenders, repeats=2, target=1.0)
     there, back = ["limit", "ours"], ["ours", "limit"]
     first, second = [*there, *back, *there], [*back, *there, *back]
     assert turns == ["limit", "ours", "rival", *first, "rival", *second, "rival"]
@@ -40,9 +40,9 @@ def test_contenders_take_turns_and_the_first_one_does_not_count(monkeypatch: pyt
 
 
 def test_slow_contenders_take_as_few_turns_as_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "PAIRS_S", 0.0)
-    one = bench.race("t", "u", {"limit": lambda: None, "ours": lambda: None}, repeats=2, target=1.0)
-    assert [len(times) for times in one.seconds.values()] == [2 * bench.PAIRS[0]] * 2
+    monkeypatch.setattr(race, "PAIRS_S", 0.0)
+    one = race.race("t", "u", {"limit": lambda: None, "ours": lambda: None}, repeats=2, target=1.0)
+    assert [len(times) for times in one.seconds.values()] == [2 * race.PAIRS[0]] * 2
 
 
 def test_ours_stands_still_while_the_limit_catches_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,7 +56,7 @@ def test_ours_stands_still_while_the_limit_catches_up(monkeypatch: pytest.Monkey
         pauses.append(pause)
         clock[0] += 7
 
-    monkeypatch.setattr(bench, "time", types.SimpleNamespace(perf_counter=lambda: clock[0], sleep=sleep))
+    monkeypatch.setattr(race, "time", types.SimpleNamespace(perf_counter=lambda: clock[0], sleep=sleep))
 
     def limit() -> Iterator[None]:
         for _ in range(6):
@@ -70,7 +70,7 @@ def test_ours_stands_still_while_the_limit_catches_up(monkeypatch: pytest.Monkey
             clock[0] += 20
             order.append("ours")
 
-    assert bench.alternately(model, limit, ours, segment_s=10) == (180, 120)
+    assert race.alternately(model, limit, ours, segment_s=10) == (180, 120)
     # Ours at 20, 40, 60, 80, 100, 120; the limit only where it took less than that: at 30, 60, 90, 120; the rest last.
     caught_up = ["ours", "limit", "ours", "limit", "ours", "ours", "limit", "ours", "limit", "ours"]
     assert order == [*caught_up, "limit", "limit"]
@@ -79,10 +79,10 @@ def test_ours_stands_still_while_the_limit_catches_up(monkeypatch: pytest.Monkey
 
 
 def test_a_turn_of_both_at_once_counts_for_both(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "PAIRS_S", math.inf)  # however long a busy disk takes to sync
+    monkeypatch.setattr(race, "PAIRS_S", math.inf)  # however long a busy disk takes to sync
     turns: list[str] = []
     clock = [0.0]
-    monkeypatch.setattr(bench, "time", types.SimpleNamespace(perf_counter=lambda: clock[0], monotonic=lambda: clock[0]))
+    monkeypatch.setattr(race, "time", types.SimpleNamespace(perf_counter=lambda: clock[0], monotonic=lambda: clock[0]))
 
     def turn(name: str, takes: float) -> None:
         turns.append(name)
@@ -90,15 +90,15 @@ def test_a_turn_of_both_at_once_counts_for_both(monkeypatch: pytest.MonkeyPatch)
 
     takes = {"limit": 5.0, "other limit": 4.0, "ours": 6.0, "rival": 9.0}
     contenders = {name: functools.partial(turn, name, seconds) for name, seconds in takes.items()}
-    one = bench.race("t", "u", contenders, repeats=1, target=1.0, limits=2, close=lambda: (5.0, 7.5))
-    number = bench.PAIRS[1]
+    one = race.race("t", "u", contenders, repeats=1, target=1.0, limits=2, close=lambda: (5.0, 7.5))
+    number = race.PAIRS[1]
     assert turns == [*contenders, *(["other limit"] * number), "rival"]
     assert (one.seconds["limit"], one.seconds["ours"]) == ([5.0] * number, [7.5] * number)
     assert one.ratio == 1.5
 
     # A disk that is slower goes on while ours stands still: then each takes its own turn.
     contenders["other limit"] = functools.partial(turn, "other limit", 5.5)
-    one = bench.race("t", "u", contenders, repeats=1, target=1.0, limits=2, close=lambda: (5.0, 7.5))
+    one = race.race("t", "u", contenders, repeats=1, target=1.0, limits=2, close=lambda: (5.0, 7.5))
     assert one.seconds == {
         "limit": [5.0] * number,
         "other limit": [5.5] * number,
@@ -140,7 +140,7 @@ def test_the_range_of_a_median_is_the_sign_tests(number: int) -> None:
     from scipy.stats import quantile_test
 
     values = [float(value) for value in np.random.default_rng(number).permutation(number)]
-    low, high = bench.median_range(values)
+    low, high = race.median_range(values)
     expected = quantile_test(values, q=0, p=0.5).confidence_interval(0.95)
     assert low == (min(values) if np.isnan(expected.low) else expected.low)
     assert high == (max(values) if np.isnan(expected.high) else expected.high)
@@ -196,7 +196,7 @@ def test_the_bench_measures_every_part_and_leaves_nothing(
         assert set(one["peak_bytes"]) == set(one["seconds"])
     assert result["races"][1]["things"] == 12 * reading.ROUNDS
     assert "≤ +10 µs each" in " ".join(captured.err.split())
-    assert "2 fusions, a seed a turn" in result["races"][-1]["unit"], "a layer that the resource lacks is left out"
+    assert "2 fusions, one seed per turn" in result["races"][-1]["unit"], "a layer that the resource lacks is left out"
     assert "Break-even" in captured.err
     assert result["break_even"]["disk_bytes"] == result["break_even"]["tokens"] * 5 * 16 * 2
     assert (tmp_path / "bench.svg").read_text().count("<text") > 40

@@ -1,7 +1,8 @@
-"""An ablation, nine fusions, a seed of it a turn: with a cache, and with the resource in every step.
+"""An ablation of nine fusions, one seed per turn: with a cache, and with the resource in every step.
 
-What a sweep takes beside its training steps does not grow with them, so its share depends on the sizes. They are those
-of a small, but natural training: evaluated examples are a sixth of the trained ones, as in ten epochs on a treebank.
+The work of a sweep beside its training steps does not grow with their number, so its share depends on the sizes. The
+sizes here are those of a small but natural training: it evaluates one example for six that it trains, as ten epochs on
+a treebank do.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import re
 import time
 from pathlib import Path
 
-from kr2cache.bench import BenchConfig, Race
+from kr2cache.bench import BenchConfig
+from kr2cache.bench.race import Race
 from kr2cache.bench.training import load_online, online_index, online_split
 from kr2cache.experiment.pipeline import train
 from kr2cache.experiment.prepare import prepare
@@ -27,15 +29,15 @@ from kr2cache.tasks import find_task
 from kr2cache.training.train import train_seed
 
 FUSIONS = ("fuse", "all", "last4", "last2", "last1", "layer0", "layer2", "layer4", "layer6")
-"""Of a resource of six layers."""
+"""For a resource of six layers."""
 EXAMPLES = {"train": 256, "dev": 21, "test": 21}
-"""Of each split, at most."""
+"""The most examples of each split."""
 TARGET = 1.1
 
 
-@objects_set_aside()  # as a sweep does
+@objects_set_aside()  # as in a sweep
 def run(config: BenchConfig, folder: Path) -> Race:
-    """Trainings with their caches there, beside the time that their steps take; and without a cache."""
+    """Trainings from existing caches, beside the time of their training steps alone; and trainings without a cache."""
     shared = Shared()
     training = config.training
     corpus = shared.corpus(find_task(training.task), training.data, training.limit)
@@ -74,9 +76,9 @@ def run(config: BenchConfig, folder: Path) -> Race:
     steps = "its training steps alone"
     return Race(
         title="an ablation",
-        unit=f"{len(fusions)} fusions, a seed a turn, {len(corpus.splits['train'].examples)} training examples",
+        unit=f"{len(fusions)} fusions, one seed per turn, {len(corpus.splits['train'].examples)} training examples",
         seconds={steps: in_steps, **seconds},
         peaks={steps: None, **peaks},
-        # On a GPU a step's time is that of issuing it.
+        # On a GPU only the issuing of a step is timed.
         target=TARGET if choose_device(training.device).type == "cpu" else None,
     )

@@ -1,11 +1,12 @@
-"""After how much training a cache has paid for itself, and what it costs in disk."""
+"""How much training pays for a cache, and how much disk the cache takes."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
-from kr2cache.bench import BenchConfig, Race
+from kr2cache.bench import BenchConfig
+from kr2cache.bench.race import Race
 from kr2cache.bench.stage_one import OURS
 from kr2cache.bench.training import CACHED, ONLINE, STEPS
 from kr2cache.cache.format import row_bytes
@@ -18,9 +19,10 @@ from kr2cache.tasks import find_task
 
 
 def of(extracted: Race, plan: ExtractPlan, trained: Race, config: BenchConfig) -> dict[str, Any]:
-    """From the medians of both stages: stage one's time a token, over what an example saves each time it is used.
+    """Computed from the medians of both stages: stage one's time per token, divided by the time that a cache saves per
+    use of an example.
 
-    Loading the resource and tokenising are left out: without a cache every run does both.
+    Loading the resource and tokenising are not counted: a run without a cache does both too.
     """
     training = config.training
     task = find_task(training.task)

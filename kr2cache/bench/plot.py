@@ -12,20 +12,20 @@ from kr2cache.system.locks import check_writable
 ROW = 0.2
 """Inches."""
 OVER_LINES = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
-"""A text's ground, so that the line at 1 does not cross it."""
+"""Background of a text, so that the line at 1 does not cross it."""
 FORMATS = (".svg", ".png", ".pdf")
 
 
 def check_plot(path: Path) -> None:
-    """Raise ``ConfigError`` before anything is measured if ``path`` cannot be written or is no picture's name."""
+    """Raise ``ConfigError`` before anything is measured if ``path`` cannot be written or has another suffix."""
     if path.suffix.lower() not in FORMATS:
-        raise ConfigError(f"--plot {path} is none of {', '.join(FORMATS)}.", "Give bench.svg.")
+        raise ConfigError(f"--plot {path} is none of {', '.join(FORMATS)}.", "Use a name such as bench.svg.")
     check_writable(path.absolute().parent, "--plot")
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Bars of what each contender took, in times its race's limit, with the smallest and largest, and of ours with the
-    range of its median; the suffix of ``path`` decides the format.
+    """Draw one bar per contender: its time divided by the limit of its race. Error bars show the smallest and largest
+    time; for ours they show the confidence interval of the median. The suffix of ``path`` sets the format.
     """
     rows = [(one, place, name) for one in result["races"] for place, name in enumerate(one["medians"])]
     with canvas((len(rows) + 2 * len(result["races"]) + 3) * ROW) as figure:

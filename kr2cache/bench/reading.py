@@ -1,4 +1,4 @@
-"""Reading: random batches of a cache as large as BERT-base makes it, beside copying the same bytes in memory."""
+"""Reading random batches from a cache with BERT-base's shape, beside copying the same bytes in memory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from kr2cache.bench import BenchConfig, Race, race, size_text
+from kr2cache.bench import BenchConfig, size_text
+from kr2cache.bench.race import Race, race
 from kr2cache.cache.create import create_shards
 from kr2cache.cache.format import SequenceIndex, ShardHeader, encode_ids, offsets
 from kr2cache.cache.reader import FeatureCache
@@ -36,17 +37,17 @@ BATCHES = 8
 """Random batches in one turn."""
 TARGET = 1.25
 AGAIN_TARGET = 1.1
-"""Into memory that is used again."""
+"""For reading into memory that is used again."""
 ONE_S = 10e-6
-"""Seconds that one sequence may take more than a slice of the map."""
+"""Extra seconds allowed for one sequence, beside a slice of the mapped file."""
 ROUNDS = 10
-"""Through all sequences, one by one, in one turn."""
+"""How often one turn reads each sequence."""
 WORKERS = (1, 2, 3, 4)
 
 
 @dataclass(frozen=True)
 class Stored:
-    """The same states, four times."""
+    """The same states, stored in four ways."""
 
     folder: Path
     names: list[str]
@@ -60,7 +61,7 @@ class Stored:
 
     @property
     def apart(self) -> Path:
-        """An HDF5 data set a sequence."""
+        """One HDF5 data set per sequence."""
         return self.folder / "apart.h5"
 
     @property
@@ -69,12 +70,12 @@ class Stored:
 
     @property
     def first(self) -> NDArray[np.int64]:
-        """(n+1,) the sequence's first row."""
+        """(n+1,) first row of each sequence; the last value is the number of rows."""
         return offsets(self.lengths) * LAYERS
 
 
 def run(config: BenchConfig, folder: Path) -> list[Race]:
-    """From the page cache, and with the page cache dropped where the system lets us."""
+    """Read from the page cache, and with the page cache dropped if the system allows it."""
     draw = np.random.default_rng(0)
     lengths = draw.integers(TOKENS // 2, TOKENS * 3 // 2, SEQUENCES).astype(np.int32)
     rows = int(lengths.sum()) * LAYERS
@@ -83,7 +84,7 @@ def run(config: BenchConfig, folder: Path) -> list[Race]:
     _store(stored)
     picks = [draw.choice(SEQUENCES, BATCH, replace=False) for _ in range(BATCHES)]
     races = [_one(config, stored, draw), _again(config, stored, picks), _warm(config, stored, picks)]
-    if sys.platform == "linux":  # where processes may be forked
+    if sys.platform == "linux":  # here processes can be forked
         races += [_workers(config, stored, picks, number) for number in WORKERS]
     if hasattr(os, "posix_fadvise"):
         races.append(_cold(config, stored))
@@ -91,7 +92,7 @@ def run(config: BenchConfig, folder: Path) -> list[Race]:
 
 
 def _one(config: BenchConfig, stored: Stored, draw: np.random.Generator) -> Race:
-    """A view of one sequence by its id, beside a slice of an array over the file, from places that are known."""
+    """A view of one sequence by its id, beside a slice of an array over the file with known offsets."""
     cache = FeatureCache.open(stored.cache)
     shard = shard_paths(stored.cache)[0]
     mapped = np.memmap(shard, np.float16, "r", open_shard(shard).place("hidden"), stored.states.shape)
@@ -111,7 +112,7 @@ def _one(config: BenchConfig, stored: Stored, draw: np.random.Generator) -> Race
     return race(
         "reading one sequence, by its id",
         f"{len(order):,} views, nothing copied",
-        {"slices of the mapped file, places known": slices, "kr2cache, cache[id]": ours},
+        {"slices of the mapped file, offsets known": slices, "kr2cache, cache[id]": ours},
         repeats=config.repeats,
         target=None,
         things=len(order),
@@ -120,7 +121,7 @@ def _one(config: BenchConfig, stored: Stored, draw: np.random.Generator) -> Race
 
 
 def _again(config: BenchConfig, stored: Stored, picks: list[NDArray[np.int64]]) -> Race:
-    """Batches into memory that is used again, beside copies into it."""
+    """Batches read into memory that is used again, beside copies into that memory."""
     first, names, states = stored.first.tolist(), stored.names, stored.states
     cache = FeatureCache.open(stored.cache)
     buffer = cache.buffer(BATCH)
@@ -147,7 +148,7 @@ def _again(config: BenchConfig, stored: Stored, picks: list[NDArray[np.int64]]) 
         return turn
 
     def batch_by_batch() -> tuple[float, float]:
-        """Both in alternation; not the same batch one after the other, which a processor's cache may still hold."""
+        """Both in alternation, each with another batch: a processor's cache may still hold the previous one."""
         spent = {copy: 0.0, ours: 0.0}
         for place in range(len(batches)):
             for way, batch in ((copy, batches[place]), (ours, batches[place - len(batches) // 2])):
@@ -214,19 +215,19 @@ def _warm(config: BenchConfig, stored: Stored, picks: list[NDArray[np.int64]]) -
         contenders: dict[str, Callable[[], object]] = {
             "copying the same bytes in memory": lambda: copies(in_memory),
             "kr2cache, FeatureCache.batch": ours,
-            "safetensors, a tensor each": lambda: copies(tensor),
+            "safetensors, one tensor per sequence": lambda: copies(tensor),
             "h5py, slices of one data set": lambda: copies(rows),
-            "h5py, a data set each": lambda: copies(data_set),
+            "h5py, one data set per sequence": lambda: copies(data_set),
         }
         unit = _unit(stored, picks)
         return race("reading, from the page cache", unit, contenders, repeats=config.repeats, target=TARGET)
 
 
 def _workers(config: BenchConfig, stored: Stored, picks: list[NDArray[np.int64]], number: int) -> Race:
-    """The same batches read by several processes at once, each its share of them.
+    """Several processes read the same batches at once; each reads its share.
 
-    The processes are started anew for each repeat: how fast one copies depends on where its memory happens to lie, by a
-    fifth and more. A repeat counts once, since its turns are those of the same processes.
+    Each repeat starts new processes: the place of its memory changes a process's copying speed by a fifth or more. A
+    repeat counts once, since all its turns use the same processes.
     """
     first, names, states, lengths = stored.first, stored.names, stored.states, stored.lengths
     cache = FeatureCache.open(stored.cache)
@@ -250,7 +251,7 @@ def _workers(config: BenchConfig, stored: Stored, picks: list[NDArray[np.int64]]
             contenders = {name: stack.enter_context(_forked(way, shares)) for name, way in ways.items()}
             for name, times in race(title, unit, contenders, repeats=1, target=TARGET).seconds.items():
                 seconds[name].append(statistics.median(times))
-    # Their memory is in other processes.
+    # The workers are other processes: their memory is not measured.
     return Race(title=title, unit=unit, seconds=seconds, target=TARGET, peaks=dict.fromkeys(ways))
 
 
@@ -263,7 +264,7 @@ def _bounds(sizes: NDArray[np.int64]) -> tuple[list[int], list[int]]:
 def _forked(
     read: Callable[[NDArray[np.int64]], None], shares: list[list[NDArray[np.int64]]]
 ) -> Iterator[Callable[[], None]]:
-    """Workers that wait; a call lets all of them read their share, and returns when the last is done."""
+    """Start workers. A call makes each of them read its share, and returns when all are done."""
     context = multiprocessing.get_context("fork")
 
     def work(share: list[NDArray[np.int64]], pipe: Connection) -> None:
@@ -275,12 +276,14 @@ def _forked(
     pipes: list[Connection] = []
     workers = []
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of forking a process that has threads: ours use none
+        warnings.simplefilter(
+            "ignore", DeprecationWarning
+        )  # it warns of forking a process with threads; these workers use none
         for share in shares:
             mine, its = context.Pipe()
             workers.append(context.Process(target=work, args=(share, its), daemon=True))
             workers[-1].start()
-            its.close()  # so that a worker that dies ends the wait for it
+            its.close()  # if a worker dies, recv() then raises instead of waiting
             pipes.append(mine)
 
     def turn() -> None:
@@ -298,7 +301,7 @@ def _forked(
 
 
 def _cold(config: BenchConfig, stored: Stored) -> Race:
-    """Every sequence once, in random order; a cache that is open keeps its pages, so each turn opens it."""
+    """Read every sequence once, in random order. An open cache keeps its pages, so each turn opens it again."""
     order = np.random.default_rng(1).permutation(stored.names).tolist()
     shard = next(stored.cache.glob("*.h5"))
 
@@ -325,16 +328,16 @@ def _cold(config: BenchConfig, stored: Stored) -> Race:
     contenders = {
         "the file, read once from end to end": _dropping(shard, lambda: _read_all(shard)),
         "kr2cache, FeatureCache.batch": _dropping(shard, batches),
-        "kr2cache, a view and a copy of each": _dropping(shard, views),
-        "safetensors, a tensor each": _dropping(stored.tensors, safetensors),
-        "h5py, a data set each": _dropping(stored.apart, apart),
+        "kr2cache, a view and a copy per sequence": _dropping(shard, views),
+        "safetensors, one tensor per sequence": _dropping(stored.tensors, safetensors),
+        "h5py, one data set per sequence": _dropping(stored.apart, apart),
     }
     unit = f"in random order: {size_text(SEQUENCES, stored.states.nbytes)}"
     return race("reading, page cache dropped", unit, contenders, repeats=config.repeats, target=None)
 
 
 def _store(stored: Stored) -> None:
-    """Write them as a cache, as one HDF5 data set a sequence, and as safetensors."""
+    """Write the states as a cache, as one HDF5 data set per sequence, and as safetensors."""
     tokens = int(stored.lengths.sum())
     header = ShardHeader(
         dtype="float16",
@@ -364,13 +367,13 @@ def _store(stored: Stored) -> None:
         for name, part in parts.items():
             file.create_dataset(name, data=part.reshape(LAYERS, -1, WIDTH))
     save_file(parts, stored.tensors)
-    for path in (stored.apart, stored.tensors):  # so that the system does not write while it is read
+    for path in (stored.apart, stored.tensors):  # so that the system does not write while a contender reads
         with path.open("rb") as file:
             os.fsync(file.fileno())
 
 
 def _dropping(path: Path, read: Callable[[], object]) -> Callable[[], object]:
-    """``read`` after the system was asked to forget the file's pages."""
+    """``read``, after the file's pages are dropped from the page cache."""
 
     def turn() -> object:
         drop_pages(path)
@@ -380,7 +383,7 @@ def _dropping(path: Path, read: Callable[[], object]) -> Callable[[], object]:
 
 
 def drop_pages(path: Path) -> None:
-    """Ask the system (Linux) to forget what it holds of a file in memory; what is not on the disk is written first."""
+    """Ask the system (Linux) to drop a file's pages from the page cache. Unwritten pages are written first."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

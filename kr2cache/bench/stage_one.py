@@ -1,4 +1,4 @@
-"""Stage one: how much of an extraction is what nobody can leave out, the forward pass or the disk?"""
+"""Stage one: an extraction beside its limits, the forward pass alone and writing alone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kr2cache.bench import BenchConfig, Race, alternately, race, run_through, size_text
+from kr2cache.bench import BenchConfig, size_text
+from kr2cache.bench.race import Race, alternately, race, run_through
 from kr2cache.cache.shard import open_shard
 from kr2cache.extraction.extract import extract, fill
 from kr2cache.extraction.planning import ExtractPlan, plan_extraction
@@ -25,24 +26,24 @@ from kr2cache.models.states import hidden_states
 from kr2cache.system.device import choose_device
 
 TARGET = {"cpu": 1 / 0.97, "cuda": 1 / 0.8}
-"""On a GPU the disk may be slower than the model."""
+"""By device type. On a GPU the disk may be slower than the model."""
 OURS = "kr2cache extract"
 ROWS_AT_ONCE = 32
-"""Batch size of the plain loop, as most scripts have it."""
+"""Batch size of the plain loop; most scripts use it."""
 SEGMENT_S = 1.0
-"""Seconds between stops of an extraction: what its thread writes in a pause is a small part of what it wrote."""
+"""Seconds between two pauses of an extraction. Its thread writes on in a pause; the slice is long beside that."""
 
 
 def run(config: BenchConfig, folder: Path) -> tuple[Race, ExtractPlan]:
-    """The forward pass alone, writing alone; ours, all of it on disk; and what scripts do today. And the plan of it."""
+    """The race of the forward pass alone, writing alone, ours with all states on disk, and today's scripts; and the
+    extraction's plan."""
     plan = plan_extraction(replace(config.extraction, cache_dir=folder / "first"))
     header = open_shard(next(extract(plan).cache.glob("*.h5"))).header
     device = choose_device(plan.config.device)
-    encoder = open_encoder(plan.spec)[0].to(device)  # type: ignore[arg-type]  # annotated for transformers alone
+    encoder = open_encoder(plan.spec)[0].to(device)  # type: ignore[arg-type]  # transformers annotates it for itself alone
     batches = length_sorted_batches(
         plan.index.n_tokens, int(header.batch_plan["tokens_per_batch"]), padded=bool(header.batch_plan["padded"])
     )
-    names = [raw.decode("utf-8") for raw in plan.index.ids.tolist()]
     numbers = itertools.count()
 
     plain = copy.deepcopy(encoder)
@@ -55,9 +56,6 @@ def run(config: BenchConfig, folder: Path) -> tuple[Race, ExtractPlan]:
             forward(batch)
             yield
 
-    def forward_alone() -> None:
-        run_through(forwards())
-
     def writing_alone() -> Path:
         path = folder / f"written-{next(numbers)}"
         _write(path, plan.state_bytes)
@@ -65,7 +63,7 @@ def run(config: BenchConfig, folder: Path) -> tuple[Race, ExtractPlan]:
 
     def cheaper() -> None:
         with cheaper_forward(plain, plan.tokens):
-            forward_alone()
+            run_through(forwards())
 
     def ours() -> Path:
         path = folder / f"ours-{next(numbers)}"
@@ -73,30 +71,24 @@ def run(config: BenchConfig, folder: Path) -> tuple[Race, ExtractPlan]:
         return path
 
     def loop(rows: int) -> Path:
-        """In the data's order, padded, one HDF5 data set a sequence."""
         path = folder / f"loop-{next(numbers)}.h5"
-        with h5py.File(path, "w") as file:
-            for start in range(0, len(names), rows):
-                sequences = np.arange(start, min(start + rows, len(names)))
-                output = forward(sequences)
-                layers = np.stack([output[layer].float().cpu().numpy() for layer in plan.layers])
-                for row, i in enumerate(sequences.tolist()):
-                    part = layers[:, row, : int(plan.index.n_tokens[i])]
-                    file.create_dataset(names[i].replace("/", "|"), data=part.astype(np.float16))
+        _plain_loop(plan, forward, path, rows)
         return path
 
     contenders: dict[str, Callable[[], object]] = {
-        "length-sorted forward pass alone, nothing stored": forward_alone,
+        "length-sorted forward pass alone, nothing stored": lambda: run_through(forwards()),
         "writing as many bytes, synced": writing_alone,
         OURS: ours,
     }
     if device.type == "cpu":
         contenders["its own cheaper forward pass alone"] = cheaper
-    contenders[f"plain loop in data order, batches of {ROWS_AT_ONCE}, a data set each"] = lambda: loop(ROWS_AT_ONCE)
-    contenders["one sequence at a time, a data set each"] = lambda: loop(1)
+    contenders[f"plain loop in data order, batches of {ROWS_AT_ONCE}, one data set per sequence"] = lambda: loop(
+        ROWS_AT_ONCE
+    )
+    contenders["one sequence at a time, one data set per sequence"] = lambda: loop(1)
     stage_one = race(
         "stage one",
-        f"{size_text(len(names), plan.state_bytes)} of states, {plan.tokens:,} tokens",
+        f"{size_text(len(plan.index.ids), plan.state_bytes)} of states, {plan.tokens:,} tokens",
         contenders,
         repeats=config.repeats,
         target=TARGET.get(device.type, TARGET["cpu"]),
@@ -106,8 +98,23 @@ def run(config: BenchConfig, folder: Path) -> tuple[Race, ExtractPlan]:
     return stage_one, plan
 
 
+def _plain_loop(
+    plan: ExtractPlan, forward: Callable[[NDArray[np.intp]], tuple[torch.Tensor, ...]], path: Path, rows: int
+) -> None:
+    """Extract as most scripts do: in the data's order, padded, with one HDF5 data set per sequence."""
+    names = [raw.decode("utf-8") for raw in plan.index.ids.tolist()]
+    with h5py.File(path, "w") as file:
+        for start in range(0, len(names), rows):
+            sequences = np.arange(start, min(start + rows, len(names)))
+            output = forward(sequences)
+            layers = np.stack([output[layer].float().cpu().numpy() for layer in plan.layers])
+            for row, i in enumerate(sequences.tolist()):
+                part = layers[:, row, : int(plan.index.n_tokens[i])]
+                file.create_dataset(names[i].replace("/", "|"), data=part.astype(np.float16))
+
+
 def _write(path: Path, size: int) -> None:
-    """``size`` bytes to the disk: what storing the states takes at least."""
+    """Write and sync ``size`` bytes: the least that storing the states takes."""
     block = np.random.default_rng(0).bytes(2**23)
     with path.open("wb", buffering=0) as file:
         for start in range(0, size, len(block)):

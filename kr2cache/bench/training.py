@@ -1,5 +1,5 @@
-"""Stage two: how much of a KR2 training step, and of an evaluation, is the reader on l1 + l2 positions, and what the
-cache saves.
+"""Stage two: a KR2 training step and an evaluation, beside the same reader on l1 + l2 positions with batches ready; and
+the time that the cache saves.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kr2cache.bench import BenchConfig, Race, alternately, race, run_through
+from kr2cache.bench import BenchConfig
+from kr2cache.bench.race import Race, alternately, race, run_through
 from kr2cache.cache.format import SequenceIndex
 from kr2cache.experiment.prepare import prepare
 from kr2cache.experiment.shared import Shared
@@ -31,23 +32,23 @@ from kr2cache.training.train import Job
 
 TARGET = 1.05
 EVALUATION_TARGET = 1 / 0.97
-"""As stage one's."""
+"""Stage one has the same target."""
 STEPS = 6
-"""In one turn."""
+"""Training steps in one turn."""
 SEGMENT_S = 0.2
-"""Seconds between stops of ours, for the limit to catch up."""
+"""Seconds between two pauses of ours, in which the limit catches up."""
 CACHED, ONLINE = "kr2cache, states read from the cache", "the resource runs again in every step"
 
 
 def prepared(config: BenchConfig, folder: Path) -> Job:
-    """The training that is measured, its caches made."""
+    """The training to measure. Its caches are made here."""
     return prepare(
         dataclasses.replace(config.training, cache_dir=folder / "caches", run_dir=folder / "runs"), Shared()
     ).job
 
 
 def steps(config: BenchConfig, job: Job) -> Race:
-    """A step of training on cached states, beside the same step without reading them, and with the resource in it."""
+    """A training step on cached states, beside the same step with batches ready, and with the resource in the step."""
     device = choose_device(job.config.device)
     whole_is_ours = part_overhead(device) == WHOLE
     torch.manual_seed(1)
@@ -61,7 +62,7 @@ def steps(config: BenchConfig, job: Job) -> Race:
     limit = copy.deepcopy(reader)
 
     def batches(data: SplitData, overhead: int = part_overhead(device)) -> Iterable[dict[str, Any]]:
-        """On the device, as the Trainer's loader brings them there."""
+        """Batches on the device, moved as the Trainer's loader moves them."""
         for batch in map(StepBatcher(Batcher(data, job.task, job.tokenizer), overhead), picks):
             yield {"parts": [{name: _moved(one, device) for name, one in part.items()} for part in batch["parts"]]}
 
@@ -107,7 +108,7 @@ def steps(config: BenchConfig, job: Job) -> Race:
 
 
 def evaluation(config: BenchConfig, job: Job) -> Race:
-    """What a reader says of a split, beside its forward passes alone: batches ready, logits thrown away."""
+    """An evaluation of a split, beside its forward passes alone: batches ready, logits dropped."""
     device = choose_device(job.config.device)
     torch.manual_seed(1)
     reader = job.new_reader().to(device).eval()
@@ -136,7 +137,7 @@ def evaluation(config: BenchConfig, job: Job) -> Race:
         f"{len(data.examples)} examples, {positions:,} positions of {job.reader.name}",
         {
             "the same reader's forward passes alone, batches ready in memory": lambda: run_through(forwards()),
-            "kr2cache, states read and labels said": ours,
+            "kr2cache, states read and labels predicted": ours,
         },
         repeats=config.repeats,
         target=EVALUATION_TARGET,
@@ -151,11 +152,11 @@ def _moved(one: Any, device: torch.device) -> Any:
 
 
 def load_online(job: Job) -> OnlineResource:
-    """The resource of a job, to be run in every step: as transformers loads it, nothing made cheaper."""
+    """The resource of a job, to run in every step: as transformers loads it, without a cheaper forward pass."""
     spec = find_model(job.config.resource or "", job.config.models)
     return OnlineResource(
         name=spec.name,
-        encoder=load_encoder(spec).to(choose_device(job.config.device)),  # type: ignore[arg-type]  # as in stage one
+        encoder=load_encoder(spec).to(choose_device(job.config.device)),  # type: ignore[arg-type]  # as in stage_one.py
         tokenizer=load_tokenizer(spec, words=job.task.words),
         max_length=job.config.resource_max_length or job.config.max_length,
         compute_dtype="float32",
@@ -164,14 +165,14 @@ def load_online(job: Job) -> OnlineResource:
 
 
 def online_split(job: Job, split: str, resource: OnlineResource, index: SequenceIndex) -> SplitData:
-    """A split of the job whose states come from a forward pass of the resource for every batch."""
+    """A split of the job with states from a forward pass of the resource for every batch."""
     assert job.fusion is not None, "the bench trains method kr2"
-    # Trainable weights change: the reader gets the layers.
+    # Trainable weights change, so the reader gets the layers.
     weights = None if job.fusion.trainable else torch.from_numpy(job.fusion.weights)
     features = OnlineFeatures(resource, index, job.fusion.layers, weights)
     return dataclasses.replace(job.splits[split], features=features)
 
 
 def online_index(job: Job, split: str, resource: OnlineResource) -> SequenceIndex:
-    """The split's sequences by the resource's tokenizer."""
+    """The split's sequences, encoded with the resource's tokenizer."""
     return encode_examples(resource.tokenizer, job.splits[split].examples, job.task, resource.max_length)

@@ -23,7 +23,8 @@ from device_checks import matmul_precision
 from device_scene import Scene
 from numpy.typing import NDArray
 
-from kr2cache.bench import BenchConfig, Race, race, run_through, training
+from kr2cache.bench import BenchConfig, training
+from kr2cache.bench.race import Race, race, run_through
 from kr2cache.bench.reading import drop_pages
 from kr2cache.cache.reader import FeatureCache
 from kr2cache.cache.shard import open_shard
