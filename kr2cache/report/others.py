@@ -1,4 +1,4 @@
-"""Runs that no sweep shows: one table for each task, one row for each configuration, every metric."""
+"""Tables of the runs that no sweep shows: one table per task, one row per configuration, all metrics."""
 
 from __future__ import annotations
 
@@ -9,26 +9,24 @@ from typing import Any
 
 from kr2cache.report.records import METHOD_NAMES, OLDER, Configuration, mapping, mean_and_std, number
 from kr2cache.report.scores import METRICS, percent
-from kr2cache.report.tables import Cell, Record, Table
+from kr2cache.report.tables import Cell, Table
 from kr2cache.system.console import time_text
 
 _COUNTS = ("cut_off_words",)
-DATED = ("data", "trained", "state")
-"""What tells rows apart that differ in their id alone."""
 
 
 def other_tables(configurations: Sequence[Configuration], outdated: Mapping[str, str]) -> list[Table]:
-    """A table for each task of ``configurations``, tasks by name.
+    """One table for each task, sorted by task name.
 
     Args:
-        outdated: As ``stale`` gives them.
+        outdated: The result of ``stale``.
     """
     tasks = sorted({one.task for one in configurations})
     return [_table(task, sort([one for one in configurations if one.task == task]), outdated) for task in tasks]
 
 
 def sort(configurations: Sequence[Configuration]) -> list[Configuration]:
-    """By method as in the paper, models, fusion (layer 9 before layer 11), folder."""
+    """Sort by method in the paper's order, models, fusion (layer 9 before layer 11) and folder."""
     methods = list(METHOD_NAMES)
 
     def key(one: Configuration) -> tuple[Any, ...]:
@@ -41,8 +39,10 @@ def sort(configurations: Sequence[Configuration]) -> list[Configuration]:
 
 
 def stale(configurations: Sequence[Configuration]) -> dict[str, str]:
-    """Folder to the reason why a configuration went stale: a newer one has the same names and settings, and was trained
-    on other data or models.
+    """Find configurations that are stale: a newer one has the same names and settings but other data or models.
+
+    Returns:
+        Folder to the reason.
     """
     alike: dict[str, list[Configuration]] = {}
     for one in configurations:
@@ -72,7 +72,7 @@ def _changes(older: Configuration, newer: Configuration) -> list[str]:
 
 
 def differing_settings(configurations: Sequence[Configuration]) -> list[str]:
-    """Names of the settings that are not the same in all of them; one that a method has not is no difference."""
+    """Names of the settings that differ between configurations. A setting that a method does not have is ignored."""
     values: dict[str, set[str]] = {}
     for one in configurations:
         for name, value in one.settings.items():
@@ -82,7 +82,7 @@ def differing_settings(configurations: Sequence[Configuration]) -> list[str]:
 
 
 def labels(configurations: Sequence[Configuration]) -> dict[str, str]:
-    """Folder to a short name that is unique among them: method and fusion, and what else tells them apart."""
+    """Folder to a short, unique name: method and fusion, then other properties until no two names are equal."""
     names = {one.folder: " ".join(filter(None, (one.method_name, one.fusion))) for one in configurations}
     more: list[dict[str, str]] = [
         {one.folder: one.reader for one in configurations},
@@ -105,71 +105,75 @@ def labels(configurations: Sequence[Configuration]) -> dict[str, str]:
 
 
 def _table(task: str, configurations: list[Configuration], outdated: Mapping[str, str]) -> Table:
-    settings = differing_settings(configurations)
-    dated = any(one.folder in outdated for one in configurations)
+    described = _descriptions(configurations, outdated)
+    names = tuple(described[0])
     metrics = list(dict.fromkeys(name for one in configurations for name in one.first.scores))
     best = {metric: _best(configurations, metric) for metric in metrics if metric not in _COUNTS}
-    helpers = any(one.helper for one in configurations)
-    names = (
-        "method",
-        "reader",
-        *(["resource or teacher", "fusion"] if helpers else []),
-        *settings,
-        *(DATED if dated else ()),
-        "run",
-    )
-
-    def described(one: Configuration) -> list[str]:
-        models = [one.method_name, one.reader, *([one.helper, one.fusion] if helpers else [])]
-        values = (one.settings.get(name, "").replace("None", "") for name in settings)
-        dates = [_corpus(one), time_text(one.trained), "stale" if one.folder in outdated else ""] if dated else []
-        return [*models, *values, *dates, one.digits]
 
     def cell(one: Configuration, metric: str) -> Cell:
         text, older = _shown(one, metric), one.older(metric)
         return Cell(text, bold=not older and text.split(" ")[0] == best.get(metric), remark=OLDER if older else "")
 
-    def record(one: Configuration) -> Record:
-        numbers: dict[str, float | None] = {}
-        for metric in metrics:
-            values = one.values(metric)
-            mean, std = mean_and_std(values) if values else (None, None)
-            numbers |= {f"{metric}_mean": mean, f"{metric}_std": std}
-        described_by = dict(zip(names, described(one), strict=True))
-        older = any(one.older(metric) for metric in metrics)
-        return {
-            **described_by,
-            "split": one.split,
-            **numbers,
-            "seeds": len(one.runs),
-            "older": older,
-            "trained": time_text(one.trained),
-            "stale": one.folder in outdated,
-            "folder": one.folder,
-        }
-
     splits = sorted({one.split for one in configurations})
+    legend = (
+        f"Mean ± sample standard deviation over seeds on {' or '.join(splits)}, in percent (counts: mean); bold: the "
+        "best of its column; run: the last digits of its folder."
+    )
+    if "state" in names:
+        legend += " stale: a newer run with the same settings was trained on other data or models."
     return Table(
         name=f"other-runs-{task}",
         title=f"Other runs on {task}",
         columns=(*names, *(METRICS.get(metric, metric.replace("_", " ")) for metric in metrics), "seeds"),
         rows=tuple(
             (
-                *map(Cell, described(one)),
+                *map(Cell, description.values()),
                 *(cell(one, metric) for metric in metrics),
                 Cell(" ".join(map(str, one.runs))),
             )
-            for one in configurations
+            for one, description in zip(configurations, described, strict=True)
         ),
-        legend=(
-            f"Mean ± sample standard deviation over seeds on {' or '.join(splits)}, in percent (counts: mean); "
-            "bold: the best of its column; run: the last digits of its folder."
-            + (" stale: a newer run with the same settings was trained on other data or models." if dated else ""),
+        legend=(legend,),
+        records=tuple(
+            description | _record(one, metrics, outdated)
+            for one, description in zip(configurations, described, strict=True)
         ),
-        records=tuple(map(record, configurations)),
         labels=len(names),
         keys=(names.index("run"),),
     )
+
+
+def _descriptions(configurations: Sequence[Configuration], outdated: Mapping[str, str]) -> list[dict[str, str]]:
+    """What tells each configuration apart from the rest: column to text, the same columns for all of them."""
+    settings = differing_settings(configurations)
+    has_helpers = any(one.helper for one in configurations)
+    has_dates = any(one.folder in outdated for one in configurations)  # such rows can differ in their digits alone
+    descriptions = []
+    for one in configurations:
+        description = {"method": one.method_name, "reader": one.reader}
+        if has_helpers:
+            description |= {"resource or teacher": one.helper, "fusion": one.fusion}
+        description |= {name: one.settings.get(name, "").replace("None", "") for name in settings}
+        if has_dates:
+            state = "stale" if one.folder in outdated else ""
+            description |= {"data": _corpus(one), "trained": time_text(one.trained), "state": state}
+        descriptions.append(description | {"run": one.digits})
+    return descriptions
+
+
+def _record(one: Configuration, metrics: Sequence[str], outdated: Mapping[str, str]) -> dict[str, Any]:
+    """One row of the table as data: all but its description."""
+    record: dict[str, Any] = {"split": one.split}
+    for metric in metrics:
+        values = one.values(metric)
+        record[f"{metric}_mean"], record[f"{metric}_std"] = mean_and_std(values) if values else (None, None)
+    return record | {
+        "seeds": len(one.runs),
+        "older": any(one.older(metric) for metric in metrics),
+        "trained": time_text(one.trained),
+        "stale": one.folder in outdated,
+        "folder": one.folder,
+    }
 
 
 def _corpus(one: Configuration) -> str:
