@@ -181,32 +181,26 @@ def verify_cli(caches: Caches = None, cache_dir: CacheDir = None, as_json: Json 
 
 
 def _verify(folder: Path) -> dict[str, Any]:
-    from kr2cache.cache.check import check_cache
+    """Check one cache and print the faults; returns what ``--json`` prints of it."""
     from kr2cache.cache.reader import FeatureCache
     from kr2cache.store import provenance
-    from kr2cache.system.console import work_progress
 
-    size = sum(path.stat().st_size for path in folder.glob("*.h5") if path.is_file())
-    with work_progress("MB") as progress:
-        bar = progress.add_task(folder.name, total=max(1, size // 10**6), note="")
-        read = 0
-
-        def advance(count: int) -> None:
-            nonlocal read
-            read += count
-            progress.update(bar, completed=read // 10**6)
-
-        found = check_cache(folder, advance)
-        progress.update(bar, completed=max(1, size // 10**6))
+    found = _check_with_progress(folder)
     faults = list(found.faults)
     if found.sound:
         try:
             faults += provenance.contradictions(FeatureCache.open(folder))
         except CacheError as error:
             faults.append(error.message)
-    result: dict[str, Any] = {
+    ok = found.sound and not faults and not found.incomplete_ids
+    if ok:
+        speed = f"{bytes_text(found.bytes)} in {seconds_text(found.seconds)}"
+        done(f"{folder}: {count_text(found.sequences, 'sequence')} intact ({speed})")
+    else:
+        _show_faults(found, faults)
+    return {
         "cache": str(folder),
-        "ok": found.sound and not faults and not found.incomplete_ids,
+        "ok": ok,
         "sequences": found.sequences,
         "bytes": found.bytes,
         "seconds": found.seconds,
@@ -217,31 +211,48 @@ def _verify(folder: Path) -> dict[str, Any]:
         "unreadable": {shard.path.name: shard.unreadable for shard in found.shards if shard.unreadable},
         "faults": faults,
     }
-    speed = f"{bytes_text(found.bytes)} in {seconds_text(found.seconds)}"
-    if result["ok"]:
-        done(f"{folder}: {count_text(found.sequences, 'sequence')} whole ({speed})")
-        return result
+
+
+def _check_with_progress(folder: Path) -> CacheCheck:
+    from kr2cache.cache.check import check_cache
+    from kr2cache.system.console import WorkProgress
+
+    size = sum(path.stat().st_size for path in folder.glob("*.h5") if path.is_file())
+    total, read = max(1, size // 10**6), 0
+    with WorkProgress(folder.name, "MB", total) as progress:
+
+        def advance(count: int) -> None:
+            nonlocal read
+            progress.advance((read + count) // 10**6 - read // 10**6)
+            read += count
+
+        found = check_cache(folder, advance)
+        progress.advance(total - read // 10**6)  # unreadable parts were not counted
+    return found
+
+
+def _show_faults(found: CacheCheck, faults: Sequence[str]) -> None:
+    """Print what is wrong with a cache and the command that mends it."""
     for shard in found.shards:
         if shard.unreadable:
             failed(shard.unreadable)
         if shard.index_damaged:
-            failed(f"{shard.path}: the index (ids, lengths, tokens or text digests) contradicts its checksum")
+            failed(f"{shard.path}: the index (ids, lengths, tokens or text digests) does not match its checksum")
         if shard.structure_damaged:
-            failed(f"{shard.path}: bytes beside states and index (attributes, HDF5's own) are not what was written")
+            failed(f"{shard.path}: bytes outside states and index (attributes, HDF5's own) have changed")
     for fault in faults:
-        failed(f"{folder}: {fault}")
+        failed(f"{found.folder}: {fault}")
     if found.damaged_ids:
         failed(
-            f"{folder}: {count_text(len(found.damaged_ids), 'sequence')} of {found.sequences:,} damaged: "
+            f"{found.folder}: {count_text(len(found.damaged_ids), 'sequence')} of {found.sequences:,} damaged: "
             f"{_names(found.damaged_ids)}"
         )
     if found.incomplete_ids:
         note(
-            f"{folder}: {len(found.incomplete_ids):,} of {count_text(found.sequences, 'sequence')} not complete: "
+            f"{found.folder}: {len(found.incomplete_ids):,} of {count_text(found.sequences, 'sequence')} not complete: "
             f"{_names(found.incomplete_ids)}"
         )
     console.print(_what_to_do(found), style="cyan", soft_wrap=True, markup=False)
-    return result
 
 
 def _what_to_do(found: CacheCheck) -> str:

@@ -46,7 +46,7 @@ from kr2cache.models.states import hidden_states, padding_is_harmless
 from kr2cache.store import folders, provenance
 from kr2cache.store.takeover import as_mask, as_ranges, find_donors
 from kr2cache.system.allocator import return_free_memory
-from kr2cache.system.console import bytes_text, count_text, done, note, seconds_text, waiting, work_progress
+from kr2cache.system.console import WorkProgress, bytes_text, count_text, done, note, seconds_text, waiting
 from kr2cache.system.device import (
     choose_device,
     device_name,
@@ -354,8 +354,7 @@ def _compute(
     pack = Packer(plan.index, plan.layers, plan.config.dtype, device)
     cuts = shard_cuts(plan.index.n_tokens, plan.token_bytes, int(batch_plan["shard_bytes"]))
     computed = 0
-    with work_progress("sequences") as progress:
-        bar = progress.add_task(f"{plan.spec.name} on {plan.config.task}/{plan.config.split}", total=None, note="")
+    with WorkProgress(f"{plan.spec.name} on {plan.config.task}/{plan.config.split}", "sequences") as progress:
         try:
             with (
                 interrupt_between_batches() as check_interrupt,
@@ -373,7 +372,7 @@ def _compute(
                         plan.config.tokens_per_batch,
                     )
                 )
-                progress.update(bar, total=sum(len(batch) for _, batch in batches))
+                progress.total = sum(len(batch) for _, batch in batches)
                 started, tokens, speed = time.monotonic(), 0, 0.0
                 for shard, batch in batches:
                     with _fitting(plan, batch, device, folder):
@@ -384,14 +383,10 @@ def _compute(
                     computed += len(batch)
                     tokens += int(plan.index.n_tokens[batch].sum())
                     speed = tokens / (time.monotonic() - started)
-                    progress.update(
-                        bar,
-                        advance=len(batch),
-                        note=f"{speed:,.0f} tokens/s, {bytes_text(writer.bytes_written)} written",
-                    )
+                    progress.advance(len(batch), f"{speed:,.0f} tokens/s, {bytes_text(writer.bytes_written)} written")
                 for ready in pack.rest():
                     writer.write(ready)
-            progress.update(bar, note=f"{speed:,.0f} tokens/s, {bytes_text(writer.bytes_written)} written")
+            progress.advance(0, f"{speed:,.0f} tokens/s, {bytes_text(writer.bytes_written)} written")
         except KeyboardInterrupt:
             raise _interrupted(folder) from None
         except ValueRangeError as error:

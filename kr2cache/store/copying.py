@@ -17,7 +17,7 @@ from kr2cache.cache.reader import FeatureCache
 from kr2cache.cache.writer import CacheWriter, PackedStates
 from kr2cache.errors import InterruptedWorkError
 from kr2cache.fusion import Fusion
-from kr2cache.system.console import bytes_text, work_progress
+from kr2cache.system.console import WorkProgress, bytes_text
 from kr2cache.system.interrupt import interrupt_between_batches
 
 Stored = tuple[NDArray[Any], NDArray[np.float32] | None]
@@ -75,8 +75,7 @@ def write_states(folder: Path, sequences: Iterable[tuple[int, Stored]], count: i
     if not count:
         return 0
     written = 0
-    with work_progress("sequences") as progress:
-        bar = progress.add_task(f"{folder.name} {origin}", total=count, note="")
+    with WorkProgress(f"{folder.name} {origin}", "sequences", count) as progress:
         try:
             with interrupt_between_batches() as check_interrupt, CacheWriter(folder) as writer:
                 firsts = offsets(np.array([len(shard.ids) for shard in writer.shards]))
@@ -85,8 +84,8 @@ def write_states(folder: Path, sequences: Iterable[tuple[int, Stored]], count: i
                     writer.write(PackedStates(number, [i - int(firsts[number])], raw, scale))
                     check_interrupt()
                     written += 1
-                    progress.update(bar, advance=1, note=f"{bytes_text(writer.bytes_written)} written")
-            progress.update(bar, note=f"{bytes_text(writer.bytes_written)} written")
+                    progress.advance(1, f"{bytes_text(writer.bytes_written)} written")
+            progress.advance(0, f"{bytes_text(writer.bytes_written)} written")
         except KeyboardInterrupt:
             raise InterruptedWorkError(
                 f"Interrupted. Complete sequences are kept in {folder}.",

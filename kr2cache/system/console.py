@@ -6,6 +6,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
+from typing import Any, Self
 
 from rich.cells import cell_len, set_cell_size
 from rich.console import Console
@@ -137,7 +138,7 @@ class WorkName(ProgressColumn):
         return Text(f"{head}…{name[len(name) - tail :]}")
 
 
-class WorkProgress(Progress):
+class ProgressLine(Progress):
     """A line of progress that fits the terminal. The count is never cut; bar and note become narrower or go."""
 
     def __init__(self, unit: str) -> None:
@@ -175,6 +176,52 @@ class WorkProgress(Progress):
         return (self._spinner, WorkName(max(1, room)), *([BarColumn(bar_width=bar)] if bar else []), *others)
 
 
-def work_progress(unit: str) -> WorkProgress:
-    """A progress bar: what, bar, done / total ``unit``, a free field ``note``, time left."""
-    return WorkProgress(unit)
+class WorkProgress:
+    """The progress of one piece of work on the terminal: name, bar, how much is done, a note, time left.
+
+        with WorkProgress("gottbert on udpos-de/train", "sequences") as progress:
+            progress.total = 450
+            progress.advance(32, "73,082 tokens/s")
+
+    Args:
+        name: What is worked on.
+        unit: What is counted, plural.
+        total: How much there is to do; None if it is not known yet.
+    """
+
+    def __init__(self, name: str, unit: str, total: float | None = None) -> None:
+        self.line = ProgressLine(unit)
+        self._task = self.line.add_task(name, total=total, note="")
+
+    @property
+    def total(self) -> float | None:
+        return self.line.tasks[0].total
+
+    @total.setter
+    def total(self, total: float) -> None:
+        """Setting it starts the count again at 0."""
+        self.line.update(self._task, total=total, completed=0)
+
+    def advance(self, count: float, note: str | None = None) -> None:
+        """``count`` more is done.
+
+        Args:
+            note: Shown beside it from now on; None to keep the note.
+        """
+        changed: dict[str, Any] = {} if note is None else {"note": note}
+        self.line.update(self._task, advance=count, **changed)
+
+    def start(self) -> None:
+        """Show it."""
+        self.line.start()
+
+    def stop(self) -> None:
+        """Show it for the last time; the line stays on the terminal."""
+        self.line.stop()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()

@@ -18,7 +18,7 @@ from transformers.trainer_callback import PrinterCallback
 from kr2cache.config import TrainConfig
 from kr2cache.errors import ConfigError, KR2CacheError
 from kr2cache.system.allocator import return_free_memory
-from kr2cache.system.console import work_progress
+from kr2cache.system.console import WorkProgress
 from kr2cache.system.device import is_out_of_memory
 from kr2cache.system.interrupt import interrupt_between_batches
 from kr2cache.training.batches import WHOLE, Batcher, LengthGroupedSampler, StepBatcher, part_overhead
@@ -79,7 +79,7 @@ def fit(
             raise _first_step_error(config, error) from error
         raise
     finally:
-        progress.bar.stop()
+        progress.shown.stop()
     # JSON has no nan. If a step of float16 overflows, it is skipped and its loss has no meaning.
     history = [
         {name: value for name, value in entry.items() if math.isfinite(value)}
@@ -253,17 +253,16 @@ class _Progress(TrainerCallback):
     """The progress bar of one training."""
 
     def __init__(self, title: str) -> None:
-        self.bar = work_progress("steps")
-        self.task = self.bar.add_task(title, total=None, note="")
+        self.shown = WorkProgress(title, "steps")
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.bar.update(self.task, total=state.max_steps)
-        self.bar.start()
+        self.shown.total = state.max_steps
+        self.shown.start()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.bar.update(self.task, completed=state.global_step)
+        self.shown.advance(1)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         loss = (kwargs.get("logs") or {}).get("loss")
         if loss is not None:
-            self.bar.update(self.task, note=f"loss {loss:.3f}")
+            self.shown.advance(0, f"loss {loss:.3f}")

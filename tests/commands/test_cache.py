@@ -154,7 +154,7 @@ def test_sound_caches_verify_with_exit_code_0(place: World, capsys: pytest.Captu
     code, found, people = answer("verify", capsys)
     assert (code, found["ok"], len(found["caches"])) == (0, True, 3)
     assert [one["sequences"] for one in found["caches"]] == [5, 6, 12]
-    assert "12 sequences whole" in people
+    assert "12 sequences intact" in people
 
 
 def test_damage_is_named_with_exit_code_1(place: World, capsys: pytest.CaptureFixture[str]) -> None:

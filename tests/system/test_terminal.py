@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from kr2cache.report.tables import Cell, Table, to_rich
-from kr2cache.system.console import console, work_progress
+from kr2cache.system.console import WorkProgress, console
 from kr2cache.system.terminal import Column, in_blocks, print_table
 
 WIDTHS = (120, 80, 60, 40)
@@ -104,13 +104,12 @@ def test_progress_stays_on_one_line_and_shows_its_count(
     width: int, finished: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(console, "width", width)
-    progress = work_progress("sequences")
-    bar = progress.add_task("gottbert on udpos-de/train", total=1_254_400, note="")
-    progress.update(bar, note="73,082 tokens/s, 38.2 GB written")
-    progress.tasks[0].start_time = progress.get_time() - 1000
-    progress.update(bar, completed=1_254_400 if finished else 122_600)
+    progress = WorkProgress("gottbert on udpos-de/train", "sequences", 1_254_400)
+    line_shown = progress.line
+    line_shown.tasks[0].start_time = line_shown.get_time() - 1000
+    progress.advance(1_254_400 if finished else 122_600, "73,082 tokens/s, 38.2 GB written")
     with console.capture() as capture:
-        console.print(progress.make_tasks_table(progress.tasks))
+        console.print(line_shown.make_tasks_table(line_shown.tasks))
     (line,) = capture.get().splitlines()
     assert Text(line).cell_len <= width
     assert ("1254400/1254400" if finished else "122600/1254400") in line
