@@ -23,7 +23,8 @@ from kr2cache.store.stored import has_caches
 from kr2cache.system.console import waiting
 from kr2cache.system.locks import check_writable
 from kr2cache.training.arguments import training_arguments
-from kr2cache.training.kreader import TaskCheckpoint, check_admitted, projection_kind
+from kr2cache.training.checkpoint import TaskCheckpoint
+from kr2cache.training.kreader import check_admitted, projection_kind
 
 
 @dataclass(frozen=True, kw_only=True)

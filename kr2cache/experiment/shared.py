@@ -27,7 +27,7 @@ from kr2cache.models.tokenizers import load_tokenizer, pad_id
 from kr2cache.system.console import note
 from kr2cache.tasks import Example, Task
 from kr2cache.training import admission
-from kr2cache.training.kreader import TaskCheckpoint
+from kr2cache.training.checkpoint import TaskCheckpoint
 
 CHECKPOINTS = 3
 """Kept at most: a table's rows train the reader, the resource and a distilled one in turn."""

@@ -1,9 +1,9 @@
 """The KReader: a Hugging Face task model that reads a resource's states beside its own embeddings.
 
 KR2, eq. 1-3: ``H^_res = sum_i w_i H_res^i``, ``G^0 = f_{h2:h1}(H^_res)``, ``H^_reader^0 = Concat(H_reader^0, G^0)``.
-G^0 is appended where ``hidden_states[0]`` forms, by a forward hook on the base model's ``embeddings``; the attention
-mask is extended to l1 + l2; logits are cut to the first l1 positions before the loss. Without a fusion the model is the
-plain Hugging Face one, which makes it the baseline that its users know.
+A forward hook on the base model's ``embeddings`` appends G^0 to ``hidden_states[0]``. The attention mask is extended to
+l1 + l2, and logits are cut to the first l1 positions before the loss. Without a fusion, the model is the unchanged
+Hugging Face model: the baseline.
 
 Shape letters: B sequences, T tokens of the reader (l1), R positions of the resource (l2), L layers, D and H widths h2
 and h1.
@@ -11,7 +11,6 @@ and h1.
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -23,9 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import (
-    AutoModelForMaskedLM,
     AutoModelForMultipleChoice,
-    AutoModelForPreTraining,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     PretrainedConfig,
@@ -35,8 +32,7 @@ from transformers import (
 from kr2cache.config import Projection
 from kr2cache.errors import CacheError, ConfigError, UnsupportedModelError
 from kr2cache.fusion import Fusion
-from kr2cache.models.load import head_names, load_config, load_pretrained, not_finite, quiet
-from kr2cache.models.registry import ModelSpec
+from kr2cache.models.load import quiet
 from kr2cache.tasks.base import Head, Task
 
 HEADS: dict[Head, Any] = {
@@ -46,8 +42,8 @@ HEADS: dict[Head, Any] = {
 }
 
 ADMITTED = ("bert", "roberta", "xlm-roberta", "camembert", "distilbert", "ernie", "megatron-bert", "electra")
-"""Architectures that pass the admission tests (tests/test_admission.py): with all of G masked the output is the plain
-reader's, a masked position of G changes nothing, and a sequence alone equals itself beside a longer batch mate."""
+"""Architectures that pass tests/training/test_admission.py: if all of G is masked, the output is that of the plain
+reader; a masked position of G changes nothing; padding to a longer sequence in the batch changes nothing."""
 
 IGNORED = -100
 """Label of positions that do not count, as in torch's cross entropy."""
@@ -61,18 +57,19 @@ def check_admitted(config: PretrainedConfig, who: str) -> None:
         raise UnsupportedModelError(
             f"{who} is a {config.model_type} model, which cannot be a KReader of method kr2: it does not pass the "
             "tests that appended states are masked, padded and batched correctly.",
-            f"Architectures that do: {', '.join(ADMITTED)}. As plain baseline: --method kreader.",
+            f"These architectures pass: {', '.join(ADMITTED)}. To train it without a resource: --method kreader.",
         )
     width = getattr(config, "embedding_size", config.hidden_size)
     if width != config.hidden_size:
         raise UnsupportedModelError(
-            f"{who} has embeddings of width {width}, its encoder {config.hidden_size}: there is no place to append to.",
-            "Choose a reader whose embeddings have its encoder's width.",
+            f"{who} has embeddings of width {width} and an encoder of width {config.hidden_size}: states cannot be "
+            "appended.",
+            "Choose a reader whose embeddings are as wide as its encoder.",
         )
 
 
 def projection_kind(projection: Projection, resource_width: int, reader_width: int) -> Projection:
-    """What ``auto`` means for these widths: none when h2 = h1, else an MLP.
+    """Replace ``auto``: ``none`` if h2 = h1, else ``mlp``.
 
     Raises:
         ConfigError: For ``none`` between different widths.
@@ -88,7 +85,7 @@ def projection_kind(projection: Projection, resource_width: int, reader_width: i
 
 
 def make_projection(kind: Projection, layers: int, resource_width: int, reader_width: int) -> nn.Module:
-    """f_{h2:h1} of eq. 2: nothing, an MLP of two layers, or the direct projection of all layers side by side."""
+    """f_{h2:h1} of eq. 2: the identity, an MLP of two layers, or one matrix over all layers (``direct``)."""
     if kind == "none":
         return nn.Identity()
     if kind == "direct":
@@ -97,7 +94,7 @@ def make_projection(kind: Projection, layers: int, resource_width: int, reader_w
 
 
 class KReader(nn.Module):
-    """A task model, alone or with a resource's states appended to its embeddings."""
+    """A task model, either plain or with a resource's states appended to its embeddings."""
 
     def __init__(
         self,
@@ -112,7 +109,7 @@ class KReader(nn.Module):
         Args:
             model: The Hugging Face task model of ``head``.
             fusion: None for the plain model.
-            projection: ``none``, ``mlp`` or ``direct``; ``auto`` is decided by the caller.
+            projection: ``none``, ``mlp`` or ``direct``; ``projection_kind`` replaces ``auto``.
             resource_width: h2.
         """
         super().__init__()
@@ -123,7 +120,7 @@ class KReader(nn.Module):
         self.resource_width = resource_width
         self._appended: Tensor | None = None
         self._positions = 0
-        """Of the encoder's output in the last forward pass; 0 before the states were appended."""
+        """How many positions the encoder's output has in this forward pass; 0 until states are appended."""
         if fusion is not None:
             check_admitted(model.config, type(model).__name__)
             weights = torch.from_numpy(fusion.weights)
@@ -139,22 +136,22 @@ class KReader(nn.Module):
 
     @property
     def config(self) -> PretrainedConfig:
-        """The task model's; transformers.Trainer asks for it."""
+        """The task model's configuration. transformers.Trainer reads it."""
         return self.model.config
 
     def get_input_embeddings(self) -> nn.Module:
-        """For transformers.Trainer, where [training] asks for noise on them (NEFTune)."""
+        """transformers.Trainer needs them for noise on embeddings (NEFTune), a setting of [training]."""
         return self.model.get_input_embeddings()
 
     def gradient_checkpointing_enable(self, **options: Any) -> None:
-        """For transformers.Trainer, where [training] asks for it."""
+        """transformers.Trainer calls it if [training] asks for it."""
         self.model.gradient_checkpointing_enable(**options)  # type: ignore[no-untyped-call]
 
     def resource_embeddings(self, states: Tensor) -> Tensor:
         """G^0, eq. 1 and 2.
 
         Args:
-            states: (B, L, R, D) of any floating dtype: the fusion's layers, or L = 1 where they are fused already.
+            states: (B, L, R, D) of any floating dtype: the layers of the fusion, or L = 1 if they are already fused.
 
         Returns:
             float32 (B, R, H).
@@ -185,7 +182,7 @@ class KReader(nn.Module):
             input_ids: (B, T), or (B, C, T) for C choices, like ``attention_mask`` and ``token_type_ids``.
             resource_states: (B * C, L, R, D).
             resource_mask: (B * C, R), 1 for states, 0 for padding.
-            labels: (B, T) for tagging, ``IGNORED`` where there is none; else (B,).
+            labels: (B, T) for tagging, ``IGNORED`` at positions without a label; else (B,).
 
         Returns:
             ``logits``: (B, T, labels), (B, labels) or (B, C); ``loss`` (float32, mean cross entropy) with labels.
@@ -196,7 +193,7 @@ class KReader(nn.Module):
         T = expected = input_ids.shape[-1]
         if self.fusion is not None:
             if resource_states is None or resource_mask is None:
-                raise ConfigError("This KReader was made with a resource, but got no states of it.")
+                raise ConfigError("This KReader has a resource, but the batch has no states of it.")
             self._appended = self.resource_embeddings(resource_states)
             mask = resource_mask.to(attention_mask.dtype).view(*attention_mask.shape[:-1], -1)
             inputs["attention_mask"] = torch.cat([attention_mask, mask], dim=-1)
@@ -210,7 +207,7 @@ class KReader(nn.Module):
             raise
         finally:
             self._appended = None
-        # A model may accept a longer mask over fewer positions without a word, so look at what it computed.
+        # A model may silently accept a longer mask over fewer positions, so count the positions of its output.
         if self.fusion is not None and self._positions != expected:
             raise _states_lost(self._positions or T, T, expected)
         if self.head == "token":
@@ -233,10 +230,10 @@ class KReader(nn.Module):
     def _count_positions(self, module: nn.Module, inputs: Any, output: Any) -> None:
         self._positions = output[0].shape[1]
 
-    # Keeping it -----------------------------------------------------------------------------------------------------
+    # Saving and loading ----------------------------------------------------------------------------------------------
 
     def save(self, folder: Path) -> None:
-        """Write the task model as transformers does, and beside it what makes it a KReader."""
+        """Write the task model as transformers does, and the KReader's own weights and settings beside it."""
         with quiet():
             self.model.save_pretrained(folder)
         about: dict[str, Any] = {"head": self.head}
@@ -252,13 +249,13 @@ class KReader(nn.Module):
 
     @classmethod
     def load(cls, folder: str | Path, *, trust_remote_code: bool = False) -> KReader:
-        """The KReader that ``save`` wrote (``reader/`` of a run folder), ready to predict.
+        """Read what ``save`` wrote (``reader/`` of a run folder). The KReader is in evaluation mode.
 
         Args:
-            trust_remote_code: Run Python code that came with the model that it was trained from.
+            trust_remote_code: Run Python code that came with the original model.
 
         Raises:
-            CacheError: If the folder was not written by ``save``, or is not complete.
+            CacheError: If ``save`` did not write this folder, or weights are missing.
         """
         folder = Path(folder)
         try:
@@ -302,14 +299,18 @@ class KReader(nn.Module):
         return reader.eval()
 
     def check_task(self, task: Task, folder: Path) -> None:
-        """Raise ``CacheError`` unless this trained reader, loaded from ``folder``, gives the task's labels in order."""
+        """Raise ``CacheError`` unless this trained reader has the head and the labels of the task, in the same order.
+
+        Args:
+            folder: Where the reader was loaded from, for the error.
+        """
         names = self.config.id2label or {}
         if self.head == task.head and (task.head == "choice" or names == dict(enumerate(task.labels))):
             return
         raise CacheError(
-            f"The reader in {folder} (head {self.head}, labels {_some(names.values())}) is not one of task "
-            f"{task.name!r} (head {task.head}, labels {_some(task.labels)}) as this version of kr2cache has it.",
-            "Train the run anew.",
+            f"The reader in {folder} (head {self.head}, labels {_some(names.values())}) does not fit task "
+            f"{task.name!r} of this version of kr2cache (head {task.head}, labels {_some(task.labels)}).",
+            "Train the run again.",
         )
 
 
@@ -322,79 +323,5 @@ def _states_lost(seen: int, reader: int, expected: int) -> UnsupportedModelError
     return UnsupportedModelError(
         f"The encoder saw {seen} positions instead of {expected} (reader {reader} + resource {expected - reader}): the "
         "resource's states did not reach it.",
-        "Several GPUs go through torchrun; torch.nn.DataParallel loses the hook that appends them.",
+        "Use torchrun for several GPUs: torch.nn.DataParallel loses the hook that appends the states.",
     )
-
-
-class TaskCheckpoint:
-    """The checkpoint of a task model, read once however many readers are trained from it.
-
-    A new training gets a new head. What an earlier training left in the checkpoint is not used: its labels may be the
-    same in another order.
-    """
-
-    def __init__(self, spec: ModelSpec, head: Head, labels: tuple[str, ...]) -> None:
-        self.spec = spec
-        self.head = head
-        self.labels = labels
-        self.config = load_config(spec)
-        """As its file has it, without the task's labels."""
-        self.left_out: tuple[str, ...] = ()
-        """Once it is read: the weights of an earlier training's head."""
-        self._loaded: tuple[type[PreTrainedModel], dict[str, Tensor]] | None = None
-        """Its class, and the weights that a new reader starts from."""
-
-    def task_config(self) -> PretrainedConfig:
-        """The configuration of a reader: the checkpoint's with the task's labels."""
-        config = copy.deepcopy(self.config)
-        config.problem_type = None  # an earlier training's
-        if self.head != "choice":
-            config.id2label = dict(enumerate(self.labels))
-            config.label2id = {label: number for number, label in enumerate(self.labels)}
-        return config
-
-    def task_model(self) -> PreTrainedModel:
-        """A new model over these weights, in float32; its head is new, drawn from torch's current random state.
-
-        Always float32: transformers keeps a checkpoint's float16, and AdamW then gives nan.
-
-        Raises:
-            UnsupportedModelError: If the checkpoint holds weights that are not finite numbers, or of other shapes than
-                its configuration says.
-        """
-        if self._loaded is None:
-            with torch.random.fork_rng(devices=[]):
-                self._loaded = self._read()
-        architecture, weights = self._loaded
-        copies = {name: tensor.clone() for name, tensor in weights.items()}
-        return load_pretrained(self.spec, architecture, self.task_config(), copies)[0]
-
-    def _read(self) -> tuple[type[PreTrainedModel], dict[str, Tensor]]:
-        config = self.task_config()
-        model, missing, misfit = load_pretrained(self.spec, HEADS[self.head], config)
-        if damaged := not_finite(model):
-            more = f" and {len(damaged) - 1} more" if len(damaged) > 1 else ""
-            raise UnsupportedModelError(
-                f"The checkpoint of {self.spec.name!r} holds numbers that are not finite (nan or inf), in "
-                f"{damaged[0]}{more}: no training can start from it.",
-                "Get an undamaged copy of its weights.",
-            )
-        left_out = head_names(model) - missing
-        if left_out:
-            left_out -= _weights_of_pretraining(config) - misfit
-        self.left_out = tuple(sorted(left_out))
-        drawn = missing | left_out
-        return type(model), {name: tensor for name, tensor in model.state_dict().items() if name not in drawn}
-
-
-def _weights_of_pretraining(config: PretrainedConfig) -> frozenset[str]:
-    """Names of the weights outside the base model that pre-training makes: some task models (ModernBERT's) go on with
-    one of its layers.
-    """
-    names: frozenset[str] = frozenset()
-    for auto in (AutoModelForPreTraining, AutoModelForMaskedLM):
-        if type(config) in auto._model_mapping:
-            with torch.device("meta"), quiet():
-                model: PreTrainedModel = auto.from_config(config)  # type: ignore[no-untyped-call]
-                names |= head_names(model)
-    return names

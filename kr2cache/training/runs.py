@@ -130,7 +130,7 @@ class RunFolder:
             names = ", ".join(sorted(missing)) or "recorded"
             raise CacheError(
                 f"{self.config_file} was not written by this version of kr2cache: it lacks {names}.",
-                "Train the run anew.",
+                "Train the run again.",
             )
         return content
 

@@ -22,8 +22,9 @@ from kr2cache.tasks import Task
 from kr2cache.tasks.base import Prediction
 from kr2cache.training.arguments import training_arguments
 from kr2cache.training.batches import Batcher, SplitData
+from kr2cache.training.checkpoint import TaskCheckpoint
 from kr2cache.training.evaluate import Evaluated, evaluate
-from kr2cache.training.kreader import KReader, TaskCheckpoint
+from kr2cache.training.kreader import KReader
 from kr2cache.training.runs import Metrics, RunFolder, write_json
 from kr2cache.training.trainer import KeepBest, fit
 

@@ -17,7 +17,7 @@ from kr2cache import FeatureCache, cli
 from kr2cache.errors import ModelUnavailableError, UnsupportedModelError
 from kr2cache.models.load import describe_dropped, load_config, load_encoder, open_encoder
 from kr2cache.models.registry import find_model
-from kr2cache.training.kreader import TaskCheckpoint
+from kr2cache.training.checkpoint import TaskCheckpoint
 
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "dog", "##s", "ran", "a", "cat", "slept", "."]
 SHAPE = {

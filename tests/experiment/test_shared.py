@@ -20,7 +20,8 @@ from kr2cache.models import encode, load, tokenizers
 from kr2cache.models.registry import ModelSpec
 from kr2cache.tasks import find_task
 from kr2cache.tasks.base import Task
-from kr2cache.training.kreader import HEADS, TaskCheckpoint
+from kr2cache.training.checkpoint import TaskCheckpoint
+from kr2cache.training.kreader import HEADS
 
 SPLITS = {"train": 12, "dev": 5, "test": 6}
 

@@ -466,7 +466,7 @@ def test_a_task_that_is_gone_is_said(own: World) -> None:
 
 def test_a_reader_of_another_task_is_refused(own: World) -> None:
     edit_config(own.run, lambda content: content["config"].update(task="snli"))
-    with pytest.raises(CacheError, match="is not one of task 'snli'"):
+    with pytest.raises(CacheError, match="does not fit task 'snli'"):
         own.predictor()
 
 

@@ -201,7 +201,7 @@ def test_other_architectures_are_refused_by_name(model_type: str, head: Head) ->
 
 def test_an_electra_whose_embeddings_are_narrower_is_refused(head: Head) -> None:
     model = HEADS[head].from_config(tiny.config("electra", width=16, embedding_size=8))
-    with pytest.raises(UnsupportedModelError, match="embeddings of width 8, its encoder 16"):
+    with pytest.raises(UnsupportedModelError, match="embeddings of width 8 and an encoder of width 16"):
         KReader(model, head, fusion=parse_fusion("last1", 3), projection="none", resource_width=16)
 
 

@@ -26,9 +26,10 @@ from kr2cache.experiment.shared import Shared
 from kr2cache.experiment.teacher import Teacher
 from kr2cache.models.registry import find_model
 from kr2cache.training.batches import Batcher
+from kr2cache.training.checkpoint import TaskCheckpoint
 from kr2cache.training.distill import TeacherLogits, soft_loss
 from kr2cache.training.evaluate import example_logits
-from kr2cache.training.kreader import KReader, TaskCheckpoint
+from kr2cache.training.kreader import KReader
 from kr2cache.training.runs import RunFolder
 
 

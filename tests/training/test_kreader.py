@@ -21,13 +21,13 @@ from kr2cache.errors import CacheError, ConfigError, KR2CacheError, UnsupportedM
 from kr2cache.fusion import Fusion, parse_fusion
 from kr2cache.models.registry import find_model
 from kr2cache.tasks.base import Head
+from kr2cache.training.checkpoint import TaskCheckpoint
 from kr2cache.training.kreader import (
     EXTRAS,
     EXTRAS_CONFIG,
     HEADS,
     IGNORED,
     KReader,
-    TaskCheckpoint,
     make_projection,
     projection_kind,
 )
@@ -255,7 +255,7 @@ def test_loss_is_cross_entropy_of_labels_that_count(head: Head, fusion: str | No
 
 
 def test_a_resource_without_states_is_refused() -> None:
-    with pytest.raises(ConfigError, match="got no states"):
+    with pytest.raises(ConfigError, match="has no states of it"):
         kreader(fusion=parse_fusion("fuse", 3))(**plain(inputs_of()))
 
 

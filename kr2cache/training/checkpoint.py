@@ -1,0 +1,87 @@
+"""The checkpoint that readers are trained from: the Hugging Face task model with a new head."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForMaskedLM, AutoModelForPreTraining, PretrainedConfig, PreTrainedModel
+
+from kr2cache.errors import UnsupportedModelError
+from kr2cache.models.load import head_names, load_config, load_pretrained, not_finite, quiet
+from kr2cache.models.registry import ModelSpec
+from kr2cache.tasks.base import Head
+from kr2cache.training.kreader import HEADS
+
+
+class TaskCheckpoint:
+    """The weights that readers start from. They are read once, for any number of trainings.
+
+    Each training gets a new head. If the checkpoint has the head of an earlier training, it is not used: its labels may
+    be the same in another order.
+    """
+
+    def __init__(self, spec: ModelSpec, head: Head, labels: tuple[str, ...]) -> None:
+        self.spec = spec
+        self.head = head
+        self.labels = labels
+        self.config = load_config(spec)
+        """As in its file, without the labels of the task."""
+        self.left_out: tuple[str, ...] = ()
+        """Names of unused weights: the head of an earlier training. Empty until the weights are read."""
+        self._loaded: tuple[type[PreTrainedModel], dict[str, Tensor]] | None = None
+        """Class of the task model, and the weights that a new reader takes over."""
+
+    def task_config(self) -> PretrainedConfig:
+        """The configuration of a reader: that of the checkpoint, with the labels of the task."""
+        config = copy.deepcopy(self.config)
+        config.problem_type = None  # may be set by an earlier training
+        if self.head != "choice":
+            config.id2label = dict(enumerate(self.labels))
+            config.label2id = {label: number for number, label in enumerate(self.labels)}
+        return config
+
+    def task_model(self) -> PreTrainedModel:
+        """A new model with these weights. Its new head is drawn from torch's current random state.
+
+        The model is float32: transformers would keep float16 of a checkpoint, and AdamW then gives nan.
+
+        Raises:
+            UnsupportedModelError: If the checkpoint has weights that are not finite, or whose shapes do not fit its
+                configuration.
+        """
+        if self._loaded is None:
+            with torch.random.fork_rng(devices=[]):
+                self._loaded = self._read()
+        architecture, weights = self._loaded
+        copies = {name: tensor.clone() for name, tensor in weights.items()}
+        return load_pretrained(self.spec, architecture, self.task_config(), copies)[0]
+
+    def _read(self) -> tuple[type[PreTrainedModel], dict[str, Tensor]]:
+        config = self.task_config()
+        model, missing, misfit = load_pretrained(self.spec, HEADS[self.head], config)
+        if damaged := not_finite(model):
+            more = f" and {len(damaged) - 1} more" if len(damaged) > 1 else ""
+            raise UnsupportedModelError(
+                f"The checkpoint of {self.spec.name!r} holds numbers that are not finite (nan or inf), in "
+                f"{damaged[0]}{more}: no training can start from it.",
+                "Download or copy its weights again.",
+            )
+        left_out = head_names(model) - missing
+        if left_out:
+            left_out -= _weights_of_pretraining(config) - misfit
+        self.left_out = tuple(sorted(left_out))
+        drawn = missing | left_out
+        return type(model), {name: tensor for name, tensor in model.state_dict().items() if name not in drawn}
+
+
+def _weights_of_pretraining(config: PretrainedConfig) -> frozenset[str]:
+    """Names of weights outside the base model that come from pre-training. Some task models (ModernBERT) use them."""
+    names: frozenset[str] = frozenset()
+    for auto in (AutoModelForPreTraining, AutoModelForMaskedLM):
+        if type(config) in auto._model_mapping:
+            with torch.device("meta"), quiet():
+                model: PreTrainedModel = auto.from_config(config)  # type: ignore[no-untyped-call]
+                names |= head_names(model)
+    return names
