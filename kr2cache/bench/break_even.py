@@ -9,7 +9,7 @@ from kr2cache.bench import BenchConfig
 from kr2cache.bench.race import Race
 from kr2cache.bench.stage_one import OURS
 from kr2cache.bench.training import CACHED, ONLINE, STEPS
-from kr2cache.cache.format import row_bytes
+from kr2cache.cache.dtypes import DTYPES
 from kr2cache.extraction.planning import ExtractPlan
 from kr2cache.models.encode import encode_examples
 from kr2cache.models.registry import find_model
@@ -33,7 +33,7 @@ def of(extracted: Race, plan: ExtractPlan, trained: Race, config: BenchConfig) -
     used = min(STEPS, max(1, len(examples) // training.batch_size)) * min(training.batch_size, len(examples))
     saved = (trained.medians[ONLINE] - trained.medians[CACHED]) / used * len(examples)
     epochs = once / saved if saved > 0 else math.inf
-    disk = tokens * plan.model_layers * row_bytes(plan.width, "float16")
+    disk = tokens * plan.model_layers * DTYPES["float16"].row_bytes(plan.width)
     about = (
         f"{len(examples):,} training examples ({tokens:,} tokens): extracting them takes {once:.1f} s and "
         f"{bytes_text(disk)} of disk; each epoch of each run saves {saved:.1f} s"

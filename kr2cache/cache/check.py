@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kr2cache.cache.format import SCALE_BYTES, shard_name, states_xxh3
+from kr2cache.cache.dtypes import SCALE_BYTES
+from kr2cache.cache.format import shard_name, states_xxh3
 from kr2cache.cache.hdf5 import read_rows
 from kr2cache.cache.shard import Shard, is_structure_sound, open_shard, shard_files
 from kr2cache.errors import CacheError
@@ -182,7 +183,7 @@ def _blocks(shard: Shard) -> Iterator[NDArray[np.int64]]:
 
 def _block_bytes(shard: Shard, block: NDArray[np.int64]) -> int:
     rows = int(shard.first_row[block[-1] + 1] - shard.first_row[block[0]])
-    return rows * (shard.header.row_bytes + (SCALE_BYTES if shard.header.dtype == "int8" else 0))
+    return rows * shard.header.stored.row_bytes(shard.header.width)
 
 
 def _check_block(shard: Shard, block: NDArray[np.int64], digests: NDArray[np.uint64], descriptor: int) -> list[int]:
@@ -191,7 +192,7 @@ def _check_block(shard: Shard, block: NDArray[np.int64], digests: NDArray[np.uin
     try:
         raw = _pread(descriptor, shard.place("hidden") + start * width, (stop - start) * width)
         scale = None
-        if shard.header.dtype == "int8":
+        if shard.header.stored.has_scales:
             scale = _pread(descriptor, shard.place("hidden_scale") + start * SCALE_BYTES, (stop - start) * SCALE_BYTES)
     except OSError:  # the disk cannot read it, or it is not there any more
         return [int(i) for i in block]
@@ -210,7 +211,7 @@ def _check_block_of_hdf5(shard: Shard, block: NDArray[np.int64], digests: NDArra
         start, stop = int(shard.first_row[i]), int(shard.first_row[i + 1])
         try:
             raw = read_rows(shard.path, "hidden", start, stop)
-            scale = read_rows(shard.path, "hidden_scale", start, stop) if shard.header.dtype == "int8" else None
+            scale = read_rows(shard.path, "hidden_scale", start, stop) if shard.header.stored.has_scales else None
         except CacheError:
             bad.append(i)
             continue

@@ -17,13 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kr2cache.cache.format import (
-    ON_DISK,
     TAIL_MARK,
     SequenceIndex,
     ShardHeader,
     chunk_rows,
     header_copy,
-    row_bytes,
     shard_name,
     states_xxh3,
 )
@@ -70,7 +68,7 @@ def create_shards(folder: Path, header: ShardHeader, index: SequenceIndex, shard
             "Every sequence has at least one token, and every token an id and a word number (-1 for special ones).",
         )
     folder.mkdir(parents=True, exist_ok=True)
-    token_bytes = row_bytes(header.width, header.dtype) * len(header.layers)
+    token_bytes = header.stored.row_bytes(header.width) * len(header.layers)
     cuts = shard_cuts(index.n_tokens, token_bytes, shard_bytes)
     paths = [folder / shard_name(number, len(cuts) - 1) for number in range(len(cuts) - 1)]
     made_again = []
@@ -162,7 +160,7 @@ def _salvage(damaged: Path, fresh: Shard, descriptor: int) -> None:
                 continue
             raw = np.frombuffer(os.pread(old, (stop - start) * width, places["hidden"] + start * width), dtype=np.uint8)
             scale = None
-            if fresh.header.dtype == "int8":
+            if fresh.header.stored.has_scales:
                 at = fresh.place("hidden_scale") + start * 4
                 scale = np.frombuffer(os.pread(old, (stop - start) * 4, at), dtype=np.uint8)
             digest = os.pread(old, 8, places["examples/xxh3"] + 8 * i)
@@ -181,7 +179,6 @@ def _build(path: Path, header: ShardHeader, index: SequenceIndex) -> None:
     layers = len(header.layers)
     first_row = index.first_row(layers)
     rows = int(first_row[-1])
-    dtype = ON_DISK[header.dtype]
     creation = h5py.h5p.create(h5py.h5p.FILE_CREATE)
     creation.set_obj_track_times(False)
     creation.set_attr_phase_change(32, 16)  # all attributes in the root's header: layout.py looks nowhere else
@@ -202,10 +199,10 @@ def _build(path: Path, header: ShardHeader, index: SequenceIndex) -> None:
             file,
             "hidden",
             (rows, header.width),
-            dtype,
+            header.stored.on_disk,
             chunks=(chunk_rows(rows, header.width, header.dtype), header.width),
         )
-        if header.dtype == "int8":
+        if header.stored.has_scales:
             _dataset(file, "hidden_scale", (rows,), np.dtype("<f4"))
         string = h5py.string_dtype("utf-8", index.ids.dtype.itemsize)
         n = len(index)
@@ -240,7 +237,7 @@ def _dataset(
 
 def _state_bytes(header: ShardHeader, index: SequenceIndex) -> int:
     rows = int(index.n_tokens.sum(dtype=np.int64)) * len(header.layers)
-    return rows * row_bytes(header.width, header.dtype)
+    return rows * header.stored.row_bytes(header.width)
 
 
 def _size(header: ShardHeader, index: SequenceIndex) -> int:

@@ -40,12 +40,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from kr2cache.cache.dtypes import DTYPES, StoredDtype
 from kr2cache.errors import CacheError, ConfigError
 
 FORMAT = "kr2cache"
@@ -57,30 +58,14 @@ CHUNK_BYTES = 8 * 2**20
 SEPARATOR = "\x1f"
 """Joins the words or segments of a text before it is hashed."""
 
-StoredDtype = Literal["float16", "float32", "bfloat16", "int8"]
-DTYPES: tuple[StoredDtype, ...] = get_args(StoredDtype)
-ON_DISK: dict[str, np.dtype[Any]] = {
-    "float16": np.dtype("<f2"),
-    "float32": np.dtype("<f4"),
-    "bfloat16": np.dtype("<u2"),
-    "int8": np.dtype("|i1"),
-}
-INFINITY = {"float16": 0x7C00, "float32": 0x7F80_0000, "bfloat16": 0x7F80}
-"""The bits of it."""
-SCALE_BYTES = 4
 HEADER_XXH3 = "header_xxh3"
-
-
-def row_bytes(width: int, dtype: str) -> int:
-    """Bytes of one row: one layer of one token (its scale included)."""
-    return width * ON_DISK[dtype].itemsize + (SCALE_BYTES if dtype == "int8" else 0)
 
 
 def chunk_rows(rows: int, width: int, dtype: str) -> int:
     """C: rows of a chunk, at least 1. As few chunks of at most 8 MiB as hold ``rows``, all about equally full: HDF5
     stores whole chunks, and of a last one that is nearly empty the disk would be.
     """
-    most = max(1, CHUNK_BYTES // (width * ON_DISK[dtype].itemsize))
+    most = max(1, CHUNK_BYTES // (width * DTYPES[dtype].on_disk.itemsize))
     chunks = max(1, -(-rows // most))
     return max(1, -(-rows // chunks))
 
@@ -219,15 +204,20 @@ class ShardHeader:
     """Of the file; part of its checksums, so what reads a file takes it from there."""
 
     def __post_init__(self) -> None:
-        if self.dtype not in ON_DISK:
+        if self.dtype not in DTYPES:
             raise ConfigError(f"Unknown dtype {self.dtype!r}.", f"Known: {', '.join(DTYPES)}.")
         if self.fusion is not None and len(self.layers) != 1:
             raise CacheError(f"A fused cache stores one layer, this one says {len(self.layers)}.")
 
     @property
+    def stored(self) -> StoredDtype:
+        """The record of ``dtype``."""
+        return DTYPES[self.dtype]
+
+    @property
     def row_bytes(self) -> int:
         """Bytes of one row, without its scale."""
-        return self.width * ON_DISK[self.dtype].itemsize
+        return self.width * self.stored.on_disk.itemsize
 
     def attributes(self) -> dict[str, Any]:
         """As they are stored; ``index_xxh3`` is added by whoever knows the index."""
@@ -285,54 +275,3 @@ def read_tail(path: Path) -> tuple[ShardHeader, int] | None:
         return ShardHeader(**{**stored, "layers": tuple(stored["layers"])}), fixed
     except (ValueError, TypeError, LookupError, RecursionError, ConfigError, CacheError):
         return None
-
-
-def all_finite(raw: NDArray[Any], scale: NDArray[np.float32] | None, dtype: str) -> bool:
-    """Whether no stored value is inf or nan. As integers those are the largest of either sign: two maxima take a tenth
-    of ``isfinite``'s time, and no memory for an answer.
-    """
-    values, infinity = (raw, INFINITY[dtype]) if scale is None else (scale, INFINITY["float32"])
-    bits, width = values.reshape(-1), values.itemsize
-    if not bits.size:
-        return True
-    sign = 1 << (8 * width - 1)
-    return bool(bits.view(f"i{width}").max() < infinity and bits.view(f"u{width}").max() < sign | infinity)
-
-
-def decode(raw: NDArray[Any], scale: NDArray[np.float32] | None, dtype: str) -> NDArray[np.floating]:
-    """Stored values as floating-point states: float16 and float32 as they are, the others as a float32 copy.
-
-    Args:
-        raw: Stored values, shape ``(..., D)``.
-        scale: For int8, one scale a row, shape ``(...,)``.
-    """
-    if dtype == "bfloat16":
-        return (raw.astype(np.uint32) << 16).view(np.float32)
-    if dtype == "int8":
-        assert scale is not None, "int8 rows have scales"
-        return raw.astype(np.float32) * scale[..., None]
-    return raw
-
-
-def encode(states: NDArray[np.floating], dtype: str) -> tuple[NDArray[Any], NDArray[np.float32] | None]:
-    """Floating-point states as they are stored, the reverse of ``decode``.
-
-    Args:
-        states: Shape (rows, D).
-
-    Returns:
-        Stored values, (rows, D), not finite where ``dtype`` cannot hold them; for int8 each row's scale (largest
-        magnitude / 127), (rows,), else None.
-    """
-    if dtype == "int8":
-        rows = states.astype(np.float32, copy=False)
-        scale = (np.abs(rows).max(axis=1) / np.float32(127)).astype(np.float32)
-        safe = np.where(scale > 0, scale, np.float32(1))
-        with np.errstate(invalid="ignore"):
-            return np.rint(rows / safe[:, None]).astype(np.int8), scale
-    if dtype == "bfloat16":
-        bits = np.ascontiguousarray(states, dtype=np.float32).view(np.uint32)
-        rounded = ((bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))) >> 16).astype(np.uint16)  # to even
-        return np.where(np.isnan(states), np.uint16(0x7FC0), rounded), None
-    with np.errstate(over="ignore"):
-        return states.astype(ON_DISK[dtype]), None

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kr2cache.cache.format import ON_DISK, SequenceIndex, decode, offsets, row_bytes, states_xxh3
+from kr2cache.cache.format import SequenceIndex, offsets, states_xxh3
 from kr2cache.cache.ids import IdIndex
 from kr2cache.cache.rows import StoredRows
 from kr2cache.cache.shard import Shard, open_shard, shard_paths
@@ -66,6 +66,7 @@ class FeatureCache:
     def __init__(self, folder: Path, shards: Sequence[Shard]) -> None:
         self.folder = folder
         self._shards = list(shards)
+        self._stored = shards[0].header.stored
         self._rows = StoredRows(shards)
         self._every_layer = list(range(len(shards[0].header.layers)))
         self._index = IdIndex(_joined([shard.ids for shard in shards]))
@@ -157,12 +158,12 @@ class FeatureCache:
     @property
     def stored_bytes(self) -> int:
         """Bytes of the states (and scales)."""
-        return sum(shard.rows for shard in self._shards) * row_bytes(self.width, self.dtype)
+        return sum(shard.rows for shard in self._shards) * self._stored.row_bytes(self.width)
 
     @property
     def states_dtype(self) -> np.dtype[Any]:
         """The dtype that reading gives: float16 as stored, else float32."""
-        return ON_DISK["float16"] if self.dtype == "float16" else ON_DISK["float32"]
+        return self._stored.read_as
 
     # Which sequences ----------------------------------------------------------------------------------------------
 
@@ -285,7 +286,7 @@ class FeatureCache:
             # Before decoding, which would touch the layers between.
             wanted = [place - lowest for place in stored]
             raw, scale = raw[wanted], None if scale is None else scale[wanted]
-        states = decode(raw, scale, self.dtype)
+        states = self._stored.decode(raw, scale)
         return states if self._rows.is_mapped(number) else states.astype(np.float32, copy=False)
 
     def read_ahead(self, positions: NDArray[np.int64], layers: Sequence[int] | None = None) -> None:
@@ -383,7 +384,7 @@ class FeatureCache:
         if self.check_on_read:
             for position in positions:
                 self._check_once(position)
-        if self.mapped and self.dtype in ("float16", "float32") and stored == [*range(stored[0], stored[-1] + 1)]:
+        if self.mapped and self._stored.is_exact and stored == [*range(stored[0], stored[-1] + 1)]:
             self._rows.copy(positions, stored[0], stored[-1], states)  # as they lie in the file
             return packed
         for i, position in enumerate(positions):

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kr2cache.cache.format import SCALE_BYTES, offsets
+from kr2cache.cache.dtypes import SCALE_BYTES
+from kr2cache.cache.format import offsets
 from kr2cache.cache.hdf5 import read_rows
 from kr2cache.cache.shard import Shard
 
@@ -63,7 +64,7 @@ class StoredRows:
         shard = self._shards[number]
         return (
             read_rows(shard.path, "hidden", start, stop),
-            read_rows(shard.path, "hidden_scale", start, stop) if shard.header.dtype == "int8" else None,
+            read_rows(shard.path, "hidden_scale", start, stop) if shard.header.stored.has_scales else None,
         )
 
     def copy(self, positions: list[int], lowest: int, highest: int, out: NDArray[Any]) -> None:
@@ -83,7 +84,7 @@ class StoredRows:
             return
         shard = self._shards[number]
         arrays = {"hidden": shard.header.row_bytes}
-        if shard.header.dtype == "int8":
+        if shard.header.stored.has_scales:
             arrays["hidden_scale"] = SCALE_BYTES
         for name, width in arrays.items():
             first, end = shard.place(name) + start * width, shard.place(name) + stop * width
@@ -102,7 +103,7 @@ def _map(shard: Shard) -> mmap.mmap | None:
 
 def _mapped(shard: Shard, whole: mmap.mmap | None, name: str) -> NDArray[Any] | None:
     """A data set of a mapped file; None if the file is not mapped or has no such data set."""
-    if whole is None or (name == "hidden_scale" and shard.header.dtype != "int8"):
+    if whole is None or (name == "hidden_scale" and not shard.header.stored.has_scales):
         return None
     dataset = shard.layout.datasets[name]
     count = math.prod(dataset.shape)

@@ -17,10 +17,10 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from kr2cache.cache.dtypes import DTYPES
 from kr2cache.cache.format import (
     FORMAT,
     HEADER_XXH3,
-    ON_DISK,
     READ_VERSIONS,
     TAIL_MARK,
     SequenceIndex,
@@ -79,8 +79,8 @@ class Shard:
 
     @property
     def mappable(self) -> bool:
-        """Whether the states (for int8 their scales too) are plain arrays of the file."""
-        states = ["hidden", "hidden_scale"] if self.header.dtype == "int8" else ["hidden"]
+        """Whether the states (and their scales, if rows have scales) are plain arrays of the file."""
+        states = ["hidden", "hidden_scale"] if self.header.stored.has_scales else ["hidden"]
         return all(self.offset(name) is not None for name in states)
 
     @property
@@ -142,7 +142,7 @@ def open_shard(path: Path) -> Shard:
             or layout.datasets["tokens/word_index"].shape[0] != tokens
         ):
             raise CacheError(f"{path}: rows and token counts of the index do not fit together.", REMEDY)
-        if header.dtype == "int8":
+        if header.stored.has_scales:
             _check_dataset(layout, "hidden_scale", np.dtype("<f4"), 1, path)
             scales = layout.datasets["hidden_scale"].shape[0]
             if scales != rows:
@@ -205,9 +205,9 @@ def _header(layout: Layout, path: Path) -> ShardHeader:
             "Install the kr2cache that wrote it, or extract again.",
         )
     dtype = str(attributes["dtype"])
-    if dtype not in ON_DISK:
+    if dtype not in DTYPES:
         raise CacheError(f"{path}: its dtype {dtype[:40]!r} is none that is known.", REMEDY)
-    _check_dataset(layout, "hidden", ON_DISK[dtype], 2, path)
+    _check_dataset(layout, "hidden", DTYPES[dtype].on_disk, 2, path)
     header = _header_of(attributes, path, layout.datasets["hidden"].shape[1])
     layers = header.layers
     if not layers or min(layers) < 0 or max(layers) >= header.model_layers or header.width < 1:

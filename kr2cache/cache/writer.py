@@ -21,7 +21,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from kr2cache.cache.format import all_finite, decode, states_xxh3
+from kr2cache.cache.format import states_xxh3
 from kr2cache.cache.shard import Shard, open_shard, shard_paths
 from kr2cache.errors import CacheError, ValueRangeError
 from kr2cache.system.disk import disk_error, sync, write_whole
@@ -63,12 +63,12 @@ def _rewritten(shard: Shard) -> CacheError:
 
 def _not_finite(shard: Shard, i: int, raw: NDArray[Any], scale: NDArray[np.float32] | None) -> ValueRangeError:
     header = shard.header
-    values = decode(raw, None, header.dtype) if scale is None else scale[:, None]
+    values = header.stored.decode(raw, None) if scale is None else scale[:, None]
     row = int(np.argmin(np.isfinite(values).all(axis=1)))
     layer = header.layers[row // (len(raw) // len(header.layers))]
     is_nan = bool(np.isnan(values[row]).any())
-    remedy = "float16 ends at 65,504: --dtype bfloat16 or float32 holds larger values."
-    if is_nan or header.dtype != "float16":
+    remedy = header.stored.overflow_remedy
+    if is_nan or not remedy:
         remedy = (
             "The model itself gives it, so no --dtype helps. Choose another checkpoint; or, if --compute-dtype is not "
             "float32, give float32."
@@ -227,7 +227,7 @@ class CacheWriter:
             row += rows
             if shard.complete[i]:
                 continue  # it ran with its batch, and others may be reading what is there
-            if not all_finite(raw, scale, shard.header.dtype):
+            if not shard.header.stored.all_finite(raw, scale):
                 raise _not_finite(shard, i, raw, scale)
             size = self._pwrite(descriptor, raw, shard.place("hidden") + first * shard.header.row_bytes)
             if scale is not None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from kr2cache.cache.dtypes import DTYPES
 from kr2cache.cache.format import SequenceIndex
 from kr2cache.cache.reader import FeatureCache
 from kr2cache.config import (
@@ -31,7 +32,6 @@ from kr2cache.models.digests import model_digests
 from kr2cache.models.encode import missing_words
 from kr2cache.models.files import local_folder
 from kr2cache.models.registry import ModelSpec
-from kr2cache.store import provenance
 from kr2cache.store.derive import derive, plan_fusion
 from kr2cache.store.find import StoredCaches, Wanted, choose, find_caches
 from kr2cache.system.console import bytes_text, count_text, note, seconds_text, waiting
@@ -147,7 +147,7 @@ class Resource:
             or len(fusion.layers) == 1
             or self.config.projection == "direct"
             or cache.fusion is not None
-            or cache.dtype not in provenance.EXACT_DTYPES
+            or not DTYPES[cache.dtype].is_exact
             or not cache.complete.all()
             or 2 * len(ids) < len(cache)  # the run would not read most of what is stored
             or fits_in_memory(tokens * cache.width * cache.states_dtype.itemsize)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from kr2cache.cache.format import DTYPES
+from kr2cache.cache.dtypes import DTYPES
 from kr2cache.config import COMPUTE_DTYPES, ExtractConfig
 from kr2cache.errors import unknown_name
 from kr2cache.fusion import check_layers_form, parse_layers

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kr2cache.cache.dtypes import DTYPES, quantise
 from kr2cache.cache.format import SequenceIndex
 from kr2cache.cache.writer import PackedStates
 
@@ -64,7 +65,7 @@ class Packer:
         """
         self.index = index
         self.layers = layers
-        self.dtype = dtype
+        self.dtype = DTYPES[dtype]
         self.device = device
         self._waiting: list[tuple[Any, PackedStates]] = []
         self._buffers = HostBuffers(pinned=device.type == "cuda")
@@ -84,7 +85,7 @@ class Packer:
             return
         packed, stored = self._copy_out(layers_BTD, lengths)
         scale = None
-        if self.dtype == "int8":
+        if self.dtype.has_scales:
             packed, scale = self._encode(packed)
             stored = packed.numpy()
         yield PackedStates(shard, sequences, stored, None if scale is None else scale.numpy())
@@ -101,7 +102,7 @@ class Packer:
         rounded on the way where no scale is needed. One pass over the states; gathering and casting apart were three.
         """
         L, D = len(self.layers), layers_BTD[0].shape[2]
-        dtype = torch.float32 if self.dtype == "int8" else getattr(torch, self.dtype)
+        dtype = torch.float32 if self.dtype.has_scales else getattr(torch, self.dtype.name)
         packed, stored = self._buffers.empty(int(lengths.sum()) * L, D, dtype)
         wanted = [layers_BTD[layer] for layer in self.layers]
         row = 0
@@ -131,15 +132,11 @@ class Packer:
         return stacked.index_select(0, index)
 
     def _encode(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Stored values and, for int8, each row's scale (largest magnitude / 127)."""
-        dtype = self.dtype
-        if dtype == "int8":
-            states = states.float()
-            # By a tensor: a GPU divides by a number as if it multiplied by 1 / 127, which rounds otherwise.
-            scale = states.abs().amax(dim=1) / states.new_tensor(127.0)
-            safe = torch.where(scale > 0, scale, torch.ones_like(scale))
-            return torch.round(states / safe[:, None]).to(torch.int8), scale
-        return states.to(getattr(torch, dtype)), None
+        """Stored values, and the scale of each row if rows have scales."""
+        if self.dtype.has_scales:
+            values, scale = quantise(states.float(), torch)
+            return values.to(torch.int8), scale
+        return states.to(getattr(torch, self.dtype.name)), None
 
     # CUDA only ------------------------------------------------------------------------------------------------------
 

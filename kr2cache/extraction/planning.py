@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 
 from rich.text import Text
 
-from kr2cache.cache.format import DTYPES, SequenceIndex, canonical_json, row_bytes
+from kr2cache.cache.dtypes import DTYPES
+from kr2cache.cache.format import SequenceIndex, canonical_json
 from kr2cache.cache.shard import headers_left
 from kr2cache.config import ExtractConfig
 from kr2cache.errors import ConfigError, DiskSpaceError
@@ -49,7 +50,7 @@ class ExtractPlan:
     @property
     def token_bytes(self) -> int:
         """Bytes of one token: all stored layers."""
-        return row_bytes(self.width, self.config.dtype) * len(self.layers)
+        return DTYPES[self.config.dtype].row_bytes(self.width) * len(self.layers)
 
     @property
     def state_bytes(self) -> int:
@@ -73,8 +74,8 @@ class ExtractPlan:
         """Bytes for every dtype with all layers, the last four, and one."""
         choices = {"all": self.model_layers, "last4": min(4, self.model_layers), "one layer": 1}
         return {
-            dtype: {name: self.tokens * layers * row_bytes(self.width, dtype) for name, layers in choices.items()}
-            for dtype in DTYPES
+            name: {text: self.tokens * layers * dtype.row_bytes(self.width) for text, layers in choices.items()}
+            for name, dtype in DTYPES.items()
         }
 
 
@@ -126,7 +127,7 @@ def check_disk(plan: ExtractPlan) -> None:
     needed = plan.state_bytes - _reserved(plan)
     free = free_bytes(plan.config.cache_dir)
     if needed > free:
-        last4 = plan.tokens * row_bytes(plan.width, plan.config.dtype) * min(4, len(plan.layers))
+        last4 = plan.tokens * DTYPES[plan.config.dtype].row_bytes(plan.width) * min(4, len(plan.layers))
         raise DiskSpaceError(
             f"The states take {bytes_text(needed)}, but {plan.config.cache_dir} has {bytes_text(free)} free.",
             f"--layers last4 takes {bytes_text(last4)}, --dtype int8 half of float16; or give another --cache-dir.",

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kr2cache.cache.format import ShardHeader, encode, offsets
+from kr2cache.cache.format import ShardHeader, offsets
 from kr2cache.cache.reader import FeatureCache
 from kr2cache.cache.writer import CacheWriter, PackedStates
 from kr2cache.errors import InterruptedWorkError
@@ -21,7 +21,7 @@ from kr2cache.system.console import WorkProgress, bytes_text
 from kr2cache.system.interrupt import interrupt_between_batches
 
 Stored = tuple[NDArray[Any], NDArray[np.float32] | None]
-"""Values (rows, D) as on disk, and for int8 the scales (rows,)."""
+"""Values (rows, D) as on disk, and the scales (rows,) if rows have scales."""
 
 
 def states_as_stored(header: ShardHeader, fusion: Fusion | None, sources: list[tuple[FeatureCache, int]]) -> Stored:
@@ -40,10 +40,10 @@ def states_as_stored(header: ShardHeader, fusion: Fusion | None, sources: list[t
         cache.check(position)
     cache, position = sources[0]
     if fusion is not None:
-        return encode(fusion.apply(cache.states(position, fusion.layers)), header.dtype)
+        return header.stored.encode(fusion.apply(cache.states(position, fusion.layers)))
     if header.dtype != cache.dtype:
         layers = None if cache.fusion is not None else header.layers
-        return encode(cache.states(position, layers).reshape(-1, header.width), header.dtype)
+        return header.stored.encode(cache.states(position, layers).reshape(-1, header.width))
     if cache.layers == header.layers:
         return cache.stored(position)
     parts = []

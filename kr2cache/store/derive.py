@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kr2cache.cache.create import create_shards
-from kr2cache.cache.format import DTYPES, ON_DISK, SequenceIndex, ShardHeader, row_bytes
+from kr2cache.cache.dtypes import DTYPES
+from kr2cache.cache.format import SequenceIndex, ShardHeader
 from kr2cache.cache.reader import FeatureCache
 from kr2cache.errors import CacheError, ConfigError, DiskSpaceError, unknown_name
 from kr2cache.fusion import Fusion, parse_fusion, parse_layers
@@ -40,7 +41,7 @@ class DerivePlan:
 
     @property
     def state_bytes(self) -> int:
-        return len(self.index.input_id) * len(self.header.layers) * row_bytes(self.header.width, self.header.dtype)
+        return len(self.index.input_id) * len(self.header.layers) * self.header.stored.row_bytes(self.header.width)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +148,8 @@ def _dtype(source: FeatureCache, dtype: str | None) -> str:
         return source.dtype
     if dtype not in DTYPES:
         raise unknown_name("dtype", dtype, DTYPES)
-    if source.dtype == "int8" or ON_DISK[dtype].itemsize > ON_DISK[source.dtype].itemsize:
+    stored = DTYPES[source.dtype]
+    if stored.has_scales or DTYPES[dtype].on_disk.itemsize > stored.on_disk.itemsize:
         raise ConfigError(
             f"{source.folder} is {source.dtype}: {dtype} cannot restore what it rounded away.",
             f"Extract again with --dtype {dtype}.",

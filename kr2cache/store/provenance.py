@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from kr2cache.cache.dtypes import DTYPES
 from kr2cache.cache.format import SequenceIndex, canonical_json
 from kr2cache.cache.reader import FeatureCache
 from kr2cache.errors import CacheError
@@ -166,11 +167,7 @@ def rounded_again(cache: FeatureCache) -> bool:
     """
     recorded = cache.provenance.get("recorded", {})
     converted = isinstance(recorded, dict) and "converted_from" in recorded
-    return converted or (cache.fusion is not None and cache.dtype not in EXACT_DTYPES)
-
-
-EXACT_DTYPES = ("float16", "float32")
-"""Stored and read without a further rounding: averaging layers before or after storing gives the same bits."""
+    return converted or (cache.fusion is not None and not DTYPES[cache.dtype].is_exact)
 
 
 def contradictions(cache: FeatureCache) -> list[str]:

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from kr2cache import FeatureCache
-from kr2cache.cache.format import DTYPES
+from kr2cache.cache.dtypes import DTYPES
 from kr2cache.config import ExtractConfig, TrainConfig
 from kr2cache.experiment.pipeline import train
 from kr2cache.extraction.extract import extract

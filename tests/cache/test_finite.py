@@ -9,7 +9,7 @@ import pytest
 import tiny_cache
 
 from kr2cache.cache.create import create_shards
-from kr2cache.cache.format import all_finite
+from kr2cache.cache.dtypes import DTYPES
 from kr2cache.cache.reader import FeatureCache
 from kr2cache.errors import ValueRangeError
 
@@ -30,14 +30,14 @@ def test_of_all_values_of_16_bits_those_that_are_not_finite_are_seen(dtype: str)
     states = every.view(np.float16) if dtype == "float16" else (every.astype(np.uint32) << 16).view(np.float32)
     stored = every.view(np.float16) if dtype == "float16" else every
     finite = np.isfinite(states)
-    assert all_finite(stored[finite][:, None], None, dtype)
-    assert [all_finite(one, None, dtype) for one in stored.reshape(-1, 1)] == finite.tolist()
+    assert DTYPES[dtype].all_finite(stored[finite][:, None], None)
+    assert [DTYPES[dtype].all_finite(one, None) for one in stored.reshape(-1, 1)] == finite.tolist()
 
 
 def test_of_values_of_32_bits_too() -> None:
     edges = [0, 0x0000_0001, 0x7F7F_FFFF, 0x7F80_0000, 0x7F80_0001, 0x7FC0_0000, 0x7FFF_FFFF]
     values = np.array(edges + [edge | 0x8000_0000 for edge in edges], dtype=np.uint32).view(np.float32)
-    assert [all_finite(one, None, "float32") for one in values.reshape(-1, 1)] == np.isfinite(values).tolist()
+    assert [DTYPES["float32"].all_finite(one, None) for one in values.reshape(-1, 1)] == np.isfinite(values).tolist()
 
 
 @pytest.mark.parametrize("place", [0, 7, 31_000, 65_535, 99_998, 99_999])
@@ -47,14 +47,14 @@ def test_one_nan_among_many_values_is_seen_wherever_it_is(place: int, dtype: str
     raw, scale = truth.raw[0].reshape(100, 1_000), None
     if dtype == "int8":
         scale = np.ones(100_000, dtype=np.float32)
-    assert all_finite(raw, scale, dtype)
+    assert DTYPES[dtype].all_finite(raw, scale)
     values = raw.reshape(-1).view(BITS[dtype]) if scale is None else scale.view("<u4")
     values[place] = bits_of(np.nan, "float32" if scale is not None else dtype)
-    assert not all_finite(raw, scale, dtype)
+    assert not DTYPES[dtype].all_finite(raw, scale)
 
 
 def test_nothing_is_finite() -> None:
-    assert all_finite(np.empty((0, 4), dtype=np.float16), None, "float16")
+    assert DTYPES["float16"].all_finite(np.empty((0, 4), dtype=np.float16), None)
 
 
 @pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan, -np.nan])

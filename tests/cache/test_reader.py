@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from kr2cache import FeatureCache
 from kr2cache.cache import reader, rows
-from kr2cache.cache.format import decode
+from kr2cache.cache.dtypes import DTYPES, StoredDtype
 from kr2cache.cache.writer import CacheWriter
 from kr2cache.errors import CacheError, ConfigError, SequenceNotFoundError
 
@@ -222,7 +222,7 @@ def test_bfloat16_is_what_torch_says_it_is(folder: Path) -> None:
         return values
 
     every = np.arange(2**16, dtype=np.uint16)
-    np.testing.assert_array_equal(decode(every, None, "bfloat16"), as_torch(every), strict=True)
+    np.testing.assert_array_equal(DTYPES["bfloat16"].decode(every, None), as_torch(every), strict=True)
     truth = tiny_cache.make((64,), dtype="bfloat16", layers=(0,), width=1020)
     truth.raw[0][...] = every[np.isfinite(as_torch(every))].reshape(1, 64, 1020)  # the others are never stored
     states = FeatureCache.open(tiny_cache.store(folder, truth))["s0"]
@@ -936,11 +936,14 @@ def test_layers_between_are_not_decoded(tmp_path: Path, monkeypatch: pytest.Monk
     cache = FeatureCache.open(tiny_cache.store(tmp_path / "cache", truth))
     decoded: list[tuple[int, ...]] = []
 
-    def watched(raw: NDArray[np.generic], *rest: Any) -> NDArray[np.floating]:
-        decoded.append(raw.shape)
-        return decode(raw, *rest)
+    stored = type(DTYPES[dtype])
+    decode = stored.decode
 
-    monkeypatch.setattr(reader, "decode", watched)
+    def watched(self: StoredDtype, raw: NDArray[np.generic], *rest: Any) -> NDArray[np.floating]:
+        decoded.append(raw.shape)
+        return decode(self, raw, *rest)
+
+    monkeypatch.setattr(stored, "decode", watched)
     np.testing.assert_array_equal(cache.states(1, (2, 0)), truth.states(1)[[2, 0]])
     np.testing.assert_array_equal(cache.states(1, (1, 2)), truth.states(1)[[1, 2]])
     assert [shape[:2] for shape in decoded] == [(2, 4), (2, 4)]

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from kr2cache.cache.format import SequenceIndex, all_finite
+from kr2cache.cache.dtypes import DTYPES
+from kr2cache.cache.format import SequenceIndex
 from kr2cache.extraction.packing import HostBuffers, Packer
 
 CPU = torch.device("cpu")
@@ -68,6 +69,6 @@ def test_what_the_dtype_cannot_hold_is_seen_in_what_is_packed(value: float, dtyp
     layers[2][1, 1, 3] = value
     (packed,) = Packer(index([3, 2]), [0, 1, 2], dtype, CPU)(0, np.arange(2), 0, layers)
     holds = value == 1e5 and dtype != "float16"
-    assert all_finite(packed.raw, packed.scale, dtype) == holds
+    assert DTYPES[dtype].all_finite(packed.raw, packed.scale) == holds
     first = None if packed.scale is None else packed.scale[:9]
-    assert all_finite(packed.raw[:9], first, dtype), "the sequence before it"
+    assert DTYPES[dtype].all_finite(packed.raw[:9], first), "the sequence before it"

@@ -20,7 +20,7 @@ from world import World
 
 from kr2cache import FeatureCache
 from kr2cache.cache.check import check_cache
-from kr2cache.cache.format import DTYPES
+from kr2cache.cache.dtypes import DTYPES
 from kr2cache.cli import run
 from kr2cache.errors import CacheError, CacheMismatchError, CacheVersionError, ConfigError
 from kr2cache.extraction import extract
