@@ -144,7 +144,7 @@ def _with_features(job: Job, resource: Resource) -> tuple[Job, dict[str, Feature
     """The job with the resource's states of every split."""
     config = job.config
     _, reader_width = encoder_shape(job.checkpoint.config)
-    caches = {split: resource.cache(split) for split in job.splits}
+    caches = resource.caches(job.splits)
     fusion = parse_fusion(config.fusion, caches["train"].model_layers)
     width = caches["train"].width
     projection = projection_kind(config.projection, width, reader_width)

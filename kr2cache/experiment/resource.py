@@ -7,7 +7,7 @@ made from other contents, an error says what changed.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -28,7 +28,7 @@ from kr2cache.experiment.shared import Shared
 from kr2cache.extraction.extract import describe_result, extract
 from kr2cache.extraction.planning import ExtractPlan, describe, plan_extraction
 from kr2cache.fusion import parse_fusion
-from kr2cache.models.digests import model_digests
+from kr2cache.models.digests import OpenedModel, known_digests, open_model
 from kr2cache.models.encode import missing_words
 from kr2cache.models.files import local_folder
 from kr2cache.models.registry import ModelSpec
@@ -62,10 +62,11 @@ class Resource:
         self.dtype = config.dtype
         self.compute_dtype = config.compute_dtype
         self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._model: OpenedModel | None = None
         self._note_once = shared.note_once
         if self.on_this_machine:
             with waiting(f"Reading the weights of {spec.name}"):
-                digests = model_digests(spec)
+                digests = known_digests(spec) or self._opened_model().digests
                 self._tokenizer = shared.tokenizer(spec, words=task.words)
             self.weights, self.config_digest = digests.weights, digests.config
         else:
@@ -77,13 +78,25 @@ class Resource:
         """Whether it is known where to get the model. It is not if only caches name it."""
         return (self.spec.path or self.spec.package or self.spec.hub_id) is not None
 
-    def cache(self, split: str) -> FeatureCache:
-        """The cache that fits, or a new one.
+    def caches(self, splits: Iterable[str]) -> dict[str, FeatureCache]:
+        """For each split, the cache that fits, or a new one.
 
         Raises:
             CacheMismatchError: If a cache of the same names was made from other contents.
             CacheError: If no cache fits and ``--no-extract`` was given, or several fit and differ.
         """
+        try:
+            return {split: self._cache(split) for split in splits}
+        finally:
+            self._model = None  # a training needs the memory
+
+    def _opened_model(self) -> OpenedModel:
+        """The model, loaded and hashed once for the extractions of all splits."""
+        if self._model is None:
+            self._model = open_model(self.spec)
+        return self._model
+
+    def _cache(self, split: str) -> FeatureCache:
         part = self.corpus.splits[split]
         wanted = Wanted(
             resource=self.spec.name,
@@ -213,7 +226,9 @@ class Resource:
     def _extract(self, split: str) -> FeatureCache:
         plan = self._plan(split)
         describe(plan, LENGTH_OPTION)
-        result = extract(plan)
+        with waiting(f"Loading {self.spec.name}"):
+            model = self._opened_model()
+        result = extract(plan, model)
         describe_result(result)
         self.computed += result.computed
         cache = FeatureCache.open(result.cache)

@@ -1,9 +1,9 @@
-"""How many positions go through the model at once: what suits the device, halved until the largest batches fit."""
+"""How many positions run through the model at once: a number for the device, halved until the largest batches fit."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,25 +13,25 @@ from kr2cache.extraction.packing import Packer
 from kr2cache.extraction.planning import ExtractPlan
 from kr2cache.models.encode import length_sorted_batches
 from kr2cache.system.console import note
-from kr2cache.system.device import drop_unused_memory, is_out_of_memory, memory_advice
+from kr2cache.system.device import choose_device, drop_unused_memory, is_out_of_memory, memory_advice
 
 if TYPE_CHECKING:
     import torch
 
 TOKENS_PER_BATCH = {"cpu": 1_024, "cuda": 16_384, "mps": 4_096}
-"""Positions in one forward pass by device. On 2 CPU cores 1,024 ran 8 to 15 % faster than 4,096 to 8,192."""
+"""Positions in one forward pass, by device. On 2 CPU cores 1,024 ran 8 to 15 % faster than 4,096 to 8,192."""
 
 Run = Callable[[NDArray[np.intp]], "tuple[torch.Tensor, ...]"]
 """Sequence numbers to the layers of their batch, each (B, T, D)."""
 
 
 def suiting(plan: ExtractPlan, device: torch.device) -> int:
-    """Positions a batch: what the user asks for, or what suits the device."""
+    """Positions per batch: as the user asks, or the number for the device."""
     return plan.config.tokens_per_batch or TOKENS_PER_BATCH.get(device.type, TOKENS_PER_BATCH["cpu"])
 
 
 def too_long(plan: ExtractPlan, device: torch.device) -> DeviceMemoryError:
-    """What to say where not even the longest sequence fits into the device's memory."""
+    """The error if not even the longest sequence fits into the device's memory."""
     return DeviceMemoryError(
         f"The longest sequence, {int(plan.index.n_tokens.max()):,} tokens, does not fit into the memory of {device} "
         f"together with {plan.spec.name}.",
@@ -39,11 +39,30 @@ def too_long(plan: ExtractPlan, device: torch.device) -> DeviceMemoryError:
     )
 
 
-def that_fits(plan: ExtractPlan, run: Run, device: torch.device, *, padded: bool) -> int:
-    """The largest budget that fits into the device's memory: ``suiting``, halved as often as need be.
+def plan_batches(plan: ExtractPlan, run: Run, *, padded: bool) -> dict[str, Any]:
+    """The batch plan of a new cache, as its header records it.
 
-    The batches that need most memory run as an extraction runs them: the longest sequences (attention grows with the
-    square of their length), and the batch with most positions.
+    Args:
+        plan: The extraction.
+        run: Runs the model on a batch.
+        padded: Whether batches may be padded.
+    """
+    device = choose_device(plan.config.device)
+    # No trial on a CPU: its batches are small, and a lack of memory would kill the process instead of raising an error.
+    positions = suiting(plan, device) if device.type == "cpu" else that_fits(plan, run, device, padded=padded)
+    return {
+        "order": "longest first",
+        "padded": padded,
+        "tokens_per_batch": positions,
+        "shard_bytes": int(plan.config.shard_gb * 2**30),
+    }
+
+
+def that_fits(plan: ExtractPlan, run: Run, device: torch.device, *, padded: bool) -> int:
+    """The largest number of positions that fits into the device's memory: ``suiting``, halved as often as necessary.
+
+    It runs the two batches that need most memory, as an extraction does: the one with the longest sequences (attention
+    grows with the square of their length), and the one with most positions.
 
     Raises:
         DeviceMemoryError: If not even the longest sequence alone fits.
@@ -61,8 +80,8 @@ def that_fits(plan: ExtractPlan, run: Run, device: torch.device, *, padded: bool
         budget = min(budget, max(positions)) // 2
     if budget < wanted:
         note(
-            f"Batches of {wanted:,} positions do not fit into the memory of {device}: it takes {budget:,} at a time "
-            f"(--tokens-per-batch)."
+            f"Batches of {wanted:,} positions do not fit into the memory of {device}: now they have {budget:,} "
+            "(--tokens-per-batch)."
         )
     return budget
 
@@ -70,7 +89,7 @@ def that_fits(plan: ExtractPlan, run: Run, device: torch.device, *, padded: bool
 def _fits(plan: ExtractPlan, run: Run, device: torch.device, batch: NDArray[np.intp]) -> bool:
     pack = Packer(plan.index, plan.layers, plan.config.dtype, device)
     try:
-        for _ in range(2):  # while one batch travels to the disk, the next one computes
+        for _ in range(2):  # one batch is copied out while the next one computes
             for _ready in pack(0, batch, 0, run(batch)):
                 pass
         for _ready in pack.rest():
@@ -85,6 +104,6 @@ def _fits(plan: ExtractPlan, run: Run, device: torch.device, batch: NDArray[np.i
 
 
 def split_further(batch: NDArray[np.intp], n_tokens: NDArray[np.int32], most: int) -> list[NDArray[np.intp]]:
-    """A planned batch in pieces of at most ``most`` positions, padding included."""
+    """Split a planned batch into batches of at most ``most`` positions, padding included."""
     size = max(1, most // int(n_tokens[batch].max()))
     return [batch[start : start + size] for start in range(0, len(batch), size)]

@@ -21,11 +21,11 @@ from kr2cache.cache.shard import headers_left, open_shard
 from kr2cache.cache.writer import unmark
 from kr2cache.config import ExtractConfig
 from kr2cache.errors import CacheError, CacheMismatchError, ConfigError, DeviceMemoryError, UnknownNameError
-from kr2cache.extraction.extract import check_history, fill
+from kr2cache.extraction import trial
+from kr2cache.extraction.extract import fill
 from kr2cache.extraction.planning import ExtractPlan
-from kr2cache.models.digests import config_digest, weights_digest
+from kr2cache.models.digests import open_model
 from kr2cache.models.encode import MissingWords, encode_examples
-from kr2cache.models.load import open_encoder
 from kr2cache.models.registry import ModelSpec, find_model, name_of_stored
 from kr2cache.models.tokenizers import load_tokenizer, pad_id
 from kr2cache.store import derive, folders, provenance
@@ -136,19 +136,19 @@ def _mend(config: RepairConfig, found: CacheCheck, header: ShardHeader, *, whole
         _take_back_marks(found)
         return 0, derive.refill(config.folder, header, source)
     plan = _plan(config, chosen, made, header, whole_index)
-    encoder, _ = open_encoder(plan.spec)
-    for name, now in (("weights", weights_digest(encoder)), ("config", config_digest(encoder.config))):
-        then = getattr(made, name)
+    model = open_model(plan.spec)
+    for name in ("weights", "config"):
+        then, now = getattr(made, name), getattr(model.digests, name)
         if then != now:
             raise CacheMismatchError(
                 f"The {name} of {plan.spec.name} are not those that {config.folder} was made from (digest {then[:8]} "
                 f"then, {now[:8]} now).",
                 "Give --resource with the folder of the model it was made from.",
             )
-    with contextlib.suppress(DeviceMemoryError):  # what is to be computed may be shorter and fit
-        check_history(plan, encoder)
+    with contextlib.suppress(DeviceMemoryError):  # the damaged sequences may be shorter and fit
+        trial.check_history(plan, model.encoder)
     _take_back_marks(found)
-    return fill(plan, encoder, config.folder, header)
+    return fill(plan, model.encoder, config.folder, header)
 
 
 def _take_back_marks(found: CacheCheck) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from kr2cache.models.contents import weight_files
 from kr2cache.models.files import model_folder
-from kr2cache.models.load import load_config, load_encoder, quiet
+from kr2cache.models.load import load_config, open_encoder, quiet
 from kr2cache.models.registry import ModelSpec
 
 if TYPE_CHECKING:
@@ -122,20 +122,44 @@ class Digests:
     """The same with dropout."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class OpenedModel:
+    """A frozen model with its weights loaded and hashed, so that it need not be loaded again to run."""
+
+    encoder: PreTrainedModel
+    dropped: tuple[str, ...]
+    """As ``open_encoder``."""
+    digests: Digests
+
+
+def open_model(spec: ModelSpec) -> OpenedModel:
+    """Load and hash a model on this machine. ``model_digests`` knows its digests from then on."""
+    key = _key(spec)
+    encoder, dropped = open_encoder(spec)
+    _digests[key] = Digests(
+        weights=weights_digest(encoder),
+        config=config_digest(encoder.config),
+        config_in_training=config_digest(load_config(spec), training=True),
+    )
+    return OpenedModel(encoder=encoder, dropped=dropped, digests=_digests[key])
+
+
+def known_digests(spec: ModelSpec) -> Digests | None:
+    """The digests of a model that this process has opened before and whose files did not change since; else None."""
+    return _digests.get(_key(spec))
+
+
 def model_digests(spec: ModelSpec) -> Digests:
-    """The digests of a model on this machine; a model whose files did not change is read once a process."""
+    """The digests of a model on this machine; it is opened only if ``known_digests`` does not know them."""
+    return known_digests(spec) or open_model(spec).digests
+
+
+def _key(spec: ModelSpec) -> tuple[Any, ...]:
+    """What tells whether a model is the one that was hashed before: its settings, and size and time of its files."""
     folder = model_folder(spec)
     files = sorted([*weight_files(folder), folder / "config.json"])
     stamp = tuple((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files if path.is_file())
-    key = (spec.name, spec.model_type, spec.layers, spec.dropout, stamp)
-    if key not in _digests:
-        encoder = load_encoder(spec)
-        _digests[key] = Digests(
-            weights=weights_digest(encoder),
-            config=config_digest(encoder.config),
-            config_in_training=config_digest(load_config(spec), training=True),
-        )
-    return _digests[key]
+    return (spec.name, spec.model_type, spec.layers, spec.dropout, stamp)
 
 
 _digests: dict[Any, Digests] = {}

@@ -26,6 +26,7 @@ from kr2cache.errors import (
 from kr2cache.experiment.pipeline import describe_training
 from kr2cache.experiment.resource import Resource
 from kr2cache.experiment.shared import Shared
+from kr2cache.models import digests, load
 from kr2cache.models.digests import weights_digest
 from kr2cache.models.load import load_encoder
 from kr2cache.models.registry import ModelSpec, find_model
@@ -306,15 +307,15 @@ def test_what_the_cache_at_hand_lacks_is_said_before_a_new_one_is_made(
 ) -> None:
     folder = world.extract("train", **made).cache
     with pytest.raises(CacheError, match="and --no-extract was given") as caught:
-        resource_of(world, extract=False, **asked).cache("train")
+        resource_of(world, extract=False, **asked).caches(["train"])
     assert f"{folder}: {lack}." in caught.value.message
     capsys.readouterr()
-    resource_of(world, **asked).cache("train")
+    resource_of(world, **asked).caches(["train"])
     shown = said(capsys)
     why = f"! No cache of res on udpos/train fits, so a new one is made. {folder}: {lack}."
     assert why in shown
     assert shown.index(why) < shown.index("12 sequences, "), "before the work"
-    resource_of(world, **asked).cache("train")
+    resource_of(world, **asked).caches(["train"])
     assert "a new one" not in said(capsys)
 
 
@@ -345,7 +346,7 @@ def test_words_without_states_are_named_with_the_option_that_keeps_them(
     assert "(--max-length)" not in made + read
     shared = Shared()
     for _ in range(2):
-        Resource(again.config, find_model("far", models), again.task, shared).cache("dev")
+        Resource(again.config, find_model("far", models), again.task, shared).caches(["dev"])
     assert said(capsys).count("has no states for") == 1, "once in a sweep"
     for result in (first, again):
         assert result.json()["words_without_states"] == lost
@@ -365,3 +366,18 @@ def test_a_cache_of_every_word_has_no_such_column(world: World, capsys: pytest.C
     assert "words without a label" in shown
     assert "states for" not in shown
     assert "without states" not in shown
+
+
+def test_a_training_loads_and_hashes_its_resource_once(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+
+    def counted(spec: ModelSpec) -> tuple[Any, ...]:
+        opened.append(spec.name)
+        return load.open_encoder(spec)
+
+    monkeypatch.setattr(digests, "open_encoder", counted)
+    monkeypatch.setattr(digests, "_digests", {})
+    assert world.train(epochs=1.0).computed == sum(SPLITS.values())
+    assert opened.count("res") == 1, "for three extractions"
+    world.train(epochs=1.0)
+    assert opened.count("res") == 1, "its files did not change"

@@ -10,8 +10,7 @@ from world import World, scarce_memory
 from kr2cache.cache.reader import FeatureCache
 from kr2cache.config import ExtractConfig
 from kr2cache.errors import DeviceMemoryError
-from kr2cache.extraction import budget
-from kr2cache.extraction.extract import _run
+from kr2cache.extraction import budget, trial
 from kr2cache.extraction.planning import ExtractPlan, plan_extraction
 from kr2cache.models.load import load_encoder
 from kr2cache.system.device import memory_advice
@@ -30,7 +29,7 @@ def said(capsys: pytest.CaptureFixture[str]) -> str:
 
 def fitting(plan: ExtractPlan) -> int:
     encoder = load_encoder(plan.spec)
-    return budget.that_fits(plan, lambda batch: _run(encoder, plan, batch), CPU, padded=True)
+    return budget.that_fits(plan, lambda batch: trial.layers_of(plan, encoder, batch), CPU, padded=True)
 
 
 def test_a_budget_is_halved_until_the_largest_batches_fit(world: World, capsys: pytest.CaptureFixture[str]) -> None:
@@ -42,7 +41,7 @@ def test_a_budget_is_halved_until_the_largest_batches_fit(world: World, capsys: 
         found = fitting(plan)
     assert found < plan.tokens
     assert max(fitted) <= longest + 1
-    assert f"it takes {found:,} at a time" in said(capsys)
+    assert f"now they have {found:,} (--tokens-per-batch)" in said(capsys)
     # Of one sentence a batch at most: every smaller batch fits as well.
     with scarce_memory(longest + 1):
         assert fitting(plan_of(world, tokens_per_batch=found)) == found
@@ -114,7 +113,7 @@ def test_later_the_batch_is_named_what_is_complete_stays_and_the_advice_works(
     with scarce_memory(less):
         result = world.extract(tokens_per_batch=less)
     assert result.computed == int((~complete).sum())
-    assert f"Batches of {less} positions from here on" in said(capsys)
+    assert f"From here on, batches have {less} positions" in said(capsys)
     here, there = FeatureCache.open(folder), FeatureCache.open(whole)
     assert here.complete.all()
     for name in there.ids:

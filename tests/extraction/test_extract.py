@@ -38,7 +38,7 @@ from kr2cache.errors import (
     UnsupportedModelError,
     ValueRangeError,
 )
-from kr2cache.extraction import extract, planning
+from kr2cache.extraction import extract, planning, trial
 from kr2cache.extraction.repair import RepairConfig, repair
 from kr2cache.models.digests import weights_digest
 from kr2cache.models.encode import length_sorted_batches
@@ -358,14 +358,14 @@ def test_batch_plan_is_longest_first_and_within_budget(budget: int) -> None:
 
 def test_the_model_runs_the_planned_batches(lively: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[int]] = []
-    original = extract.hidden_states
+    original = trial.hidden_states
 
     def watched(encoder: Any, index: Any, sequences: Any, **settings: Any) -> Any:
         seen.append([int(i) for i in sequences])
         return original(encoder, index, sequences, **settings)
 
-    monkeypatch.setattr(extract, "hidden_states", watched)
-    monkeypatch.setattr(extract, "check_history", lambda *_: None)  # its batches are not planned ones
+    monkeypatch.setattr(trial, "hidden_states", watched)
+    monkeypatch.setattr(trial, "check_history", lambda *_: None)  # its batches are not planned ones
     plan = plan_of(lively, tmp_path, tokens_per_batch=40)
     result = extract.extract(plan)
     ran = seen[2:]  # the first two try the shortest sequence alone and beside the longest
@@ -420,7 +420,7 @@ def test_a_second_call_computes_nothing(lively: Path, tmp_path: Path) -> None:
 
 def interrupt_after(batches: int, error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
     """The forward pass after so many batches raises instead."""
-    original, count = extract.hidden_states, 0
+    original, count = trial.hidden_states, 0
 
     def interrupted(*arguments: Any, **settings: Any) -> Any:
         nonlocal count
@@ -429,8 +429,8 @@ def interrupt_after(batches: int, error: BaseException, monkeypatch: pytest.Monk
             raise error
         return original(*arguments, **settings)
 
-    monkeypatch.setattr(extract, "hidden_states", interrupted)
-    monkeypatch.setattr(extract, "check_history", lambda *_: None)  # its batches are not counted
+    monkeypatch.setattr(trial, "hidden_states", interrupted)
+    monkeypatch.setattr(trial, "check_history", lambda *_: None)  # its batches are not counted
 
 
 @pytest.mark.parametrize("shards", [{"tokens_per_batch": 24}, SMALL_SHARDS], ids=["one shard", "shards"])
@@ -475,7 +475,7 @@ KILLED = """
 import os, signal, sys, time
 sys.path[:0] = {tests!r}
 import test_extract
-from kr2cache.extraction import extract
+from kr2cache.extraction import trial
 from kr2cache.models.load import load_encoder
 from kr2cache.models.registry import ModelSpec, find_model
 from kr2cache.cache import writer
@@ -483,7 +483,7 @@ from pathlib import Path
 
 test_extract.torch.set_num_threads(1)  # as here: the number of threads shows in the last bits
 writer.SYNC_EVERY_S = 0.0
-original, count = extract.hidden_states, 0
+original, count = trial.hidden_states, 0
 
 def killed(*arguments, **settings):
     global count
@@ -493,8 +493,8 @@ def killed(*arguments, **settings):
         os.kill(os.getpid(), signal.SIGKILL)
     return original(*arguments, **settings)
 
-extract.hidden_states = killed
-extract.check_history = lambda *_: None  # its batches are not counted
+trial.hidden_states = killed
+trial.check_history = lambda *_: None  # its batches are not counted
 test_extract.extracted({model!r}, Path({cache!r}), tokens_per_batch=24)
 """
 
@@ -535,7 +535,7 @@ def test_equal_content_is_equal_bytes(lively: Path, tmp_path: Path) -> None:
 def test_one_extraction_at_a_time_the_second_waits_and_finds_it_done(
     lively: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original, plan = extract.hidden_states, plan_of(lively, tmp_path)
+    original, plan = trial.hidden_states, plan_of(lively, tmp_path)
     results: list[extract.ExtractResult] = []
     second = threading.Thread(target=lambda: results.append(extract.extract(plan)))
 
@@ -546,7 +546,7 @@ def test_one_extraction_at_a_time_the_second_waits_and_finds_it_done(
             assert second.is_alive(), "it waits"
         return original(*arguments, **settings)
 
-    monkeypatch.setattr(extract, "hidden_states", started_twice)
+    monkeypatch.setattr(trial, "hidden_states", started_twice)
     monkeypatch.setattr(locks, "PATIENCE_S", 0.05)
     first = extract.extract(plan)
     second.join(timeout=60)
@@ -621,7 +621,7 @@ def test_a_disk_too_small_is_said_before_the_model_is_loaded(
 
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: DiskUsage(10_000, 9_000, 1_000))
-        patch.setattr(extract, "open_encoder", not_yet)
+        patch.setattr(extract, "open_model", not_yet)
         with pytest.raises(DiskSpaceError, match="free") as caught:
             extracted(lively, tmp_path / "cache")
         assert "--layers last4" in caught.value.remedy
@@ -719,7 +719,7 @@ def test_a_cache_of_such_a_model_is_neither_resumed_nor_repaired(
 ) -> None:
     folder, texts = big_bird(tmp_path / "model"), [*TEXTS, LONG]
     with monkeypatch.context() as patch:  # as version 0.1 without the check made it
-        patch.setattr(extract, "check_history", lambda *_: None)
+        patch.setattr(trial, "check_history", lambda *_: None)
         cache = extracted(folder, tmp_path / "cache", texts)
     (shard,) = cache.folder.glob("*.h5")
     assert extract.extract(plan_of(folder, tmp_path / "cache", texts)).cache == cache.folder, "complete, it is found"

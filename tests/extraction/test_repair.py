@@ -23,8 +23,7 @@ from kr2cache.cache.check import check_cache
 from kr2cache.cache.dtypes import DTYPES
 from kr2cache.cli import run
 from kr2cache.errors import CacheError, CacheMismatchError, CacheVersionError, ConfigError
-from kr2cache.extraction import extract
-from kr2cache.extraction import repair as repairing
+from kr2cache.extraction import trial
 from kr2cache.extraction.repair import RepairConfig, RepairResult, repair
 from kr2cache.models.encode import length_sorted_batches
 from kr2cache.store.derive import derive, plan_fusion, plan_slice
@@ -32,7 +31,7 @@ from kr2cache.store.provenance import contradictions
 
 Batch = tuple[int, ...]
 """Positions of the sequences that run together, over all shards."""
-HIDDEN_STATES = extract.hidden_states
+HIDDEN_STATES = trial.hidden_states
 SHARD_BYTES = {"float16": 26_000, "float32": 52_000, "bfloat16": 26_000, "int8": 16_000}
 """Cut the corpus into about four shards."""
 
@@ -59,7 +58,7 @@ def original(place: World) -> Original:
         if key not in made:
             shard_gb = SHARD_BYTES[dtype] / 2**30 if several else 1.0
             with pytest.MonkeyPatch.context() as patch:  # ``ran`` is of what comes later
-                patch.setattr(extract, "hidden_states", HIDDEN_STATES)
+                patch.setattr(trial, "hidden_states", HIDDEN_STATES)
                 made[key] = place.extract(
                     dtype=dtype,
                     tokens_per_batch=60,
@@ -82,9 +81,8 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[Batch]:
         batches.append(tuple(int(i) for i in sequences))
         return HIDDEN_STATES(encoder, index, sequences, **settings)
 
-    monkeypatch.setattr(extract, "hidden_states", recording)
-    for module in (extract, repairing):  # its batches are not planned ones
-        monkeypatch.setattr(module, "check_history", lambda *_: None)
+    monkeypatch.setattr(trial, "hidden_states", recording)
+    monkeypatch.setattr(trial, "check_history", lambda *_: None)  # its batches are not planned ones
     return batches
 
 

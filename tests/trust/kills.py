@@ -207,7 +207,7 @@ def tell_phases(now: mmap.mmap) -> None:
 
     during(extract, "create_shards", Phase.SHARDS, Phase.AGAIN)
     during(takeover.Donors, "fill", Phase.TAKING, Phase.AGAIN)
-    during(extract, "_compute", Phase.WRITING, Phase.END)
+    during(extract, "run_batches", Phase.WRITING, Phase.END)
 
 
 def slow_down(pause: float) -> None:

@@ -133,7 +133,7 @@ def test_a_disk_too_small_is_said_before_the_model_is_loaded(
     victim: kills.Victim, small_disk: Callable[[int], SmallDisk], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     disk = small_disk(victim.plan.state_bytes // 2)
-    monkeypatch.setattr(extract, "open_encoder", lambda _: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(extract, "open_model", lambda _: pytest.fail("the model was loaded"))
     with pytest.raises(DiskSpaceError, match=f"{disk.folder} has .* free") as caught:
         extract.extract(plan_in(victim, disk.folder))
     assert "--layers last4" in caught.value.remedy
@@ -148,7 +148,7 @@ def test_a_disk_that_fills_before_space_is_reserved(
     disk, log = small_disk(2**20), tmp_path / "log"
     file_bytes = sum(map(len, victim.whole.files.values()))
     with pytest.MonkeyPatch.context() as patch:
-        after(patch, extract, "open_encoder", lambda: disk.fill(int(left * file_bytes)))
+        after(patch, extract, "open_model", lambda: disk.fill(int(left * file_bytes)))
         code, said = extraction(victim, disk.folder, log)
     assert code == 1, said
     cache = victim.place(disk.folder)
@@ -225,7 +225,7 @@ def test_room_for_the_shards_that_are_missing_is_enough_to_go_on(
     file_bytes = sum(map(len, victim.whole.files.values()))
     disk = small_disk(file_bytes + 300_000)
     with pytest.MonkeyPatch.context() as patch:
-        after(patch, extract, "open_encoder", lambda: disk.fill(int(0.6 * file_bytes)))
+        after(patch, extract, "open_model", lambda: disk.fill(int(0.6 * file_bytes)))
         code, said = extraction(victim, disk.folder, log)
     assert code == 1, said
     kept = list(victim.place(disk.folder).glob("shard-*.h5"))
@@ -241,7 +241,7 @@ def test_a_disk_that_fills_while_a_sparse_shard_is_made(
     disk = small_disk(2**20)
     with monkeypatch.context() as patch:
         patch.setattr(os, "posix_fallocate", no_fallocate)
-        after(patch, extract, "open_encoder", lambda: disk.fill(20_480))
+        after(patch, extract, "open_model", lambda: disk.fill(20_480))
         code, said = extraction(victim, disk.folder, log)
     assert disk.files() == ["ballast"]
     disk.ballast.unlink()
