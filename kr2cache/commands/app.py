@@ -1,4 +1,4 @@
-"""Every command, under its name."""
+"""All commands, by name."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ app = App(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Run a frozen language model once, keep every layer of its hidden states, and train readers on them.\n\n"
     "[bold]kr2cache extract[/] makes a cache, [bold]kr2cache train[/] uses it for every fusion and seed; "
-    "[bold]kr2cache demo[/] shows both in a few minutes. Options that are not given come from kr2cache.toml.",
+    "[bold]kr2cache demo[/] shows both in a few minutes. kr2cache.toml gives defaults for options.",
 )
 
 app.command("extract")(extract_cli)

@@ -1,4 +1,4 @@
-"""``kr2cache cache``: look at caches, check and mend them, make smaller ones. All but ``repair`` without the model."""
+"""``kr2cache cache``: look at caches, check and repair them, make smaller ones. Only ``repair`` needs the model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from kr2cache.system.utf8 import file_lines
 
 app = App(
     no_args_is_help=True,
-    help="The caches there are: look at them, check and mend them, make smaller ones, remove them.",
+    help="Look at caches, check and repair them, make smaller ones, remove them.",
 )
 
 Cache = Annotated[str, typer.Argument(help="A cache's folder, or its name below --cache-dir.", metavar="CACHE")]
@@ -33,7 +33,9 @@ Caches = Annotated[
     list[str] | None,
     typer.Argument(help="Folders, or names below --cache-dir. Default: every cache.", metavar="[CACHE]..."),
 ]
-Dtype = Annotated[str | None, typer.Option(help="Of the new cache: float16, bfloat16, int8.", show_default="the same")]
+Dtype = Annotated[
+    str | None, typer.Option(help="Dtype of the new cache: float16, bfloat16 or int8.", show_default="the same")
+]
 
 
 def _cache_dir(given: Path | None) -> Path:
@@ -49,7 +51,7 @@ def _folder(name: str, cache_dir: Path | None) -> Path:
 
 @app.command("list")
 def list_cli(cache_dir: CacheDir = None, as_json: Json = False) -> None:
-    """Every cache, its size, when it was written, whether it is complete, and which went stale."""
+    """List every cache: size, when it was written, whether it is complete or stale."""
     from kr2cache.store.inventory import entries
     from kr2cache.system.terminal import Column, print_table
 
@@ -92,8 +94,8 @@ def list_cli(cache_dir: CacheDir = None, as_json: Json = False) -> None:
             note(one.problem)
         if one.stale:
             note(
-                f"{one.folder.name} is stale: {one.stale}. train uses it only if the data or the model are changed "
-                f"back. To free {bytes_text(one.bytes)}: kr2cache cache remove {one.folder.name}"
+                f"{one.folder.name} is stale: {one.stale}. train uses it only if you restore the data or the model. "
+                f"To free {bytes_text(one.bytes)}: kr2cache cache remove {one.folder.name}"
             )
 
 
@@ -103,7 +105,7 @@ def _layers(layers: Sequence[int], fusion: dict[str, Any] | None) -> str:
 
 @app.command("info")
 def info_cli(cache: Cache, cache_dir: CacheDir = None, as_json: Json = False) -> None:
-    """What is in one cache: what it was made from, sizes, lengths, norms by layer."""
+    """Show one cache: what it was made from, sizes, lengths, norms by layer."""
     from kr2cache.cache.reader import FeatureCache
     from kr2cache.store.inventory import entry, portrait
 
@@ -155,7 +157,7 @@ def info_cli(cache: Cache, cache_dir: CacheDir = None, as_json: Json = False) ->
 
 
 def _bars(title: str, names: Sequence[str], values: Sequence[float], text: Any) -> None:
-    """A bar for each value, drawn in eighths of a column."""
+    """Print a bar for each value, in steps of an eighth of a character."""
     console.print(Text(title, style="bold"))
     longest, peak = max(map(len, names), default=0), max(values, default=0.0) or 1.0
     for name, value in zip(names, values, strict=True):
@@ -166,7 +168,7 @@ def _bars(title: str, names: Sequence[str], values: Sequence[float], text: Any) 
 
 @app.command("verify")
 def verify_cli(caches: Caches = None, cache_dir: CacheDir = None, as_json: Json = False) -> None:
-    """Read every byte of caches against its checksum; name what is damaged. Exit code 1 unless all is whole."""
+    """Compare every byte of caches with its checksum, and name damaged sequences. Exit code 1 unless all are intact."""
     from kr2cache.store.inventory import cache_folders
 
     where = _cache_dir(cache_dir)
@@ -256,14 +258,14 @@ def _show_faults(found: CacheCheck, faults: Sequence[str]) -> None:
 
 
 def _what_to_do(found: CacheCheck) -> str:
-    """The command that makes a cache whole."""
+    """The command that repairs or completes a cache."""
     headers = [header for shard in found.shards for header in headers_left(shard.path)]
     if not headers or (found.sound and found.incomplete_ids):
-        return "Run the kr2cache extract that made it again: it goes on where it stopped."
+        return "Run the kr2cache extract command that made it again: it continues where it stopped."
     chosen = headers[0].provenance.get("chosen", {})
     resource = chosen.get("resource", "") if isinstance(chosen, dict) else ""
     known = resource in known_models(read_toml(Path.cwd(), OPTIONS).models) or "--" in str(resource)
-    return f"Mend it:  kr2cache cache repair {found.folder}" + ("" if known else f" --resource FOLDER_OF_{resource}")
+    return f"Repair it:  kr2cache cache repair {found.folder}" + ("" if known else f" --resource FOLDER_OF_{resource}")
 
 
 def _names(names: Sequence[str]) -> str:
@@ -274,16 +276,16 @@ def _names(names: Sequence[str]) -> str:
 def repair_cli(
     cache: Cache,
     resource: Annotated[
-        str | None, typer.Option(help="The model, where the cache's name for it is not registered here.")
+        str | None, typer.Option(help="The model, if the name in the cache is not registered on this machine.")
     ] = None,
     data: Data = None,
     device: Device = None,
     cache_dir: CacheDir = None,
     as_json: Json = False,
 ) -> None:
-    """Make damaged or incomplete sequences again: runs the planned batches that hold one, no others.
+    """Compute damaged or incomplete sequences again: only the planned batches that hold such a sequence run.
 
-    On the device that made the cache, the mended files are byte for byte what they were.
+    On the device that made the cache, the repaired files are byte for byte the same as before.
     """
     toml = read_toml(Path.cwd(), OPTIONS)
     folder = _folder(cache, cache_dir)
@@ -303,15 +305,17 @@ def repair_cli(
 def slice_cli(
     cache: Cache,
     layers: Annotated[
-        str | None, typer.Option(help="all, lastN or a list: 0,3,5.", show_default="those it holds")
+        str | None, typer.Option(help="all, lastN or a list: 0,3,5.", show_default="all it holds")
     ] = None,
     dtype: Dtype = None,
     limit: Annotated[int | None, typer.Option(help="Only the first N sequences.", show_default="all")] = None,
-    ids: Annotated[Path | None, typer.Option(help="File of ids to keep, one a line: of examples or sequences.")] = None,
+    ids: Annotated[
+        Path | None, typer.Option(help="File with the ids to keep, one per line, of examples or sequences.")
+    ] = None,
     cache_dir: CacheDir = None,
     as_json: Json = False,
 ) -> None:
-    """A smaller cache from a larger one, without the model: fewer layers, fewer sequences, a smaller dtype."""
+    """Make a smaller cache without the model: fewer layers, fewer sequences or a smaller dtype."""
     from kr2cache.cache.reader import FeatureCache
     from kr2cache.store.derive import plan_slice
 
@@ -320,7 +324,9 @@ def slice_cli(
         try:
             names = [name for line in file_lines(ids) if (name := line.rstrip("\r\n"))]
         except OSError as error:
-            raise ConfigError(f"--ids {ids} cannot be read: {error}.", "Give a text file, one id a line.") from error
+            raise ConfigError(
+                f"--ids {ids} cannot be read: {error}.", "Give a text file with one id per line."
+            ) from error
     source = FeatureCache.open(_folder(cache, cache_dir))
     plan = plan_slice(source, layers=layers, dtype=dtype, limit=limit, ids=names, cache_dir=cache_dir)
     _derive(plan, as_json)
@@ -329,12 +335,12 @@ def slice_cli(
 @app.command("fuse")
 def fuse_cli(
     cache: Cache,
-    fusion: Annotated[str, typer.Option(help="A fixed one: all, or lastN (last4).")] = "last4",
+    fusion: Annotated[str, typer.Option(help="A fixed fusion: all or lastN (last4).")] = "last4",
     dtype: Dtype = None,
     cache_dir: CacheDir = None,
     as_json: Json = False,
 ) -> None:
-    """Store one fixed fusion alone, 1/(L+1) of the bytes; train uses it wherever it serves."""
+    """Store only one fixed fusion, 1/(L+1) of the bytes. train uses it if its fusion is the same."""
     from kr2cache.cache.reader import FeatureCache
     from kr2cache.store.derive import plan_fusion
 
@@ -365,11 +371,11 @@ def remove_cli(
     cache_dir: CacheDir = None,
     as_json: Json = False,
 ) -> None:
-    """Delete caches: says what it frees, and asks."""
+    """Delete caches, after showing how much this frees and asking."""
     from kr2cache.store.inventory import removable_bytes, remove
 
     named = [_folder(name, cache_dir) for name in caches]
-    folders = list({folder.resolve(): folder for folder in named}.values())  # one may be named in several ways
+    folders = list({folder.resolve(): folder for folder in named}.values())  # two names may mean the same folder
     sizes = {folder: removable_bytes(folder) for folder in folders}
     for folder, size in sizes.items():
         console.print(f"{folder}: {bytes_text(size)}", markup=False, soft_wrap=True)
@@ -377,13 +383,13 @@ def remove_cli(
     if not yes:
         question = f"Remove {count_text(len(folders), 'cache')} and free {bytes_text(total)}?"
         if as_json:
-            raise ConfigError("Nothing was removed: with --json nobody is asked.", "Give --yes.")
+            raise ConfigError("Nothing was removed: with --json there is no question to answer.", "Give --yes.")
         try:
             agreed = typer.confirm(question)
         except typer.Abort as error:
             if not isinstance(error.__context__, EOFError):  # Ctrl-C
                 raise
-            raise ConfigError("Nothing was removed: no answer came.", "Give --yes.") from None
+            raise ConfigError("Nothing was removed: the question got no answer.", "Give --yes.") from None
         if not agreed:
             console.print("Nothing was removed.")
             raise typer.Exit(1)

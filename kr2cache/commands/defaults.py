@@ -1,6 +1,6 @@
-"""Options that were not given: from ``kr2cache.toml``, then the registry, then what the cache holds.
+"""The resource and the task, if neither the command line nor ``kr2cache.toml`` gives them.
 
-Each answer is the only one there is, or an error lists the choices.
+They come from the registry, then from the caches. If there are several choices, an error lists them.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from kr2cache.tasks import find_task, task_names
 
 
 def choose_resource(cache_dir: Path, task: str | None, reader: str, overrides: Mapping[str, Mapping[str, Any]]) -> str:
-    """The one resource that has caches (of ``task``, if that is known). Caches of the reader itself are those that
-    method kreader2 made: they count where there are no others.
+    """The one resource that has caches (of ``task``, if it is known). Caches of the reader come from method kreader2;
+    they count only if there are no others.
 
     Raises:
         UnknownNameError: If there is no such task.
@@ -37,7 +37,7 @@ def choose_resource(cache_dir: Path, task: str | None, reader: str, overrides: M
             "Give --resource, or resource under [defaults] in kr2cache.toml.",
         )
     raise ConfigError(
-        f"Which resource? None was given, and {cache_dir} holds no cache{f' of {task}' if task else ''} yet.",
+        f"Which resource? None is given, and {cache_dir} holds no cache{f' of {task}' if task else ''} yet.",
         "Give --resource, or resource under [defaults] in kr2cache.toml: "
         f"{', '.join(known_models(overrides))}, a hub id or a folder.",
     )
@@ -65,7 +65,7 @@ def choose_task(resource: str | None, cache_dir: Path, overrides: Mapping[str, M
     if len(held) == 1:
         return held[0]
     choices = ", ".join(held or task_names())
-    why = f"{resource!r} is of no single language" if resource else "no resource was given"
+    why = f"{resource!r} has no single language" if resource else "no resource is given"
     raise ConfigError(
         f"Which task? {why}, and {cache_dir} holds {'several' if held else 'no cache'}.",
         f"Give --task, or task under [defaults] in kr2cache.toml: {choices}",

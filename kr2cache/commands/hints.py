@@ -1,4 +1,4 @@
-"""Makes advice fit the command at hand: an error may come from a stage that several commands run."""
+"""Advice for the running command: several commands share a stage, so its errors may name options they lack."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from kr2cache.config import TOML
 
 OPTION = re.compile(r"(?<![\w-])--([a-z][a-z-]*)")
 OTHER_COMMAND = re.compile(r"(?:\bkr2cache [a-z]|\b[Ee]xtract again|\btorchrun)[^.;\n]*")
-"""Within a command that the advice spells out, options are that command's."""
+"""A command inside the advice. Its options belong to that command."""
 
 OF_EXTRACT = {name for name in OPTIONS if name not in TRAIN_OPTIONS} | {"dtype", "compute-dtype"}
 ELSEWHERE: dict[str, tuple[Collection[str], str]] = {
-    "train": (OF_EXTRACT, "{} of kr2cache extract: run that first, and train reads its cache."),
+    "train": (OF_EXTRACT, "{} of kr2cache extract: run it first, then train reads its cache."),
     "sweep": (TRAIN_OPTIONS, "{} of a grid: write the name without dashes under [settings], in a row or in a column."),
-    "demo": ({"cache-dir", "run-dir"}, "{} of other commands: the demo has both below --folder."),
+    "demo": ({"cache-dir", "run-dir"}, "{} of other commands: the demo puts both below --folder."),
     "bench": ({"cache-dir", "run-dir"}, "{} of other commands: bench works in --folder."),
 }
-"""What to say of options that a command lacks: command to their names and the sentence."""
+"""By command: options that it lacks, and the sentence about them."""
 
 
 def more_advice(command: str, own: Collection[str], text: str) -> list[str]:
-    """Sentences that an error needs where it is shown.
+    """Sentences to add to an error.
 
     Args:
-        command: The command at hand.
+        command: The running command.
         own: Its options, without dashes.
         text: The error's message and remedy.
     """
@@ -39,12 +39,14 @@ def more_advice(command: str, own: Collection[str], text: str) -> list[str]:
         are = "is an option" if len(lacking) == 1 else "are options"
         more.append(sentence.format(f"{' and '.join(lacking)} {are}"))
     if TOML in text and (above := _toml_above()) is not None:
-        more.append(f"{above} is not read from here: run the command in its folder (cd {above.parent}).")
+        more.append(
+            f"{above} is not in the working folder, so it is not read: run the command there (cd {above.parent})."
+        )
     return more
 
 
 def _toml_above() -> Path | None:
-    """The nearest ``kr2cache.toml`` of a folder above, where the working folder has none."""
+    """The nearest ``kr2cache.toml`` in a folder above; None if the working folder has one."""
     here = Path.cwd()
     if (here / TOML).is_file():
         return None

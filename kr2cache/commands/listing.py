@@ -1,4 +1,4 @@
-"""``kr2cache models``, ``tasks`` and ``demo``: what there is, and all of it small."""
+"""``kr2cache models``, ``tasks``, ``demo`` and ``bench``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from kr2cache.tasks import find_task
 
 
 def models_cli(as_json: Json = False) -> None:
-    """The models that have a name, and which are on this machine."""
+    """List the registered models, and which of them are on this machine."""
     from rich.text import Text
 
     from kr2cache.models.files import local_folder
@@ -59,7 +59,7 @@ def models_cli(as_json: Json = False) -> None:
         missing = wrong[0] if wrong else f"{spec.path} has no config.json" if spec.path else ""
         here = Text("yes", style="green") if folder else Text("no")
         rows.append([name, spec.language or "many", spec.hub_id or "-", here, str(folder) if folder else missing])
-    print_table("Models with a name (a hub id or a folder serves as well)", columns, rows)
+    print_table("Registered models (a hub id or a folder is accepted too)", columns, rows)
     for name, spec in specs.items():
         if wrong := faults.get(name):
             console.print(f"{name}: {wrong[1]}", markup=False, soft_wrap=True)
@@ -68,7 +68,7 @@ def models_cli(as_json: Json = False) -> None:
 
 
 def tasks_cli(as_json: Json = False) -> None:
-    """The tasks there are, and where their data comes from."""
+    """List the tasks, and where their data comes from."""
     from kr2cache.system.terminal import Column, print_table
     from kr2cache.tasks import task_names
     from kr2cache.tasks.udpos import LANGUAGES
@@ -100,13 +100,11 @@ def tasks_cli(as_json: Json = False) -> None:
 
 
 def demo_cli(
-    folder: Annotated[Path, typer.Option(help="Where its models, caches and runs go.", callback=checked)] = Path(
-        "kr2cache-demo"
-    ),
+    folder: Annotated[Path, typer.Option(help="Where caches and runs go.", callback=checked)] = Path("kr2cache-demo"),
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Both stages on a small corpus of our own and a real model: extract once, train eight readers, print the table."""
+    """Show both stages with a real model and a small corpus: extract once, train eight readers, print the table."""
     check_device_name(device or "auto")
     check_writable(folder, "--folder")
     overrides = read_toml(Path.cwd(), OPTIONS).models
@@ -122,24 +120,32 @@ def demo_cli(
 
 def bench_cli(
     resource: Annotated[str, typer.Option(help="The frozen model.")] = "minilm",
-    reader: Annotated[str, typer.Option(help="The model that is trained.")] = "minilm-3",
-    data: Annotated[str | None, typer.Option(help="What stage one runs over.", show_default="the demo's")] = None,
-    task: Annotated[str, typer.Option(help="Of that data.")] = "udpos",
-    split: Annotated[str, typer.Option(help="Of that data.")] = "test",
+    reader: Annotated[str, typer.Option(help="The model to train.")] = "minilm-3",
+    data: Annotated[str | None, typer.Option(help="Data for stage one.", show_default="the demo's")] = None,
+    task: Annotated[str, typer.Option(help="Task of that data.")] = "udpos",
+    split: Annotated[str, typer.Option(help="Split of that data.")] = "test",
     limit: Limit = None,
     training_data: Annotated[
         str | None, typer.Option(help="A tagged corpus for the training steps.", show_default="the demo's")
     ] = None,
     device: Device = None,
-    repeats: Annotated[int, typer.Option(help="Turns of each rival; limits and ours mostly take more.", min=1)] = 5,
+    repeats: Annotated[
+        int, typer.Option(help="Runs of each rival; limits and kr2cache mostly run more often.", min=1)
+    ] = 5,
     folder: Annotated[
         Path | None,
-        typer.Option(help="On the disk in question; files are removed.", show_default="temporary", callback=checked),
+        typer.Option(
+            help="A folder on the disk to measure; its files are removed afterwards.",
+            show_default="temporary",
+            callback=checked,
+        ),
     ] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw the table as bars: bench.svg, .png, .pdf.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the table as bars into this file: bench.svg, .png or .pdf.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """This machine's figures: extracting, reading and training beside their limits and rivals."""
+    """Measure this machine: extracting, reading and training, compared with limits and rivals."""
     overrides = read_toml(Path.cwd(), OPTIONS).models
     find_task(task)
     check_device_name(device or "auto")

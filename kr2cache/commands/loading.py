@@ -1,4 +1,4 @@
-"""The seconds in which PyTorch and transformers are imported."""
+"""Importing PyTorch and transformers, which takes seconds."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from kr2cache.system.interrupt import leaving_at_once
 
 @contextlib.contextmanager
 def loading(as_json: bool) -> Iterator[None]:
-    """Say that PyTorch and transformers are being imported, in which a command would seem to hang; Ctrl-C then ends
-    the process.
+    """Show that PyTorch and transformers are being imported, so that the command does not seem to hang. Ctrl-C ends
+    the process at once.
 
     Args:
         as_json: Whether an interrupt is reported as a JSON document.

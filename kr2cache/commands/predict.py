@@ -1,4 +1,4 @@
-"""``kr2cache predict``: a trained reader at work on new text."""
+"""``kr2cache predict``: label new text with a trained reader."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ def predict_cli(
     run: Annotated[Path, typer.Option(help="The folder of a run: runs/TASK/.../seed-1.", callback=checked)],
     text: Annotated[
         list[str] | None,
-        typer.Argument(help="One example each: words split by spaces, or texts split by tabs. Without it: --file."),
+        typer.Argument(help="One example each: words separated by spaces, or texts separated by tabs. Or give --file."),
     ] = None,
     file: Annotated[
         Path | None,
-        typer.Option(help="A file in the task's format (labels are not needed), or one example a line; - reads stdin."),
+        typer.Option(help="A file in the task's format (without labels too), or one example per line; - reads stdin."),
     ] = None,
     conllu: Annotated[bool, typer.Option("--conllu", help="Print CoNLL-U (tagging).")] = False,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Label new text: through resource and reader, without a cache."""
+    """Label new text. Resource and reader run on it; no cache is needed."""
     if bool(text) == (file is not None):
         raise ConfigError(
-            "What is to be labelled?" if not text else "Text and --file were both given.",
+            "No text to label." if not text else "Both texts and --file were given.",
             "Give texts as arguments, or --file PATH, or --file - for standard input.",
         )
     if conllu and as_json:
-        raise ConfigError("--conllu and --json exclude each other.", "Give one of them.")
-    to_stderr()  # standard output holds the predictions alone
+        raise ConfigError("--conllu and --json cannot be combined.", "Give only one of them.")
+    to_stderr()  # standard output is for predictions only
     toml = read_toml(Path.cwd(), OPTIONS)
     where = device or toml.defaults.get("device", "auto")
     check_device_name(where)
@@ -75,4 +75,6 @@ def predict_cli(
     for example, one in zip(examples, predicted, strict=True):
         sys.stdout.write(as_text(task, example, one) + "\n")
     if metrics is not None:
-        console.print("against the gold labels: " + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+        console.print(
+            "compared with the gold labels: " + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        )

@@ -1,4 +1,4 @@
-"""``kr2cache sweep`` and ``kr2cache report``: many trainings, and the tables they fill."""
+"""``kr2cache sweep`` and ``kr2cache report``: many trainings, and their tables."""
 
 from __future__ import annotations
 
@@ -64,20 +64,20 @@ def sweep_cli(
 
 def report_cli(
     run_dir: Annotated[
-        Path | None, typer.Argument(help="Where trainings left their runs.", show_default="runs", callback=checked)
+        Path | None, typer.Argument(help="Where the runs are.", show_default="runs", callback=checked)
     ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Gets report.html, Markdown, LaTeX and CSV.", show_default="RUN_DIR/report", callback=checked
+            help="Where report.html, Markdown, LaTeX and CSV go.", show_default="RUN_DIR/report", callback=checked
         ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Tables and plots of what was run, beside the paper's numbers where it has them.
+    """Make tables and plots of all runs, beside the paper's numbers if it has any.
 
-    A difference is marked where it could be noise (≈), and where there is no verdict (?): paired tests over examples
-    and over seeds, corrected for the number of comparisons.
+    ≈ marks a difference that could be noise, ? one without a verdict. The tests are paired, over examples and over
+    seeds, and corrected for the number of comparisons.
     """
     toml = read_toml(Path.cwd(), OPTIONS)
     from kr2cache.report import describe, report

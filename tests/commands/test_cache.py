@@ -170,7 +170,7 @@ def test_damage_is_named_with_exit_code_1(place: World, capsys: pytest.CaptureFi
     assert "1 sequence of 12 damaged: train-s1" in people
     assert f"kr2cache cache repair {folder} --resource FOLDER_OF_res" in people
     shard.write_bytes(b"")
-    assert "Run the kr2cache extract that made it again" in answer(f"verify {folder}", capsys)[2]
+    assert "Run the kr2cache extract command that made it again" in answer(f"verify {folder}", capsys)[2]
 
 
 @pytest.mark.parametrize(
@@ -247,7 +247,7 @@ def test_remove_without_anybody_to_answer_says_so(
     folder = folder_of("dev")
     assert command(f"remove {folder.name}") == 1
     shown = " ".join(capsys.readouterr())
-    assert "Nothing was removed: no answer came." in shown
+    assert "Nothing was removed: the question got no answer." in shown
     assert "Give --yes." in shown
     assert "Interrupted" not in shown
     assert folder.is_dir()

@@ -444,7 +444,7 @@ def test_what_is_wrong_is_one_clear_message_and_leaves_nothing(
     for part in parts:
         assert part in shown
     assert "Traceback" not in shown
-    assert "not foreseen" not in shown
+    assert "not expected" not in shown
     assert files(place) == before
     assert captured.out == "" or "gottbert" in captured.out, "at most what it was about to do"
 

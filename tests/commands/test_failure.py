@@ -19,4 +19,4 @@ def test_memory_that_runs_out_anywhere_is_said_in_our_words() -> None:
         assert "--device cpu" in said.remedy
     other = explain(RuntimeError("shapes differ"))
     assert other.kind == "RuntimeError"
-    assert "not foreseen" in other.remedy
+    assert "not expected" in other.remedy

@@ -28,10 +28,10 @@ def test_options_of_other_commands_are_said_to_be_theirs() -> None:
     text = "The states take 3 MB. --layers last4 takes less, --dtype int8 half; or give another --cache-dir."
     assert more_advice("extract", {"layers", "dtype", "cache-dir"}, text) == []
     assert more_advice("train", {"cache-dir", "json"}, text) == [
-        "--layers and --dtype are options of kr2cache extract: run that first, and train reads its cache."
+        "--layers and --dtype are options of kr2cache extract: run it first, then train reads its cache."
     ]
     assert more_advice("demo", {"folder"}, text) == [
-        "--cache-dir is an option of other commands: the demo has both below --folder."
+        "--cache-dir is an option of other commands: the demo puts both below --folder."
     ]
     (grid,) = more_advice("sweep", {"seeds"}, "Give a smaller --max-length, or --batch-size 4.")
     assert grid.startswith("--max-length and --batch-size are options of a grid: write the name without dashes")
@@ -50,7 +50,7 @@ def test_a_state_too_large_names_what_train_can_do(
     assert failure(f"extract {settings}", capsys)["remedy"].endswith("larger values.")
     line = f"train {settings} --reader {world.folder / 'models' / 'reader'} --run-dir {world.folder / 'runs'}"
     assert failure(line, capsys)["remedy"].endswith(
-        "--dtype is an option of kr2cache extract: run that first, and train reads its cache."
+        "--dtype is an option of kr2cache extract: run it first, then train reads its cache."
     )
 
 
@@ -79,7 +79,8 @@ def test_a_kr2cache_toml_above_is_pointed_at(
     (workdir / "kr2cache.toml").write_text(f'[models.mine]\npath = "{bert}"\n')
     (workdir / "a" / "b").mkdir(parents=True)
     monkeypatch.chdir(workdir / "a" / "b")
-    there = f"{workdir / 'kr2cache.toml'} is not read from here: run the command in its folder (cd {workdir})."
+    toml = workdir / "kr2cache.toml"
+    there = f"{toml} is not in the working folder, so it is not read: run the command there (cd {workdir})."
     for line in (
         "extract --resource mine --task udpos",
         "extract",
@@ -91,7 +92,7 @@ def test_a_kr2cache_toml_above_is_pointed_at(
         assert there in failure(line, capsys)["remedy"], line
     assert there not in failure(f"extract --resource {bert} --task udpos --data . --dtype x", capsys)["remedy"]
     shutil.copy(workdir / "kr2cache.toml", ".")
-    assert "not read from here" not in failure("extract", capsys)["remedy"]
+    assert "so it is not read" not in failure("extract", capsys)["remedy"]
 
 
 def test_the_folder_of_several_runs_names_one(workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
