@@ -1,15 +1,14 @@
-"""Cheaper forward passes on a CPU: no memory between a product and what alone reads it, and weights that lie as oneDNN
-reads them.
+"""Cheaper forward passes on a CPU: activations and residual sums are computed in place, and weights are packed once in
+the layout that oneDNN reads.
 
-Activations and residual sums are written over what they are computed from: the same bits, without a tensor that goes
-through the caches for nothing. A forward pass of six layers of width 384 took 0.99 of the time with AVX2, 0.98 with
-AVX-512.
+In place: a result overwrites its input. The bits are the same, and no second tensor goes through the processor's
+caches. A forward pass of six layers of width 384 took 0.99 of the time with AVX2, and 0.98 with AVX-512.
 
-torch multiplies float32 matrices through its BLAS, which puts the weights in order again on every call. oneDNN's own
-product takes them in order once, and computes BERT's GELU while the result is in cache. The states move by rounding
-alone (about 1e-6 of the largest). Both together took 0.96 of the time with AVX-512 on Intel, 0.90 on AMD's Zen 4, and
-0.51 on Zen 5, whose AVX-512 oneDNN uses and torch's BLAS (MKL) does not. With AVX2 it saves less than its second copy
-of the weights is worth, and is not used.
+Packed: torch multiplies float32 matrices with its BLAS, which packs the weights again in every call. oneDNN's product
+packs them once, and computes BERT's GELU while the result is in cache. The states change by rounding only (about 1e-6
+of the largest). Both together took 0.96 of the time with AVX-512 on Intel, 0.90 on AMD's Zen 4, and 0.51 on Zen 5,
+where oneDNN uses AVX-512 and torch's BLAS (MKL) does not. With AVX2, packing saves too little for a second copy of the
+weights, so it is not used.
 """
 
 from __future__ import annotations
@@ -26,30 +25,30 @@ from torch import Tensor, nn
 from transformers.activations import GELUActivation
 
 ACTIVATED = (("dense", "intermediate_act_fn"), ("lin1", "activation"))
-"""Names that transformers gives a product and the activation that alone reads its result: BERT's intermediate layer and
-all that descend from it, DistilBERT's feed-forward layer."""
+"""Attribute names in transformers of a linear layer and of the activation that is the only reader of its result: in
+BERT's intermediate layer and its copies in other architectures, and in DistilBERT's feed-forward layer."""
 INTERMEDIATE = {"dense", "intermediate_act_fn"}
-"""What BERT's intermediate layers, and all that descend from them, consist of: activation(dense(x))."""
+"""Children of BERT's intermediate layer and its copies in other architectures: activation(dense(x))."""
 ADDED = {"dense", "LayerNorm", "dropout"}
-"""What BERT's output layers, and all that descend from them, consist of: LayerNorm(dropout(dense(x)) + residual)."""
+"""Children of BERT's output layer and its copies in other architectures: LayerNorm(dropout(dense(x)) + residual)."""
 WORTHWHILE = 4_096
-"""Positions that pay for packing, and for trying whether a module computes the same: of a model of six layers and width
-384 either took as long as 1,400 save."""
+"""From this number of positions on, packing and testing the modules takes less time than it saves. For six layers of
+width 384, each of the two took the time that 1,400 positions save."""
 TOLERANCE = 1e-4
-"""Of the largest value, between oneDNN's product and torch's, on random input."""
+"""Largest difference between oneDNN's product and torch's on random input, relative to the largest value."""
 
 
 @contextlib.contextmanager
 def cheaper_forward(model: nn.Module, positions: int) -> Iterator[None]:
-    """Inside the block ``model`` runs cheaper, where it is on a CPU.
+    """Inside the block, ``model`` runs cheaper if it is on a CPU.
 
-    For inference alone: weights must not change inside, nor hooks be added; what needs gradients runs as ever.
-    Parameters, state dict and modules stay as they are. Several threads may be inside at once: each module computes
-    alike, within rounding, before and after.
+    For inference only: do not change weights or add hooks inside the block. Calls that need gradients run as usual.
+    Parameters, state dict and modules do not change. Several threads may be inside at once: apart from rounding, each
+    module computes the same inside the block as outside.
 
     Args:
-        positions: How many go through the model inside; for few the block does nothing. With AVX-512 a second copy of
-            the linear layers' weights is made.
+        positions: How many positions go through the model inside. Below ``WORTHWHILE`` the block does nothing. With
+            AVX-512 it makes a second copy of the linear layers' weights.
     """
     replaced: list[nn.Module] = []
     try:
@@ -64,8 +63,8 @@ def cheaper_forward(model: nn.Module, positions: int) -> Iterator[None]:
 
 
 def packing_pays_here() -> bool:
-    """With AVX-512 alone: with AVX2 torch's own BLAS is as fast, and what is no x86 takes oneDNN or its like already.
-    By what the processor can do, not by a measurement: what goes on after a stop has to compute alike.
+    """True with AVX-512 only. With AVX2, torch's own BLAS is as fast; other processors already use oneDNN or a similar
+    library. The processor's features decide, not a measurement: a resumed extraction must compute the same way.
     """
     return (
         torch.backends.cpu.get_cpu_capability().startswith("AVX512")
@@ -75,7 +74,7 @@ def packing_pays_here() -> bool:
     )
 
 
-# Weights that are packed ---------------------------------------------------------------------------------------------
+# Packed weights ---------------------------------------------------------------------------------------------
 
 
 def _pack_weights(model: nn.Module, replaced: list[nn.Module]) -> None:
@@ -104,7 +103,7 @@ def _is_plain_linear(module: nn.Module | None) -> TypeGuard[nn.Linear]:
 def _packed_product(
     linear: nn.Linear, activation: str, plain: Callable[[Tensor], Tensor]
 ) -> Callable[[Tensor], Tensor]:
-    """oneDNN's product and activation, or ``plain`` for what they were not packed for."""
+    """oneDNN's product and activation; ``plain`` for other dtypes, for gradients and under autocast."""
     weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
     bias = None if linear.bias is None else linear.bias.detach()
     algorithm = "none" if activation == "gelu" else ""
@@ -118,11 +117,15 @@ def _packed_product(
     return product
 
 
-# What is computed in place -------------------------------------------------------------------------------------------
+# In-place computation -------------------------------------------------------------------------------------------
 
 
 def _compute_in_place(model: nn.Module, replaced: list[nn.Module]) -> None:
-    """Before this the products may have been replaced: their results are new tensors all the same."""
+    """Compute activations and residual sums in place. The target of stage one, 1.031 times its limit, needs this: with
+    AVX-512 on Intel, extracting takes 1.02 to 1.03, and without the 2 % saved here it would take 1.04 to 1.05.
+
+    ``_pack_weights`` may have replaced the linear layers before. Their results are new tensors in both cases.
+    """
     owners = Counter(child for parent in model.modules() for child in parent.children())
     for parent in model.modules():
         children = dict(parent.named_children())
@@ -148,13 +151,13 @@ def _gives_new_tensors(module: nn.Module | None) -> TypeGuard[nn.Linear]:
 
 
 def _is_output(module: Any) -> bool:
-    """It takes what BERT's takes, and nobody looks at its dropout, which is not called."""
+    """Whether it takes the arguments of BERT's output layer, and its dropout, which is skipped, has no hooks."""
     return _takes(module, "hidden_states", "input_tensor") and _is_untouched(module.dropout)
 
 
 def _with_child(parent: nn.Module, name: str, forward: Callable[..., Any]) -> nn.Module:
-    """The module with another ``forward`` of one child. The module itself, which other threads may be running, is not
-    touched.
+    """A copy of the module with another ``forward`` for one child. The module itself stays as it is: other threads may
+    run it.
     """
     trial, child = copy.copy(parent), copy.copy(parent.get_submodule(name))
     child.__dict__["forward"] = forward
@@ -163,7 +166,7 @@ def _with_child(parent: nn.Module, name: str, forward: Callable[..., Any]) -> nn
 
 
 def _is_gelu(module: nn.Module | None) -> TypeGuard[nn.Module]:
-    """By the error function, as torch has it in place too."""
+    """Whether it is the exact GELU (error function), for which torch has an in-place operator."""
     if module is None or not _is_untouched(module):
         return False
     if type(module) is GELUActivation:
@@ -187,7 +190,7 @@ def _added_in_place(output: Any) -> Callable[[Tensor, Tensor], Any]:
     def forward(hidden_states: Tensor, input_tensor: Tensor) -> Any:
         if output.dropout.training or not _is_plain_inference():
             return plain(hidden_states, input_tensor)
-        product = output.dense(hidden_states)  # a new tensor, and dropout gives it as it is
+        product = output.dense(hidden_states)  # a new tensor; dropout in eval mode would return it unchanged
         alike = product.shape == input_tensor.shape and product.dtype == input_tensor.dtype
         return output.LayerNorm(product.add_(input_tensor) if alike else product + input_tensor)
 
@@ -195,11 +198,11 @@ def _added_in_place(output: Any) -> Callable[[Tensor, Tensor], Any]:
 
 
 def _takes(module: nn.Module, *names: str) -> bool:
-    """These arguments, which may be given by name too, and nobody looks at them."""
+    """Whether ``forward`` has exactly these arguments, and the module has no hooks."""
     return _is_untouched(module) and tuple(inspect.signature(module.forward).parameters) == names
 
 
-# Both ----------------------------------------------------------------------------------------------------------------
+# Common --------------------------------------------------------------------------------------------------------------
 
 
 def _agree(
@@ -208,24 +211,24 @@ def _agree(
     inputs: list[Tensor],
     alike: Callable[[Tensor, Tensor], bool],
 ) -> bool:
-    """Whether both give the same. Names are no promise: another architecture may read twice what is overwritten; and
-    torch keeps oneDNN's operators for its own compiler: what they do may change.
+    """Whether both return the same. Names alone are not enough: another architecture may read an overwritten value
+    again. Also, torch keeps oneDNN's operators for its own compiler, so they may change.
     """
     with torch.inference_mode(), torch.autocast("cpu", enabled=False):
         try:
             return alike(plain(*inputs), other(*inputs))
-        except Exception:  # what takes other arguments, or gives something else, is another architecture
+        except Exception:  # other arguments or another result: another architecture
             return False
 
 
 def _is_close(wanted: Tensor, given: Tensor) -> bool:
-    """Weights that are not finite differ from themselves: their product runs as torch has it."""
+    """False if a value is not finite; then torch's own product runs."""
     limit = TOLERANCE * float(wanted.abs().max())
     return given.shape == wanted.shape and float((given - wanted).abs().max()) <= limit
 
 
 def _is_plain_inference() -> bool:
-    """Nothing is kept for a gradient, and no operator chooses its dtype by itself."""
+    """Whether both gradients and autocast are off."""
     return not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
 
 
@@ -243,5 +246,5 @@ def _random(width: int, like: nn.Linear, seed: int = 0) -> Tensor:
 
 
 def _replace(module: nn.Module, forward: Callable[..., Any], replaced: list[nn.Module]) -> None:
-    replaced.append(module)  # first: wherever a Ctrl-C falls, it is taken back
+    replaced.append(module)  # first, so that a Ctrl-C at any point is undone
     module.__dict__["forward"] = forward

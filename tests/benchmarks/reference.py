@@ -131,9 +131,8 @@ def train_tagger(
 
     def batch(part: list[Sentence], numbers: list[int]) -> tuple[Tensor, list[dict[int, int]]]:
         tokens = [encoded[id(part)][i][0] for i in numbers]
-        mine = states[id(part)]
-        places = [first_subwords(encoded[id(part)][i][1]) for i in numbers]
-        return tagger.logits(tokens, mine and [mine[i] for i in numbers]), places
+        own = states[id(part)] and [states[id(part)][i] for i in numbers]
+        return tagger.logits(tokens, own), [first_subwords(encoded[id(part)][i][1]) for i in numbers]
 
     tagger.model.train()
     for epoch in range(epochs):

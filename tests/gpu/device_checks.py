@@ -7,7 +7,6 @@ import functools
 import gc
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -18,13 +17,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from device_processes import PATIENCE_S, kill_in_the_middle, only_cache, same_bytes, start_extract
 from device_scene import Scene
 from numpy.typing import NDArray
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModel
 
 from kr2cache.cache.reader import FeatureCache
-from kr2cache.errors import CacheError, DeviceMemoryError
+from kr2cache.errors import DeviceMemoryError
 from kr2cache.experiment.pipeline import train
 from kr2cache.experiment.prepare import prepare
 from kr2cache.experiment.shared import Shared
@@ -39,8 +39,6 @@ from kr2cache.training.batches import SplitData
 from kr2cache.training.evaluate import example_logits
 from kr2cache.training.features import DeviceFeatures, ResourceFeatures
 
-PATIENCE_S = 120.0
-"""After that a process that should end by itself counts as hanging."""
 ROUNDING = {"float32": 2e-5, "tf32": 1e-2, "bfloat16": 5e-2, "float16": 1e-2}
 """Of a layer's largest state, by what is computed in: how far rounding may move it. On a CPU it moved the states of
 BERT-base's shape by 1.1e-6 (float32), 1.5e-2 (bfloat16) and 1.5e-3 (float16)."""
@@ -142,13 +140,13 @@ def processes(scene: Scene) -> Iterator[Seen]:
     """Three processes share the device; one is killed and goes on; a damaged cache is mended."""
     own = {split: scene.extract(split=split).cache for split in scene.scale.sentences}
     elsewhere = scene.folder / "processes"
-    jobs = {split: _start_extract(scene, split, elsewhere) for split in own}
-    complete = _kill_in_the_middle(jobs.pop("train"), elsewhere)
+    jobs = {split: start_extract(scene, split, elsewhere) for split in own}
+    complete = kill_in_the_middle(jobs.pop("train"), elsewhere)
     for split, job in jobs.items():
         yield _finished(f"{split} extracted beside others", job, own[split], elsewhere, split)
     yield Seen("killed with SIGKILL in the middle", 0 < complete < 1, f"{complete:.1%} complete", "some, not all")
-    yield _finished("it goes on", _start_extract(scene, "train", elsewhere), own["train"], elsewhere, "train")
-    train_cache = _only_cache(elsewhere, "train")
+    yield _finished("it goes on", start_extract(scene, "train", elsewhere), own["train"], elsewhere, "train")
+    train_cache = only_cache(elsewhere, "train")
     shard = next(train_cache.glob("*.h5"))
     cache = FeatureCache.open(train_cache)
     with shard.open("r+b") as file:
@@ -157,7 +155,7 @@ def processes(scene: Scene) -> Iterator[Seen]:
         file.seek(-len(old), os.SEEK_CUR)
         file.write(bytes(255 - byte for byte in old))
     result = repair(RepairConfig(folder=train_cache, resource=str(scene.resource), device=str(scene.device)))
-    same = _same_bytes(own["train"], train_cache)
+    same = same_bytes(own["train"], train_cache)
     damaged = 0 < len(result.damaged) < len(cache.n_tokens)
     yield Seen(
         "1,000 bytes damaged, repaired", damaged and same, f"{len(result.damaged)} damaged, bytes {_alike(same)}",
@@ -364,53 +362,13 @@ def _losses(scene: Scene, name: str, **settings: Any) -> list[float]:
 # Processes -----------------------------------------------------------------------------------------------------------
 
 
-def _start_extract(scene: Scene, split: str, cache_dir: Path) -> subprocess.Popen[bytes]:
-    options = {
-        "--resource": scene.resource,
-        "--split": split,
-        "--task": "udpos",
-        "--data": scene.corpus,
-        "--cache-dir": cache_dir,
-        "--device": scene.device,
-        "--tokens-per-batch": scene.scale.tokens_per_batch,
-    }
-    command = [sys.executable, "-m", "kr2cache.cli", "extract"]
-    command += [str(word) for option in options.items() for word in option]
-    return subprocess.Popen(command, cwd=scene.folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-
-
 def _finished(what: str, job: subprocess.Popen[bytes], expected: Path, cache_dir: Path, split: str) -> Seen:
     """Whether it ended well, and wrote the bytes of ``expected``."""
     said = job.communicate(timeout=PATIENCE_S)[1].decode("utf-8", "replace").strip().splitlines()
     if job.returncode:
         return Seen(what, False, f"exit code {job.returncode}: {said[-1] if said else 'nothing said'}", "exit code 0")
-    same = _same_bytes(expected, _only_cache(cache_dir, split))
+    same = same_bytes(expected, only_cache(cache_dir, split))
     return Seen(what, same, f"bytes {_alike(same)}", "the same")
-
-
-def _kill_in_the_middle(job: subprocess.Popen[bytes], cache_dir: Path) -> float:
-    """The share of sequences that was complete then."""
-    deadline = time.monotonic() + PATIENCE_S
-    while job.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-        with contextlib.suppress(CacheError, StopIteration):
-            if FeatureCache.open(_only_cache(cache_dir, "train")).complete.any():
-                break
-    job.send_signal(signal.SIGKILL)
-    said = job.communicate(timeout=PATIENCE_S)[1].decode("utf-8", "replace")
-    assert job.returncode == -signal.SIGKILL, f"it ended by itself, with exit code {job.returncode}: {said}"
-    return float(FeatureCache.open(_only_cache(cache_dir, "train")).complete.mean())
-
-
-def _only_cache(cache_dir: Path, split: str) -> Path:
-    return next(path.parent for path in (cache_dir / "udpos" / split).glob("*/shard-*.h5"))
-
-
-def _same_bytes(one: Path, other: Path) -> bool:
-    names = sorted(path.name for path in one.glob("*.h5"))
-    return names == sorted(path.name for path in other.glob("*.h5")) and all(
-        (one / name).read_bytes() == (other / name).read_bytes() for name in names
-    )
 
 
 def _alike(same: bool) -> str:
