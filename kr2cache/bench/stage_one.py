@@ -57,9 +57,7 @@ def run(config: BenchConfig, folder: Path) -> tuple[Race, ExtractPlan]:
             yield
 
     def writing_alone() -> Path:
-        path = folder / f"written-{next(numbers)}"
-        _write(path, plan.state_bytes)
-        return path
+        return _write(folder / f"written-{next(numbers)}", plan.state_bytes)
 
     def cheaper() -> None:
         with cheaper_forward(plain, plan.tokens):
@@ -71,9 +69,7 @@ def run(config: BenchConfig, folder: Path) -> tuple[Race, ExtractPlan]:
         return path
 
     def loop(rows: int) -> Path:
-        path = folder / f"loop-{next(numbers)}.h5"
-        _plain_loop(plan, forward, path, rows)
-        return path
+        return _plain_loop(plan, forward, folder / f"loop-{next(numbers)}.h5", rows)
 
     contenders: dict[str, Callable[[], object]] = {
         "length-sorted forward pass alone, nothing stored": lambda: run_through(forwards()),
@@ -100,7 +96,7 @@ def run(config: BenchConfig, folder: Path) -> tuple[Race, ExtractPlan]:
 
 def _plain_loop(
     plan: ExtractPlan, forward: Callable[[NDArray[np.intp]], tuple[torch.Tensor, ...]], path: Path, rows: int
-) -> None:
+) -> Path:
     """Extract as most scripts do: in the data's order, padded, with one HDF5 data set per sequence."""
     names = [raw.decode("utf-8") for raw in plan.index.ids.tolist()]
     with h5py.File(path, "w") as file:
@@ -111,12 +107,14 @@ def _plain_loop(
             for row, i in enumerate(sequences.tolist()):
                 part = layers[:, row, : int(plan.index.n_tokens[i])]
                 file.create_dataset(names[i].replace("/", "|"), data=part.astype(np.float16))
+    return path
 
 
-def _write(path: Path, size: int) -> None:
+def _write(path: Path, size: int) -> Path:
     """Write and sync ``size`` bytes: the least that storing the states takes."""
     block = np.random.default_rng(0).bytes(2**23)
     with path.open("wb", buffering=0) as file:
         for start in range(0, size, len(block)):
             file.write(block[: size - start])
         os.fsync(file.fileno())
+    return path
