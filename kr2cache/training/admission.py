@@ -1,8 +1,7 @@
-"""Can this model be trained as a reader? Asked of the loaded model itself, with a few tokens, before anything long
-starts.
+"""Check on a few tokens that a loaded model can be trained as a reader, before anything long starts.
 
-Equation 3 appends the resource's states to the reader's own. The checks here see whether they do what they should; an
-architecture's name says nothing about a causal mask that its configuration asks for.
+Equation 3 appends the resource's states to the reader's own. The checks run the model, because the name of its
+architecture is not enough: its configuration can ask for a causal mask.
 
 Shape letters: B sequences, T tokens (l1), R states of the resource (l2), H the reader's width.
 """
@@ -27,7 +26,7 @@ from kr2cache.training.kreader import KReader
 LENGTHS = ((5, 4), (3, 2))
 """(l1, l2) of the two sequences."""
 ROUNDING = 1e-5
-"""Of the largest logit."""
+"""Largest difference by rounding, as a share of the largest logit."""
 
 
 def check_plain(model: PreTrainedModel, head: Head, inputs: Mapping[str, Tensor], labels: int, who: str) -> None:
@@ -35,16 +34,16 @@ def check_plain(model: PreTrainedModel, head: Head, inputs: Mapping[str, Tensor]
 
     Args:
         model: The task model, in evaluation mode.
-        inputs: Of ``KReader.forward``, a few examples.
-        labels: How many the task has; for a choice head, choices of an example.
-        who: The model, for the error.
+        inputs: A few examples, as ``KReader.forward`` takes them.
+        labels: Number of labels; for a choice head, number of choices per example.
+        who: Name of the model, for the error.
     """
     B, T = inputs["input_ids"].shape[0], inputs["input_ids"].shape[-1]
     expected = (B, T, labels) if head == "token" else (B, labels)
     try:
         with torch.inference_mode():
             logits = KReader(model, head)(**inputs)["logits"]
-    except Exception as error:  # models of any architecture, whatever they raise
+    except Exception as error:  # models of any architecture can raise anything
         if is_out_of_memory(error):
             raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -65,14 +64,15 @@ def check_plain(model: PreTrainedModel, head: Head, inputs: Mapping[str, Tensor]
 
 
 def check_appended(model: PreTrainedModel, head: Head, who: str) -> None:
-    """Raise ``UnsupportedModelError`` unless appended states do what they should, with the check that failed.
+    """Raise ``UnsupportedModelError`` unless logits depend on appended states, and only on those that are not masked.
 
     Args:
-        model: The task model, in evaluation mode. States are appended in it from now on; it is no plain one any more.
-        who: The model, for the error.
+        model: The task model, in evaluation mode. It keeps the hooks that append states, so do not use it as a plain
+            model afterwards.
+        who: Name of the model, for the error.
     """
     width = int(model.config.hidden_size)
-    # One layer of the reader's own width: the states reach the encoder as they are.
+    # One layer as wide as the reader: states reach the encoder unchanged.
     reader = KReader(model, head, fusion=parse_fusion("last1", 1), projection="none", resource_width=width)
     trial = _Trial.of(model, head)
     for check in CHECKS:
@@ -81,9 +81,9 @@ def check_appended(model: PreTrainedModel, head: Head, who: str) -> None:
             causal = bool(getattr(model.config, "is_decoder", False))
             raise UnsupportedModelError(
                 f"{who} ({model.config.model_type}) cannot be a KReader of method kr2: {failed}."
-                + (' Its config.json has "is_decoder": true: no token sees what stands behind it.' if causal else ""),
+                + (' Its config.json has "is_decoder": true: no token sees the tokens after it.' if causal else ""),
                 ('Set "is_decoder": false there, or choose' if causal else "Choose")
-                + " another reader. As plain baseline it serves: --method kreader.",
+                + " another reader. To train it without a resource: --method kreader.",
             )
 
 
@@ -102,7 +102,7 @@ class _Trial:
 
     @classmethod
     def of(cls, model: PreTrainedModel, head: Head) -> _Trial:
-        draw = torch.Generator().manual_seed(0)  # torch's own random state stays what it is
+        draw = torch.Generator().manual_seed(0)  # does not change torch's own random state
         l1, l2 = torch.tensor(LENGTHS).T
         B, T, R = len(LENGTHS), int(l1.max()), int(l2.max())
         shape = (B, 1, R, int(model.config.hidden_size))
@@ -123,16 +123,16 @@ class _Trial:
         return logits
 
     def moved(self, reader: KReader, resource_mask: Tensor) -> tuple[Tensor, float]:
-        """How far other states move the logits, at every place that counts, and the largest logit."""
-        one, other = (
+        """How much the logits change between the two sets of states, at each label position, and the largest logit."""
+        first, second = (
             self.logits(reader, {"resource_states": states, "resource_mask": resource_mask}) for states in self.states
         )
-        moved = (one - other).abs()
+        moved = (first - second).abs()
         if self.head == "token":
             moved = moved.amax(dim=-1)[self.attention_mask == 1]
         else:
             moved = moved.flatten() if self.head == "choice" else moved.amax(dim=-1)
-        return moved, float(one.abs().max())
+        return moved, float(first.abs().max())
 
 
 def _states_are_seen(reader: KReader, trial: _Trial) -> str | None:
@@ -151,4 +151,4 @@ def _masked_states_are_not_seen(reader: KReader, trial: _Trial) -> str | None:
 
 
 CHECKS: tuple[Callable[[KReader, _Trial], str | None], ...] = (_states_are_seen, _masked_states_are_not_seen)
-"""Each says what is wrong, or None."""
+"""Each returns what is wrong, or None."""

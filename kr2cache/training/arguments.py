@@ -1,4 +1,4 @@
-"""The arguments of transformers' Trainer: ours, and those under ``[training]``."""
+"""The arguments of transformers' Trainer: our own and those under ``[training]`` of ``kr2cache.toml``."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def training_arguments(
             near = difflib.get_close_matches(name, known, n=6, cutoff=0.4) or sorted(known)[:6]
             raise unknown_name("argument under [training] in kr2cache.toml:", name, near, "(of many)")
     device = choose_device(config.device)
-    # With auto, torchrun's processes each have a GPU of their own by now.
+    # With auto, each process of torchrun has already chosen its own GPU.
     if config.device != "auto" and device.type == "cuda" and device.index not in (None, 0):
         raise ConfigError(
             f"Training on --device {config.device}: the Trainer takes the first GPU it sees.",
@@ -55,7 +55,7 @@ def training_arguments(
 
     try:
         arguments = made(config.training)
-    except Exception as error:  # whatever the packages raise that a setting asks for
+    except Exception as error:  # a setting can ask for any package, which can raise anything
         if not config.training:
             raise
 
@@ -108,17 +108,17 @@ def _values(
 
 
 Failure = Callable[[Mapping[str, Any]], Exception | None]
-"""What a training with these settings fails with; None if it works."""
+"""Tries these settings and returns the error, or None if they work."""
 
 
 def settings_error(training: Mapping[str, Any], failure: Failure) -> ConfigError:
-    """An error that names the settings that do not work, among ``training``, which fails as a whole."""
+    """An error that names the settings in ``training`` that do not work. All of them together must fail."""
     alone = {name: failure({name: value}) for name, value in training.items()}
     reasons = {name: error for name, error in alone.items() if error is not None}
-    if not reasons:  # each works alone: those without which the others work
+    if not reasons:  # each works alone: blame those without which the rest works
         together = failure(training) or ValueError("it does not work")
         for name in training:
-            if failure({other: value for other, value in training.items() if other != name}) is None:
+            if failure({rest: value for rest, value in training.items() if rest != name}) is None:
                 reasons[name] = together
         reasons = reasons or dict.fromkeys(training, together)
     said = []

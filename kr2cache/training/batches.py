@@ -1,4 +1,4 @@
-"""Examples of one split to the tensors of a batch, and the order in which a training goes through them."""
+"""Make the tensors of a batch from examples of one split, and choose the order of examples in training."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from kr2cache.training.features import Features
 from kr2cache.training.kreader import IGNORED
 
 TARGETS = ("labels", "teacher_logits")
-"""Of a batch: what is learned from, not read."""
+"""Tensors of a batch that the loss uses. The model does not read them."""
 WHOLE = 2**40
 PART_OVERHEAD = {"cpu": 128}
 """See ``part_overhead``."""
 POOL_BATCHES = 50
-"""Examples of so many batches are sorted by length together, or of a quarter of the split where that is less."""
+"""How many batches are sorted by length together; at most a quarter of the split."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,11 +37,11 @@ class SplitData:
 
     examples: Sequence[Example]
     index: SequenceIndex
-    """Its sequences by the reader's tokenizer."""
+    """Token ids of its sequences by the reader's tokenizer."""
     features: Features | None = None
     """The resource's states of the same sequences; None for plain readers."""
     teacher: TeacherLogits | None = None
-    """What a teacher says of the same examples; None without distillation."""
+    """The teacher's logits for the same examples; None without distillation."""
 
     @property
     def sequences_per_example(self) -> int:
@@ -53,11 +53,11 @@ class SplitData:
 
     @cached_property
     def first_subwords(self) -> FirstSubwords:
-        """Of a split of words."""
+        """Where each word begins. Only for tasks that label words."""
         return FirstSubwords(self.index)
 
     def positions(self) -> NDArray[np.int64]:
-        """(examples,) how many positions each takes in the encoder, about."""
+        """(examples,) about how many positions of the encoder each example takes."""
         lengths = self.index.n_tokens.astype(np.int64)
         if self.features is not None:
             lengths = lengths + self.features.n_tokens
@@ -66,7 +66,7 @@ class SplitData:
 
 
 class Batcher:
-    """Example numbers to the tensors of one batch."""
+    """Makes the tensors of one batch from example numbers."""
 
     def __init__(self, data: SplitData, task: Task, tokenizer: PreTrainedTokenizerBase) -> None:
         self.data = data
@@ -75,7 +75,7 @@ class Batcher:
         self.first = data.index.first_token
 
     def __call__(self, examples: Sequence[int]) -> dict[str, Tensor]:
-        """Inputs of ``KReader.forward`` and what they should give."""
+        """The inputs of ``KReader.forward`` with labels, and with the teacher's logits if there are any."""
         batch = self.inputs(examples)
         T = batch["input_ids"].shape[-1]
         if all(self.data.examples[i].label is not None for i in examples):
@@ -85,7 +85,7 @@ class Batcher:
         return batch
 
     def inputs(self, examples: Sequence[int]) -> dict[str, Tensor]:
-        """What a reader reads, without labels."""
+        """The inputs of ``KReader.forward`` without labels."""
         per = self.data.sequences_per_example
         sequences = [example * per + choice for example in examples for choice in range(per)]
         tokens = [self.data.index.input_id[self.first[i] : self.first[i + 1]] for i in sequences]
@@ -111,13 +111,13 @@ class Batcher:
         labels = np.full((len(examples), T), IGNORED, dtype=np.int64)
         for row, i in zip(labels, examples, strict=True):
             gold = self.data.examples[i].label
-            assert isinstance(gold, tuple), "splits without gold labels are not trained on"
+            assert isinstance(gold, tuple), "training splits have gold labels"
             starts, words = self.data.first_subwords[i]
             row[starts] = np.array(gold, dtype=np.int64)[words]
         return torch.from_numpy(labels)
 
     def _teacher_logits(self, teacher: TeacherLogits, examples: Sequence[int], T: int) -> Tensor:
-        """(B, T, K) for tagging, at each word's first subword and nan elsewhere; else (B, K)."""
+        """(B, T, K) for tagging, nan except at the first subword of each word; else (B, K)."""
         if self.head != "token":
             return torch.from_numpy(np.concatenate([teacher.logits[i] for i in examples]))
         labels = teacher.logits[examples[0]].shape[1]
@@ -129,26 +129,26 @@ class Batcher:
 
 
 def part_overhead(device: torch.device) -> int:
-    """Positions: what one part more of a batch costs. A GPU, mostly idle with small parts, gets batches whole."""
+    """What one more part of a batch costs, in positions. On a GPU batches stay whole: small parts leave it idle."""
     return PART_OVERHEAD.get(device.type, WHOLE)
 
 
 def split_by_length(lengths: NDArray[np.int64], overhead: int) -> list[NDArray[np.intp]]:
-    """Cut a batch into parts of like lengths, so that padding and parts together cost least.
+    """Cut a batch into parts of similar lengths, so that padding and parts together cost least.
 
     Args:
         lengths: (B,) positions that each example takes.
-        overhead: How many positions more cost as much as one part more.
+        overhead: What one more part costs, in positions.
 
     Returns:
-        Places in the batch, by part, longest first.
+        For each part, the places of its examples in the batch; longest first.
     """
     order = np.argsort(-lengths, kind="stable")
     longest_first = lengths[order]
-    starts = np.flatnonzero(np.diff(longest_first, prepend=-1))  # between equal lengths no cut saves anything
+    starts = np.flatnonzero(np.diff(longest_first, prepend=-1))  # a cut between equal lengths saves nothing
     longest, cuts = longest_first[starts], np.append(starts, len(order))
     cost, begins = np.zeros(len(cuts), dtype=np.int64), np.zeros(len(cuts), dtype=np.intp)
-    for stop in range(1, len(cuts)):  # the cheapest way to cut what comes before ``stop``
+    for stop in range(1, len(cuts)):  # the cheapest cuts of everything before ``stop``
         candidates = cost[:stop] + longest[:stop] * (cuts[stop] - cuts[:stop]) + overhead
         begins[stop] = candidates.argmin()
         cost[stop] = candidates[begins[stop]]
@@ -162,14 +162,16 @@ def split_by_length(lengths: NDArray[np.int64], overhead: int) -> list[NDArray[n
 
 
 class StepBatcher:
-    """Example numbers to what one training step gets: ``parts``, the batch cut by length. Each part says its ``share``
-    of the batch's loss, so that the parts' gradients add up to the batch's own; padding is hardly computed.
+    """Makes the input of one training step from example numbers: ``parts``, the batch cut by length.
+
+    Parts have little padding. Each part has its share of the batch's loss, so that the gradients of the parts add up to
+    that of the whole batch.
     """
 
     def __init__(self, batcher: Batcher, overhead: int) -> None:
         """
         Args:
-            overhead: As for ``split_by_length``.
+            overhead: See ``split_by_length``.
         """
         self.batcher = batcher
         self.overhead = overhead
@@ -184,32 +186,32 @@ class StepBatcher:
                 counts = [_targets(part[target]) for part in parts]
                 for part, count in zip(parts, counts, strict=True):
                     part[f"{target}_share"] = count / max(1, sum(counts))
-        # At least one part: a step without a backward pass would leave the other processes of a torchrun waiting.
+        # Keep at least one part: under torchrun, other processes would wait forever for a missing backward pass.
         return {
             "parts": [part for part in parts if any(part.get(f"{target}_share") for target in TARGETS)] or parts[:1]
         }
 
 
 def _targets(tensor: Tensor) -> int:
-    """How many labels, or teacher's answers, a mean over them counts."""
+    """How many labels, or predictions of the teacher, the mean loss counts."""
     if tensor.is_floating_point():
         return int((~tensor[..., 0].isnan()).sum())
     return int((tensor != IGNORED).sum())
 
 
 class LengthGroupedSampler(Sampler[int]):
-    """Random batches of like lengths: examples are shuffled, sorted by length within pools, and the batches that these
-    are cut into are shuffled again. Other batches than plain drawing makes, unlike ``StepBatcher``'s parts.
+    """Random batches of similar lengths. Examples are shuffled and sorted by length within pools; pools are cut into
+    batches, and batches are shuffled. This changes which examples share a batch, unlike the parts of ``StepBatcher``.
 
-    The batch with the longest example comes first, so that a device whose memory is too small says so at once.
+    The batch with the longest example comes first: if the memory of the device is too small, training fails at once.
     """
 
     def __init__(self, lengths: NDArray[np.int64], batch_size: int, seed: int) -> None:
         """
         Args:
             lengths: (examples,) positions that each takes.
-            batch_size: Examples of one step.
-            seed: Decides the order together with the epoch.
+            batch_size: Examples per step.
+            seed: The seed and the epoch decide the order.
         """
         self.lengths = lengths
         self.batch_size = batch_size
@@ -227,7 +229,7 @@ class LengthGroupedSampler(Sampler[int]):
         draw = np.random.default_rng([self.seed, self.epoch])
         order = draw.permutation(len(self.lengths))
         pool = self.batch_size * max(1, min(POOL_BATCHES, len(order) // (4 * self.batch_size)))
-        # The last pool takes the rest, so that what fills no batch is the shortest of many.
+        # The last pool takes the rest, so that an incomplete batch has the shortest examples of many.
         starts = list(range(0, max(1, len(order) - pool + 1), pool))
         for start, stop in zip(starts, [*starts[1:], len(order)], strict=True):
             part = order[start:stop]

@@ -1,8 +1,8 @@
-"""Knowledge distillation: what a fine-tuned teacher says of the training split, and the loss that learns from it.
+"""Knowledge distillation: the logits of a fine-tuned teacher for the training split, and the loss that uses them.
 
 KR2, section on distillation: ``L = L_hard + 0.5 L_soft``, both at the level of tokens. ``L_soft`` is the cross entropy
-between the teacher's and the student's distributions over labels, at the first subword of each word (tagging), or one
-an example. The teacher never changes, so its logits are computed once and kept beside the resources' caches.
+between the teacher's and the student's distributions over labels: for tagging at the first subword of each word, else
+once per example. The teacher never changes, so its logits are computed once and stored beside the caches.
 """
 
 from __future__ import annotations
@@ -29,19 +29,24 @@ class TeacherLogits:
     """A teacher's logits for the examples of a split."""
 
     ids: tuple[str, ...]
-    """Of the examples."""
+    """Ids of the examples."""
     logits: Sequence[NDArray[np.float32]]
-    """One array an example, (words, labels) for tagging, else (1, labels or choices); nan where the teacher cut a word
-    off."""
+    """One array per example: (words, labels) for tagging, else (1, labels or choices). A word that the teacher cut off
+    has nan."""
 
     def save(self, path: Path, fingerprint: str) -> None:
-        """Write them so that a file of this name is complete whenever it is there.
+        """Write the file. Under this name the file is always complete.
+
+        Args:
+            fingerprint: Hash of the teacher and the examples; ``load`` compares it.
 
         Raises:
-            OSError: If it cannot be written; nothing is left of it then.
+            OSError: If the file cannot be written. No partial file stays behind.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # students may be trained side by side
+        partial = path.with_name(
+            f"{path.name}.{os.getpid()}.partial"
+        )  # several students may be trained at the same time
         try:
             with partial.open("wb") as file:
                 np.savez(
@@ -61,10 +66,10 @@ class TeacherLogits:
 
     @classmethod
     def load(cls, path: Path, fingerprint: str) -> TeacherLogits:
-        """What ``save`` wrote.
+        """Read a file that ``save`` wrote.
 
         Raises:
-            CacheError: If it cannot be read, or was made from something else.
+            CacheError: If the file cannot be read, or its fingerprint is different.
         """
         try:
             with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
@@ -80,17 +85,17 @@ class TeacherLogits:
 
 
 def soft_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """L_soft: mean over positions of ``-sum_k p_k log q_k``, p the teacher's and q the student's distribution.
+    """L_soft: mean over positions of ``-sum_k p_k log q_k``, where p is the teacher's distribution and q the student's.
 
-    Both are softened by the temperature t; the loss is scaled by t^2, so that its gradient keeps its size (Hinton et
-    al. 2015, arXiv:1503.02531, section 2). Where student and teacher agree it is the teacher's entropy.
+    The temperature t softens both. The loss is scaled by t^2, so that the size of its gradient does not depend on t
+    (Hinton et al. 2015, arXiv:1503.02531, section 2). If student and teacher agree, the loss is the teacher's entropy.
 
     Args:
         student: Logits, (..., K).
-        teacher: Logits, (..., K); positions that hold nan are left out.
+        teacher: Logits, (..., K); positions with nan are ignored.
 
     Returns:
-        float32 scalar, 0 where no position is left.
+        float32 scalar; 0 if all positions are ignored.
     """
     there = torch.isfinite(teacher).all(dim=-1)
     p = functional.softmax(teacher[there].float() / temperature, dim=-1)

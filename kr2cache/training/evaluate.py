@@ -22,7 +22,7 @@ from kr2cache.training.batches import Batcher, SplitData, part_overhead, split_b
 from kr2cache.training.kreader import KReader
 
 POSITIONS_PER_BATCH = {"cpu": 2_048, "cuda": 32_768}
-"""Of one batch, reader's and resource's positions together."""
+"""Positions in one batch, reader and resource together."""
 
 
 @dataclass(frozen=True)
@@ -41,21 +41,21 @@ def evaluate(reader: KReader, data: SplitData, task: Task, tokenizer: PreTrained
 
 
 def predict(reader: KReader, data: SplitData, task: Task, tokenizer: PreTrainedTokenizerBase) -> list[Prediction]:
-    """Label numbers for every example, in order; None for a word without a token."""
+    """The most likely label number of each example, in order. For tagging: of each word, None without a token."""
     return most_likely(example_logits(reader, data, task, tokenizer), task)
 
 
 def most_likely(logits: Sequence[NDArray[np.float32]], task: Task) -> list[Prediction]:
-    """The labels that examples' logits say.
+    """The most likely label numbers.
 
     Args:
-        logits: As ``example_logits`` gives them.
+        logits: The result of ``example_logits``.
     """
     if not logits:
         return []
     rows = np.concatenate(logits)
     unknown = np.isnan(rows)
-    rows[unknown] = -np.inf  # argmax would take nan for the largest
+    rows[unknown] = -np.inf  # argmax treats nan as the largest value
     best: list[int] = rows.argmax(axis=1).tolist()
     if task.head != "token":
         return list(best)
@@ -66,8 +66,9 @@ def most_likely(logits: Sequence[NDArray[np.float32]], task: Task) -> list[Predi
 
 
 def batches_of(data: SplitData, device: torch.device) -> list[NDArray[np.intp]]:
-    """Example numbers of each batch of an evaluation: like lengths together, longest first. What is left to pad is cut
-    where that costs less: of a small split all would be one batch.
+    """Example numbers of each evaluation batch: similar lengths together, longest first.
+
+    Batches are cut further if that saves more padding than it costs: a small split would be a single batch.
     """
     budget = POSITIONS_PER_BATCH.get(device.type, POSITIONS_PER_BATCH["cpu"])
     overhead = part_overhead(device)
@@ -79,15 +80,17 @@ def batches_of(data: SplitData, device: torch.device) -> list[NDArray[np.intp]]:
 def example_logits(
     reader: KReader, data: SplitData, task: Task, tokenizer: PreTrainedTokenizerBase
 ) -> list[NDArray[np.float32]]:
-    """Logits of every example, in order; batches go by length, longest first. One that does not fit into the device's
-    memory is halved: nobody should lose a training to its evaluation.
+    """Logits of each example, in order.
+
+    Batches have similar lengths, longest first. A batch that does not fit into the device's memory is halved, so that a
+    training is not lost in its evaluation.
 
     Returns:
-        One array an example: (words, labels) for tagging, at each word's first subword, nan for a word without a
-        token; else (1, labels or choices).
+        One array per example: (words, labels) for tagging, from the first subword of each word, nan for a word without
+        a token; else (1, labels or choices).
 
     Raises:
-        TrainingError: If a logit is not a finite number. It would else be scored as a word without a token, or as the
+        TrainingError: If a logit is not a finite number. Otherwise it would count as a word without a token, or as the
             first label.
     """
     device = next(reader.parameters()).device
@@ -108,7 +111,7 @@ def example_logits(
                 drop_unused_memory()
                 todo += np.array_split(numbers, 2)[::-1]
                 continue
-            if rows is None:  # the first batch says how many labels or choices there are
+            if rows is None:  # the first batch shows how many labels or choices there are
                 rows = np.full((first_row[-1], logits.shape[-1]), np.nan, dtype=np.float32)
             places, targets = np.arange(len(numbers)), first_row[numbers]
             if is_token:
@@ -119,7 +122,7 @@ def example_logits(
                 raise _not_finite(data.examples[numbers[places[np.argmin(finite)]]].id)
             rows[targets] = logits
     reader.train(was_training)
-    assert rows is not None, "splits without an example are refused"
+    assert rows is not None, "every split has an example"
     return [rows[start:stop] for start, stop in pairwise(first_row.tolist())]
 
 
@@ -134,10 +137,10 @@ def _not_finite(name: str) -> TrainingError:
 def _logits_if_they_fit(
     reader: KReader, batcher: Batcher, numbers: NDArray[np.intp], device: torch.device
 ) -> NDArray[np.float32] | None:
-    """Logits of one batch, on the CPU; None where it does not fit into the device's memory and can be halved.
+    """Logits of one batch, on the CPU; None if the batch does not fit into the device's memory and can be halved.
 
     Raises:
-        DeviceMemoryError: If one example alone does not fit.
+        DeviceMemoryError: If a single example does not fit.
     """
     try:
         inputs = {name: tensor.to(device) for name, tensor in batcher.inputs(numbers.tolist()).items()}

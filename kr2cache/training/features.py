@@ -1,9 +1,9 @@
-"""Stage two's data path: from a cache to batches of resource states.
+"""The data path of stage two: from a cache to batches of resource states.
 
-A fixed fusion of several layers is computed once, when training is set up, and kept for every epoch and seed: in
-memory, else in a temporary file; where neither has room it is computed anew for each batch. One layer, or a fusion that
-the cache holds ready, is read straight from the map; only trainable weights and the direct projection need several
-layers in every batch. States that fit on a GPU live there, and batches are gathered there.
+A fixed fusion of several layers is computed once, before training, and kept for all epochs and seeds: in memory, or
+else in a temporary file. If neither has room, each batch computes it again. A single layer, or a fusion that is stored
+in the cache, is read from the memory map. Only trainable weights and the direct projection need
+several layers in each batch. If all states fit on a GPU, they are copied there once, and batches are gathered there.
 
 Shape letters: B sequences, T positions (padded), L layers that reach the model, D width.
 """
@@ -28,22 +28,22 @@ from kr2cache.system.disk import temporary_file
 from kr2cache.system.memory import aligned_empty, free_memory
 
 MEMORY_SHARE = 0.25
-"""Of the free memory, the process's or the GPU's, may go to states."""
+"""Share of free memory that states may take, on the computer or on the GPU."""
 SEQUENCES_AT_ONCE = 256
 
 
 class Features(Protocol):
-    """Where a reader's batches get the resource's states from."""
+    """Gives the resource's states for the batches of a reader."""
 
     n_tokens: NDArray[np.int32]
     """(sequences,)"""
     device: torch.device
     """Where the states of a batch are."""
     sequences_read: int
-    """How many sequences ``batch`` has given out."""
+    """How many sequences ``batch`` has returned."""
 
     def batch(self, sequences: Sequence[int]) -> tuple[NDArray[np.floating] | Tensor, NDArray[np.int64]]:
-        """States (B, L, T, D), zeros where padded, L = 1 where the layers are fused already; mask (B, T)."""
+        """States (B, L, T, D), zero at padding, L = 1 if the layers are already fused; mask (B, T)."""
 
 
 class ResourceFeatures:
@@ -60,24 +60,24 @@ class ResourceFeatures:
     ) -> None:
         """
         Args:
-            cache: Holds at least ``sequence_ids``, and the fusion's layers or the fusion itself.
-            sequence_ids: In the order of the split's sequences; ``batch`` counts in it.
-            fusion: Which layers.
-            keep_layers: Do not fuse, though the fusion is fixed: the direct projection wants the layers side by side.
-            pinned: Make batches in memory that a GPU copies from by itself.
+            cache: Has at least ``sequence_ids``, and the layers of the fusion or the fused states.
+            sequence_ids: In the order of the split's sequences. ``batch`` takes positions in this list.
+            fusion: Which layers, and their weights.
+            keep_layers: Do not fuse even if the fusion is fixed: the direct projection needs all layers.
+            pinned: Make batches in pinned memory, from which a GPU copies without waiting for the CPU.
         """
         self.cache = cache
         self.fusion = fusion
         self.pinned = pinned
         self.device = torch.device("cpu")
         self.sequences_read = 0
-        """How many sequences ``batch`` has given out: so many forward passes of the resource were not needed."""
+        """How many sequences ``batch`` has returned: each saved one forward pass of the resource."""
         self._positions = cache.positions(sequence_ids)
         self.n_tokens = cache.n_tokens[self._positions]
         self._fused: NDArray[np.floating] | None = None
         self._layers_read = fusion.layers if cache.fusion is None else None
         self._averages = not fusion.trainable and not keep_layers and len(fusion.layers) > 1 and cache.fusion is None
-        """Whether batches are of one layer, the average of those that are read."""
+        """Whether batches have one layer: the average of the layers that are read."""
         if self._averages:
             self._first_token = offsets(self.n_tokens)
             self._fused = self._fuse(list(sequence_ids))
@@ -93,7 +93,7 @@ class ResourceFeatures:
 
     @property
     def nbytes(self) -> int:
-        """Of all states that batches are made of."""
+        """Size of all states as they appear in batches."""
         tokens = int(self.n_tokens.sum(dtype=np.int64))
         return tokens * self.layers * self.width * self.cache.states_dtype.itemsize
 
@@ -101,8 +101,7 @@ class ResourceFeatures:
         """States and mask of some sequences.
 
         Returns:
-            States (B, L, T, D), zeros where padded, L = 1 where the layers are fused already; mask (B, T), 1 for
-            states.
+            States (B, L, T, D), zero at padding, L = 1 if the layers are already fused; mask (B, T), 1 for states.
         """
         self.sequences_read += len(sequences)
         self.read_ahead(sequences)
@@ -116,28 +115,28 @@ class ResourceFeatures:
 
     def _empty(self, shape: tuple[int, ...]) -> NDArray[np.floating]:
         dtype = self.cache.states_dtype
-        # A worker process of a DataLoader must not touch the GPU; there the DataLoader itself pins what comes.
+        # A worker process of a DataLoader must not touch the GPU. The DataLoader itself pins batches of workers.
         if not self.pinned or get_worker_info() is not None:
             return aligned_empty(shape, dtype)
-        # torch keeps it for later batches once a GPU has read it. Fresh memory, to be copied to pinned memory after,
-        # took four times as long.
+        # torch reuses this memory once a GPU has read it. New memory with a later copy to pinned memory took four times
+        # as long.
         return torch.empty(shape, dtype=torch_dtype(dtype), pin_memory=True).numpy()
 
     def read_ahead(self, sequences: Sequence[int]) -> None:
-        """As ``FeatureCache.read_ahead``; what is fused is in memory, or in a file that was just written."""
+        """See ``FeatureCache.read_ahead``. Fused states need none: they are in memory or in a file just written."""
         if self._fused is None:
             self.cache.read_ahead(self._positions[list(sequences)], self._layers_read)
 
     def states(self, sequence: int) -> NDArray[np.floating]:
-        """(L, T, D) of one sequence; not counted as read."""
+        """(L, T, D) of one sequence; ``sequences_read`` does not count it."""
         if self._fused is not None:
             return self._fused[None, self._first_token[sequence] : self._first_token[sequence + 1]]
         states_LTD = self.cache.states(int(self._positions[sequence]), self._layers_read)
         return self.fusion.apply(states_LTD)[None].astype(states_LTD.dtype) if self._averages else states_LTD
 
     def _fuse(self, sequence_ids: list[str]) -> NDArray[np.floating] | None:
-        """Eq. 1 for every sequence, (tokens, D), in the precision that the states are read in. None where neither
-        memory nor a disk has room for it.
+        """Eq. 1 for every sequence, (tokens, D), in the dtype of states that are read. None if neither memory nor a
+        disk has room.
         """
         fused = self._allocate()
         if fused is None:
@@ -150,7 +149,7 @@ class ResourceFeatures:
         return fused
 
     def _allocate(self) -> NDArray[np.floating] | None:
-        """Room for what is fused: an array in memory, or where memory is short in a mapped temporary file."""
+        """An array for the fused states: in memory, or in a mapped temporary file if memory is too small."""
         shape, dtype = (int(self._first_token[-1]), self.width), self.cache.states_dtype
         size = self.nbytes
         if fits_in_memory(size):
@@ -169,17 +168,17 @@ class ResourceFeatures:
 
 
 class DeviceFeatures:
-    """All states of ``ResourceFeatures`` on a GPU, where batches are gathered: each state crosses the bus once."""
+    """All states of ``ResourceFeatures`` on a GPU. Each state is copied there once; batches are gathered there."""
 
     def __init__(self, features: ResourceFeatures, device: torch.device) -> None:
         self.n_tokens = features.n_tokens
         self.device = device
         self.layers = features.layers
         self.sequences_read = 0
-        """How many sequences ``batch`` has given out."""
+        """How many sequences ``batch`` has returned."""
         self._first_row = offsets(self.n_tokens) * features.layers
         dtype = torch_dtype(features.cache.states_dtype)
-        # One row more than there are, of zeros: what padding is gathered from.
+        # The last row is zero: padding is gathered from it.
         self._rows = torch.zeros(int(self._first_row[-1]) + 1, features.width, dtype=dtype, device=device)
         for start in range(0, len(self.n_tokens), SEQUENCES_AT_ONCE):
             part = range(start, min(start + SEQUENCES_AT_ONCE, len(self.n_tokens)))
@@ -189,25 +188,25 @@ class DeviceFeatures:
             self._rows[first : first + len(packed)] = torch.from_numpy(packed).to(device)
 
     def batch(self, sequences: Sequence[int]) -> tuple[Tensor, NDArray[np.int64]]:
-        """As ``ResourceFeatures.batch``, the states on the device."""
+        """See ``ResourceFeatures.batch``. States are on the device."""
         self.sequences_read += len(sequences)
         lengths = self.n_tokens[list(sequences)]
         place_T, length_B = np.arange(lengths.max()), lengths[:, None, None]
         first_B, layer_L = self._first_row[list(sequences)][:, None, None], np.arange(self.layers)[:, None]
         rows_BLT = np.where(place_T < length_B, first_B + layer_L * length_B + place_T, len(self._rows) - 1)
-        # Computed here and copied: there each of these operations would start a kernel of its own.
+        # Row numbers are computed on the CPU: on the GPU each of these operations would start its own kernel.
         rows = torch.from_numpy(rows_BLT)
         rows = (rows.pin_memory() if self.device.type == "cuda" else rows).to(self.device, non_blocking=True)
         return self._rows[rows], (place_T < lengths[:, None]).astype(np.int64)
 
 
 def torch_dtype(dtype: np.dtype[Any]) -> torch.dtype:
-    """What torch calls it."""
+    """The same dtype in torch."""
     return torch.from_numpy(np.empty(0, dtype=dtype)).dtype
 
 
 def room_on(device: torch.device) -> int:
-    """How many bytes of states may live there: none but on a GPU, which keeps most of its free memory for training."""
+    """How many bytes of states may be kept on the device. A GPU keeps most of its free memory for training; else 0."""
     if device.type != "cuda":
         return 0
     kept_by_torch = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -1,4 +1,4 @@
-"""Does a training step fit into the device's memory? Known before the first step, not after hours."""
+"""Check before the first step that a training step fits into the device's memory."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from kr2cache.training.batches import StepBatcher
 from kr2cache.training.kreader import KReader
 
 OPTIMIZER_BYTES = 8
-"""Of each trained weight: AdamW keeps two float32 averages, which are there from the second step on."""
+"""Bytes per trained weight: AdamW keeps two float32 averages. It allocates them in the first step."""
 
 
 def out_of_memory(config: TrainConfig, device: torch.device) -> DeviceMemoryError:
-    """What to say of a training step that does not fit."""
+    """The error for a training step that does not fit."""
     steps = int(config.training.get("gradient_accumulation_steps", 1))
     remedy = memory_advice(device, "give a smaller --max-length or --resource-max-length")
     if config.batch_size > 1:
         remedy = (
             f"Give --batch-size {config.batch_size // 2} and write gradient_accumulation_steps = {2 * steps} under "
-            "[training] in kr2cache.toml: as many examples a step. Or write bf16 = true there."
+            "[training] in kr2cache.toml: a step then has as many examples. Or write bf16 = true there."
         )
     return DeviceMemoryError(
         f"A training step with --batch-size {config.batch_size} does not fit into the memory of {device}.", remedy
@@ -34,14 +34,14 @@ def out_of_memory(config: TrainConfig, device: torch.device) -> DeviceMemoryErro
 
 
 class LongestBatchFirst(TrainerCallback):
-    """Before the first step, the batch of the longest examples goes forward and backward once, beside what the
-    optimizer will keep. Weights and random numbers stay what they are.
+    """Before the first step, runs the batch of the longest examples forward and backward once, with the memory of the
+    optimizer allocated. Weights and random state do not change.
     """
 
     def __init__(self, reader: KReader, batcher: StepBatcher, try_batch: Callable[[dict[str, Any]], None]) -> None:
         """
         Args:
-            try_batch: Sends a batch forward and backward, and forgets what came of it.
+            try_batch: Runs a batch forward and backward, and drops gradients and losses.
         """
         self.reader = reader
         self.batcher = batcher
