@@ -1,6 +1,6 @@
-"""What can be seen wrong in a call of stage one before torch is imported.
+"""Check the settings of stage one before torch is imported.
 
-Importing torch and transformers takes seconds, so a command line that cannot be run is refused before that.
+Importing torch and transformers takes seconds; a command with wrong settings fails before that.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from kr2cache.tasks import Task, find_task
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Extraction:
-    """What the names of an extraction mean."""
+    """The model and the task that the settings name."""
 
     spec: ModelSpec
     task: Task
 
 
 def check_extraction(config: ExtractConfig) -> Extraction:
-    """Check the settings of stage one; reads no data and loads nothing.
+    """Check the settings of stage one. No data is read and no model is loaded.
 
     Raises:
-        KR2CacheError: For a name, path or setting that cannot be right, or a model that cannot be had.
+        KR2CacheError: If a name, path or setting is wrong, or the model cannot be obtained.
     """
     if config.dtype not in DTYPES:
         raise unknown_name("dtype", config.dtype, DTYPES)

@@ -1,4 +1,4 @@
-"""What an extraction will take, known before the model is loaded: settings checked, split read and tokenised."""
+"""Plan an extraction before the model is loaded: check the settings, read and tokenise the split."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from kr2cache.tasks import Example, find_task
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractPlan:
-    """What an extraction will take, known before the model is loaded."""
+    """What an extraction will run and store, and how large it is."""
 
     config: ExtractConfig
     spec: ModelSpec
@@ -41,7 +41,7 @@ class ExtractPlan:
     template: str
     corpus: str
     missing_words: MissingWords
-    """Of a task of words: how many get no states."""
+    """For a task on words: how many words get no states."""
 
     @property
     def tokens(self) -> int:
@@ -49,7 +49,7 @@ class ExtractPlan:
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of one token: all stored layers."""
+        """Bytes of one token in all stored layers."""
         return DTYPES[self.config.dtype].row_bytes(self.width) * len(self.layers)
 
     @property
@@ -71,7 +71,7 @@ class ExtractPlan:
         )
 
     def bytes_by_choice(self) -> dict[str, dict[str, int]]:
-        """Bytes for every dtype with all layers, the last four, and one."""
+        """Bytes on disk, for every dtype, with all layers, the last four layers, and one layer."""
         choices = {"all": self.model_layers, "last4": min(4, self.model_layers), "one layer": 1}
         return {
             name: {text: self.tokens * layers * dtype.row_bytes(self.width) for text, layers in choices.items()}
@@ -80,10 +80,11 @@ class ExtractPlan:
 
 
 def plan_extraction(config: ExtractConfig, examples: Sequence[Example] | None = None) -> ExtractPlan:
-    """Check the settings, read and tokenise the split, and say what it takes. Loads no weights.
+    """Check the settings, read the split and tokenise it. No weights are loaded.
 
     Args:
-        examples: The split, where the caller has read it already.
+        config: The settings.
+        examples: The examples of the split, if the caller has read them already.
     """
     checked = check_extraction(config)
     spec, task = checked.spec, checked.task
@@ -96,7 +97,7 @@ def plan_extraction(config: ExtractConfig, examples: Sequence[Example] | None = 
     longest = max_positions(model_config)
     if longest is not None and config.max_length > longest:
         raise ConfigError(
-            f"A maximal length of {config.max_length} is more than {spec.name!r} has positions ({longest}).",
+            f"The maximal length {config.max_length} is more than the {longest} positions of {spec.name!r}.",
             f"Give --max-length {longest} or less.",
         )
     tokenizer = load_tokenizer(spec, words=task.words)
@@ -119,10 +120,10 @@ def plan_extraction(config: ExtractConfig, examples: Sequence[Example] | None = 
 
 
 def check_disk(plan: ExtractPlan) -> None:
-    """Refuse what the disk cannot hold, beside the space that shards of this cache have reserved already.
+    """Check that the disk can hold the cache. Space that shards of this cache have reserved already counts as free.
 
     Raises:
-        DiskSpaceError: With what it needs, what is free, and what would need less.
+        DiskSpaceError: If it cannot; the message gives the needed and the free bytes, and smaller settings.
     """
     needed = plan.state_bytes - _reserved(plan)
     free = free_bytes(plan.config.cache_dir)
@@ -135,7 +136,7 @@ def check_disk(plan: ExtractPlan) -> None:
 
 
 def _reserved(plan: ExtractPlan) -> int:
-    """Bytes that the shards of this cache take on disk; some or all of them may be there, finished or not."""
+    """Bytes on disk of the shards that an earlier extraction of this cache has made."""
     wanted = canonical_json(asdict(plan.chosen))
     config = plan.config
     most = 0
@@ -148,13 +149,14 @@ def _reserved(plan: ExtractPlan) -> int:
 
 
 def describe(plan: ExtractPlan, length_option: str = "--max-length") -> None:
-    """Say what the extraction will take.
+    """Show what the extraction will run and store.
 
     Args:
-        length_option: What the command at hand calls the maximal length of this model's sequences.
+        plan: The extraction.
+        length_option: The option for the maximal length in the command that the user called.
     """
     free = free_bytes(plan.config.cache_dir)
-    said = Text.assemble(
+    summary = Text.assemble(
         (plan.spec.name, "bold"),
         f" on {plan.config.task}/{plan.config.split} ({plan.corpus}): "
         f"{count_text(len(plan.index), 'sequence')}, {count_text(plan.tokens, 'token')}, layers "
@@ -162,11 +164,11 @@ def describe(plan: ExtractPlan, length_option: str = "--max-length") -> None:
         (bytes_text(plan.state_bytes), "bold"),
         f" ({bytes_text(free)} free in {os.fspath(plan.config.cache_dir)})",
     )
-    console.print(said, soft_wrap=True)
+    console.print(summary, soft_wrap=True)
     longest = f"{plan.config.max_length} tokens ({length_option})"
     filled = int((plan.index.n_tokens == plan.config.max_length).sum())
     if missing := plan.missing_words.total:
         reasons = plan.missing_words.reasons(plan.config.max_length, length_option)
         note(f"No states for {count_text(missing, 'word')}: {reasons}.")
     elif filled and not find_task(plan.config.task).words:
-        note(f"{count_text(filled, 'sequence')} of {longest}: what is longer was cut to that.")
+        note(f"{count_text(filled, 'sequence')} of {longest}: longer texts are cut.")

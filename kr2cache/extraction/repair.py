@@ -1,7 +1,7 @@
-"""Mend a damaged cache: take back the marks of what is damaged, and run the planned batches that hold it again.
+"""Mend a damaged cache: remove the marks of damaged sequences, and run their planned batches again.
 
-A batch runs as it was planned when the cache was made, whole and with as many threads, so on the same device the mended
-file is byte for byte the one it was. What is sound is not touched.
+A batch runs as it was planned when the cache was made: whole, and with as many threads. So on the same device the
+mended file is byte for byte the original. Sound sequences are not touched.
 """
 
 from __future__ import annotations
@@ -37,30 +37,30 @@ from kr2cache.tasks import Example, find_task
 
 @dataclass(frozen=True, kw_only=True)
 class RepairConfig:
-    """One repair."""
+    """The settings of a repair."""
 
     folder: Path
     resource: str | None = None
-    """Where the model is; None for the name that the cache has."""
+    """The model; None for the name that the cache records."""
     data: str | None = None
-    """The corpus: needed where an index is damaged, or segments were told apart; None for the task's own."""
+    """The corpus; None for the task's own. It is read if an index is damaged or the model runs with segment ids."""
     device: str = "auto"
     models: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RepairResult:
-    """What was mended."""
+    """What a repair did."""
 
     cache: Path
     damaged: list[str]
-    """Ids of the sequences that were damaged or incomplete."""
+    """Ids of damaged or incomplete sequences."""
     rebuilt: list[str]
-    """Shards whose structure or index was damaged: made again around their sound sequences."""
+    """Shards with a damaged structure or index; they were made again with their sound sequences."""
     computed: int
-    """Sequences that went through the model: whole batches."""
+    """Sequences that the model ran on, in whole batches."""
     taken_over: int
-    """Sequences that came from another cache."""
+    """Sequences that were copied from another cache."""
     seconds: float
 
     def json(self) -> dict[str, Any]:
@@ -69,11 +69,11 @@ class RepairResult:
 
 @process_unchanged()
 def repair(config: RepairConfig) -> RepairResult:
-    """Find what is damaged or incomplete, and make it again.
+    """Find damaged and incomplete sequences and make them again.
 
     Raises:
-        CacheError: If no shard says what the cache was made from, or it was made from another cache that is gone.
-        CacheMismatchError: If model or data are not what the cache was made from.
+        CacheError: If no shard records what the cache was made from, or it was made from a cache that no longer exists.
+        CacheMismatchError: If the cache was made from another model or other data.
     """
     started = time.monotonic()
     check_writable(config.folder, "the cache")
@@ -88,8 +88,8 @@ def repair(config: RepairConfig) -> RepairResult:
             computed, taken = _mend(config, found, _header(found), whole_index=whole_index)
         if found.damaged_ids:
             note(
-                "Runs that read these states while they were damaged are still there; remove their folders to train "
-                "them anew. train --check-states reads none that are damaged."
+                "Runs may have been trained on the damaged states; remove their folders to train them again. "
+                "train --check-states never reads a damaged state."
             )
     return RepairResult(
         cache=config.folder,
@@ -102,13 +102,14 @@ def repair(config: RepairConfig) -> RepairResult:
 
 
 def _contradicts_itself(folder: Path) -> bool:
-    """Whether shards that are sound each are not this cache together, as when two of them changed places."""
+    """Whether sound shards do not form this cache together, for example if two shards were exchanged."""
     return bool(provenance.contradictions(FeatureCache.open(folder)))
 
 
 def _header(found: CacheCheck) -> ShardHeader:
-    """What the cache was made from: what its shards say, readable ones first, with the fingerprint in the folder's
-    name, or most of them where it has none.
+    """The header of the cache, from a shard with the fingerprint of the folder's name; readable shards come first.
+
+    If the name has no fingerprint, the fingerprint that most shards have counts.
     """
     headers: list[ShardHeader] = []
     for shard in sorted(found.shards, key=lambda shard: bool(shard.unreadable)):
@@ -119,21 +120,19 @@ def _header(found: CacheCheck) -> ShardHeader:
     prints = Counter(header.fingerprint for header in headers)
     if prints and (len(prints) == 1 or prints.most_common(2)[0][1] > prints.most_common(2)[1][1]):
         return next(header for header in headers if header.fingerprint == prints.most_common(1)[0][0])
-    why = next((shard.unreadable for shard in found.shards if shard.unreadable), "they are of different caches.")
+    why = next((shard.unreadable for shard in found.shards if shard.unreadable), "they belong to different caches.")
     raise CacheError(
-        f"No shard of {found.folder} says what it was made from: {why}", "Run the kr2cache extract that made it again."
+        f"No shard of {found.folder} records what it was made from: {why}", "Run the same kr2cache extract again."
     )
 
 
 def _mend(config: RepairConfig, found: CacheCheck, header: ShardHeader, *, whole_index: bool) -> tuple[int, int]:
-    """(sequences computed, sequences taken over). Everything that can be refused is, before the first mark is taken
-    back.
-    """
+    """(sequences computed, sequences copied). All checks come before the first mark is removed."""
     chosen = provenance.chosen_of(header.provenance, config.folder)
     made = provenance.found_of(header.provenance, config.folder)
     if header.fusion is not None or "converted_from" in header.provenance.get("recorded", {}):
         source = derive.source_of(config.folder, header)
-        _take_back_marks(found)
+        _remove_marks(found)
         return 0, derive.refill(config.folder, header, source)
     plan = _plan(config, chosen, made, header, whole_index)
     model = open_model(plan.spec)
@@ -141,17 +140,17 @@ def _mend(config: RepairConfig, found: CacheCheck, header: ShardHeader, *, whole
         then, now = getattr(made, name), getattr(model.digests, name)
         if then != now:
             raise CacheMismatchError(
-                f"The {name} of {plan.spec.name} are not those that {config.folder} was made from (digest {then[:8]} "
-                f"then, {now[:8]} now).",
-                "Give --resource with the folder of the model it was made from.",
+                f"{config.folder} was made with other {name} of {plan.spec.name} (digest {then[:8]} then, {now[:8]} "
+                "now).",
+                "Give --resource with the folder of the model that made it.",
             )
     with contextlib.suppress(DeviceMemoryError):  # the damaged sequences may be shorter and fit
         trial.check_history(plan, model.encoder)
-    _take_back_marks(found)
+    _remove_marks(found)
     return fill(plan, model.encoder, config.folder, header)
 
 
-def _take_back_marks(found: CacheCheck) -> None:
+def _remove_marks(found: CacheCheck) -> None:
     for shard in found.shards:
         if not shard.unreadable and shard.damaged:
             unmark(open_shard(shard.path), shard.damaged)
@@ -164,8 +163,8 @@ def _model_of(config: RepairConfig, stored: str) -> ModelSpec:
         if config.resource is not None:
             raise
         raise ConfigError(
-            f"{config.folder} was made by {stored!r}, which has no registered name.",
-            "Give --resource with its folder, or name it under [models] in kr2cache.toml.",
+            f"{config.folder} was made with the model {stored!r}, which is not registered.",
+            "Give --resource with its folder, or register it under [models] in kr2cache.toml.",
         ) from error
 
 
@@ -176,13 +175,13 @@ def _plan(
     header: ShardHeader,
     whole_index: bool,
 ) -> ExtractPlan:
-    """The extraction that made the cache, over again."""
+    """The plan of the extraction that made the cache."""
     spec = _model_of(config, chosen.resource)
     task = find_task(chosen.task)
     tokenizer = load_tokenizer(spec, words=task.words)
     if whole_index and not made.segments:
         index = FeatureCache.open(config.folder).tokens()
-    else:  # segments are not stored, and a damaged index cannot be trusted: both follow from the data
+    else:  # read the data: segment ids are not stored, and the index may be damaged
         examples = _first(task.read(chosen.split, config.data), made.sequences)
         index = encode_examples(tokenizer, examples, task, chosen.max_length)
         _check_index(index, made, config)
@@ -193,7 +192,7 @@ def _plan(
             task=chosen.task,
             max_length=chosen.max_length,
             dtype=chosen.dtype,
-            compute_dtype=chosen.compute_dtype,  # type: ignore[arg-type]  # one of them: the fingerprint was compared
+            compute_dtype=chosen.compute_dtype,  # type: ignore[arg-type]  # the fingerprint was compared
             device=config.device,
             cache_dir=folders.cache_dir_of(config.folder, chosen.task, chosen.split) or config.folder.absolute().parent,
             models=config.models,
@@ -206,12 +205,12 @@ def _plan(
         pad_id=pad_id(tokenizer),
         template=made.template,
         corpus=chosen.corpus,
-        missing_words=MissingWords(0, 0),  # of what was there already; nobody is told
+        missing_words=MissingWords(0, 0),  # the extraction has shown them
     )
 
 
 def _first(examples: list[Example], sequences: int) -> list[Example]:
-    """The first examples that make so many sequences: the cache may be of a ``--limit``."""
+    """The first examples, until they have this many sequences: the cache may have been made with ``--limit``."""
     taken, count = [], 0
     for example in examples:
         if count >= sequences:
@@ -226,14 +225,13 @@ def _check_index(index: SequenceIndex, made: provenance.Found, config: RepairCon
         then = getattr(made, name)
         if then != now:
             raise CacheMismatchError(
-                f"The {name} of the data are not those that {config.folder} was made from (digest {then[:8]} then, "
-                f"{now[:8]} now).",
-                "Give --data with the corpus as it was; or extract again, which takes over what is unchanged.",
+                f"{config.folder} was made from data with other {name} (digest {then[:8]} then, {now[:8]} now).",
+                "Give --data with the original corpus; or extract again, which copies the unchanged sequences.",
             )
 
 
 def describe_repair(result: RepairResult) -> None:
-    """Say what was mended."""
+    """Show what was mended."""
     if not (result.damaged or result.rebuilt or result.computed or result.taken_over):
         done(f"Nothing to mend: {result.cache}")
         return

@@ -159,7 +159,7 @@ def test_extract_says_how_many_texts_are_as_long_as_they_may_be(
     (place / "pairs" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     line = "extract --resource gottbert --task snli --data pairs --split train"
     assert command(f"{line} --max-length 12") == 0
-    assert "2 sequences of 12 tokens (--max-length): what is longer was cut to that." in capsys.readouterr().out
+    assert "2 sequences of 12 tokens (--max-length): longer texts are cut." in capsys.readouterr().out
     assert command(f"{line} --max-length 100") == 0
     assert "(--max-length)" not in capsys.readouterr().out
 

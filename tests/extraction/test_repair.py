@@ -248,9 +248,7 @@ def test_a_damaged_index_without_the_data_is_refused(original: Original, place: 
     flip(shards(folder)[0], begins(shards(folder)[0], "tokens/word_index"))
     before = contents(folder)
     tiny.save_corpus(tmp_path / "other", train=29)
-    with pytest.raises(
-        CacheMismatchError, match=r"The texts of the data are not those that .* was made from"
-    ) as caught:
+    with pytest.raises(CacheMismatchError, match=r"was made from data with other texts") as caught:
         mend(folder, place, data=str(tmp_path / "other"))
     assert "--data" in caught.value.remedy
     assert contents(folder) == before
@@ -380,7 +378,7 @@ def test_the_only_shard_without_a_header_is_refused_and_extraction_mends_it(
     good = original()
     folder = copied(good, tmp_path)
     os.truncate(shards(folder)[0], 0)
-    with pytest.raises(CacheError, match=r"No shard of .* says what it was made from") as caught:
+    with pytest.raises(CacheError, match=r"No shard of .* records what it was made from") as caught:
         mend(folder, place)
     assert "kr2cache extract" in caught.value.remedy
     assert contents(folder) == {shards(folder)[0].name: b""}
@@ -606,7 +604,7 @@ def test_another_model_is_refused_by_name(
     path = shards(folder)[0]
     flip(path, begins(path, "hidden") if what == "states" else 4200)
     before = contents(folder)[path.name]
-    with pytest.raises(CacheMismatchError, match=f"The {name} of res are not those that") as caught:
+    with pytest.raises(CacheMismatchError, match=f"was made with other {name} of res") as caught:
         mend(folder, place, resource=str(model))
     assert "--resource" in caught.value.remedy
     after = contents(folder)[path.name]
@@ -625,7 +623,7 @@ def test_a_model_without_a_registered_name_has_to_be_given(original: Original, p
     folder = copied(original(), tmp_path)
     flip(shards(folder)[0], begins(shards(folder)[0], "hidden"))
     before = contents(folder)
-    with pytest.raises(ConfigError, match="was made by 'res', which has no registered name") as caught:
+    with pytest.raises(ConfigError, match="was made with the model 'res', which is not registered") as caught:
         mend(folder, place, resource=None)
     assert "--resource" in caught.value.remedy
     assert contents(folder) == before
@@ -731,7 +729,7 @@ def test_a_cache_of_pairs_without_its_data_is_refused(pairs: World, tmp_path: Pa
     rows = (pairs.data / "train.jsonl").read_text("utf-8").splitlines()
     changed = json.loads(rows[0]) | {"sentence2": "the dog"}
     (tmp_path / "train.jsonl").write_text("\n".join([json.dumps(changed), *rows[1:]]), "utf-8")
-    with pytest.raises(CacheMismatchError, match="The texts of the data are not those"):
+    with pytest.raises(CacheMismatchError, match="was made from data with other texts"):
         mend(folder, pairs, data=str(tmp_path))
     assert contents(folder) == before
 
