@@ -1,7 +1,7 @@
-"""What came out of the trainings: tables laid out as the paper's, significance, plots, one page.
+"""The results of trainings: tables in the layout of the paper, significance tests, plots, and one page.
 
-``collect`` reads run folders and sweep manifests, ``scores`` and ``others`` make tables of them, ``plots`` draws,
-``page`` puts all of it into ``report.html``. matplotlib, SciPy and Jinja are imported only when a report is made.
+``collect`` reads run folders and sweep manifests, ``scores`` and ``others`` make tables, ``plots`` draws, and ``page``
+writes ``report.html``. matplotlib, SciPy and Jinja are imported only when a report is made.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ PAGE = "report.html"
 
 @dataclass(frozen=True)
 class Report:
-    """A report, and the files it was written to."""
+    """A report and its files."""
 
     summary: list[str]
-    """Sentences: what was found, and what the caches saved."""
+    """Sentences: which runs were found, and how many forward passes the caches saved."""
     tables: list[Table]
     plots: list[Plot]
     failures: list[str]
@@ -42,7 +42,7 @@ class Report:
     """Names in ``folder``."""
 
     def json(self) -> dict[str, Any]:
-        """Everything as one document of JSON."""
+        """The whole report as one JSON document."""
         return {
             "summary": self.summary,
             "tables": [
@@ -67,12 +67,12 @@ class Report:
 
 
 def report(run_dir: Path, out: Path | None) -> Report:
-    """Read ``run_dir``, write the report.
+    """Read the runs and write the report.
 
     Args:
-        run_dir: Where trainings leave their runs, and sweeps their manifests.
-        out: Gets ``report.html``, each table as Markdown, LaTeX and CSV, and each plot as SVG and PNG; by default
-            ``report`` in ``run_dir``.
+        run_dir: The folder of runs and sweep manifests.
+        out: Folder for ``report.html``, each table as Markdown, LaTeX and CSV, and each plot as SVG and PNG; by
+            default ``report`` in ``run_dir``.
 
     Raises:
         CacheError: If ``run_dir`` holds no finished run.
@@ -111,7 +111,7 @@ def report(run_dir: Path, out: Path | None) -> Report:
 
 
 def describe(made: Report) -> None:
-    """The tables, what failed, the notes, and where it was written."""
+    """Print the tables, failed cells, notes, and where the report was written."""
     for table in made.tables:
         if not table.details:
             for part in to_rich(table, console.width):
@@ -138,7 +138,7 @@ def _summary(found: Collected) -> list[str]:
 
 
 def saved_sentence(runs: Sequence[Run]) -> str:
-    """Forward passes of frozen models that the caches saved; empty where no run recorded what it read."""
+    """How many forward passes of frozen models the caches saved; empty if no run recorded what it read."""
     read = 0
     computed: dict[str, int] = {}
     silent = 0

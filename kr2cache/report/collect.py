@@ -1,7 +1,7 @@
-"""Run folders and sweep manifests, read into plain records.
+"""Read run folders and sweep manifests into plain records.
 
-Whatever cannot be read becomes a note with its path and what is wrong; one broken folder never costs the report of the
-others. All paths are relative to RUN_DIR, so that a report says the same wherever the folder lies.
+A folder that cannot be read becomes a note with its path and the fault; the other folders are still reported. All paths
+are relative to RUN_DIR, so that the report does not change if RUN_DIR moves.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def _read_configuration(run_dir: Path, folder: Path, notes: list[str]) -> Config
 
 
 def _read_run(folder: RunFolder, seed: int) -> tuple[Run, dict[str, Any], tuple[int, ...]]:
-    """(the run, its configuration, the layers it fuses)."""
+    """Returns the run, its configuration, and the layers that it fuses."""
     if not folder.is_finished:
         raise CacheError("there is no metrics.json")
     content = _read_object(folder.config_file)
@@ -151,7 +151,7 @@ def _read_sweep(path: Path, by_folder: Mapping[str, Configuration], notes: list[
 
 
 def _read_cell(entry: Mapping[str, Any], by_folder: Mapping[str, Configuration]) -> SweepCell:
-    failed = bool(entry.get("error"))  # whatever lies there is not what was asked for
+    failed = bool(entry.get("error"))  # a folder there holds something else
     folder = str(PurePosixPath(entry["folder"])) if isinstance(entry.get("folder"), str) and not failed else None
     return SweepCell(
         row=str(entry.get("row")),
@@ -164,7 +164,7 @@ def _read_cell(entry: Mapping[str, Any], by_folder: Mapping[str, Configuration])
 
 
 def _note_extra_seeds(found: Collected) -> None:
-    """Say which finished seeds no table shows: a sweep shows the seeds that it asked for."""
+    """Note finished seeds that no table shows: a sweep shows only the seeds that it asked for."""
     asked: dict[str, set[int]] = {}
     for sweep in found.sweeps:
         for cell in sweep.cells.values():
@@ -177,7 +177,7 @@ def _note_extra_seeds(found: Collected) -> None:
 
 
 def _note_older_scores(found: Collected) -> None:
-    """Say which scores were computed in another way than today's."""
+    """Note scores that an older version computed differently."""
     older = [one.folder for one in found.configurations if "f1" in one.first.scores and one.older("f1")]
     if older:
         found.notes.append(

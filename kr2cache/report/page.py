@@ -1,4 +1,4 @@
-"""The report as one page: it needs no network, no script and no other file."""
+"""The report as one HTML page, without scripts, network access or other files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from kr2cache.report.tables import Table, characters
 
 TEMPLATE = "page.html.j2"
 _REM_A_CHARACTER, _REM_A_COLUMN, _REM_BESIDE = 0.56, 1.6, 2.0
-"""Of the page's style: a character of a table, the padding of a cell, the margins of the page."""
+"""Widths in rem: a character of a table, the padding of a cell, the margins of the page."""
 
 
 def page(
@@ -21,11 +21,11 @@ def page(
     failures: Sequence[str],
     notes: Sequence[str],
 ) -> str:
-    """HTML; everything but the plots' SVG is escaped.
+    """The HTML text. Everything except the SVG of plots is escaped.
 
     Args:
         summary: Sentences for the head of the page.
-        tables: As they follow each other; one with ``details`` is folded under the table before it.
+        tables: In this order. A table with ``details`` is folded under the table before it.
         failures: A sentence for each cell that failed.
     """
     import jinja2
@@ -46,5 +46,5 @@ def page(
 
 
 def _rem(table: Table) -> int:
-    """About how wide a window has to be to show the whole table, in the page's units of 16 pixels."""
+    """About how wide a window must be to show the whole table, in rem (16 pixels)."""
     return round(sum(_REM_A_CHARACTER * longest + _REM_A_COLUMN for longest in characters(table)) + _REM_BESIDE)

@@ -1,4 +1,4 @@
-"""The numbers of the paper's Tables 1 to 3, so that a report can show them beside its own.
+"""The numbers in Tables 1 to 3 of the paper. A report shows them beside its own.
 
 Fan, Duan, Li, Zhou: "KR2: Revisiting Pre-trained Language Models as Knowledge Resource". Percent, means over three
 seeds: F1 of universal POS tagging for the languages, accuracy for the other tasks.
@@ -59,7 +59,7 @@ MEAN = "mean"
 
 
 def paper_number(table: str | None, row: str, column: str) -> float | None:
-    """Percent as the paper prints it, None where it has no such cell. Names match whatever their case.
+    """Percent as printed in the paper; None if it has no such cell. Upper and lower case are the same.
 
     >>> paper_number("table2", "Trainable", "mean")
     73.1
@@ -68,5 +68,5 @@ def paper_number(table: str | None, row: str, column: str) -> float | None:
 
 
 def paper_columns(table: str) -> list[str]:
-    """The columns of a table as the paper names them, Table 2's mean left out."""
+    """Names of a table's columns in the paper, without the mean of Table 2."""
     return [column for column in _TABLES[table][0].split() if column != MEAN]

@@ -1,4 +1,4 @@
-"""What a table does not show at a glance: scores by layer, learned weights, training curves, time and bytes."""
+"""Plots: scores by layer, learned fusion weights, training curves, and time and disk space."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Members = list[tuple[Configuration, tuple[int, ...]]]
-"""Configurations, each with the seeds that count."""
+"""Configurations, each with the seeds to plot."""
 
 MOST_TICKS = 16
 BARS = 60
-"""In one plot: more would make a picture that no page holds."""
+"""At most so many bars in one plot, so that it fits on a page."""
 LEGEND: Final = "outside lower center"
 _LINES = {"all": "average of all", "last": "average of the last ", "fuse": "trainable"}
 
 
 def plots(found: Collected) -> list[Plot]:
-    """Every plot that the runs have data for."""
+    """All plots that the runs have data for."""
     drawn = [plot for title, members in _layer_members(found) for plot in scores_by_layer(title, members)]
     tasks = sorted({one.task for one in found.configurations})
     for draws in (fusion_weights, training_curves, time_and_bytes):
@@ -36,9 +36,9 @@ def plots(found: Collected) -> list[Plot]:
 
 
 def scores_by_layer(title: str, members: Members) -> list[Plot]:
-    """The score of each single layer, with the reader alone and the other fusions as lines.
+    """The score of each single layer. Horizontal lines show the reader alone and the other fusions.
 
-    One plot for each method, pair of models and training settings that has two layers or more.
+    One plot for each method, pair of models and training settings with at least two layers.
     """
     groups: dict[tuple[object, ...], Members] = {}
     for one, seeds in members:
@@ -55,7 +55,7 @@ def scores_by_layer(title: str, members: Members) -> list[Plot]:
         alone = [(one, seeds) for one, seeds in members if one.method == "kreader" and _same_training(one, first)]
         models = f", {first.helper} → {first.reader}" if len(layered) > 1 else ""
         shown = f"Score by layer: {title}{models}"
-        alike = sum(plot.title.startswith(shown) for plot in drawn)  # the same models, other settings
+        alike = sum(plot.title.startswith(shown) for plot in drawn)  # plots of the same models with other settings
         drawn.append(_draw_layers(f"{shown} ({alike + 1})" if alike else shown, group, alone[:1]))
     return drawn
 
@@ -92,7 +92,7 @@ def _draw_layers(title: str, group: Members, alone: Members) -> Plot:
 
 
 def fusion_weights(task: str, configurations: Sequence[Configuration], names: dict[str, str]) -> list[Plot]:
-    """The learned weights w of equation 1: their mean over seeds, and the band from the smallest to the largest."""
+    """The learned weights w of equation 1: mean over seeds, and a band from the smallest to the largest."""
     learned = [one for one in configurations if _weights(one)]
     drawn = []
     for title, chunk in _chunks(f"Learned fusion weights: {task}", learned):
@@ -117,7 +117,7 @@ def fusion_weights(task: str, configurations: Sequence[Configuration], names: di
 
 
 def training_curves(task: str, configurations: Sequence[Configuration], names: dict[str, str]) -> list[Plot]:
-    """Loss by epoch and, below, the score on dev where it was taken; means over seeds."""
+    """Loss by epoch, and below it the score on dev if there is one; means over seeds."""
     trained = [one for one in configurations if _curve(one, "loss")]
     drawn = []
     for title, chunk in _chunks(f"Training curves: {task}", trained):
@@ -146,7 +146,7 @@ def training_curves(task: str, configurations: Sequence[Configuration], names: d
 
 
 def time_and_bytes(task: str, configurations: Sequence[Configuration], names: dict[str, str]) -> list[Plot]:
-    """Seconds of a run and bytes of the caches it read, a bar for each configuration."""
+    """Seconds per run, and bytes of the caches it read: one bar per configuration."""
     known = [one for one in configurations if any(run.seconds or run.cache_bytes for run in one.runs.values())]
     return [_draw_bars(title, chunk, names) for title, chunk in _chunks(f"Time and disk: {task}", known, BARS)]
 
@@ -183,19 +183,19 @@ def _draw_bars(title: str, shown: Sequence[Configuration], names: dict[str, str]
 
 
 def _ticks(axes: Axes, places: Sequence[float]) -> None:
-    """Ticks of the horizontal axis at ``places``; if they are many, at some whole numbers."""
+    """Set ticks of the horizontal axis at ``places``, or at some whole numbers if there are too many places."""
     from matplotlib.ticker import MaxNLocator
 
     if len(places) > MOST_TICKS:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         return
     axes.set_xticks(places, [f"{place:g}" for place in places])
-    if len(places) == 1:  # matplotlib would show a twentieth of its value on both sides
+    if len(places) == 1:  # by default matplotlib would show 5 % of its value on both sides
         axes.set_xlim(places[0] - 0.5, places[0] + 0.5)
 
 
 def _layer_members(found: Collected) -> list[tuple[str, Members]]:
-    """What could be drawn layer by layer: each column of each sweep, and each task's other runs."""
+    """Candidates for plots by layer: each column of each sweep, and the other runs of each task."""
     groups: list[tuple[str, Members]] = []
     for sweep in found.sweeps:
         for column in sweep.columns:
@@ -229,7 +229,7 @@ def _percent(one: Configuration, seeds: Iterable[int]) -> tuple[float, float | N
 
 
 def _weights(one: Configuration) -> list[tuple[float, ...]]:
-    """Of each seed that learned them."""
+    """The learned weights of each seed that has them."""
     return [run.weights for run in one.runs.values() if run.weights and len(run.weights) == len(one.layers)]
 
 
@@ -250,7 +250,7 @@ def _mean(one: Configuration, value_of: Callable[[Run], float | None]) -> float 
 
 
 def _unit(largest: float, text: Callable[[float], str]) -> tuple[str, float]:
-    """An axis's unit and its size, as ``text`` would write ``largest``."""
+    """The unit of an axis and its size, as ``text`` would write ``largest``."""
     if text is seconds_text:
         return ("h", 3600) if largest >= 7200 else ("min", 60) if largest >= 120 else ("s", 1)
     powers = {"B": 1.0, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
@@ -261,7 +261,7 @@ def _unit(largest: float, text: Callable[[float], str]) -> tuple[str, float]:
 def _chunks(
     title: str, configurations: list[Configuration], size: int = len(PALETTE)
 ) -> list[tuple[str, list[Configuration]]]:
-    """The plots that so many configurations need, ``size`` in each: as many lines as there are colours."""
+    """Split configurations over several plots, ``size`` per plot; by default one per colour."""
     chunks = [configurations[start : start + size] for start in range(0, len(configurations), size)]
     if len(chunks) < 2:
         return [(title, chunk) for chunk in chunks]

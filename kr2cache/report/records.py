@@ -1,4 +1,4 @@
-"""What a report is made from, as plain records: runs, configurations, and the sweeps that lay them out as tables."""
+"""Plain records that a report is made from: runs, configurations, and sweeps, which arrange them in tables."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Any
 
 METHOD_NAMES = {"kreader": "KReader", "kresource": "KResource", "kreader2": "KReader2", "kr2": "KR2", "kd": "KD"}
-"""Methods as the paper writes them, in the order of its tables."""
+"""Names of methods in the paper, in the order of its tables."""
 
 WHOLE_TAGS = 3
-"""The first procedure of training (``config.json``) whose F1 is XTREME's. Before, CCONJ and SCONJ were one tag, and an
-X at the end of a sentence was none."""
+"""The first ``procedure`` (in ``config.json``) whose F1 is that of XTREME. Before, CCONJ and SCONJ counted as one tag,
+and an X at the end of a sentence was ignored."""
 
 _DIGESTS = ("weights", "config", "tokens")
 _NOT_SETTINGS = ("task", "method", "data", "metric", "seed", "fusion")
 OLDER = "older"
-"""Stands beside a score that means something else than today's."""
+"""Marks a score that an older version computed differently."""
 
 
 @dataclass(frozen=True)
@@ -30,16 +30,16 @@ class Run:
     seed: int
     path: Path
     split: str
-    """The scored split: test, or dev where there is no test."""
+    """The scored split: test, or dev if there is no test."""
     scores: Mapping[str, float]
     """Metric of the scored split to its value: fractions, and counts such as ``cut_off_words``
     (words without a label)."""
     recorded: Mapping[str, Any]
     history: Sequence[Mapping[str, Any]]
     weights: tuple[float, ...] | None
-    """Fusion weights by ``Configuration.layers``; None where nothing was learned."""
+    """Learned fusion weights, in the order of ``Configuration.layers``; None if they were not trained."""
     trained: float = 0.0
-    """When its scores were written, in seconds since 1970. Copying a run can change it."""
+    """When the scores were written, in seconds since 1970. Copying a run can change it."""
 
     @property
     def seconds(self) -> float | None:
@@ -47,7 +47,7 @@ class Run:
 
     @property
     def cache_bytes(self) -> float | None:
-        """Of all splits; None for a method without a resource."""
+        """Bytes of the caches of all splits; None for a method without a resource."""
         sizes = [number(size) for size in mapping(self.recorded.get("cache_bytes")).values()]
         known = [size for size in sizes if size is not None]
         return sum(known) if known else None
@@ -55,7 +55,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Configuration:
-    """The runs of one configuration, which differ in nothing but the seed."""
+    """The runs of one configuration. They differ only in the seed."""
 
     folder: str
     """``TASK/CONFIG-HASH8``, relative to RUN_DIR."""
@@ -101,7 +101,7 @@ class Configuration:
 
     @property
     def trained(self) -> float:
-        """Of its last seed."""
+        """When its last seed was trained."""
         return max(run.trained for run in self.runs.values())
 
     @property
@@ -110,18 +110,18 @@ class Configuration:
 
     @property
     def metric(self) -> str:
-        """The main metric: what config.json names, or F1, or accuracy."""
+        """The main metric: the one that config.json names, else F1, else accuracy."""
         scores = self.first.scores
         wanted = (self.config.get("metric"), "f1", "accuracy", *sorted(scores))
         return next(str(name) for name in wanted if name in scores)
 
     def older(self, metric: str) -> bool:
-        """Whether its values of ``metric`` mean something else than today's."""
+        """Whether an older version computed its values of ``metric`` differently."""
         return metric == "f1" and (number(self.config.get("procedure")) or 0) < WHOLE_TAGS
 
     @property
     def settings(self) -> dict[str, str]:
-        """Every setting by its dotted name; models, fusion and digests left out."""
+        """All settings by dotted name, without models, fusion and digests."""
         settings: dict[str, str] = {}
         for name, value in self.config.items():
             if name in _NOT_SETTINGS:
@@ -135,14 +135,18 @@ class Configuration:
         return settings
 
     def values(self, metric: str, seeds: Iterable[int] | None = None) -> list[float]:
-        """The metric of each of the finished seeds, ascending."""
+        """The metric of each finished seed, in ascending order of seeds.
+
+        Args:
+            seeds: Only these; None for all.
+        """
         wanted = set(self.runs if seeds is None else seeds)
         return [run.scores[metric] for seed, run in self.runs.items() if seed in wanted and metric in run.scores]
 
 
 @dataclass(frozen=True)
 class SweepCell:
-    """One cell of a sweep's table, as its manifest plans it."""
+    """One cell of a sweep's table, as planned in its manifest."""
 
     row: str
     column: str
@@ -153,13 +157,13 @@ class SweepCell:
 
     @property
     def done(self) -> tuple[int, ...]:
-        """The seeds that were asked for and are finished."""
+        """The planned seeds that are finished."""
         return tuple(s for s in self.seeds if self.configuration is not None and s in self.configuration.runs)
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """A manifest, laid out as a table of the paper."""
+    """A sweep manifest: the plan of one table."""
 
     name: str
     title: str
@@ -168,7 +172,7 @@ class Sweep:
     columns: tuple[str, ...]
     baseline: str | None
     baselines: Mapping[str, str]
-    """Rows that are compared with another row than ``baseline``."""
+    """Row to its own baseline, for rows that are not compared with ``baseline``."""
     cells: Mapping[tuple[str, str], SweepCell]
 
     def column(self, column: str) -> list[SweepCell]:
@@ -178,7 +182,7 @@ class Sweep:
 
 @dataclass
 class Collected:
-    """Everything RUN_DIR holds."""
+    """All runs and sweeps in RUN_DIR."""
 
     configurations: list[Configuration] = field(default_factory=list)
     sweeps: list[Sweep] = field(default_factory=list)
@@ -196,7 +200,7 @@ class Collected:
 
 
 def mean_and_std(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and sample standard deviation, the latter None for a single value."""
+    """Mean and sample standard deviation; the deviation of a single value is None."""
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
 

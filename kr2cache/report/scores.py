@@ -1,4 +1,4 @@
-"""A sweep as the paper prints it: rows, columns, mean ± standard deviation, the paper's number, and what is noise."""
+"""The table of a sweep, as in the paper: mean ± standard deviation, the paper's number, and what is noise."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _DECIMALS = 6
 
 @dataclass(frozen=True)
 class Score:
-    """A cell's result; ``mean`` and ``std`` in percent."""
+    """The result of a cell; ``mean`` and ``std`` in percent."""
 
     mean: float
     std: float | None
     seeds: int
     older: bool = False
-    """Means something else than today's scores."""
+    """An older version computed it differently."""
 
     @property
     def shown(self) -> str:
@@ -41,10 +41,10 @@ def percent(mean: float, std: float | None) -> str:
 
 
 def sweep_tables(sweep: Sweep, comparer: Comparer, notes: list[str]) -> list[Table]:
-    """The table of a sweep and, where anything could be compared, the table of its differences.
+    """The table of a sweep and the table of its differences, if any cells could be compared.
 
     Args:
-        notes: Gets a sentence for each pair of cells that could not be compared.
+        notes: A sentence is appended for each pair of cells that cannot be compared.
     """
     scores = {place: score for place, cell in sweep.cells.items() if (score := _score(cell)) is not None}
     columns = list(sweep.columns)
@@ -103,9 +103,9 @@ def sweep_tables(sweep: Sweep, comparer: Comparer, notes: list[str]) -> list[Tab
 
 
 def baseline_row(sweep: Sweep, row: str) -> str | None:
-    """The row that ``row`` is compared with, None for a baseline itself.
+    """The row that ``row`` is compared with; None for a baseline.
 
-    Table 3 holds two experiments: where A helps B, the baseline is B alone.
+    Table 3 has two experiments. If A helps B, the baseline is B alone.
     """
     alone = "KResource (B)"
     baseline = sweep.baseline
@@ -116,7 +116,7 @@ def baseline_row(sweep: Sweep, row: str) -> str | None:
 
 
 def _mark(sweep: Sweep, row: str, comparison: Comparison | None) -> str:
-    """Nothing where the difference is more than noise, or there is nothing to differ from."""
+    """Empty if the difference is more than noise, or if the row has no baseline."""
     if comparison is None:
         return OPEN if baseline_row(sweep, row) is not None else ""
     return {True: NOISE, False: "", None: OPEN}[comparison.noise]
@@ -136,8 +136,8 @@ def _remark(score: Score, planned: SweepCell | None) -> str:
 
 
 def _row_mean(sweep: Sweep, row: str, scores: dict[tuple[str, str], Score]) -> Score | None:
-    """Over the columns, where the row has them all. The deviation is that of the seeds' own means, so it needs the same
-    seeds in every column."""
+    """Mean over the columns, if the row has all of them. The deviation is over the means of each seed, so it needs the
+    same seeds in every column."""
     cells = [sweep.cells[row, column] for column in sweep.columns if (row, column) in scores]
     if len(cells) < len(sweep.columns):
         return None
@@ -150,7 +150,7 @@ def _row_mean(sweep: Sweep, row: str, scores: dict[tuple[str, str], Score]) -> S
 
 
 def _best(scores: Iterable[Score | None]) -> str:
-    """The highest mean as it is shown, so that what reads as equal is bold together; nothing among fewer than two."""
+    """The highest mean as text, so that means with the same text are all bold; empty for fewer than two means."""
     means = [score.mean for score in scores if score is not None and not score.older]
     return f"{max(means):.1f}" if len(means) > 1 else ""
 
@@ -163,7 +163,7 @@ def _compare(
         other_row = baseline_row(sweep, row)
         if other_row is None or (other_row, column) not in scores:
             continue
-        columns = (column,) if column in sweep.columns else sweep.columns  # the mean is over all
+        columns = (column,) if column in sweep.columns else sweep.columns  # the column "mean" is over all columns
         cells = [(sweep.cells[row, one], sweep.cells[other_row, one]) for one in columns]
         done = [set(cell.done) for pair in cells for cell in pair]
         pairs = [(a.configuration, b.configuration) for a, b in cells if a.configuration and b.configuration]
@@ -228,7 +228,7 @@ def p_text(p: float | None) -> str:
 
 
 def _legend(sweep: Sweep, scores: dict[tuple[str, str], Score]) -> list[str]:
-    """How to read the table, and what was scored."""
+    """Sentences: how to read the table, and which scores it shows."""
     sentences = [
         "Mean ± sample standard deviation over seeds, in percent; bold: the best of its column.",
         f"Scores: {_by_column(sweep, _metric_and_split)}.",
@@ -251,7 +251,7 @@ def _legend(sweep: Sweep, scores: dict[tuple[str, str], Score]) -> list[str]:
 def _marks_legend(
     sweep: Sweep, scores: dict[tuple[str, str], Score], comparisons: dict[tuple[str, str], Comparison]
 ) -> list[str]:
-    """What is tested, and what each mark says."""
+    """Sentences: what is tested, and the meaning of each mark."""
     sentences = []
     if comparisons:
         baselines = " or ".join(dict.fromkeys(one.baseline for one in comparisons.values()))

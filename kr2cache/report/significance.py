@@ -1,9 +1,9 @@
-"""Is a difference between two configurations more than noise? Two paired tests, and both have to say so.
+"""Is a difference between two configurations more than noise? Two paired tests must both find it.
 
-Over examples: what if the two models had been swapped on any example (a sign-flip permutation test)? It knows nothing
-of the spread between seeds. Over seeds: what if the difference of a pair of seeds were as likely to be negative (a
-paired t-test)? It knows nothing of the examples. The larger p of the two is corrected for the number of comparisons in
-the table, by Holm's method. Where the tests could hardly have found a difference, there is no verdict.
+The test over examples is a sign-flip permutation test: it swaps the two models on random examples, and ignores the
+spread between seeds. The test over seeds is a paired t-test, which ignores the examples. The larger of the two p-values
+is corrected for the number of comparisons in the table by Holm's method. There is no verdict if the tests had almost no
+chance to find a difference.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ if TYPE_CHECKING:
 
 LEVEL = 0.05
 FEWEST_SEEDS = 3
-"""For a verdict: a t-test over two seeds finds a difference of 9 standard deviations at best, and what it does find is
-often chance."""
+"""Fewer seeds give no verdict: a t-test over two seeds only finds differences of 9 standard deviations or more, and
+these are often chance."""
 MOST_SPREADS = 5.0
-"""The t-test over seeds has no power if it finds only differences that are more standard deviations than this."""
+"""The t-test over seeds has no power if it only finds differences of more standard deviations than this."""
 RESAMPLES = 9_999
 RNG_SEED = 20_240_501
 """Fixed, so that the same runs give the same report."""
@@ -47,33 +47,33 @@ _SAME = 1e-12
 
 @dataclass(frozen=True)
 class Comparison:
-    """One row of a table against its baseline, in one column or in the mean of all, on the seeds that both have."""
+    """One row of a table against its baseline, in one column or in the mean of all columns, on the common seeds."""
 
     baseline: str
-    """The baseline's row."""
+    """Row of the baseline."""
     difference: float
-    """Of the mean scores over the common seeds, as a fraction."""
+    """Difference of the mean scores over the common seeds, as a fraction."""
     p_examples: float
     p_seeds: float | None
     """None if the t-test cannot be computed: one seed, or no spread between seeds."""
     seeds: tuple[int, ...]
     changed: int
-    """Examples that the two do not get right alike."""
+    """Number of examples with different scores."""
     p: float | None = None
-    """The larger p, corrected for the number of comparisons; None before ``judge``, and for fewer than
+    """The larger p, corrected for the number of comparisons; None before ``judge``, and with fewer seeds than
     ``FEWEST_SEEDS``."""
     noise: bool | None = None
-    """True: the difference could be noise. False: it is more. None: there is no verdict."""
+    """True: the difference could be noise. False: it is more than noise. None: no verdict."""
     reason: str = ""
     """Why there is no verdict."""
 
 
 @dataclass(frozen=True)
 class ExampleScores:
-    """What one run got right, example by example, sorted by id."""
+    """Correct answers of one run for each example, sorted by id."""
 
     right: FloatArray
-    """Shape ``(n,)``: right words of a sentence, or 0 and 1 for an example with one label."""
+    """Shape ``(n,)``: correct words of a sentence, or 0 and 1 for an example with one label."""
     answers: int
     """Words, or examples with one label."""
     ids_digest: str
@@ -81,7 +81,7 @@ class ExampleScores:
 
 
 class Comparer:
-    """Compares configurations; reads the predictions of a run once, and tests a pair once."""
+    """Compares configurations. Each run is read once, and each pair is tested once."""
 
     def __init__(self) -> None:
         self._examples: dict[Path, ExampleScores] = {}
@@ -93,10 +93,10 @@ class Comparer:
         """Test the first of each pair against the second on ``seeds``, which all have finished.
 
         Args:
-            pairs: (this, baseline) of one column; of several columns for the mean over them.
+            pairs: (this, baseline) of one column, or of all columns for their mean.
 
         Raises:
-            CacheError: If the two cannot be compared: other examples, other gold labels, unreadable predictions.
+            CacheError: If the two cannot be compared: examples or gold labels differ, or predictions cannot be read.
         """
         import numpy as np
 
@@ -131,13 +131,13 @@ class Comparer:
     def _differences(
         self, this: Configuration, baseline: Configuration, seeds: Sequence[int], *, share: bool
     ) -> FloatArray:
-        """Sum over the seeds of right answers of ``this`` minus those of ``baseline``, shape ``(n,)``.
+        """Correct answers of ``this`` minus those of ``baseline``, summed over seeds, shape ``(n,)``.
 
-        A sum of whole numbers has no rounding, and the test cares for no constant factor: this is the mean over seeds,
-        and for tagging the difference of word accuracies.
+        A sum of whole numbers is exact. The test does not depend on constant factors, so the sum stands for the mean
+        over seeds, and for tagging for the difference of word accuracies.
 
         Args:
-            share: Divide by the number of answers, so that each column has the same weight in a mean over columns.
+            share: Divide by the number of answers, so that all columns have the same weight in their mean.
         """
         pairs = [(self._scores(this.runs[seed]), self._scores(baseline.runs[seed])) for seed in seeds]
         reference = pairs[0][1]
@@ -160,12 +160,12 @@ class Comparer:
 def p_over_examples(differences: FloatArray) -> float:
     """Two-sided p-value of the paired sign-flip permutation test on the sum of ``differences``, shape ``(n,)``.
 
-    Exact where there are fewer sign patterns than ``RESAMPLES``, drawn with a fixed seed otherwise.
+    Exact if there are fewer sign patterns than ``RESAMPLES``; otherwise patterns are drawn with a fixed seed.
     """
     import numpy as np
     from scipy import stats
 
-    # Flipping the sign of zero changes nothing: the test is the same without them, and mostly ten times as quick.
+    # Flipping the sign of zero changes nothing. Without zeros the test is the same, and usually ten times as fast.
     moved = differences[differences != 0]
     if len(moved) < 2:
         return 1.0
@@ -182,9 +182,9 @@ def p_over_examples(differences: FloatArray) -> float:
 
 
 def p_over_seeds(ours: Sequence[float], theirs: Sequence[float]) -> float | None:
-    """Two-sided p-value of the paired t-test on the scores of common seeds, None for fewer than two.
+    """Two-sided p-value of the paired t-test on the scores of common seeds; None for fewer than two.
 
-    If every seed has the same difference, the spread between seeds is not known: None, or 1 if that difference is zero.
+    If all seeds have the same difference, the spread is unknown: the result is None, or 1 if the difference is zero.
     """
     import numpy as np
     from scipy import stats
@@ -198,8 +198,8 @@ def p_over_seeds(ours: Sequence[float], theirs: Sequence[float]) -> float | None
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values corrected for their number, in their order: the chance of even one wrong find among all of them stays
-    below the level (Holm 1979, "A simple sequentially rejective multiple test procedure").
+    """p-values corrected for their number, in the same order. They keep the chance of at least one false positive below
+    the level (Holm 1979, "A simple sequentially rejective multiple test procedure").
     """
     corrected = [1.0] * len(p_values)
     largest = 0.0
@@ -210,7 +210,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def detectable(seeds: int, level: float) -> float:
-    """The smallest difference that a paired t-test over so many seeds finds at this level.
+    """The smallest difference that a paired t-test over ``seeds`` seeds finds at this level.
 
     Returns:
         In standard deviations of the seeds' differences.
@@ -229,7 +229,7 @@ def judge(comparisons: Mapping[Place, Comparison]) -> dict[Place, Comparison]:
     }
     corrected = dict(zip(tested, holm(list(tested.values())), strict=True))
     found = sum(p < LEVEL for p in corrected.values())
-    # What the first comparison that is not found was held to, and what it would have taken to find it.
+    # Holm's level for the first comparison that is not significant.
     level = LEVEL / max(1, len(tested) - found)
     return {place: _judged(one, corrected.get(place), level, len(tested)) for place, one in comparisons.items()}
 
@@ -253,7 +253,7 @@ def _judged(one: Comparison, p: float | None, level: float, comparisons: int) ->
 
 
 def _enough_seeds(level: float) -> int:
-    """As many as find a difference of two standard deviations."""
+    """The number of seeds that is enough to find a difference of two standard deviations."""
     seeds = FEWEST_SEEDS
     while detectable(seeds, level) > 2:
         seeds += 1
@@ -261,7 +261,7 @@ def _enough_seeds(level: float) -> int:
 
 
 def read_examples(run: Run) -> ExampleScores:
-    """The predictions of a run's scored split; a word without a prediction (null) is wrong.
+    """Score the predictions of a run. A word without a prediction (null) is wrong.
 
     Raises:
         CacheError: If the file is missing or malformed.

@@ -1,7 +1,8 @@
-"""From a matplotlib figure to SVG that can stand in a page, and to PNG.
+"""Convert a matplotlib figure to SVG for an HTML page, and to PNG.
 
-Text stays text (it can be read aloud, searched and copied), colours are Okabe and Ito's, which colour-blind readers
-tell apart, and every line has its own marker besides. The same runs give the same bytes: no date, ids by a fixed salt.
+Text stays text: it can be searched, copied and read aloud. Colours are those of Okabe and Ito, which colour-blind
+readers can distinguish, and each line has its own marker. The same runs give the same bytes: no date, and ids with a
+fixed salt.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)), (0, (8, 2)))
 GREY = "#666666"
 WIDTH = 5.2
-"""Inches. At 72 points an inch that is about a phone's width: text is hardly scaled down there."""
+"""Inches. At 72 points per inch this is about the width of a phone, so text there keeps its size."""
 
 LONGEST_NAME = 120
 PNG_DPI = 200
-"""Dots an inch: sharp in a paper's column."""
+"""Dots per inch: sharp in the column of a paper."""
 
 _STYLE: dict[Any, Any] = {
     "text.parse_math": False,
@@ -54,9 +55,9 @@ class Plot:
     title: str
     caption: str
     described: str
-    """What is drawn, for those who cannot see it."""
+    """Describes the plot in words, for readers who cannot see it."""
     svg: str
-    """An element for a page, and with an XML declaration a file."""
+    """An ``<svg>`` element. With an XML declaration it is a file."""
     png: bytes
     name: str
     """File name without ending."""
@@ -64,7 +65,11 @@ class Plot:
 
 @contextlib.contextmanager
 def canvas(height: float) -> Iterator[Figure]:
-    """An empty figure, ``height`` inches, in the report's style whatever the user's own matplotlib settings."""
+    """An empty figure in the style of the report, independent of the user's matplotlib settings.
+
+    Args:
+        height: Inches.
+    """
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -81,9 +86,9 @@ def draw(figure: Figure, title: str, caption: str, described: str) -> Plot:
     figure.savefig(pixels, format="png", dpi=PNG_DPI, metadata={"Software": None})
     text = file.getvalue()
     svg = text[text.index("<svg") :]
-    # The date of drawing among it.
+    # Metadata contain the date.
     svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    # Its one rule is for the whole page; joined to the figure's own root it stays with the figure.
+    # This CSS rule would apply to the whole page. An attribute of the root, added below, applies to this figure only.
     svg = re.sub(r"\s*<defs>\s*<style.*?</style>\s*</defs>", "", svg, count=1, flags=re.DOTALL)
     name = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")[:LONGEST_NAME]
     label = html.escape(described, quote=True)
@@ -92,8 +97,8 @@ def draw(figure: Figure, title: str, caption: str, described: str) -> Plot:
 
 
 def named_apart(plots: Sequence[Plot]) -> list[Plot]:
-    """The same with names that are all different, for little is left of a title in another script. The ids in each SVG
-    get its name as prefix, since all plots stand in one document.
+    """Give all plots different names: titles in a non-Latin script leave few characters for a name. Ids in each SVG get
+    the name as prefix, because all plots are in one HTML document.
     """
     taken: set[str] = set()
     apart = []

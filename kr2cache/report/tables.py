@@ -1,6 +1,6 @@
-"""A table once, in four forms: rich for the terminal, Markdown, LaTeX (booktabs) and CSV.
+"""One table in four formats: rich for the terminal, Markdown, LaTeX (booktabs) and CSV.
 
-The first three show the same cells; CSV holds one record for each number, unrounded, for a program to read.
+The first three show the same cells. CSV has the records with unrounded numbers, for programs.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ Record = Mapping[str, str | float | bool | None]
 
 @dataclass(frozen=True)
 class Cell:
-    """What one place in a table says."""
+    """Text and marks of one cell."""
 
     text: str = ""
     bold: bool = False
     mark: str = ""
-    """``≈``, or nothing."""
+    """``≈``, ``?`` or empty."""
     remark: str = ""
-    """``2/3``: finished of planned seeds; empty where they are all there."""
+    """Such as ``2/3``, finished of planned seeds; empty if all are finished."""
     under: str = ""
     """A second line: the paper's number."""
 
@@ -49,13 +49,13 @@ class Table:
     """Sentences."""
     records: tuple[Record, ...]
     labels: int = 1
-    """How many columns at the left are names."""
+    """How many columns on the left hold names."""
     keys: tuple[int, ...] = (0,)
-    """The columns that tell the rows apart, so that each part of a wide table begins with them."""
+    """The columns that identify a row. Each part of a wide table begins with them."""
     under: str = "paper"
-    """What the second lines are."""
+    """What the second lines of cells show."""
     details: bool = False
-    """Belongs to the table before it: folded in the page, left out on the terminal."""
+    """Belongs to the table before it: folded on the page, not shown in the terminal."""
 
     @property
     def marked(self) -> bool:
@@ -63,7 +63,7 @@ class Table:
 
 
 def to_rich(table: Table, width: int) -> list[RenderableType]:
-    """For ``console.print``; nothing in a cell is read as markup.
+    """For ``console.print``. Markup in cells has no effect.
 
     Returns:
         The table, or blocks of its columns if it is wider than ``width``.
@@ -92,7 +92,7 @@ def to_rich(table: Table, width: int) -> list[RenderableType]:
 
 
 def to_markdown(table: Table) -> str:
-    """A GitHub table with title and legend; the second lines become rows of their own."""
+    """A GitHub table with title and legend. The second lines of cells become rows."""
     lines = [f"**{_markdown(table.title)}**", "", _markdown_row([_markdown(column) for column in table.columns])]
     lines.append(_markdown_row(["---" if i < table.labels else "--:" for i in range(len(table.columns))]))
     for row in table.rows:
@@ -105,9 +105,9 @@ def to_markdown(table: Table) -> str:
 
 
 def to_latex(table: Table) -> str:
-    """A ``table`` environment for the packages booktabs and graphicx; the second lines become rows of their own.
+    """A ``table`` environment for the packages booktabs and graphicx. The second lines of cells become rows.
 
-    A table that is wider than the text is made smaller until it fits. One that would become hard to read so is turned.
+    A table that is wider than the text is scaled down. If its text would be too small to read, the table is rotated.
     """
     body = []
     for row in table.rows:
@@ -140,13 +140,13 @@ def to_latex(table: Table) -> str:
 
 
 _POINTS_A_CHARACTER, _POINTS_BETWEEN = 4.7, 12.0
-"""About the width of a character of 10-point type, and between two columns."""
+"""Points: about the width of a character of 10-point type, and the space between two columns."""
 _TURNED_FROM = 560.0
-"""Points. A text is some 345 wide, so that characters of a wider table would be smaller than 6 points."""
+"""Points. A page of text is about 345 wide, so characters of a wider table would be smaller than 6 points."""
 
 
 def characters(table: Table) -> list[int]:
-    """The longest cell of each column, its name among them."""
+    """Length of the longest cell of each column, including its name."""
     longest = [len(name) for name in table.columns]
     for row in table.rows:
         for place, cell in enumerate(row):
@@ -156,7 +156,7 @@ def characters(table: Table) -> list[int]:
 
 
 def to_csv(table: Table) -> str:
-    """A line for each record; an empty field where there is no number."""
+    """One line per record; a missing number is an empty field."""
     file = io.StringIO()
     writer = csv.DictWriter(file, list(table.records[0]) if table.records else [], lineterminator="\n")
     writer.writeheader()
@@ -165,7 +165,7 @@ def to_csv(table: Table) -> str:
 
 
 FORMS = {"md": to_markdown, "tex": to_latex, "csv": to_csv}
-"""File ending to form."""
+"""File ending to the function that formats a table."""
 
 
 def _csv(value: Any) -> Any:
