@@ -145,7 +145,7 @@ class RunFolder:
         if differing:
             raise CacheError(
                 f"{self.path} is the run of another configuration: {', '.join(sorted(differing))} differ.",
-                "Move it away, or remove it to train it anew.",
+                "Move it away, or remove it and train again.",
             )
 
     def read_fusion(self) -> dict[str, Any] | None:
