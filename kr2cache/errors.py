@@ -1,7 +1,7 @@
-"""Every failure that the project explains, as one small tree.
+"""Every failure that the project explains, as one small tree of exceptions.
 
-Each class also is the built-in that callers already catch (``ValueError``, ``FileNotFoundError``, ...). A message says
-what was wrong and with which value; the remedy, kept apart so that ``--json`` can show it, says what to do.
+Most classes also derive from the built-in exception that callers already catch (``ValueError``, ``FileNotFoundError``).
+The message says what was wrong and with which value. The remedy says what to do; ``--json`` shows it as its own field.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 
 class KR2CacheError(Exception):
-    """A failure that was foreseen: it has a message for people, and mostly a remedy."""
+    """An expected failure, with a message and in most cases a remedy."""
 
     def __init__(self, message: str, remedy: str = "") -> None:
         super().__init__(message, remedy)
@@ -23,7 +23,7 @@ class KR2CacheError(Exception):
 
 
 class UsageError(KR2CacheError):
-    """A command line that cannot be understood; the only failure whose exit code is 2."""
+    """A command line that is not valid; the only failure whose exit code is 2."""
 
 
 class UnknownNameError(KR2CacheError, ValueError):
@@ -31,7 +31,7 @@ class UnknownNameError(KR2CacheError, ValueError):
 
 
 class ConfigError(KR2CacheError, ValueError):
-    """Settings that contradict each other, or a ``kr2cache.toml`` that cannot be understood."""
+    """Settings that contradict each other, or a ``kr2cache.toml`` that is not valid."""
 
 
 class DataError(KR2CacheError, ValueError):
@@ -39,39 +39,39 @@ class DataError(KR2CacheError, ValueError):
 
 
 class MissingSplitError(DataError):
-    """The corpus has no such split; training goes on without dev or test."""
+    """The corpus has no such split; training continues without dev or test."""
 
 
 class ModelUnavailableError(KR2CacheError, FileNotFoundError):
-    """A model is neither on this machine nor to be had."""
+    """A model is not on this machine and cannot be downloaded."""
 
 
 class UnsupportedModelError(KR2CacheError, ValueError):
-    """A model that loads, but cannot serve as what it was asked for."""
+    """A model that loads, but cannot be used as resource, reader or teacher as requested."""
 
 
 class CacheError(KR2CacheError, ValueError):
-    """A cache is missing, incomplete, or its files are not what the format says."""
+    """A cache is missing or incomplete, or its files do not follow the format."""
 
 
 class CacheVersionError(CacheError):
-    """A cache of another version of the format."""
+    """A cache of a format version that this code does not read."""
 
 
 class CacheMismatchError(CacheError):
-    """A cache of that name exists, but was made from something else."""
+    """A cache with the chosen settings exists, but was made from other data or another model."""
 
 
 class BusyError(KR2CacheError):
-    """Another process is writing what was to be changed."""
+    """Another process is writing to the same folder."""
 
 
 class SequenceNotFoundError(KR2CacheError, KeyError):
-    """An id that the cache does not hold, or does not hold completely yet."""
+    """An id that is not in the cache, or whose states are not complete yet."""
 
 
 class DiskSpaceError(KR2CacheError):
-    """The disk cannot hold what has to be written."""
+    """The disk has too little free space."""
 
 
 class DeviceMemoryError(KR2CacheError):
@@ -83,15 +83,15 @@ class ValueRangeError(KR2CacheError, ValueError):
 
 
 class TrainingError(KR2CacheError):
-    """A training that gave no usable reader."""
+    """A training that did not produce a usable reader."""
 
 
 class InterruptedWorkError(KR2CacheError):
-    """Ctrl-C; the message says what is kept."""
+    """The user pressed Ctrl-C; the message says which work is kept."""
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str], remedy: str = "") -> UnknownNameError:
-    """Say that ``name`` is not a ``kind``, with the nearest known name and the list of those that exist."""
+    """An error that ``name`` is not a ``kind``, with the nearest known name and the list of known names."""
     known = sorted(known)
     return UnknownNameError(
         f"Unknown {kind} {name!r}.{nearest(name, known)}", f"Known: {', '.join(known)}. {remedy}".strip()
@@ -99,7 +99,7 @@ def unknown_name(kind: str, name: str, known: Iterable[str], remedy: str = "") -
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """`` Did you mean 'kr2'?``, or nothing where no known name is near; kr2 is near KR2."""
+    """`` Did you mean 'kr2'?``, or empty if no known name is similar. Case does not count."""
     spelled = {one.casefold(): one for one in known}
     near = difflib.get_close_matches(name.casefold(), spelled, n=1, cutoff=0.5)
     return f" Did you mean {spelled[near[0]]!r}?" if near else ""

@@ -1,4 +1,4 @@
-"""Memory that is used again: malloc's habits, and collecting garbage."""
+"""Process-wide settings of malloc and of garbage collection."""
 
 from __future__ import annotations
 
@@ -10,33 +10,33 @@ import time
 from collections.abc import Iterator
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-"""As glibc's malloc.h numbers them."""
+"""Numbers of these settings in glibc's malloc.h."""
 
 
 def keep_free_memory() -> None:
-    """Let freed blocks be used again as they are. glibc would give large ones back to the system at once, and the next
-    batch would ask for them again with a page fault for every 4 KB: a tenth of a training step on two cores.
+    """Make malloc keep freed blocks for later use. By default glibc returns large blocks to the system at once, and the
+    next batch causes a page fault for every 4 KB: a tenth of a training step on two cores.
 
-    For the whole process, from now on, so the command line calls it and a library call does not.
-    ``return_free_memory`` gives back what piles up. Other C libraries do not have the call, nor the habit.
+    This changes the whole process, so the command line calls it and a library call does not. ``return_free_memory``
+    returns unused blocks now and then. Other C libraries have neither this behaviour nor this setting.
     """
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(M_MMAP_MAX, 0)  # no block outside of the heap, where it cannot be used again
-        mallopt(M_TRIM_THRESHOLD, -1)  # none at all
+        mallopt(M_MMAP_MAX, 0)  # blocks outside of the heap are not used again, so allocate none
+        mallopt(M_TRIM_THRESHOLD, -1)  # never shrink the heap
 
 
 _returned_at = [time.monotonic()]
-"""When it was last done, at first the program's start: what is over sooner has nothing to give back."""
+"""Time of the last return; at first the start of the program, so that short programs do not return anything."""
 
 
 def return_free_memory(every_s: float) -> None:
-    """Give freed blocks back to the system: glibc keeps those of shapes that never come again, and memory would grow
+    """Return freed blocks to the system. glibc keeps blocks of sizes that are never needed again, and memory would grow
     with the number of batches and trainings.
 
     Args:
-        every_s: Do nothing where it was done less than so many seconds ago: what is given back has to be asked for
-            again, which costs 20 to 50 ms.
+        every_s: Do nothing if the last return was less than so many seconds ago: allocating returned memory again
+            costs 20 to 50 ms.
     """
     now = time.monotonic()
     if now - _returned_at[0] < every_s:
@@ -47,16 +47,16 @@ def return_free_memory(every_s: float) -> None:
 
 
 _modules: list[int] = []
-"""How many were there when objects were last set aside; empty outside of such a block."""
+"""Number of imported modules when objects were last set aside; empty outside of such a block."""
 
 
 @contextlib.contextmanager
 def objects_set_aside() -> Iterator[None]:
-    """Inside the block collecting garbage looks at new objects alone: those that torch and transformers import cost a
-    quarter of a second each time, and around every training there are two collections.
+    """Inside the block, garbage collection looks only at new objects. The objects of torch and transformers cost a
+    quarter of a second per collection, and each training has two collections.
 
-    Blocks may lie inside one another, as trainings do inside a sweep: an inner one does nothing unless modules were
-    imported since; then their objects are set aside too. A program that set objects aside itself keeps its own.
+    Blocks may be nested, as trainings are in a sweep. An inner block sets objects aside only if modules were imported
+    since. If the program has frozen objects itself, the block does nothing.
     """
     outermost = not _modules
     if outermost and gc.get_freeze_count():

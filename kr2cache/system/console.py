@@ -1,4 +1,4 @@
-"""What people read: one console, tables, progress, and numbers in a readable form."""
+"""Output for people: one console, progress, and numbers as text."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ from rich.table import Column, Table
 from rich.text import Text
 
 SHORT_NAME = 6
-"""What is left at least of the name of some work, before its time left goes."""
+"""A progress line keeps at least so many characters of its name; the time left gives way first."""
 PIPE_WIDTH = 120
-"""Columns where the output is not a terminal, so that a log keeps its tables whole."""
+"""Width in characters if the output is not a terminal, so that tables in a log are not cut."""
 
 console = Console(highlight=False, width=None if sys.stderr.isatty() and sys.stdout.isatty() else PIPE_WIDTH)
-"""Everything for people goes here; with ``--json`` it is turned to standard error."""
+"""All output for people. With ``--json`` it goes to standard error."""
 
 
 def note(text: str) -> None:
-    """Something to know; names and paths in it are shown as they are."""
+    """Print something to know. rich markup in it is not interpreted."""
     console.print(Text.assemble(("! ", "yellow"), text), soft_wrap=True)
 
 
 def done(text: str) -> None:
-    """Something that is there."""
+    """Print a success."""
     console.print(Text.assemble(("✓ ", "green"), text), soft_wrap=True)
 
 
 def failed(text: str) -> None:
-    """Something that did not work."""
+    """Print a failure."""
     console.print(Text.assemble(("✗ ", "red"), text), soft_wrap=True)
 
 
 def heading(text: str) -> None:
-    """A rule across, with what follows."""
+    """Print a horizontal rule with a title."""
     console.rule(Text(text, style="bold"), align="left")
 
 
@@ -50,7 +50,7 @@ def to_stderr() -> None:
 
 
 def bytes_text(count: float) -> str:
-    """``512 B``, ``8.4 MB``, ``21.6 GB`` (powers of 1000, as disks are sold)."""
+    """``512 B``, ``8.4 MB``, ``21.6 GB`` (powers of 1000, as for disks)."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 999.5:
             return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
@@ -71,7 +71,7 @@ def seconds_text(seconds: float) -> str:
 
 
 def time_text(seconds: float) -> str:
-    """``2026-11-27 23:50``, of this machine's clock, for seconds since 1970."""
+    """``2026-11-27 23:50``, in this machine's time zone, for seconds since 1970."""
     return datetime.fromtimestamp(seconds, UTC).astimezone().strftime("%Y-%m-%d %H:%M")
 
 
@@ -89,7 +89,7 @@ def ranges_text(numbers: Sequence[int]) -> str:
 
 @contextlib.contextmanager
 def silent() -> Iterator[None]:
-    """Nothing is printed meanwhile."""
+    """Inside the block nothing is printed."""
     before, console.quiet = console.quiet, True
     try:
         yield
@@ -99,9 +99,10 @@ def silent() -> Iterator[None]:
 
 @contextlib.contextmanager
 def waiting(what: str) -> Iterator[Callable[[], None]]:
-    """A spinner beside ``what`` is waited for, gone when it is there; nothing where nobody looks at a terminal.
+    """Inside the block a spinner shows ``what`` is running. Without a terminal nothing is shown.
 
-    Gives a function that takes it away at once.
+    Yields:
+        A function that removes the spinner at once.
     """
     screen = console if console.is_terminal else Console(stderr=True, quiet=console.quiet)
     if not screen.is_terminal:
@@ -112,7 +113,7 @@ def waiting(what: str) -> Iterator[Callable[[], None]]:
 
 
 class TimeLeft(ProgressColumn):
-    """Time left by the work done so far, in words."""
+    """Time left in words, estimated from the work done so far."""
 
     def render(self, task: ProgressTask) -> Text:
         if task.finished:
@@ -123,7 +124,7 @@ class TimeLeft(ProgressColumn):
 
 
 class WorkName(ProgressColumn):
-    """What is worked on, shown as it is; too long, its middle goes, since both ends tell it from others."""
+    """The name of the work. If it is too long, its middle is left out: names differ at both ends."""
 
     def __init__(self, width: int) -> None:
         self._width = width
@@ -139,7 +140,7 @@ class WorkName(ProgressColumn):
 
 
 class ProgressLine(Progress):
-    """A line of progress that fits the terminal. The count is never cut; bar and note become narrower or go."""
+    """A line of progress that fits the terminal. The count is never cut; bar and note shrink or are left out."""
 
     def __init__(self, unit: str) -> None:
         self._spinner = SpinnerColumn(finished_text="[green]✓")
@@ -154,7 +155,7 @@ class ProgressLine(Progress):
         return super().make_tasks_table(shown)
 
     def _fitting(self, tasks: Sequence[ProgressTask]) -> tuple[ProgressColumn, ...]:
-        """The columns that there is room for."""
+        """The columns that fit."""
 
         def width(column: ProgressColumn) -> int:
             return max((cell_len(str(column.render(task))) for task in tasks), default=0)

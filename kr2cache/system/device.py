@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 
 
 def check_device_name(name: str) -> None:
-    """Raise ``ConfigError`` for a name that is no device on any machine; does without torch."""
+    """Raise ``ConfigError`` for a name that is not a device on any machine. Does not import torch."""
     if not re.fullmatch(r"auto|mps|(cpu|cuda)(:[0-9]+)?", name):
         raise ConfigError(f"--device {name!r} is not a device.", "Give auto, cpu, cuda, cuda:1 or mps.")
 
 
 def choose_device(name: str) -> torch.device:
-    """``auto`` is the first CUDA GPU, else Apple's, else the CPU; any other name is torch's own.
+    """``auto`` is the current CUDA GPU, else Apple's GPU, else the CPU. Other names are those of torch.
 
     Raises:
         ConfigError: If the device does not exist here.
@@ -32,7 +32,7 @@ def choose_device(name: str) -> torch.device:
             return torch.device("cuda", torch.cuda.current_device())
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     device = torch.device(name)
-    if name == "cuda" and torch.cuda.is_available():  # as tensors there say it
+    if name == "cuda" and torch.cuda.is_available():  # tensors on the GPU name their device with its number
         device = torch.device("cuda", torch.cuda.current_device())
     available = {
         "cpu": True,
@@ -45,7 +45,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def wait_for_gpu() -> None:
-    """Until the work that was issued to a GPU is done; at once where none is in use."""
+    """Wait until a GPU has done its work; return at once if no GPU is in use."""
     import torch
 
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
@@ -58,13 +58,13 @@ OUT_OF_MEMORY = (
     "MPS backend out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
-    "Cannot allocate memory",  # the system's words, where a file of weights is mapped
+    "Cannot allocate memory",  # from the system, when a file of weights is mapped
 )
-"""In messages of errors that torch and safetensors raise without a class of their own."""
+"""Parts of messages of errors for which torch and safetensors have no class."""
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether a device, or the computer, had no memory left for a tensor."""
+    """Whether a device or the computer had too little memory for a tensor."""
     import torch
     from accelerate.utils.memory import should_reduce_batch_size
 
@@ -76,24 +76,24 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def freeing(device: torch.device) -> str:
-    """How to free this device's memory: the start of a sentence."""
+    """How to free this device's memory, as the start of a sentence."""
     if device.type == "cuda":
-        return "Free the GPU's memory (nvidia-smi shows who has it)"
+        return "Free the GPU's memory (nvidia-smi shows who uses it)"
     return "Close other programs"
 
 
 def memory_advice(device: torch.device, *others: str) -> str:
-    """What to do where something does not fit into a device's memory.
+    """What to do if something does not fit into a device's memory.
 
     Args:
-        others: What helps besides, as in "give a smaller --max-length".
+        others: More advice, such as "give a smaller --max-length".
     """
     elsewhere = [] if device.type == "cpu" else ["give --device cpu"]
     return f"{', or '.join([freeing(device), *others, *elsewhere])}."
 
 
 def drop_unused_memory() -> None:
-    """Give back what torch keeps of a GPU's memory for later, in large blocks, after a shape that did not fit."""
+    """Free the blocks of a GPU's memory that torch keeps for later. Called after a batch that did not fit."""
     import torch
 
     gc.collect()

@@ -1,4 +1,4 @@
-"""How much room a disk has, and that it holds what was written."""
+"""Free disk space, and writing that is complete and durable."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kr2cache.errors import DiskSpaceError
 
 
 def free_bytes(path: Path) -> int:
-    """Free disk where ``path``, a file or a folder, is or will be."""
+    """Free bytes on the disk where ``path`` (a file or a folder) is or will be."""
     path = path.absolute()
     while not path.exists():
         path = path.parent
@@ -23,11 +23,11 @@ def free_bytes(path: Path) -> int:
 
 MOUNTS = Path("/proc/self/mountinfo")
 IN_MEMORY = ("tmpfs", "ramfs")
-"""File systems that lie in memory."""
+"""File systems in memory."""
 
 
 def is_in_memory(folder: Path) -> bool:
-    """Whether what is written to ``folder`` takes memory and no disk, as /tmp does on many a Linux."""
+    """Whether ``folder`` is in memory and not on a disk, as /tmp on many Linux systems."""
     with contextlib.suppress(OSError):
         device = folder.stat().st_dev
         number = f"{os.major(device)}:{os.minor(device)}"
@@ -39,11 +39,11 @@ def is_in_memory(folder: Path) -> bool:
 
 
 def temporary_file(size: int, beside: Path) -> tuple[BinaryIO, Path] | None:
-    """A file of ``size`` bytes without a name, its space reserved: in ``beside``, or where that cannot be written or
-    has no room in the system's folder for temporary files (``$TMPDIR``), if that lies on a disk. None if neither does.
+    """A file of ``size`` bytes without a name, with its space reserved. It is in ``beside``; if that folder is not
+    writable or full, in the system's folder for temporary files (``$TMPDIR``), unless that folder is in memory.
 
     Returns:
-        The file and the folder that it is in.
+        The file and its folder; None if neither folder can be used.
     """
     folders = [beside]
     with contextlib.suppress(OSError):  # there is no such folder
@@ -53,7 +53,7 @@ def temporary_file(size: int, beside: Path) -> tuple[BinaryIO, Path] | None:
             continue
         try:
             file = tempfile.TemporaryFile(dir=folder, prefix="kr2cache-")  # noqa: SIM115 (the caller closes it)
-        except OSError:  # a disk, a mount or rights that let nobody write
+        except OSError:  # the folder is not writable
             continue
         try:
             if not reserve(file.fileno(), size):
@@ -69,7 +69,7 @@ def check_room(folder: Path, needed: int, what: str, remedy: str) -> None:
     """Raise ``DiskSpaceError`` if the disk of ``folder`` has fewer than ``needed`` bytes free.
 
     Args:
-        what: Needs them, as the beginning of a sentence.
+        what: What needs them, as the start of a sentence.
     """
     free = free_bytes(folder)
     if free < needed:
@@ -77,7 +77,7 @@ def check_room(folder: Path, needed: int, what: str, remedy: str) -> None:
 
 
 def reserve(descriptor: int, size: int) -> bool:
-    """Reserve space where the platform can; elsewhere (False) a full disk is noticed when it is written to."""
+    """Reserve space. Returns False if the platform cannot; then a full disk is noticed when it is written to."""
     if not hasattr(os, "posix_fallocate"):
         return False
     try:
@@ -90,7 +90,7 @@ def reserve(descriptor: int, size: int) -> bool:
 
 
 def write_whole(descriptor: int, data: bytes | memoryview, offset: int) -> int:
-    """``pwrite`` all of it; returns how many bytes."""
+    """``pwrite`` all of ``data``; returns its number of bytes."""
     view = memoryview(data).cast("B")
     count = len(view)
     while view:
@@ -100,7 +100,7 @@ def write_whole(descriptor: int, data: bytes | memoryview, offset: int) -> int:
 
 
 def sync(descriptor: int) -> None:
-    """The bytes on disk; macOS knows no fdatasync."""
+    """Wait until the bytes are on disk. macOS has no fdatasync."""
     (os.fdatasync if hasattr(os, "fdatasync") else os.fsync)(descriptor)
 
 
@@ -114,11 +114,11 @@ def sync_folder(folder: Path) -> None:
 
 
 def disk_error(error: OSError, path: Path, needed: int) -> Exception:
-    """``error`` as the project's own where it says that the disk is full, else itself.
+    """A ``DiskSpaceError`` if ``error`` says that the disk is full, else ``error``.
 
     Args:
-        path: What there was no room for.
-        needed: Bytes that had yet to be found room for.
+        path: The file that did not fit.
+        needed: Bytes that are still to be written.
     """
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         free = free_bytes(path)

@@ -1,4 +1,4 @@
-"""Can the Hugging Face hub be asked at all?"""
+"""Whether the Hugging Face hub can be reached."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 
 def unreachable() -> str | None:
-    """Why the hub cannot be asked, without the half minute of retries that a download would take to find out."""
+    """Why the hub cannot be reached; None if it can. A failing download would retry for half a minute."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
@@ -29,7 +29,7 @@ def unreachable() -> str | None:
 
 @contextlib.contextmanager
 def offline() -> Iterator[None]:
-    """Inside the block the libraries do not ask the hub: what is in its cache loads at once, the rest fails at once."""
+    """Inside the block the libraries do not contact the hub: cached files load, other files fail at once."""
     import datasets
     from huggingface_hub import constants
 

@@ -1,4 +1,4 @@
-"""Ctrl-C at a place where it does no harm."""
+"""Handle Ctrl-C at a place where it does no harm."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _pressed = threading.Event()
 
 
 def listen() -> None:
-    """Remember from now on that Ctrl-C was pressed, and raise KeyboardInterrupt as before."""
+    """From now on, remember that Ctrl-C was pressed, and raise KeyboardInterrupt as before."""
 
     def remember(signum: int, frame: object) -> None:
         _pressed.set()
@@ -24,9 +24,9 @@ def listen() -> None:
 
 @contextlib.contextmanager
 def leaving_at_once(say: Callable[[], None]) -> Iterator[None]:
-    """Ctrl-C ends the process within, where nothing is to be tidied up.
+    """Inside the block, Ctrl-C ends the process without cleaning up.
 
-    For imports of extension modules: C++ code that KeyboardInterrupt passes through may abort ("terminate called").
+    For imports of extension modules: C++ code may abort ("terminate called") when KeyboardInterrupt passes through it.
 
     Args:
         say: Called before the process ends.
@@ -51,16 +51,16 @@ def leaving_at_once(say: Callable[[], None]) -> Iterator[None]:
 
 
 def was_pressed() -> bool:
-    """Whether Ctrl-C was pressed since ``listen``: the cause of whatever error came then."""
+    """Whether Ctrl-C was pressed since ``listen``. Then it is the cause of any error that followed."""
     return _pressed.is_set()
 
 
 @contextlib.contextmanager
 def interrupt_between_batches() -> Iterator[Callable[[], None]]:
-    """Gives a function to call after each batch; it raises KeyboardInterrupt once Ctrl-C was pressed.
+    """Yields a function to call after each batch; it raises KeyboardInterrupt if Ctrl-C was pressed.
 
-    Raised anywhere else it could fall into code of a library that swallows it, and the work would go on, or that holds
-    a lock, and the command would hang. A second Ctrl-C does not wait.
+    Elsewhere the exception could be raised inside a library that swallows it, and the work would continue, or that
+    holds a lock, and the command would hang. A second Ctrl-C raises it at once.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: None

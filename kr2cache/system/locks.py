@@ -1,4 +1,4 @@
-"""Folders that are written: may they be, and by one writer at a time."""
+"""Folders to write to: checks that they are writable, and locks that allow one writer at a time."""
 
 from __future__ import annotations
 
@@ -21,37 +21,35 @@ from kr2cache.errors import BusyError, ConfigError
 from kr2cache.system.console import note, seconds_text
 
 PATIENCE_S = 0.5
-"""Before the wait is said."""
+"""Seconds before the user is told that the process waits."""
 
 
 def check_writable(folder: Path, option: str) -> None:
-    """Raise ``ConfigError`` if ``folder`` cannot be made or written to; leaves nothing behind."""
+    """Raise ``ConfigError`` if ``folder`` cannot be made or written to. Leaves no file behind."""
     there = folder.absolute()
     while not there.exists():
         there = there.parent
     if not there.is_dir():
         raise ConfigError(f"{option} {folder}: {there} is a file.", "Give a folder.")
-    try:  # rights alone do not tell: root has them in /proc too
+    try:  # permissions are not enough: root has them in /proc too
         tempfile.TemporaryFile(dir=there).close()
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return  # that has an error of its own, and what is mended in place needs no room
+            return  # a full disk has its own error, and repair in place needs no space
         reason = error.strerror or str(error)
-        raise ConfigError(
-            f"{option} {folder}: {there} may not be written to ({reason}).", "Give another folder."
-        ) from None
+        raise ConfigError(f"{option} {folder}: {there} is not writable ({reason}).", "Give another folder.") from None
 
 
 @contextlib.contextmanager
 def only_writer(folder: Path, *, wait: bool = True) -> Iterator[None]:
-    """Hold ``FOLDER.lock`` beside the folder, one and the same through whatever links it is reached. A dead process
-    holds no lock: it is the operating system's.
+    """Hold the lock ``FOLDER.lock`` beside the folder. Links to the folder lead to the same lock. The operating system
+    releases the lock of a dead process.
 
     Args:
-        wait: Whether to wait for another holder.
+        wait: Whether to wait for another process that holds the lock.
 
     Raises:
-        BusyError: If another process holds it, and it is not to be waited for.
+        BusyError: If another process holds the lock and ``wait`` is False.
     """
     place = folder.resolve()
     path = place.with_name(place.name + ".lock")
@@ -69,12 +67,12 @@ def only_writer(folder: Path, *, wait: bool = True) -> Iterator[None]:
         _sign(path)
         yield
     finally:
-        path.unlink(missing_ok=True)  # filelock sees that whoever waits waits for a file that is gone
+        path.unlink(missing_ok=True)  # filelock notices if a waiting process holds a removed file
         lock.release()
 
 
 def _sign(path: Path) -> None:
-    """Say in the lock who holds it; what a dead holder left there is overwritten."""
+    """Write into the lock file who holds it, over the entry of an earlier holder."""
     user = "?"
     with contextlib.suppress(OSError, KeyError, ImportError):
         user = getpass.getuser()
@@ -85,7 +83,7 @@ def _sign(path: Path) -> None:
         "since": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])[:200],
     }
-    with contextlib.suppress(OSError):  # only told, never relied on
+    with contextlib.suppress(OSError):  # for messages only
         path.write_text(json.dumps(signature), encoding="utf-8")
 
 

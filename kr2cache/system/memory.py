@@ -1,4 +1,4 @@
-"""How much memory there is, how much work takes, and where arrays begin."""
+"""How much memory there is and how much a piece of work takes; aligned arrays."""
 
 from __future__ import annotations
 
@@ -20,49 +20,47 @@ LIMITS = {
     1: [("memory.limit_in_bytes", "memory.usage_in_bytes")],
     2: [("memory.max", "memory.current"), ("memory.high", "memory.current")],
 }
-"""By the version of control groups: files of a limit and of what is taken."""
+"""By version of control groups: file names of the limit and of the memory in use."""
 
 
 @dataclass(frozen=True)
 class _Limit:
-    """Of a control group that this process is in (Linux). A job of a batch system or a container may take far less than
-    the computer has, and is killed where it takes more.
+    """The memory limit of a control group of this process (Linux). A batch job or a container may use far less memory
+    than the computer has, and is killed if it uses more.
     """
 
     bytes: int
     use: Path
-    """A file that says how much is taken."""
+    """The file with the memory in use."""
 
     def left(self) -> int:
-        """Bytes; all of them where the group does not say what it takes."""
+        """Bytes that are left; the whole limit if the memory in use is unknown."""
         try:
             return max(0, self.bytes - max(0, int(self.use.read_text()) - self._given_up()))
         except (OSError, ValueError):
             return self.bytes
 
     def _given_up(self) -> int:
-        """Bytes that count as taken, and are given up when asked for, such as pages that hold files; 0 where the group
-        does not say.
-        """
+        """Bytes that count as used but are freed on demand, such as pages of files; 0 if unknown."""
         try:
             lines = self.use.with_name("memory.stat").read_text().splitlines()
             numbers = {name: int(number) for name, number in (line.split() for line in lines)}
         except (OSError, ValueError):
             return 0
-        prefix = "total_" if "total_inactive_file" in numbers else ""  # with the groups below it: so in version 1
+        prefix = "total_" if "total_inactive_file" in numbers else ""  # version 1: includes the groups below
         names = (f"{prefix}inactive_file", f"{prefix}active_file", "slab_reclaimable")
         return sum(numbers.get(name, 0) for name in names)
 
 
 def free_memory() -> int:
-    """Bytes that this process may still take, those included that hold files and are given up when asked for; a careful
-    guess where the system does not say.
+    """Bytes that this process may still take, including pages of files that are freed on demand. If the system does not
+    report it, a low guess.
     """
     return min([_free_memory_of_computer(), *(limit.left() for limit in _limits())])
 
 
 def total_memory() -> int:
-    """Bytes that this process may take if no other does; a careful guess where the system does not say."""
+    """Bytes that this process may take if no other process runs. If the system does not report it, a low guess."""
     return min([_memory_of_computer(), *(limit.bytes for limit in _limits())])
 
 
@@ -72,7 +70,7 @@ def _free_memory_of_computer() -> int:
         return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
     try:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError):  # not told on macOS
+    except (ValueError, OSError):  # macOS does not report it
         return 4 * 2**30
 
 
@@ -84,22 +82,22 @@ def _memory_of_computer() -> int:
 
 
 def _limits() -> Iterator[_Limit]:
-    """Of all control groups that count this process's memory: its own and those that they lie in."""
+    """The limits of all control groups that count this process's memory: its own and the groups above."""
     names = dict(_names())
     for version, mounted, top in _hierarchies():
         if version not in names:
             continue
-        # A container may see the names of outside, of which the mounted folder is the part up to ``top``.
+        # A container may see the host's names; the mounted folder is the group ``top`` of the host.
         inside = os.path.relpath(names[version], top)
         own = mounted if inside.startswith("..") else mounted / inside
         for folder in (own, *(parent for parent in own.parents if parent.is_relative_to(mounted))):
             for limit, use in LIMITS[version]:
-                with contextlib.suppress(OSError, ValueError):  # not there, or "max", which is none
+                with contextlib.suppress(OSError, ValueError):  # no such file, or "max": no limit
                     yield _Limit(int((folder / limit).read_text()), folder / use)
 
 
 def _names() -> Iterator[tuple[int, str]]:
-    """By version, the control group that counts this process's memory."""
+    """(version, name) of the control groups that count this process's memory."""
     for line in _lines(MEMBERSHIP):
         _, controllers, name = (*line.split(":", 2), "", "")[:3]
         if name.startswith("/") and (not controllers or "memory" in controllers.split(",")):
@@ -107,7 +105,7 @@ def _names() -> Iterator[tuple[int, str]]:
 
 
 def _hierarchies() -> Iterator[tuple[int, Path, str]]:
-    """Version, folder and topmost group of where control groups of memory are mounted."""
+    """(version, folder, top group) of each mount of control groups that count memory."""
     for line in _lines(MOUNTS):
         place, _, kind = line.partition(" - ")
         fields, (system, *_, options) = place.split(), (*kind.split(), "", "")[:3]
@@ -119,7 +117,7 @@ def _hierarchies() -> Iterator[tuple[int, Path, str]]:
 def _lines(path: Path) -> list[str]:
     try:
         return os.fsdecode(path.read_bytes()).split("\n")
-    except OSError:  # no Linux
+    except OSError:  # not Linux
         return []
 
 
@@ -127,8 +125,8 @@ CACHE_LINE = 64
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """An array, not filled, that begins with a cache line as a mapped array of a file does. NumPy's begin 16 bytes
-    after one, and copying between two that lie askew takes up to half as long again.
+    """An uninitialised array that starts at a cache line, as a mapped file does. NumPy's arrays start 16 bytes after a
+    cache line, and unaligned copies take up to 1.5 times as long.
     """
     size = math.prod(shape) * dtype.itemsize
     memory = np.empty(size + CACHE_LINE, dtype=np.uint8)
@@ -137,11 +135,11 @@ def aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
 
 
 def peak_of(work: Callable[[], object]) -> int | None:
-    """Run ``work``; by how many bytes the process's resident memory rose above what it was, mapped files included. None
-    where the system does not say.
+    """Run ``work``, and return by how many bytes the process's resident memory (with mapped files) rose at most. None
+    if the system does not report it.
     """
     try:
-        return_free_memory(every_s=0)  # else what is kept of other work would hide this one's
+        return_free_memory(every_s=0)  # kept memory of earlier work would hide the rise
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
         before = _status("VmRSS")
     except OSError:
@@ -152,6 +150,6 @@ def peak_of(work: Callable[[], object]) -> int | None:
 
 
 def _status(name: str) -> int:
-    """Bytes, of this process."""
+    """A memory figure of this process in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))

@@ -1,4 +1,4 @@
-"""What belongs to the whole process, and not to a call: a library call leaves it as it was."""
+"""State of the whole process that a library call must leave unchanged."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 
 @contextlib.contextmanager
 def process_unchanged() -> Iterator[None]:
-    """After the block these are as before: environment variables, random states, torch's settings for deterministic
-    algorithms and for the precision of products, and what transformers reports.
+    """Restore after the block: environment variables, random states, torch's settings for deterministic algorithms and
+    for the precision of matrix products, and the verbosity of transformers.
 
-    transformers' Trainer changes them, as scikit-learn does when it is imported. What threads of the caller change
-    meanwhile is taken back too.
+    transformers' Trainer changes them, and so does importing scikit-learn. Changes that other threads make during the
+    block are undone too.
     """
     import numpy as np
     import torch

@@ -1,4 +1,7 @@
-"""Tables that fit the terminal: words wrap, unimportant columns go, wide tables go on below. Digits are never cut."""
+"""Tables that fit the terminal.
+
+Words wrap, less important columns are left out, wide tables are split. Digits are never cut.
+"""
 
 from __future__ import annotations
 
@@ -17,30 +20,30 @@ from kr2cache.system.console import console
 Cell = str | Text
 
 BETWEEN = 3
-"""Characters from one cell to the next: a space, a line, a space."""
+"""Characters between two cells: a space, a line, a space."""
 FOLDED = 16
-"""A column of words is not made narrower than this, unless its words are shorter."""
+"""Minimum width of a column of words, unless its words are shorter."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column, and what becomes of it where there is no room."""
+    """A column, and how it changes if there is no room."""
 
     name: str
     right: bool = False
     breaks: str = ""
-    """The character after which a cell may be broken, a space or a slash. Digits, ids and dates must not be broken."""
+    """The character after which a line may break: a space or a slash. Empty for digits, ids and dates."""
     rank: int = 0
-    """The column of the highest rank is left out first; one of rank 0 never is."""
+    """The column of the highest rank is left out first. A column of rank 0 is always shown."""
 
 
 def print_table(
     title: Cell, columns: Sequence[Column], rows: Sequence[Sequence[Cell]], sections: Collection[int] = ()
 ) -> None:
-    """Print a table that fits the terminal, and say which columns were left out.
+    """Print a table that fits the terminal, and name the columns that were left out.
 
     Args:
-        sections: Rows with a line above.
+        sections: Numbers of the rows that get a line above.
     """
     kept = list(range(len(columns)))
     shown = [[_text(cell) for cell in row] for row in rows]
@@ -61,7 +64,7 @@ def print_table(
 def in_blocks(
     title: Cell, columns: Sequence[Column], rows: Sequence[Sequence[Cell]], keys: Sequence[int], width: int
 ) -> list[RenderableType]:
-    """A table; if it is wider than ``width``, blocks of its columns, one below the other.
+    """A table. If it is wider than ``width``, its columns are split into blocks, one below the other.
 
     Args:
         keys: The columns that every block begins with.
@@ -92,7 +95,7 @@ def _text(cell: Cell) -> Text:
 def _widths(
     columns: Sequence[Column], rows: Sequence[Sequence[Text]], kept: Sequence[int], width: int
 ) -> list[int] | None:
-    """How wide each of the ``kept`` columns becomes; None where they have no room."""
+    """The width of each of the ``kept`` columns; None if they do not fit."""
     narrowest, natural = [], []
     for place in kept:
         lengths = [cell_len(line) for row in rows for line in row[place].plain.split("\n")]
@@ -145,7 +148,7 @@ def _pieces(text: str, breaks: str) -> list[str]:
 
 
 def _broken(path: Text, width: int) -> Text:
-    """A path in lines of at most ``width``, broken after slashes."""
+    """A path in lines of at most ``width`` characters, broken after slashes."""
     if path.cell_len <= width:
         return path
     ends, end, length = [], 0, 0
@@ -161,7 +164,7 @@ def _broken(path: Text, width: int) -> Text:
 def _records(
     title: Cell, columns: Sequence[Column], rows: Sequence[Sequence[Text]], kept: Sequence[int], width: int
 ) -> list[RenderableType]:
-    """A row as a few lines: its first cell, and below it each of the others with the name of its column."""
+    """Each row as a few lines: its first cell, and below it the other cells with the names of their columns."""
     parts: list[RenderableType] = [_text(title)]
     for row in rows:
         head, *others = kept

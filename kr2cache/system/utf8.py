@@ -1,5 +1,6 @@
-"""Text that comes from outside: files, standard input, arguments. All of it passes here, so all of it is checked alike:
-it is UTF-8, and a byte order mark at its start is no part of it.
+"""Text from outside: files, standard input, arguments.
+
+This module checks that it is UTF-8 and removes a byte order mark at its start.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ BYTE_ORDER_MARK = "\ufeff"
 
 
 def lines(raw_lines: Iterable[bytes], name: str) -> Iterator[str]:
-    """The lines of a text, with their ends.
+    """The lines of a text, with their line ends.
 
     Args:
-        raw_lines: As a file opened for bytes gives them.
-        name: Of the text, for errors.
+        raw_lines: Lines of bytes, such as a file opened in binary mode.
+        name: Name of the text, for errors.
 
     Raises:
-        DataError: Naming the line that is not UTF-8.
+        DataError: If a line is not UTF-8; the message gives its number.
     """
     for number, raw in enumerate(raw_lines, 1):
         try:
@@ -33,7 +34,7 @@ def file_lines(path: Path) -> Iterator[str]:
     """The lines of a file, as ``lines`` gives them.
 
     Raises:
-        DataError: Naming file and line that are not UTF-8.
+        DataError: If a line is not UTF-8; the message names file and line.
         OSError: If it cannot be read.
     """
     with path.open("rb") as file:
@@ -44,7 +45,7 @@ def check(text: str, name: str, error_class: type[KR2CacheError] = DataError) ->
     """Check text that was decoded by Python, such as an argument.
 
     Raises:
-        error_class: If its bytes were not UTF-8: Python keeps such bytes as surrogates.
+        error_class: If its bytes were not UTF-8. Python keeps such bytes as surrogates.
     """
     try:
         text.encode("utf-8")

@@ -422,7 +422,7 @@ WRONG: dict[str, tuple[Callable[[Path], object], str, int, tuple[str, ...]]] = {
     "toml model": (toml_with("[models.x]\npaht = 'y'\n"), EXTRACT, 1, ("models.x", "'paht'", "'path'")),
     "toml model layers": (toml_with("[models.x]\npath = 'y'\nlayers = 0\n"), EXTRACT, 1, ("layers = 0", "from 1 on")),
     "run dir": (nothing, f"{TRAIN} --run-dir kr2cache.toml", 1, ("--run-dir", "kr2cache.toml is a file")),
-    "run dir in no file system": (nothing, f"{TRAIN} --run-dir /proc/runs", 1, ("--run-dir", "may not be written to")),
+    "run dir in no file system": (nothing, f"{TRAIN} --run-dir /proc/runs", 1, ("--run-dir", "is not writable")),
     "toml model type": (toml_with("[models.x]\npath = 3\n"), EXTRACT, 1, ("models.x", "path", "3")),
     "training argument": (toml_with("[training]\nwarmup_step = 3\n"), TRAIN, 1, ("'warmup_step'", "warmup_steps")),
     "training value": (toml_with("[training]\nlr_scheduler_type = 'up'\n"), TRAIN, 1, ("up", "[training]")),

@@ -54,7 +54,7 @@ def interrupted(module: str, line: str, how: str = "raised") -> subprocess.Compl
 
 
 LOADING = "Loading PyTorch and transformers ..."
-SAID = "Interrupted. What is complete is kept.\nRun the same command again.\n"
+SAID = "Interrupted. Complete work is kept.\nRun the same command again.\n"
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_ctrl_c_under_json_is_one_document(workdir: Path) -> None:
     assert (done.returncode, done.stderr) == (130, f"{LOADING}\n")
     assert json.loads(done.stdout)["error"] == {
         "type": "InterruptedWorkError",
-        "message": "Interrupted. What is complete is kept.",
+        "message": "Interrupted. Complete work is kept.",
         "remedy": "Run the same command again.",
     }
 
