@@ -16,14 +16,11 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from kr2cache.errors import ConfigError, DataError, unknown_name
+from kr2cache.methods import METHODS
 from kr2cache.system import utf8
 
 TOML = "kr2cache.toml"
 
-Method = Literal["kr2", "kreader", "kresource", "kreader2", "kd"]
-METHODS: tuple[Method, ...] = get_args(Method)
-PLAIN_METHODS: tuple[Method, ...] = ("kreader", "kresource")
-"""Fine-tuning of one model, nothing beside it."""
 Projection = Literal["auto", "none", "mlp", "direct"]
 PROJECTIONS: tuple[Projection, ...] = get_args(Projection)
 ComputeDtype = Literal["float32", "bfloat16", "float16"]
@@ -114,7 +111,8 @@ class TrainConfig:
     """None for methods that need none."""
     data: str | None = None
     fusion: str = DEFAULT_FUSION
-    method: Method = "kr2"
+    method: str = "kr2"
+    """A name in ``METHODS``."""
     projection: Projection = "auto"
     seeds: tuple[int, ...] = (1, 2, 3)
     epochs: float = 10
@@ -171,6 +169,17 @@ class TrainConfig:
                 f"[training] in kr2cache.toml sets {own[0]}, which has an option of its own.",
                 f"Use {OWN_TRAINING[own[0]]} instead.",
             )
+
+    @property
+    def trained_model(self) -> str | None:
+        """The name of the model that is trained."""
+        return self.resource if METHODS[self.method].trains == "resource" else self.reader
+
+    @property
+    def frozen_model(self) -> str | None:
+        """The name of the model whose states are appended; None for a method that appends none."""
+        frozen = METHODS[self.method].frozen
+        return None if frozen is None else self.reader if frozen == "reader" else self.resource
 
 
 LAST_SEED = 2**32 - 1

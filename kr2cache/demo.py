@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.text import Text
 
-from kr2cache.config import ExtractConfig, Method, TrainConfig
+from kr2cache.config import ExtractConfig, TrainConfig
 from kr2cache.experiment.pipeline import TrainResult, train
 from kr2cache.extraction.extract import ExtractResult, describe_result, extract
 from kr2cache.extraction.planning import describe, plan_extraction
@@ -38,7 +38,7 @@ class Row:
     """One line of the demo's table."""
 
     label: str
-    method: Method
+    method: str
     fusion: str
 
 
@@ -131,7 +131,7 @@ def _summary(label: str, result: TrainResult) -> dict[str, Any]:
     return {
         "label": label,
         "method": result.config.method,
-        "fusion": result.config.fusion if result.config.method == "kr2" else None,
+        "fusion": result.config.fusion if result.config.frozen_model else None,
         "seeds": {str(run.seed): run.metrics["test"] for run in result.runs},
         "mean": mean["test"],
         "std": std["test"],

@@ -12,6 +12,7 @@ from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from kr2cache.config import COMPUTE_DTYPES, KIND_NAMES, ExtractConfig, TrainConfig
+from kr2cache.methods import METHODS
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,7 @@ TRAIN = {
     "task": TASK,
     "data": DATA,
     "fusion": Setting("fuse (trainable weights), all or lastN (averages), or layerN (layer0: embeddings)."),
-    "method": Setting(
-        "kr2; kreader (the reader alone); kresource (the resource, fine-tuned); kreader2 (a frozen copy of the reader "
-        "as resource); kd (distillation from --teacher)."
-    ),
+    "method": Setting("; ".join(f"{method.name} ({method.summary})" for method in METHODS.values()) + "."),
     "projection": Setting("From the resource's width to the reader's: auto, none, mlp or direct."),
     "seeds": Setting("One run for each seed."),
     "epochs": Setting("How often the reader sees the train split."),

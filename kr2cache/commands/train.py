@@ -14,6 +14,7 @@ from kr2cache.commands.settings import OPTIONS, TRAIN
 from kr2cache.config import TrainConfig, default_cache_dir, parse_seeds, read_toml
 from kr2cache.errors import ConfigError
 from kr2cache.experiment.checks import check_training
+from kr2cache.methods import METHODS, Method
 from kr2cache.models.files import model_folder
 from kr2cache.system.console import note
 
@@ -32,7 +33,7 @@ def train_cli(
     """
     config = _config(typed, extract=not no_extract)
     model_folder(check_training(config).reader)  # a download shows its own progress
-    _note_unused(config.method, typed)
+    _note_unused(METHODS[config.method], typed)
     with loading(as_json):
         from kr2cache.experiment.pipeline import describe_training, train
 
@@ -56,19 +57,20 @@ def _config(typed: dict[str, Any], extract: bool) -> TrainConfig:
             reader = given.get("reader", TrainConfig.reader)
             given["resource"] = choose_resource(where, given.get("task"), reader, toml.models)
         except ConfigError:
-            if given.get("method", TrainConfig.method) in ("kr2", "kresource"):
+            method = METHODS.get(given.get("method", TrainConfig.method))
+            if method is not None and method.needs_resource:
                 raise
     if "task" not in given:
         given["task"] = choose_task(given.get("resource"), where, toml.models)
     return TrainConfig(**given, extract=extract, models=toml.models, training=toml.training)
 
 
-def _note_unused(method: str, typed: dict[str, Any]) -> None:
+def _note_unused(method: Method, typed: dict[str, Any]) -> None:
     """Name the options that the user typed although this method does not use them."""
     unused: list[str] = []
-    if method not in ("kr2", "kreader2"):
+    if method.frozen is None:
         unused += ["fusion", "projection", "fusion_learning_rate", "resource_max_length"]
-    if method != "kd":
+    if not method.needs_teacher:
         unused += ["teacher", "temperature", "soft_weight"]
     if options := [f"--{name.replace('_', '-')}" for name in unused if typed[name] is not None]:
-        note(f"Method {method} does not use {', '.join(options)}.")
+        note(f"Method {method.name} does not use {', '.join(options)}.")

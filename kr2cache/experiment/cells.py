@@ -51,7 +51,6 @@ class Cell:
     def json(self) -> dict[str, Any]:
         """The cell in the manifest."""
         config = self.config
-        frozen = config.reader if config.method == "kreader2" else config.resource
         return {
             "row": self.row.name,
             "column": self.column.name,
@@ -59,9 +58,9 @@ class Cell:
             "seeds": list(config.seeds),
             "task": config.task,
             "method": config.method,
-            "fusion": config.fusion if config.method in ("kr2", "kreader2") else None,
-            "reader": config.resource if config.method == "kresource" else config.reader,
-            "resource": frozen if config.method in ("kr2", "kreader2") else None,
+            "fusion": config.fusion if config.frozen_model else None,
+            "reader": config.trained_model,
+            "resource": config.frozen_model,
             "teacher": config.teacher,
             "settings": self.settings,
             "error": self.error,

@@ -8,9 +8,10 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from kr2cache.config import METHODS, PROJECTIONS, TrainConfig
+from kr2cache.config import PROJECTIONS, TrainConfig
 from kr2cache.errors import ConfigError, unknown_name
 from kr2cache.fusion import check_fusion_name, parse_fusion
+from kr2cache.methods import METHODS
 from kr2cache.models.files import check_obtainable, layers_in_config
 from kr2cache.models.registry import ModelSpec, find_model, known_models
 from kr2cache.store.stored import find_resource, has_caches
@@ -30,7 +31,7 @@ class Training:
     resource: ModelSpec | None
     """The frozen one."""
     teacher: ModelSpec | None
-    """Of method kd; None where it is a folder, of a model or of a run."""
+    """None if the method needs no teacher, or if the teacher is a folder."""
 
 
 def check_names(config: TrainConfig) -> Training:
@@ -41,24 +42,24 @@ def check_names(config: TrainConfig) -> Training:
     """
     if config.method not in METHODS:
         raise unknown_name("method", config.method, METHODS)
+    method = METHODS[config.method]
     if config.projection not in PROJECTIONS:
         raise unknown_name("projection", config.projection, PROJECTIONS)
     check_device_name(config.device)
     task = find_task(config.task)
-    if config.method == "kreader2":  # whatever resource was given or found: this one is the reader's own copy
+    if method.frozen == "reader":  # a resource that was given or found is not used
         config = dataclasses.replace(config, resource=config.reader)
     known = ", ".join(known_models(config.models))
-    if config.method in ("kr2", "kresource") and config.resource is None:
+    if method.needs_resource and config.resource is None:
         raise ConfigError(f"Method {config.method} needs --resource.", f"Registered: {known}.")
-    if config.method == "kd" and config.teacher is None:
+    if method.needs_teacher and config.teacher is None:
         raise ConfigError(
-            "Method kd needs --teacher.",
+            f"Method {config.method} needs --teacher.",
             f"A model that is fine-tuned first ({known}, a hub id, a folder), or the folder of a run (runs/…/seed-1).",
         )
-    trained = config.resource if config.method == "kresource" else config.reader
-    reader = find_model(trained or "", config.models)
+    reader = find_model(config.trained_model or "", config.models)
     resource = None
-    if config.method in ("kr2", "kreader2"):
+    if method.frozen is not None:
         resource = find_resource(config.resource or "", config.cache_dir, config.models)
         model_layers = layers_in_config(resource)
         check_fusion_name(config.fusion, model_layers)
@@ -67,7 +68,7 @@ def check_names(config: TrainConfig) -> Training:
     else:
         check_fusion_name(config.fusion)
     teacher = None
-    if config.method == "kd" and not Path(config.teacher or "").expanduser().is_dir():
+    if method.needs_teacher and not Path(config.teacher or "").expanduser().is_dir():
         teacher = find_model(config.teacher or "", config.models)
     return Training(config=config, task=task, reader=reader, resource=resource, teacher=teacher)
 

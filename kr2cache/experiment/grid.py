@@ -13,6 +13,7 @@ from typing import Any
 
 from kr2cache.config import TrainConfig, load_toml, parse_seeds, typed
 from kr2cache.errors import ConfigError, unknown_name
+from kr2cache.methods import METHODS
 
 PAPERS = ("table1", "table2", "table3")
 TOP = ("title", "paper", "baseline", "settings", "models", "rows", "columns")
@@ -81,7 +82,8 @@ class Grid:
                     "Leave teacher out: it is the resource of the cell.",
                 )
             values["reader"], values["resource"] = values["resource"], values.get("reader", TrainConfig.reader)
-        if values.get("method") == "kd":
+        method = METHODS.get(values.get("method", TrainConfig.method))
+        if method is not None and method.needs_teacher:
             values.setdefault("teacher", values.get("resource"))
         if isinstance(values.get("seeds"), str):
             values["seeds"] = parse_seeds(values["seeds"])

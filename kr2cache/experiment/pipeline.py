@@ -21,6 +21,7 @@ from kr2cache.errors import InterruptedWorkError
 from kr2cache.experiment.prepare import Prepared, prepare
 from kr2cache.experiment.shared import Shared
 from kr2cache.experiment.teacher import SEED, Lesson, Teacher
+from kr2cache.methods import METHODS
 from kr2cache.models import registry
 from kr2cache.store import provenance
 from kr2cache.system.allocator import objects_set_aside, return_free_memory
@@ -88,7 +89,7 @@ def train(config: TrainConfig, shared: Shared | None = None) -> TrainResult:
     shared = shared or Shared()
     prepared = prepare(config, shared)
     lesson = None
-    if prepared.job.config.method == "kd":
+    if METHODS[config.method].needs_teacher:
         lesson = _lesson(prepared, shared)
         prepared = lesson.given_to(prepared)
     done = _train_seeds(prepared, lesson)
@@ -291,11 +292,5 @@ def describe_training(result: TrainResult) -> None:
 
 
 def _title(config: TrainConfig) -> str:
-    if config.method == "kr2":
-        return f"kr2 ({config.reader} + {config.resource}, {config.fusion})"
-    return {
-        "kreader": f"kreader ({config.reader})",
-        "kreader2": f"kreader2 ({config.reader} with itself, {config.fusion})",
-        "kresource": f"kresource ({config.resource})",
-        "kd": f"kd ({config.reader}, taught by {config.teacher})",
-    }[config.method]
+    models = METHODS[config.method].title.format_map(vars(config))
+    return f"{config.method} ({models})"

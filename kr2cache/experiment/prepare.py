@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from kr2cache.cache.reader import FeatureCache
-from kr2cache.config import PLAIN_METHODS, TrainConfig, deciding_training
+from kr2cache.config import TrainConfig, deciding_training
 from kr2cache.experiment.ready import check_ready
 from kr2cache.experiment.resource import Resource
 from kr2cache.experiment.shared import Corpus, Shared
 from kr2cache.fusion import parse_fusion
+from kr2cache.methods import METHODS
 from kr2cache.models.digests import model_digests
 from kr2cache.models.encode import check_token_ids, missing_words
 from kr2cache.models.load import encoder_shape, vocabulary
@@ -56,10 +57,9 @@ class Prepared:
         """Of the runs, one folder a seed in it."""
         config = self.job.config
         parts = [config.method, self.reader.name]
-        if config.method == "kr2":
-            assert self.resource is not None, "kr2 has a resource"
-            parts.append(self.resource.spec.name)
         if self.resource is not None:
+            if METHODS[config.method].frozen == "resource":
+                parts.append(self.resource.spec.name)
             parts.append(config.fusion)
         if "teacher" in self.deciding:
             parts.append(self.deciding["teacher"]["name"])
@@ -177,7 +177,7 @@ def _deciding(job: Job, corpus: Corpus) -> dict[str, Any]:
         "task": job.task.name,
         "metric": job.task.metric,
         # The plain methods differ in what their model is called, not in what is computed.
-        "method": "plain" if config.method in PLAIN_METHODS else config.method,
+        "method": "plain" if METHODS[config.method].is_plain else config.method,
         "data": {split: part.digest for split, part in corpus.splits.items()},
         "reader": {
             "name": job.reader.name,

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kr2cache.config import PLAIN_METHODS, TrainConfig
+from kr2cache.config import TrainConfig
 from kr2cache.errors import InterruptedWorkError, KR2CacheError
 from kr2cache.experiment.cells import Cell, cells_text, count_cells, explained, find_faults, refusal
 from kr2cache.experiment.checks import check_names
@@ -23,6 +23,7 @@ from kr2cache.experiment.pipeline import train
 from kr2cache.experiment.ready import check_ready, open_models, read_corpus
 from kr2cache.experiment.shared import Shared
 from kr2cache.experiment.teacher import teacher_config
+from kr2cache.methods import METHODS
 from kr2cache.system.allocator import objects_set_aside
 from kr2cache.system.console import console, count_text, failed, heading, silent
 from kr2cache.system.locks import check_writable
@@ -109,7 +110,7 @@ class Sweep:
                 ) from None
             finally:
                 self._write()
-            if not any(other.config.method == "kd" for other in order[number:] if other.column is cell.column):
+            if not any(_is_taught(other) for other in order[number:] if other.column is cell.column):
                 self._drop_readers(cell.column)
         return SweepResult(grid=self.grid, manifest=self.manifest, cells=self.cells)
 
@@ -137,7 +138,7 @@ class Sweep:
             lambda: open_models(training, self._shared),
             lambda: check_ready(config, self._shared),
         ]
-        if config.method == "kd":
+        if METHODS[config.method].needs_teacher:
             checks.append(lambda: self._check_teacher(config))
         return checks
 
@@ -179,13 +180,11 @@ class Sweep:
 
     def _teaches(self, cell: Cell) -> bool:
         """Whether a distillation in the same column learns from this cell's model."""
-        if cell.config.method not in PLAIN_METHODS:
+        if not METHODS[cell.config.method].is_plain:
             return False
-        model = cell.config.resource if cell.config.method == "kresource" else cell.config.reader
+        model = cell.config.trained_model
         return any(
-            other.config.method == "kd" and other.config.teacher == model
-            for other in self.cells
-            if other.column is cell.column
+            _is_taught(other) and other.config.teacher == model for other in self.cells if other.column is cell.column
         )
 
     def _drop_readers(self, column: Line) -> None:
@@ -223,6 +222,10 @@ class Sweep:
             },
         )
         partial.replace(self.manifest)
+
+
+def _is_taught(cell: Cell) -> bool:
+    return METHODS[cell.config.method].needs_teacher
 
 
 def describe_sweep(result: SweepResult) -> None:

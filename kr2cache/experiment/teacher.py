@@ -16,10 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kr2cache.cache.format import canonical_json
-from kr2cache.config import PLAIN_METHODS, TrainConfig
+from kr2cache.config import TrainConfig
 from kr2cache.errors import CacheError, ConfigError
 from kr2cache.experiment.prepare import Prepared, prepare
 from kr2cache.experiment.shared import Shared
+from kr2cache.methods import PLAIN_METHODS
 from kr2cache.models.encode import encode_examples
 from kr2cache.models.registry import ModelSpec, trained_spec
 from kr2cache.models.tokenizers import load_tokenizer

@@ -7,7 +7,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kr2cache.report.records import METHOD_NAMES, OLDER, Configuration, mapping, mean_and_std, number
+from kr2cache.methods import METHODS
+from kr2cache.report.records import OLDER, Configuration, mapping, mean_and_std, number
 from kr2cache.report.scores import METRICS, percent
 from kr2cache.report.tables import Cell, Table
 from kr2cache.system.console import time_text
@@ -27,7 +28,7 @@ def other_tables(configurations: Sequence[Configuration], outdated: Mapping[str,
 
 def sort(configurations: Sequence[Configuration]) -> list[Configuration]:
     """Sort by method in the paper's order, models, fusion (layer 9 before layer 11) and folder."""
-    methods = list(METHOD_NAMES)
+    methods = list(METHODS)
 
     def key(one: Configuration) -> tuple[Any, ...]:
         place = methods.index(one.method) if one.method in methods else len(methods)

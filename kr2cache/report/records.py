@@ -10,8 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-METHOD_NAMES = {"kreader": "KReader", "kresource": "KResource", "kreader2": "KReader2", "kr2": "KR2", "kd": "KD"}
-"""Names of methods in the paper, in the order of its tables."""
+from kr2cache.methods import METHODS
 
 WHOLE_TAGS = 3
 """The first ``procedure`` (in ``config.json``) whose F1 is that of XTREME. Before, CCONJ and SCONJ counted as one tag,
@@ -75,7 +74,7 @@ class Configuration:
 
     @property
     def method_name(self) -> str:
-        return METHOD_NAMES.get(self.method, self.method)
+        return METHODS[self.method].paper_name if self.method in METHODS else self.method
 
     @property
     def reader(self) -> str:
