@@ -1,1 +1,1 @@
-"""A model, frozen or trained: its name, its files, its tokenizer, its states."""
+"""Models, frozen or trained: names, files, tokenizers, hidden states."""

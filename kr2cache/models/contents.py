@@ -10,7 +10,7 @@ from typing import Any
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 LFS_POINTER_BYTES = 1_024
-"""A pointer is smaller; what is larger is a file."""
+"""A file larger than this is no pointer."""
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -19,7 +19,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def fault(folder: Path) -> tuple[str, str] | None:
-    """What is wrong with a model's folder and what to do, in words; None where its files are there."""
+    """The fault of a model's folder and its remedy, in words; None if its files are complete."""
     files = [path for path in folder.iterdir() if path.is_file()]
     pointers = sorted(path.name for path in files if _is_lfs_pointer(path))
     if pointers:
@@ -44,7 +44,7 @@ def fault(folder: Path) -> tuple[str, str] | None:
 
 
 def not_json_in(folder: Path) -> tuple[str, str] | None:
-    """The first file of ``folder`` that should be JSON and is not, and why."""
+    """The first file of ``folder`` that should be JSON but is not, and the reason."""
     for path in sorted(folder.glob("*.json")):
         try:
             json.loads(path.read_text("utf-8"))
@@ -61,7 +61,7 @@ def _is_lfs_pointer(path: Path) -> bool:
 
 
 def _shards(index: Path) -> set[str]:
-    """The files that the index of divided weights names, where those of its format are there at all."""
+    """The weight files that an index names, if files of its format exist."""
     try:
         names = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
@@ -74,7 +74,7 @@ def _shards(index: Path) -> set[str]:
 FOREIGN = re.compile(
     r".*\.(safetensors|bin|h5|msgpack|ot|onnx|pt|pth|ckpt|pb|tflite|gguf|mlmodel|npz|png|jpe?g|gif|svg|pdf|md)|\.git.*"
 )
-"""Weights (which are chosen apart) in any format, pictures, readmes."""
+"""Weights in any format (they are chosen separately), pictures, readmes."""
 
 
 def files_to_download(names: Iterable[str], config: dict[str, Any], tokenizer_config: dict[str, Any]) -> list[str]:
@@ -83,7 +83,7 @@ def files_to_download(names: Iterable[str], config: dict[str, Any], tokenizer_co
     Args:
         names: Every file of the repository.
         config: Its config.json.
-        tokenizer_config: Its tokenizer_config.json; empty where there is none.
+        tokenizer_config: Its tokenizer_config.json; empty if there is none.
     """
     here = [name for name in names if "/" not in name]
     safe = any(name.endswith(".safetensors") for name in here)
@@ -99,7 +99,7 @@ def files_to_download(names: Iterable[str], config: dict[str, Any], tokenizer_co
 
 
 def _vocabulary_files(config: dict[str, Any], tokenizer_config: dict[str, Any]) -> set[str] | None:
-    """The files that the tokenizer's class reads; None where the class is not one of transformers' own."""
+    """The files that the tokenizer's class reads; None if it is no class of transformers."""
     from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES, tokenizer_class_from_name
 
     name = tokenizer_config.get("tokenizer_class") or TOKENIZER_MAPPING_NAMES.get(config.get("model_type", ""))

@@ -1,4 +1,4 @@
-"""Digests of a model: what it is, apart from its name, its folder and the format of its files."""
+"""Digests that identify a model, whatever its name, its folder and the format of its files."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ NOT_COMPUTED = frozenset(
 
 
 def config_digest(config: PretrainedConfig, *, training: bool = False) -> str:
-    """SHA-256 of the configuration's fields that decide what the model computes (heads, activation, epsilon, ...): two
-    models of equal weights may still differ in them.
+    """SHA-256 of the configuration's fields that decide what the model computes (heads, activation, epsilon, ...). Two
+    models with equal weights may still differ in them.
 
-    The digest of a file is the same with any later transformers. Caches and runs record it, and a later release that
-    gives an architecture one more field, with a default, changes nothing that they were made from. So hashed are the
-    fields that the architecture had in transformers 5.23 (``config_fields.txt``), and beside them only what is not a
-    default. (Not the file's own fields alone: files of one model differ in which defaults they spell out.)
+    Caches and runs record this digest, so a file must keep its digest with any later transformers, even if a release
+    adds a field with a default to the architecture. The hash covers the fields that the architecture had in
+    transformers 5.23 (``config_fields.txt``), and of all other fields those that differ from their defaults. (Hashing
+    only the fields in the file would not do: files of one model differ in the defaults that they spell out.)
 
     Args:
         training: Whether dropout counts, as it does for a model that is trained.
@@ -70,10 +70,10 @@ def config_digest(config: PretrainedConfig, *, training: bool = False) -> str:
 
 
 def _lasting_fields(config: PretrainedConfig) -> dict[str, Any]:
-    """The fields without defaults that a later transformers added."""
+    """The fields without those defaults that a later transformers added."""
     fields: dict[str, Any] = config.to_dict()
     of_library = type(config).__module__.startswith("transformers.")
-    # A class that comes with a model is what it is: only the base class, which is the library's, may get more fields.
+    # A class that comes with a model does not change. Only the library's base class may get more fields.
     known = _known_fields().get(config.model_type, frozenset()) if of_library else fields.keys() - _base_defaults()
     defaults = _defaults(config, known)
     return {
@@ -84,12 +84,12 @@ def _lasting_fields(config: PretrainedConfig) -> dict[str, Any]:
 
 
 def _defaults(config: PretrainedConfig, known: Collection[str]) -> dict[str, Any]:
-    """Every field as it is where only the known ones are given: a default may follow from them (width / heads)."""
+    """Every field's value if only the known fields are given: a default may depend on them (width / heads)."""
     own = config.to_dict()
     try:
         with quiet():
             fields: dict[str, Any] = type(config)(**{name: own[name] for name in known if name in own}).to_dict()
-    except Exception:  # a class that comes with a model may want other arguments, and check them as it likes
+    except Exception:  # a class that comes with a model may need other arguments, or refuse them
         return _base_defaults()
     return fields
 
@@ -112,7 +112,7 @@ def _known_fields() -> dict[str, frozenset[str]]:
 
 @dataclass(frozen=True, kw_only=True)
 class Digests:
-    """What a model is, apart from where it lies."""
+    """The digests that identify a model, wherever its files are."""
 
     weights: str
     """``weights_digest``"""
@@ -124,7 +124,7 @@ class Digests:
 
 @dataclass(frozen=True, kw_only=True)
 class OpenedModel:
-    """A frozen model with its weights loaded and hashed, so that it need not be loaded again to run."""
+    """A frozen model, loaded and hashed. It can run without being loaded again."""
 
     encoder: PreTrainedModel
     dropped: tuple[str, ...]
@@ -145,7 +145,7 @@ def open_model(spec: ModelSpec) -> OpenedModel:
 
 
 def known_digests(spec: ModelSpec) -> Digests | None:
-    """The digests of a model that this process has opened before and whose files did not change since; else None."""
+    """The digests of a model, if this process opened it before and its files have not changed since; else None."""
     return _digests.get(_key(spec))
 
 
@@ -155,7 +155,7 @@ def model_digests(spec: ModelSpec) -> Digests:
 
 
 def _key(spec: ModelSpec) -> tuple[Any, ...]:
-    """What tells whether a model is the one that was hashed before: its settings, and size and time of its files."""
+    """A key that changes when the model may have changed: its settings, and the sizes and times of its files."""
     folder = model_folder(spec)
     files = sorted([*weight_files(folder), folder / "config.json"])
     stamp = tuple((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files if path.is_file())
@@ -166,9 +166,9 @@ _digests: dict[Any, Digests] = {}
 
 
 def weights_digest(encoder: PreTrainedModel) -> str:
-    """XXH3-128 of the encoder's weights: names, shapes and float32 bytes, by name; the pooler is left out.
+    """XXH3-128 of the encoder's weights: names, shapes and float32 bytes, by name; without the pooler.
 
-    What is hashed is what computes, so hub id, folder, file format and the file's dtype make no difference.
+    The loaded weights are hashed, so the hub id, the folder, the file format and the file's dtype make no difference.
     """
     import xxhash
 

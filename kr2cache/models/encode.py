@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TEXTS_AT_ONCE = 1_000
-"""Texts given to the tokenizer together; its objects are large, so memory stays flat however many there are."""
+"""Texts per call of the tokenizer. Its objects are large; this limits the memory they take."""
 SPECIAL = -1
 """``word_index`` of a special token."""
 
@@ -33,7 +33,7 @@ def encode(
     """Tokenise ``texts`` and align tokens with words.
 
     Args:
-        ids: One id a sequence.
+        ids: One id per sequence.
         texts: Words (``words=True``), or one or two segments of plain text.
         words: Whether a text is a list of words. Otherwise ``word_index`` counts within the segments, as the tokenizer
             splits them.
@@ -41,7 +41,7 @@ def encode(
 
     Raises:
         ConfigError: If ``max_length`` leaves no room beside the special tokens.
-        DataError: For a text that becomes no token at all, or a tokenizer that contradicts itself.
+        DataError: If a text becomes no token, or the tokenizer's outputs contradict each other.
     """
     special = tokenizer.num_special_tokens_to_add(pair=not words and any(len(text) > 1 for text in texts))
     if max_length <= special:
@@ -76,7 +76,7 @@ def encode(
         text_xxh3=np.array([text_xxh3(text) for text in texts], dtype=np.uint64),
         input_id=np.concatenate(input_ids),
         word_index=np.concatenate(word_indices),
-        # Zeros are what models take of themselves.
+        # Without segment ids, models use zeros.
         segment_id=segments if segments.any() else None,
     )
 
@@ -95,12 +95,12 @@ def encode_examples(
 
 
 class Aligned(NamedTuple):
-    """One text as tokens, three lists of T."""
+    """The tokens of one text, as three lists of length T."""
 
     token_ids: Sequence[int]
     word_index: Sequence[int]
     segment_ids: Sequence[int]
-    """Empty where the model has no segments, or the text is one."""
+    """Empty if the model has no segments, or the text is one segment."""
 
 
 def _takes_segments(tokenizer: PreTrainedTokenizerBase, words: bool) -> bool:
@@ -133,7 +133,7 @@ def _encode_fast(
 def _encode_word_by_word(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[tuple[str, ...]], words: bool, max_length: int
 ) -> list[Aligned]:
-    """For tokenizers written in Python (Japanese, KoBERT), which know of no word alignment."""
+    """For tokenizers written in Python (Japanese, KoBERT), which do not align tokens with words."""
     if not words:
         return [_encode_segments(tokenizer, text, max_length) for text in texts]
     room = max_length - tokenizer.num_special_tokens_to_add()
@@ -156,8 +156,8 @@ def _encode_word_by_word(
 
 
 def _tokens_before(tokenizer: PreTrainedTokenizerBase) -> int:
-    """How many special tokens stand before a text. Tried, for a tokenizer that is code may say something else of itself
-    than it does (``get_special_tokens_mask``, where it overrides one of the two alone).
+    """How many special tokens come before a text. Found by a trial, since a tokenizer that comes as code may describe
+    itself wrongly (``get_special_tokens_mask``, if it overrides only one of the two methods).
     """
     special = set(tokenizer.all_special_ids)
     ordinary = next((number for number in range(len(tokenizer)) if number not in special), 0)
@@ -166,7 +166,7 @@ def _tokens_before(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def _encode_segments(tokenizer: PreTrainedTokenizerBase, text: tuple[str, ...], max_length: int) -> Aligned:
-    """Segments by a tokenizer that knows no words: every token counts as one, within its sequence."""
+    """Encode segments with a tokenizer that does not know words: every token counts as a word of its sequence."""
     encoded = tokenizer(
         *text,
         truncation=True,
@@ -177,17 +177,17 @@ def _encode_segments(tokenizer: PreTrainedTokenizerBase, text: tuple[str, ...], 
     )
     token_ids, mask = encoded["input_ids"], encoded["special_tokens_mask"]
     segment_ids = encoded.get("token_type_ids") or []
-    if len(mask) != len(token_ids):  # code that adds special tokens without saying which they are
+    if len(mask) != len(token_ids):  # code that adds special tokens but does not mark them
         special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
         mask = [number in special for number in token_ids]
     if len(text) == 1 and not any(segment_ids):
-        segment_ids = []  # zeros are what models take of themselves; such code miscounts them too
+        segment_ids = []  # without segment ids, models use zeros; such code miscounts them too
     numbers = itertools.count()
     return Aligned(token_ids, [SPECIAL if special else next(numbers) for special in mask], segment_ids)
 
 
 def _check_lengths(one: Aligned, tokenizer: PreTrainedTokenizerBase, name: str, max_length: int) -> None:
-    """Raise ``DataError`` unless tokens, words and segments are as many, and no more than ``max_length``."""
+    """Raise ``DataError`` unless tokens, words and segments have equal lengths, up to ``max_length``."""
     tokens, words, segments = map(len, one)
     if words != tokens or segments not in (0, tokens):
         found = f"{words} word numbers" if words != tokens else f"{segments} segment numbers"
@@ -215,27 +215,27 @@ def check_token_ids(index: SequenceIndex, vocabulary: int, who: str) -> None:
 
 
 class FirstSubwords:
-    """Where each word of each sequence starts, found for all of them at once."""
+    """The first token of each word, for all sequences at once."""
 
     def __init__(self, index: SequenceIndex) -> None:
         words, first = index.word_index, index.first_token
         differs = np.zeros(len(words) + 1, dtype=np.bool_)
         differs[1:-1] = words[1:] != words[:-1]
-        differs[first] = True  # the last one is the end
+        differs[first] = True  # the last value is the end
         tokens = np.flatnonzero(differs[:-1] & (words != SPECIAL))
         self._first = np.searchsorted(tokens, first)
         self.counts = np.diff(self._first)
-        """(sequences,): how many words are there."""
+        """(sequences,) number of words that have a token."""
         self._words = words[tokens]
         self._tokens = tokens - np.repeat(first[:-1], self.counts)
 
     def __getitem__(self, sequence: int) -> tuple[NDArray[np.intp], NDArray[np.int32]]:
-        """Token positions within the sequence and the words they start, each of shape (words that are there,)."""
+        """Token positions within the sequence, and the words that start there; each of shape (words with a token,)."""
         start, stop = self._first[sequence], self._first[sequence + 1]
         return self._tokens[start:stop], self._words[start:stop]
 
     def of(self, sequences: NDArray[np.intp]) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.int32]]:
-        """The same for several: each word's place among ``sequences``, its token position and the word, in order."""
+        """The same for several sequences: each word's place in ``sequences``, its token position and its number."""
         starts = self._first[sequences]
         counts = self._first[sequences + 1] - starts
         at = places_in(starts, counts)
@@ -255,7 +255,7 @@ class MissingWords(NamedTuple):
         return self.cut_off + self.no_token
 
     def reasons(self, max_length: int, option: str) -> str:
-        """In words, how many of which: ``2 cut off at 128 tokens (--max-length), 1 that becomes no token``."""
+        """The counts in words: ``2 cut off at 128 tokens (--max-length), 1 that becomes no token``."""
         parts = [f"{self.cut_off:,} cut off at {max_length} tokens ({option})"] if self.cut_off else []
         if self.no_token:
             becomes = "becomes" if self.no_token == 1 else "become"
@@ -269,14 +269,14 @@ def missing_words(
     max_length: int,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> MissingWords:
-    """Count the words without a token, and why they have none.
+    """Count the words without a token, by reason.
 
     Args:
-        index: The sequences, whether tokenised now or read from a cache.
+        index: The sequences, tokenised now or read from a cache.
         texts: The words of each sequence.
-        max_length: What the sequences were cut to, at their end or at their beginning.
-        tokenizer: Decides about words at the ends of a text that fills the maximal length; without it they count as
-            cut off.
+        max_length: The maximal length; longer sequences were cut at their end or at their beginning.
+        tokenizer: Tells why words are missing at the ends of a text that fills the maximal length. Without it, they
+            count as cut off.
     """
     first_subwords = FirstSubwords(index)
     edges: list[str] = []
@@ -286,7 +286,7 @@ def missing_words(
         absent = sorted(set(range(len(words))).difference(there.tolist()))
         total += len(absent)
         if index.n_tokens[i] >= max_length:
-            # Cutting takes words from one end; what is missing between two words that are there was never a token.
+            # Cutting removes words at one end. A word missing between two others never had a token.
             edges += [words[k] for k in absent if not len(there) or not there.min() < k < there.max()]
     nothing = _that_become_nothing(tokenizer, set(edges)) if tokenizer is not None else set()
     cut_off = sum(word not in nothing for word in edges)
@@ -294,7 +294,7 @@ def missing_words(
 
 
 def _that_become_nothing(tokenizer: PreTrainedTokenizerBase, words: set[str]) -> set[str]:
-    """Those of ``words`` that have no token even alone."""
+    """The words that have no token even alone."""
     align = _encode_fast if tokenizer.is_fast else _encode_word_by_word
     alone = sorted(words)
     room = tokenizer.num_special_tokens_to_add() + 1
@@ -305,15 +305,15 @@ def _that_become_nothing(tokenizer: PreTrainedTokenizerBase, words: set[str]) ->
 def length_sorted_batches(
     n_tokens: NDArray[np.integer[Any]], tokens_per_batch: int, *, padded: bool = True
 ) -> list[NDArray[np.intp]]:
-    """Batches of like lengths, longest first, of at most ``tokens_per_batch`` positions, padding included.
+    """Batches of similar lengths, longest first, of at most ``tokens_per_batch`` positions, padding included.
 
     Args:
         n_tokens: Length of each sequence.
         tokens_per_batch: The budget.
         padded: Whether lengths may differ within a batch.
 
-    Equal lengths stay in their order, so the plan depends on the lengths and the budget alone. A sequence longer than
-    the budget is a batch of its own.
+    Sequences of equal length keep their order, so the plan depends only on the lengths and the budget. A sequence
+    longer than the budget is a batch of its own.
     """
     lengths = -n_tokens.astype(np.int64)
     order = np.argsort(lengths, kind="stable")
@@ -330,7 +330,7 @@ def length_sorted_batches(
 
 
 def pad(arrays: Sequence[NDArray[Any]], fill: int) -> NDArray[np.int64]:
-    """Shape (B, T): ``arrays`` side by side, filled up to the longest with ``fill``."""
+    """Shape (B, T): ``arrays`` as rows, padded with ``fill`` to the longest."""
     result = np.full((len(arrays), max(map(len, arrays))), fill, dtype=np.int64)
     for row, array in zip(result, arrays, strict=True):
         row[: len(array)] = array

@@ -1,4 +1,4 @@
-"""Where a model lies on this machine, and how it is downloaded."""
+"""Find a model's folder on this machine, or download it."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from kr2cache.system import hub
 
 
 def local_folder(spec: ModelSpec) -> Path | None:
-    """Where the model lies on this machine: its path, or its snapshot in the hub's cache. None if it does not.
+    """The model's folder on this machine: its path, or its snapshot in the hub's cache. None if there is none.
 
-    Never asks the network.
+    Never uses the network.
     """
     if spec.path is not None:
         return spec.path if (spec.path / "config.json").is_file() else None
@@ -34,7 +34,7 @@ def local_folder(spec: ModelSpec) -> Path | None:
 
 
 def _inside_package(package: str) -> Path | None:
-    """The folder that an installed package carries; None where it is not installed. Imports nothing."""
+    """The folder inside an installed package; None if the package is not installed. Imports nothing."""
     name, _, inside = package.partition("/")
     found = importlib.util.find_spec(name)
     for place in (found.submodule_search_locations or ()) if found else ():
@@ -44,10 +44,11 @@ def _inside_package(package: str) -> Path | None:
 
 
 def model_folder(spec: ModelSpec) -> Path:
-    """The model's folder on this machine, downloaded from the hub if need be.
+    """The model's folder on this machine. Downloads it from the hub if necessary.
 
     Raises:
-        ModelUnavailableError: If it is not here and cannot be had; the message names the hub id and both remedies.
+        ModelUnavailableError: If it is not on this machine and cannot be downloaded. The message names the hub id and
+            both remedies.
     """
     folder = local_folder(spec)
     if folder is not None:
@@ -55,13 +56,13 @@ def model_folder(spec: ModelSpec) -> Path:
     hub_id = _obtainable(spec)
     try:
         return _download(hub_id, spec.revision)
-    except Exception as error:  # huggingface_hub raises a dozen unrelated classes; all mean "not to be had"
+    except Exception as error:  # huggingface_hub raises a dozen unrelated classes; all mean "cannot be downloaded"
         raise _not_to_be_had(spec, str(error).strip().splitlines()[0]) from error
 
 
 def check_obtainable(spec: ModelSpec) -> None:
-    """Raise ``ModelUnavailableError`` for a model that is neither on this machine nor to be had, or whose folder lacks
-    weights; downloads nothing.
+    """Raise ``ModelUnavailableError`` if a model is neither on this machine nor on the hub, or if its folder lacks
+    weights. Downloads nothing.
     """
     folder = local_folder(spec)
     if folder is None:
@@ -71,7 +72,7 @@ def check_obtainable(spec: ModelSpec) -> None:
 
 
 def check_complete(spec: ModelSpec) -> None:
-    """Raise ``ModelUnavailableError`` for a model whose folder lacks weights, or holds pointers to them."""
+    """Raise ``ModelUnavailableError`` if a model's folder lacks weights, or holds pointers instead of weights."""
     check_files(spec, model_folder(spec))
 
 
@@ -83,7 +84,7 @@ def check_files(spec: ModelSpec, folder: Path) -> None:
 
 
 def _obtainable(spec: ModelSpec) -> str:
-    """The hub id that a model which is not on this machine can be downloaded by."""
+    """The hub id from which a model can be downloaded that is not on this machine."""
     if spec.path is not None:
         raise ModelUnavailableError(
             f"The folder of model {spec.name!r}, {spec.path}, holds no config.json.",
@@ -104,7 +105,7 @@ def _obtainable(spec: ModelSpec) -> str:
 
 def _not_to_be_had(spec: ModelSpec, reason: str) -> ModelUnavailableError:
     own = f'use a folder that you have: path = "..." under [models.{spec.name}] in kr2cache.toml.'
-    if spec.name == str(spec.hub_id).replace("/", "--"):  # a hub id, which no entry in kr2cache.toml stands for
+    if spec.name == str(spec.hub_id).replace("/", "--"):  # a hub id without an entry in kr2cache.toml
         own = f"give a folder that you have in place of {spec.hub_id}."
     return ModelUnavailableError(
         f"Model {spec.name!r} (hub id {spec.hub_id}) is not on this machine, and the hub gave no copy: {reason}",
@@ -114,13 +115,13 @@ def _not_to_be_had(spec: ModelSpec, reason: str) -> ModelUnavailableError:
 
 
 def layers_in_config(spec: ModelSpec) -> int | None:
-    """L + 1 as config.json says it, without transformers; None where it does not, or the model is not here."""
+    """L + 1 from config.json, without transformers. None if the file does not give it, or the model is not here."""
     folder = local_folder(spec)
     if folder is None:
         return None
     try:
         layers = spec.layers or json.loads((folder / "config.json").read_text("utf-8"))["num_hidden_layers"]
-    except (OSError, ValueError, KeyError, TypeError):  # loading it will say what is wrong with it
+    except (OSError, ValueError, KeyError, TypeError):  # loading it will explain the fault
         return None
     return layers + 1 if isinstance(layers, int) else None
 

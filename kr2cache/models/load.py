@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Loading and saving without transformers' reports: what matters in them is checked here and said in our own
-    words. Afterwards transformers reports as before."""
+    """Load and save without transformers' reports. This module checks what matters in them and reports it itself.
+    Afterwards transformers reports as before."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -41,7 +41,7 @@ def quiet() -> Iterator[None]:
 
 
 CONFIGURATION, WEIGHTS = "configuration", "weights"
-"""What of a model is loaded, as ``explained`` calls it."""
+"""The part of a model that is loaded, as ``explained`` names it."""
 
 
 @contextlib.contextmanager
@@ -58,7 +58,7 @@ def explained(spec: ModelSpec, what: str) -> Iterator[None]:
         raise UnsupportedModelError(
             f"The {what} of model {spec.name!r} does not serve: {said}", "Correct that field in its config.json."
         ) from error
-    except Exception as error:  # a damaged or foreign file makes these libraries raise almost anything
+    except Exception as error:  # for a damaged or unknown file these libraries raise almost anything
         if is_out_of_memory(error):
             import torch
 
@@ -84,7 +84,7 @@ def explained(spec: ModelSpec, what: str) -> Iterator[None]:
 
 
 def _first_line(error: Exception) -> str:
-    """What it says in one line; of a KeyError, which says the key alone, its name as well."""
+    """Its message in one line. A KeyError's message is only the key, so its name is added."""
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
     if not lines:
         return type(error).__name__
@@ -95,10 +95,10 @@ BERT_FIELDS = frozenset(["vocab_size", "hidden_size", "num_hidden_layers", "num_
 
 
 def load_config(spec: ModelSpec) -> PretrainedConfig:
-    """The model's configuration; layers and width are known from it before the weights are touched.
+    """The model's configuration. It gives layers and width without loading the weights.
 
-    A config.json with BERT's fields and no ``model_type`` (Google's, OSCAR's) is of the time when BERT was the only
-    one.
+    A config.json with BERT's fields and no ``model_type`` (Google's, OSCAR's) is from the time when BERT was the only
+    architecture.
     """
     from transformers import AutoConfig
 
@@ -113,8 +113,8 @@ def load_config(spec: ModelSpec) -> PretrainedConfig:
             config: PretrainedConfig = AutoConfig.for_model(model_type, **fields)
         else:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=spec.trust_remote_code)
-    # What a model gives is asked for in each call. A tuple has no names for what is in it, and transformers does not
-    # save a trained model whose configuration asks for attentions that its fast attention does not give.
+    # Each call asks for the outputs it needs. A tuple has no names for its outputs, and transformers does not
+    # save a trained model whose configuration asks for attentions that its fast attention does not return.
     config.return_dict, config.output_attentions, config.output_hidden_states = True, False, False
     if spec.layers is not None:
         there = _count(config, "num_hidden_layers")
@@ -135,7 +135,7 @@ def encoder_shape(config: PretrainedConfig) -> tuple[int, int]:
     """(L + 1, D): layers with the embedding output, and width.
 
     Raises:
-        UnsupportedModelError: If the configuration does not say so.
+        UnsupportedModelError: If the configuration does not give it.
     """
     return _count(config, "num_hidden_layers") + 1, _count(config, "hidden_size")
 
@@ -144,7 +144,7 @@ def vocabulary(config: PretrainedConfig) -> int:
     """How many tokens the model has embeddings for.
 
     Raises:
-        UnsupportedModelError: If the configuration does not say so.
+        UnsupportedModelError: If the configuration does not give it.
     """
     return _count(config, "vocab_size")
 
@@ -168,14 +168,14 @@ ROBERTA_POSITIONS = (
     "camembert", "data2vec-text", "esm", "ibert", "lilt", "longformer", "luke", "markuplm", "mpnet", "roberta",
     "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
 )  # fmt: skip
-"""Architectures that count positions from the padding id + 1 on: that many embeddings are never used by a token."""
+"""Architectures that count positions from the padding id + 1. No token uses the embeddings before it."""
 
 
 def max_positions(config: PretrainedConfig) -> int | None:
-    """The most tokens that the model's position embeddings admit, special tokens included; None where unlimited.
+    """The largest number of tokens that the position embeddings allow, special tokens included; None if unlimited.
 
     Raises:
-        UnsupportedModelError: If the configuration's numbers leave no position, or lack one that decides.
+        UnsupportedModelError: If the configuration leaves no position, or lacks a number that is needed here.
     """
     positions = getattr(config, "max_position_embeddings", None)
     if positions is None or getattr(config, "position_embedding_type", "absolute") != "absolute":
@@ -183,7 +183,7 @@ def max_positions(config: PretrainedConfig) -> int | None:
     if int(positions) < 1:
         if _has_positions_by_default(config):
             raise _field_error(config, "max_position_embeddings", "this architecture has a limit")
-        return None  # how XLNet and others say that there is no limit
+        return None  # in XLNet and others this means no limit
     if config.model_type not in ROBERTA_POSITIONS:
         return int(positions)
     if config.pad_token_id is None:
@@ -198,7 +198,7 @@ def max_positions(config: PretrainedConfig) -> int | None:
 def _has_positions_by_default(config: PretrainedConfig) -> bool:
     try:
         default = getattr(type(config)(), "max_position_embeddings", None)
-    except Exception:  # a class that comes with a model may want arguments
+    except Exception:  # a class that comes with a model may need arguments
         return False
     return isinstance(default, int) and default > 0
 
@@ -214,7 +214,7 @@ def load_encoder(spec: ModelSpec) -> PreTrainedModel:
 
 
 def open_encoder(spec: ModelSpec) -> tuple[PreTrainedModel, tuple[str, ...]]:
-    """(``load_encoder``, names of the checkpoint's tensors that the encoder has no place for: heads, image parts)."""
+    """(the result of ``load_encoder``, names of checkpoint tensors that the encoder ignores: heads, image parts)."""
     import torch
     from transformers import AutoModel
 
@@ -228,7 +228,7 @@ def open_encoder(spec: ModelSpec) -> tuple[PreTrainedModel, tuple[str, ...]]:
         architecture = class_of(config)
         folder = model_folder(spec)
         check_files(spec, folder)
-        # The pooler is not among the states, and many checkpoints lack it.
+        # The states do not include the pooler, and many checkpoints lack it.
         headless = {"add_pooling_layer": False} if accepts(architecture, "add_pooling_layer") else {}
         model, report = _from_pretrained(
             spec,
@@ -251,7 +251,7 @@ def open_encoder(spec: ModelSpec) -> tuple[PreTrainedModel, tuple[str, ...]]:
             "Give a complete checkpoint of this architecture.",
         )
     model.requires_grad_(False)
-    cut = spec.layers is not None  # then most of what is left out are the other layers
+    cut = spec.layers is not None  # then most unused tensors belong to the other layers
     return model.eval(), () if cut else tuple(sorted(report["unexpected_keys"]))
 
 
@@ -259,7 +259,7 @@ HEADS_OF_PRETRAINING = re.compile(r"(.*\.)?(pooler|cls|lm_head|mlm|classifier|vo
 
 
 def describe_dropped(spec: ModelSpec, dropped: Sequence[str]) -> str | None:
-    """What of a checkpoint is not used, in one line, where that is more than the usual heads of pre-training."""
+    """The unused tensors of a checkpoint, in one line, if they are more than the usual heads of pre-training."""
     if all(HEADS_OF_PRETRAINING.fullmatch(name) for name in dropped):
         return None
     parts = Counter(re.split(r"\.(?=\w+$)", name)[0] for name in dropped)
@@ -270,14 +270,14 @@ def describe_dropped(spec: ModelSpec, dropped: Sequence[str]) -> str | None:
 def load_pretrained(
     spec: ModelSpec, model_class: Any, config: PretrainedConfig, weights: Mapping[str, Tensor] | None = None
 ) -> tuple[PreTrainedModel, frozenset[str], frozenset[str]]:
-    """The checkpoint of ``spec`` as a task model, in float32; what is missing or of another shape is drawn at random.
+    """The checkpoint of ``spec`` as a task model, in float32. Weights missing or of another shape are random.
 
     Args:
         model_class: An auto class, or the model's own with ``weights``.
-        weights: The checkpoint's, where they are in memory already; the model takes them for its own.
+        weights: The checkpoint's weights, if they are in memory already. The model uses them without a copy.
 
     Returns:
-        The model, the names of the weights that were missing, and of those of the head that had another shape.
+        The model, the names of missing weights, and the names of weights of the head that had another shape.
 
     Raises:
         UnsupportedModelError: If weights of the base model have other shapes than ``config`` says.
@@ -310,7 +310,7 @@ def load_pretrained(
 def _from_pretrained(
     spec: ModelSpec, model_class: Any, folder: Path | None, config: PretrainedConfig, **options: Any
 ) -> Any:
-    """``model_class.from_pretrained``, also where the padding token has no embedding: it gets no padding token then.
+    """``model_class.from_pretrained``. If the padding token has no embedding, the model gets no padding token.
 
     Raises:
         UnsupportedModelError: If no model can be built from the configuration, whatever the weights are.
@@ -329,7 +329,7 @@ def _from_pretrained(
 
 
 def _check_builds(spec: ModelSpec, model_class: Any, config: PretrainedConfig) -> None:
-    """Raise ``UnsupportedModelError`` if the configuration alone is what makes loading fail."""
+    """Raise ``UnsupportedModelError`` if loading fails because of the configuration alone."""
     import torch
 
     automatic = hasattr(model_class, "from_config")
@@ -357,7 +357,7 @@ def head_names(model: PreTrainedModel) -> frozenset[str]:
 
 
 def _check_shapes(spec: ModelSpec, mismatched: Iterable[tuple[str, Sequence[int], Sequence[int]]]) -> None:
-    """Raise ``UnsupportedModelError`` for weights whose shapes are not those of the configuration.
+    """Raise ``UnsupportedModelError`` if weights have other shapes than the configuration gives.
 
     Args:
         mismatched: Name, shape in the file, shape by the configuration.

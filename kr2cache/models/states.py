@@ -27,17 +27,17 @@ def hidden_states(
     pad_id: int,
     compute_dtype: str,
 ) -> tuple[torch.Tensor, ...]:
-    """All layers of some sequences, padded to the longest: L + 1 tensors of shape (B, T, D) on the encoder's device.
+    """All layers of these sequences, padded to the longest: L + 1 tensors of shape (B, T, D) on the encoder's device.
 
     Args:
-        compute_dtype: ``float32``, or what autocast computes in.
+        compute_dtype: ``float32``, or autocast's dtype.
     """
     import torch
 
     device = encoder.device
 
     def moved(array: NDArray[Any]) -> torch.Tensor:
-        # A GPU copies from pinned memory without making this thread wait for the batch that it computes.
+        # From pinned memory, the copy to a GPU does not make this thread wait for the running batch.
         tensor = torch.from_numpy(array)
         return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
@@ -58,22 +58,22 @@ def hidden_states(
 
 
 PADDING_TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2, "float16": 1e-2}
-"""Of the largest state: how far rounding may move a state when its sequence runs beside another one."""
+"""Largest change by rounding when a sequence runs beside another sequence, relative to the largest state."""
 
 
 def padding_is_harmless(alone: Sequence[torch.Tensor], beside: Sequence[torch.Tensor], compute_dtype: str) -> bool:
-    """Whether a sequence has the same states beside a longer one as alone. Some architectures (FNet, ConvBERT,
-    Nystromformer, YOSO) let padding into the states whatever the mask says; such a model gets batches of equal lengths.
+    """Whether a sequence has the same states alone and beside a longer sequence. In some architectures (FNet, ConvBERT,
+    Nystromformer, YOSO) padding changes the states in spite of the mask. Such a model gets batches of equal lengths.
 
     Args:
         alone: Layers of one sequence, (1, T, D).
-        beside: Layers of two, the same one first, (2, at least T, D).
+        beside: Layers of two sequences, the same sequence first, (2, at least T, D).
     """
     T = alone[0].shape[1]
     tolerance = PADDING_TOLERANCE[compute_dtype]
     for one, other in zip(alone, beside, strict=True):
         largest = float(one.float().abs().max())
-        # Written so that nan, which the writer will name, passes here.
+        # nan passes here; the writer reports it.
         if float((one.float() - other[:1, :T].float()).abs().max()) > tolerance * largest:
             return False
     return True

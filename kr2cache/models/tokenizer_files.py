@@ -1,7 +1,7 @@
-"""The files that a trained reader's tokenizer is loaded from, proven before the training starts.
+"""The files from which a trained reader's tokenizer can be loaded. They are tested before the training starts.
 
-A tokenizer that is code (KoBERT's) may not be able to save itself, or may save something that cannot be loaded again.
-It is better to know that before a training of hours than after it.
+A tokenizer that comes as code (KoBERT's) may fail to save itself, or save files that cannot be loaded again. It is
+better to know this before hours of training than after.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot", ".onnx", ".gguf", ".index.json")
-"""Ends of the names of files that hold weights, or say where they are: never a tokenizer's."""
+"""Suffixes of files with weights or their index. They never belong to a tokenizer."""
 CONFIG = "config.json"
 
 
@@ -34,21 +34,21 @@ def proven_files(
     words: bool,
     same: Callable[[PreTrainedTokenizerBase], bool],
 ) -> dict[str, bytes]:
-    """The tokenizer as files. They were written to a folder and loaded again as ``predict`` will do it.
+    """The tokenizer as files, tested: written to a folder and loaded again as ``predict`` will load them.
 
-    transformers writes the files. Where its files cannot be loaded again, or its class cannot write them, the files are
-    those of the model that the tokenizer came from.
+    transformers writes the files. If its class cannot write them, or they cannot be loaded again, the files of the
+    model that the tokenizer came from are used.
 
     Args:
-        tokenizer: Of the reader.
-        config: Of the reader; it is saved and loaded again as well.
+        tokenizer: The reader's tokenizer.
+        config: The reader's configuration; it is saved and loaded with the tokenizer.
         spec: The model that the reader is trained from.
         overrides: ``[models]`` of ``kr2cache.toml``.
-        words: Whether the tokenizer is given lists of words.
+        words: Whether the tokenizer gets lists of words.
         same: Whether another tokenizer gives the same tokens.
 
     Returns:
-        Name to content; the names are relative to the folder.
+        Content by name, relative to the folder.
 
     Raises:
         UnsupportedModelError: If neither way gives files that can be loaded again.
@@ -56,7 +56,7 @@ def proven_files(
     reasons = []
     for who, write in (("transformers", _saved), ("the model's own files", _copied)):
         with tempfile.TemporaryDirectory(prefix="kr2cache-") as name:
-            # transformers copies code to a folder of its own that is called by this one: always the same name.
+            # transformers copies code to a folder named after this one, so the name must always be the same.
             folder = Path(name) / "model"
             try:
                 with quiet():
@@ -69,7 +69,7 @@ def proven_files(
                 reasons.append(f"{who}: other tokens than before")
             except KR2CacheError as error:
                 reasons.append(f"{who}: {error.message}")
-            except Exception as error:  # code that comes with a model can raise anything
+            except Exception as error:  # code that comes with a model may raise anything
                 reasons.append(f"{who}: {(str(error).strip().splitlines() or [type(error).__name__])[0]}")
     raise UnsupportedModelError(
         f"The trained reader could not be used again, because the tokenizer of {spec.name!r} cannot be saved and "
@@ -89,7 +89,7 @@ def _copied(tokenizer: PreTrainedTokenizerBase, spec: ModelSpec, folder: Path) -
 
 
 def _files_in(folder: Path) -> list[Path]:
-    """Without the configuration, which is saved with the reader's weights."""
+    """The files without the configuration, which is saved with the reader's weights."""
     return sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / CONFIG)
 
 

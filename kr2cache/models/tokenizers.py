@@ -1,4 +1,4 @@
-"""A model's tokenizer, and the token that fills a batch."""
+"""A model's tokenizer, and its padding id."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ def load_tokenizer(spec: ModelSpec, *, words: bool) -> PreTrainedTokenizerBase:
     """The model's tokenizer.
 
     Args:
-        words: Whether it will be given texts as lists of words. A byte-level BPE (RoBERTa's) is then told to put a
-            space before each word: without it every word would silently lose its space prefix.
+        words: Whether it will get texts as lists of words. A byte-level BPE (RoBERTa's) is then set to put a space
+            before each word. Without this, every word would silently lose its space prefix.
 
     Raises:
-        ModelUnavailableError: If it cannot be loaded, or has no vocabulary: transformers makes one of special tokens
-            alone where the files are missing.
-        UnsupportedModelError: For a byte-level BPE that cannot be told so.
+        ModelUnavailableError: If it cannot be loaded, or has no vocabulary: without its files, transformers makes a
+            tokenizer of special tokens only.
+        UnsupportedModelError: If a byte-level BPE has no such setting.
     """
     folder = model_folder(spec)
     arguments: dict[str, Any] = {**spec.tokenizer, "trust_remote_code": spec.trust_remote_code}
     config = load_config(spec)
     if "model_type" not in json.loads((folder / "config.json").read_text("utf-8")):
-        arguments["config"] = config  # the tokenizer's class follows from it
+        arguments["config"] = config  # it decides the tokenizer's class
     with explained(spec, "tokenizer"):
         loader = _loader(spec, folder)
         tokenizer: PreTrainedTokenizerBase = loader.from_pretrained(folder, **arguments)
@@ -53,16 +53,16 @@ def load_tokenizer(spec: ModelSpec, *, words: bool) -> PreTrainedTokenizerBase:
         )
     if not 0 <= pad_id(tokenizer) < vocabulary(config):
         tokenizer.pad_token = None  # the model has no embedding for it
-    # The class of a tokenizer says neither: BertTokenizer is used with models that have no segments, and a generic one
-    # with those that have.
+    # The tokenizer's class does not tell this: models without segments use BertTokenizer, and models with segments use
+    # a generic class.
     names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
     tokenizer.model_input_names = [*names, "token_type_ids"] if _has_segments(config) else names
     return tokenizer
 
 
 def _loader(spec: ModelSpec, folder: Path) -> Any:
-    """What loads the tokenizer: ``AutoTokenizer``, or the model's own class where the folder names it as one string. So
-    transformers' ``save_pretrained`` writes it, and its ``AutoTokenizer`` cannot read that.
+    """The class that loads the tokenizer: ``AutoTokenizer``, or the model's own class if the folder names it as one
+    string. transformers' ``save_pretrained`` writes it so, but ``AutoTokenizer`` cannot read it.
     """
     from transformers import AutoTokenizer
 
@@ -78,19 +78,19 @@ def _loader(spec: ModelSpec, folder: Path) -> Any:
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that fills a batch; 0 where the tokenizer has none (it is masked whatever it is)."""
+    """The padding id; 0 if the tokenizer has none. Padding is masked, so its id does not matter."""
     return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0)
 
 
 def _has_segments(config: PretrainedConfig) -> bool:
-    """Whether the model tells the segments of a pair apart; its tokenizer may give segment ids all the same."""
+    """Whether the model distinguishes the segments of a pair. Its tokenizer may give segment ids even if not."""
     architecture = class_of(config)
     forward = getattr(architecture, "forward", None)
     return int(getattr(config, "type_vocab_size", None) or 0) > 1 and accepts(forward, "token_type_ids")
 
 
 def _drops_the_space(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether this is a byte-level BPE that starts a given word without its space."""
+    """Whether this is a byte-level BPE that encodes a given word without a space before it."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return False
