@@ -1,4 +1,4 @@
-"""What a data set is: its examples, ids, labels, head and metric. One file per family, one line here to register it."""
+"""Data sets: examples, ids, labels, head and metric. Each family has a file, and one line here registers it."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from kr2cache.tasks.udpos import LANGUAGES, UdPos
 __all__ = ["SPLITS", "Example", "Task", "find_task", "split_name", "task_names"]
 
 ROW_TASKS: tuple[type[RowTask], ...] = (Snli, Swag, Piqa, HellaSwag)
-"""A task of one's own joins here."""
+"""Add your own task here."""
 
 
 def find_task(name: str) -> Task:
     """The task called ``name``.
 
     Raises:
-        UnknownNameError: With the nearest name and the names that exist.
+        UnknownNameError: If there is no such task. The message gives the nearest name and all names.
     """
     for task in ROW_TASKS:
         if task.name == name:
@@ -35,5 +35,5 @@ def find_task(name: str) -> Task:
 
 
 def task_names() -> list[str]:
-    """Every task, in the order they are listed."""
+    """The names of all tasks, in the order of the list."""
     return ["udpos", *(f"udpos-{language}" for language in sorted(LANGUAGES)), *(task.name for task in ROW_TASKS)]

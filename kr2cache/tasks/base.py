@@ -18,7 +18,7 @@ from kr2cache.tasks.files import SPLIT_FILES, SPLITS, Names, data_folder, names_
 Head = Literal["token", "sequence", "choice"]
 Label = tuple[int, ...] | int | None
 Prediction = list[int | None] | int
-"""Label numbers: for tagging one a word, None for a word without a token; else one for the example."""
+"""Label numbers: for tagging one per word, None for a word without a token; else one per example."""
 
 
 def split_name(name: str) -> str:
@@ -35,25 +35,25 @@ class Example:
 
     id: str
     texts: tuple[tuple[str, ...], ...]
-    """Each text is one sequence for the encoder: its words, or its segments. One text; for multiple choice one a
-    choice."""
+    """Each text is one sequence for the encoder: its words, or its segments. One text; for multiple choice one text
+    per choice."""
     label: Label
-    """Tagging: one label number a word. Else one number. None where the data has no gold label."""
+    """Tagging: one label number per word. Else one number. None if the data has no gold label."""
 
     @property
     def sequence_ids(self) -> tuple[str, ...]:
-        """Ids of its sequences: its own, or ``ID#0``, ``ID#1``, ... for several."""
+        """Ids of its sequences: its own id, or ``ID#0``, ``ID#1``, ... for several sequences."""
         if len(self.texts) == 1:
             return (self.id,)
         return tuple(f"{self.id}#{choice}" for choice in range(len(self.texts)))
 
 
 class Task(ABC):
-    """What a data set is, how it is encoded, and how it is scored."""
+    """A data set, with its encoding and its scores."""
 
     name: str
     about: str
-    """In a few words, for people who look for a task."""
+    """A short description, for people who look for a task."""
     head: Head
     labels: tuple[str, ...]
     words: bool
@@ -63,22 +63,22 @@ class Task(ABC):
     metric: str
     """The metric that decides which epoch is best, and that tables show first."""
     suffixes: tuple[str, ...]
-    """Of its files: ``.conllu``."""
+    """File suffixes: ``.conllu``."""
     labelled_by: str = "label"
-    """Where its files have the gold label, in words for errors."""
+    """Where its files have the gold label, in words, for errors."""
     releases: tuple[str, ...] = ()
-    """What the files of its official release are called, as patterns with ``{split}``."""
+    """File names of its official release, as patterns with ``{split}``."""
     parts: tuple[str, ...] = ()
     """The same for a release that cuts one split into several files."""
     left_out: str = ""
-    """What of a file is no example of a split, in words for errors."""
+    """The parts of a file that are not examples, in words, for errors."""
 
     @abstractmethod
     def read_file(self, path: Path, split: str) -> list[Example]:
         """The examples of one file of the task's original format.
 
         Raises:
-            DataError: Naming file and line.
+            DataError: If the file is malformed. The message names the file and the line.
         """
 
     def read_unlabelled(self, path: Path, split: str) -> list[Example]:
@@ -96,13 +96,13 @@ class Task(ABC):
 
     @abstractmethod
     def from_line(self, line: str, name: str) -> Example:
-        """One example from a line of text that someone typed: words, or texts split by tabs.
+        """One example from a plain line: words, or texts split by tabs.
 
         Args:
-            name: Its id, and what errors call it.
+            name: The example's id; errors name it too.
 
         Raises:
-            DataError: If the line has not the texts that the task needs.
+            DataError: If the line lacks a text that the task needs.
         """
 
     @abstractmethod
@@ -110,8 +110,8 @@ class Task(ABC):
         """The task's metrics, as fractions.
 
         Args:
-            gold: Labels, one an example.
-            predicted: ``Prediction`` of each example.
+            gold: One label per example.
+            predicted: One ``Prediction`` per example.
         """
 
     # Reading --------------------------------------------------------------------------------------------------------
@@ -122,11 +122,11 @@ class Task(ABC):
         Args:
             split: ``train``, ``dev`` or ``test``.
             data: A folder, or a hub id; None for the task's own hub data set.
-            limit: Only the first so many.
+            limit: Only this many, from the first on.
 
         Raises:
-            MissingSplitError: If the data has no such split; the message says what was looked for.
-            DataError: If it is malformed or empty.
+            MissingSplitError: If the data has no such split. The message names the files that were looked for.
+            DataError: If the split is malformed or empty.
         """
         folder = data_folder(data)
         examples = self._read_folder(folder, split) if folder is not None else self.read_hub(self._hub_id(data), split)
@@ -154,7 +154,7 @@ class Task(ABC):
         return hub_id
 
     def check_data(self, split: str, data: str | None) -> None:
-        """Look for the files of a split, read none.
+        """Check that the files of a split exist, without reading them.
 
         Raises:
             MissingSplitError: If a folder has no such split.
@@ -204,7 +204,7 @@ class Task(ABC):
 
 
 def _say_repeated(parts: Mapping[str, Sequence[Example]], what: str) -> None:
-    """Say how many examples stand in two files alike, id and text: a file may have been copied or cut anew."""
+    """Note how many examples have the same id and text in two files. A file may be a copy or a part of another."""
     first: dict[tuple[str, tuple[tuple[str, ...], ...]], str] = {}
     repeated: list[tuple[str, str, str]] = []
     for name, examples in parts.items():
@@ -232,5 +232,5 @@ def check_unique(ids: Sequence[str], places: Sequence[str]) -> None:
 
 
 def accuracy(right: NDArray[np.bool_] | int, total: int) -> float:
-    """A fraction, 0 for nothing."""
+    """The fraction of right answers; 0 if ``total`` is 0."""
     return float(np.sum(right)) / total if total else 0.0

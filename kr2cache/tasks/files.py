@@ -1,8 +1,8 @@
-"""Which files of a data folder hold a split.
+"""Find the files of a split in a data folder.
 
-Three layouts, tried in this order: one file (``dev.conllu``), a folder of files (``dev/*.conllu``), and files named as
-official releases name them (``de_gsd-ud-dev.conllu``). A release may cut a split into parts
-(``de_hdt-ud-train-a-1.conllu``); they are read where the whole (``de_hdt-ud-train.conllu``) is not there.
+Three layouts, tried in this order: one file (``dev.conllu``), a folder of files (``dev/*.conllu``), and files with
+the names of official releases (``de_gsd-ud-dev.conllu``). A release may cut a split into parts
+(``de_hdt-ud-train-a-1.conllu``); they are read if the whole (``de_hdt-ud-train.conllu``) is missing.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ SPLIT_FILES = {"train": ("train",), "dev": ("dev", "valid", "validation", "val")
 """The names that a split's file, folder or hub split may have."""
 COMPRESSED = (".gz", ".bz2", ".xz", ".zip", ".zst")
 NAMES_SHOWN = 8
-"""Of files in one message."""
+"""The most file names in one message."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Names:
-    """What a task's files are called."""
+    """The names of a task's files."""
 
     suffixes: tuple[str, ...]
     """``.conllu``"""
@@ -44,8 +44,8 @@ def data_folder(data: str | None) -> Path | None:
     """The folder that ``data`` names, or None if it is a hub id (or not given).
 
     Raises:
-        DataError: If it can only be a folder, and does not exist.
-        ConfigError: For a URL.
+        DataError: If it must be a folder, but does not exist.
+        ConfigError: If it is a URL.
     """
     if data is None:
         return None
@@ -54,7 +54,7 @@ def data_folder(data: str | None) -> Path | None:
         return folder
     if folder.is_file():
         raise DataError(f"{data} is a file; --data takes the folder it is in.", f"Give --data {folder.parent}")
-    # A hub id has one slash at most; with a leading dot, tilde or slash it is meant as a path.
+    # A hub id has at most one slash. With a leading dot, tilde or slash, a path is meant.
     if data.startswith((".", "/", "~")) or data.count("/") > 1:
         raise DataError(f"There is no data folder {data}.", "Check --data, or data under [defaults] in kr2cache.toml.")
     return None
@@ -77,15 +77,15 @@ def split_files(folder: Path, split: str, names: Names) -> list[Path]:
 
 
 def whole_of(part: Path, whole: set[Path]) -> Path | None:
-    """The file among ``whole`` that ``part`` is a part of, going by their names."""
+    """The file in ``whole`` of which ``part`` is a part, judged by the names."""
     return next((one for one in whole if part.stem.startswith(f"{one.stem}-")), None)
 
 
 def unread_files(folder: Path, split: str, names: Names) -> list[Path]:
-    """Data files that no split reads and whose names suggest that they belong to this one.
+    """Data files that no split reads, and whose names suggest that they belong to this split.
 
-    A file whose name has no split in it counts for the first split that the folder has, so that each file is reported
-    for one split alone.
+    A file without a split in its name counts for the first split that the folder has. So each file is reported for only
+    one split.
     """
     found = {one: split_files(folder, one, names) for one in SPLITS}
     read = {path for files in found.values() for path in files}
@@ -106,7 +106,7 @@ def unread_files(folder: Path, split: str, names: Names) -> list[Path]:
 
 
 def names_text(paths: Sequence[Path], folder: Path) -> str:
-    """Names below ``folder``: the first few if there are many, ``nothing`` if there is none."""
+    """File names below ``folder``: the first few if there are many, ``nothing`` if there are none."""
     shown = [path.relative_to(folder).as_posix() for path in paths[:NAMES_SHOWN]]
     more = len(paths) - len(shown)
     return (", ".join(shown) or "nothing") + (f" and {more:,} more" if more else "")
@@ -118,7 +118,7 @@ def _matching(folder: Path, split: str, patterns: Sequence[str]) -> set[Path]:
 
 
 def _is_data(path: Path, suffixes: Sequence[str]) -> bool:
-    """Whether it looks like a data file of the task, compressed ones and other spellings of its suffix included."""
+    """Whether it looks like a data file of the task, also if compressed or with another case in its suffix."""
     if path.name.startswith("."):
         return False
     plain = path.with_suffix("") if path.suffix.lower() in COMPRESSED else path
@@ -126,7 +126,7 @@ def _is_data(path: Path, suffixes: Sequence[str]) -> bool:
 
 
 def _split_of(path: Path, folder: Path) -> str | None:
-    """The split that a file's folder or name speaks of: ``train_full.csv`` is of train."""
+    """The split in the name of a file or its folder: ``train_full.csv`` gives ``train``."""
     for text in reversed(path.relative_to(folder).parts):
         for split, own in SPLIT_FILES.items():
             if re.search(rf"(?<![a-z])({'|'.join(own)})(?![a-z])", text.lower()):

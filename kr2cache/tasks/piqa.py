@@ -25,7 +25,7 @@ class Piqa(RowTask):
     suffixes = (".jsonl",)
     labelled_by = "SPLIT-labels.lst"
     hub_data = "ybisk/piqa"
-    # Its main branch is a script, which the datasets library no longer runs.
+    # The main branch is a script; the datasets library no longer runs scripts.
     hub_revision = "refs/convert/parquet"
 
     def file_rows(self, path: Path, split: str) -> Iterator[Row]:

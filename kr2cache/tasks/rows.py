@@ -30,13 +30,13 @@ class Row:
 
     values: Mapping[str, Any]
     place: str
-    """Where it stands, for errors: ``dev.jsonl:17``."""
+    """Where the row is, for errors: ``dev.jsonl:17``."""
     split: str
     number: int
-    """Counting every row of the split from 0."""
+    """The number of the row in its split, from 0."""
 
     def get(self, column: str) -> str:
-        """The text in ``column``; empty where there is none."""
+        """The text in ``column``; empty if there is none."""
         value = self.values.get(column)
         if value is None:
             return ""
@@ -61,7 +61,7 @@ class Row:
         return self.get(column).strip() or f"{self.split}-{self.number}"
 
     def label(self, column: str, labels: Sequence[str]) -> int | None:
-        """The label's number, given as that or by its name; None where the row has no gold label (empty, or -1).
+        """The label's number, from a number or a name; None if the row has no gold label (empty, or -1).
 
         Raises:
             DataError: For anything else.
@@ -79,7 +79,7 @@ class Row:
 
 
 class RowTask(Task):
-    """A task with one example a row, scored by accuracy."""
+    """A task with one example per row, scored by accuracy."""
 
     words = False
     metric = "accuracy"
@@ -87,10 +87,10 @@ class RowTask(Task):
     """The hub's data set of this task."""
     hub_configuration: str | None = None
     hub_revision: str | None = None
-    """Of ``hub_data``, where its main branch does not serve."""
+    """The revision of ``hub_data``, if its main branch cannot be used."""
     columns: tuple[str, ...]
-    """The columns that ``example`` reads its texts from, as they follow each other, split by tabs, in a line of text
-    that someone types; a column that comes several times is a list."""
+    """The columns from which ``example`` reads its texts. A plain line has them in this order, split by tabs. A column
+    that occurs several times here is a list."""
     no_gold = ""
     """What ``has_no_gold`` looks for, in words."""
 
@@ -99,7 +99,7 @@ class RowTask(Task):
         """The row's example."""
 
     def has_no_gold(self, row: Row) -> bool:
-        """Whether annotators found no label for this row: it is neither trained on nor scored."""
+        """Whether annotators found no label for this row: it is used neither in training nor in scores."""
         return False
 
     @property
@@ -118,10 +118,10 @@ class RowTask(Task):
 
     def read_hub(self, hub_id: str, split: str) -> list[Example]:
         revision = self.hub_revision if hub_id == self.hub_data else None
-        # A data set of one's own need not have the configurations of the official one.
+        # Your own data set may lack the configurations of the official data set.
         configuration = self.hub_configuration if hub_id == self.hub_data else None
         table, what = load_hub(hub_id, configuration, split, revision=revision, suffix=self.suffixes[0])
-        # Class labels go by their names: data sets number the same labels differently.
+        # Class labels are compared by name: data sets number the same labels differently.
         names = {column: kind.names for column, kind in table.features.items() if hasattr(kind, "names")}
         rows = (
             Row(values=_by_name(values, names), place=f"{what}, row {number}", split=split, number=number)
@@ -189,7 +189,7 @@ class RowTask(Task):
 
 
 def _by_name(values: Mapping[str, Any], names: Mapping[str, Sequence[str]]) -> Mapping[str, Any]:
-    """A row of the hub with the names of its class labels; what is no label's number (-1, None) stays."""
+    """A row of the hub, with class labels by name. Values that are no label number (-1, None) stay."""
     named = {
         column: those[values[column]]
         for column, those in names.items()
@@ -199,7 +199,7 @@ def _by_name(values: Mapping[str, Any], names: Mapping[str, Sequence[str]]) -> M
 
 
 def json_rows(path: Path, split: str) -> Iterator[Row]:
-    """The objects of a JSON lines file; blank lines are no rows."""
+    """The objects of a JSON lines file; blank lines are skipped."""
     number = 0
     for line_number, line in enumerate(file_lines(path), 1):
         if not line.strip():
@@ -208,18 +208,18 @@ def json_rows(path: Path, split: str) -> Iterator[Row]:
         try:
             values = json.loads(line)
         except ValueError as error:
-            raise DataError(f"{place}: not JSON: {error}.", "One JSON object a line.") from error
+            raise DataError(f"{place}: not JSON: {error}.", "Write one JSON object per line.") from error
         if not isinstance(values, dict):
-            raise DataError(f"{place}: {line.strip()[:40]!r} is no JSON object.", "One JSON object a line.")
+            raise DataError(f"{place}: {line.strip()[:40]!r} is no JSON object.", "Write one JSON object per line.")
         yield Row(values=values, place=place, split=split, number=number)
         number += 1
 
 
 def csv_rows(path: Path, split: str) -> Iterator[Row]:
-    """The rows of a CSV file under its header; blank lines are no rows."""
+    """The rows of a CSV file under its header; blank lines are skipped."""
     reader = csv.reader(file_lines(path), strict=True)
     header: list[str] | None = None
-    number, first_line = 0, 1  # a row may go over several lines
+    number, first_line = 0, 1  # a row may have several lines
     try:
         for cells in reader:
             place = f"{path}:{first_line}"
@@ -242,7 +242,7 @@ def csv_rows(path: Path, split: str) -> Iterator[Row]:
 def load_hub(
     hub_id: str, configuration: str | None, split: str, *, suffix: str, revision: str | None = None
 ) -> tuple[Any, str]:
-    """(the split as a ``datasets.Dataset``, what it is called in errors), from the hub or its cache on this machine.
+    """(the split as a ``datasets.Dataset``, its name for errors), from the hub or its cache on this machine.
 
     Args:
         suffix: Of the files that would serve instead, for the error.

@@ -28,7 +28,7 @@ UPOS = (
     "ADJ", "ADP", "ADV", "AUX", "CCONJ", "DET", "INTJ", "NOUN", "NUM", "PART", "PRON", "PROPN", "PUNCT", "SCONJ", "SYM",
     "VERB", "X",
 )  # fmt: skip
-"""All 17, whether or not a file shows them: several treebanks lack some."""
+"""All 17 tags, even if a file lacks some, as several treebanks do."""
 
 LANGUAGES = {
     "af": "Afrikaans", "ar": "Arabic", "bg": "Bulgarian", "de": "German", "el": "Greek", "en": "English",
@@ -37,19 +37,19 @@ LANGUAGES = {
     "ko": "Korean", "mr": "Marathi", "nl": "Dutch", "pt": "Portuguese", "ru": "Russian", "ta": "Tamil", "te": "Telugu",
     "th": "Thai", "tl": "Tagalog", "tr": "Turkish", "ur": "Urdu", "vi": "Vietnamese", "yo": "Yoruba", "zh": "Chinese",
 }  # fmt: skip
-"""Language code to the name of XTREME's configuration, ``udpos.German``."""
+"""Language in the name of XTREME's configuration (``udpos.German``), by language code."""
 
 LABEL_NUMBER = {tag: number for number, tag in enumerate(UPOS)}
 PREFIXED = tuple(f"{tag[0]}-{tag}" for tag in UPOS)
-"""What seqeval is given for each tag. Since version 1 it takes the first letter of a tag for its prefix and the rest
+"""The name of each tag for seqeval. Since version 1 it takes the first letter of a tag for its prefix and the rest
 for its type: CCONJ and SCONJ would be one type, and X would have none. With prefix and hyphen the whole tag is the
 type, as in 0.0.12."""
 NO_TAG = "O"
-"""What seqeval is given for a word without a prediction: outside every chunk."""
+"""The tag for seqeval of a word without a prediction: outside every chunk."""
 
 
 class UdPos(Task):
-    """``udpos-LANG``; ``udpos`` for data of one's own in any language."""
+    """``udpos-LANG``; ``udpos`` for your own data in any language."""
 
     about = "part-of-speech tagging"
     head = "token"
@@ -142,7 +142,7 @@ def xtreme_f1(gold: Sequence[Sequence[int]], predicted: Sequence[Sequence[int | 
     from seqeval.metrics import f1_score
 
     with warnings.catch_warnings():
-        # seqeval remarks that N-NOUN is no IOB tag, and that there is no chunk where no word has a prediction.
+        # seqeval warns that N-NOUN is no IOB tag, and that there are no chunks if no word has a prediction.
         warnings.simplefilter("ignore")
         return float(
             f1_score(
@@ -153,11 +153,11 @@ def xtreme_f1(gold: Sequence[Sequence[int]], predicted: Sequence[Sequence[int | 
 
 
 WITHHELD = "_"
-"""The form of every word in treebanks whose text may not be passed on."""
+"""The form of every word in treebanks whose text may not be redistributed."""
 
 
 def is_withheld(forms: Sequence[str]) -> bool:
-    """XTREME's rule: sentences are left out in which all words, or all but one, are ``_``."""
+    """XTREME's rule: leave out sentences in which all words, or all but one, are ``_``."""
     withheld = forms.count(WITHHELD)
     return withheld > 0 and withheld >= len(forms) - 1
 
@@ -182,7 +182,7 @@ def read_conllu(path: Path) -> list[tuple[int, str | None, list[str], list[str]]
     tags: list[str] = []
     sentence_id: str | None = None
     first_line = 0
-    shared: dict[str, str] = {}  # each form once in memory, however often it occurs
+    shared: dict[str, str] = {}  # each form is in memory only once
 
     def finish() -> None:
         nonlocal forms, tags, sentence_id, first_line
@@ -240,7 +240,7 @@ def _is_range_or_empty_node(text: str) -> bool:
 
 
 def _labels(tags: Sequence[str], path: Path, line: int) -> tuple[int, ...] | None:
-    """Label numbers; None where the whole sentence is untagged (``_``), as in a blind test file."""
+    """Label numbers; None if the whole sentence is untagged (``_``), as in a blind test file."""
     if all(tag == "_" for tag in tags):
         return None
     return tuple(
