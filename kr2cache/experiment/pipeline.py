@@ -226,7 +226,7 @@ def _write_run(job: Job, trained: Trained, run: RunFolder, content: dict[str, An
 def _recorded(prepared: Prepared, lesson: Lesson | None) -> dict[str, Any]:
     """Worth knowing of a run later; nothing of it names the run."""
     job = prepared.job
-    origin = {"reader": registry.origin(prepared.reader)}
+    origin = {"reader": registry.origin(job.reader)}
     if prepared.resource is not None:
         origin["resource"] = registry.origin(prepared.resource.spec)
     recorded = provenance.recorded(str(choose_device(job.config.device)), torch.get_num_threads(), origin)

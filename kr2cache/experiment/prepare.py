@@ -21,7 +21,6 @@ from kr2cache.methods import METHODS
 from kr2cache.models.digests import model_digests
 from kr2cache.models.encode import check_token_ids, missing_words
 from kr2cache.models.load import encoder_shape, vocabulary
-from kr2cache.models.registry import ModelSpec
 from kr2cache.store import provenance
 from kr2cache.system.console import bytes_text, count_text, waiting
 from kr2cache.system.device import choose_device, device_name
@@ -43,8 +42,6 @@ class Prepared:
     """One configuration, ready to train its seeds."""
 
     job: Job
-    reader: ModelSpec
-    """The model that is trained."""
     resource: Resource | None = None
     """The frozen one, and its caches by split."""
     caches: Mapping[str, FeatureCache] = field(default_factory=dict)
@@ -54,11 +51,15 @@ class Prepared:
 
     @property
     def folder(self) -> Path:
-        """Of the runs, one folder a seed in it."""
+        """The folder of the runs. Each seed has a folder in it."""
+        return self.folder_of(self.job.config.method)
+
+    def folder_of(self, method: str) -> Path:
+        """The folder that the same training has under the name of ``method``."""
         config = self.job.config
-        parts = [config.method, self.reader.name]
+        parts = [method, self.job.reader.name]
         if self.resource is not None:
-            if METHODS[config.method].frozen == "resource":
+            if METHODS[method].frozen == "resource":
                 parts.append(self.resource.spec.name)
             parts.append(config.fusion)
         if "teacher" in self.deciding:
@@ -97,12 +98,11 @@ def prepare(config: TrainConfig, shared: Shared) -> Prepared:
         shared.check_reader(checkpoint, first, appends=resource_spec is not None)
     notes = ready.corpus.notes + _unseen_words(job) + _left_out(checkpoint)
     if resource_spec is None:
-        return Prepared(job=job, reader=reader_spec, deciding=_deciding(job, ready.corpus), notes=notes)
+        return Prepared(job=job, deciding=_deciding(job, ready.corpus), notes=notes)
     resource = Resource(config, resource_spec, task, shared)
     job, caches = _with_features(job, resource)
     return Prepared(
         job=job,
-        reader=reader_spec,
         resource=resource,
         caches=caches,
         deciding=_deciding(job, ready.corpus) | _resource_decides(job, resource, caches),

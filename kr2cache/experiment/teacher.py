@@ -111,11 +111,10 @@ class Teacher:
         else:
             self.prepared = prepare(own, shared)
             decides = {**self.prepared.deciding, "seed": SEED}
-            self.name = self.prepared.reader.name
+            self.name = self.prepared.job.reader.name
             # The same training under the name of the other plain method serves as well.
-            as_reader = dataclasses.replace(self.prepared.job.config, method="kreader")
-            twin = dataclasses.replace(self.prepared, job=dataclasses.replace(self.prepared.job, config=as_reader))
-            self.runs = [RunFolder.of_seed(one.folder, SEED) for one in (self.prepared, twin)]
+            folders = (self.prepared.folder, self.prepared.folder_of("kreader"))
+            self.runs = [RunFolder.of_seed(folder, SEED) for folder in folders]
         train = shared.corpus(student.job.task, config.data, config.limit).splits["train"]
         text = canonical_json({"teacher": {**decides, "method": "plain"}, "examples": train.digest})
         self.fingerprint = hashlib.sha256(text.encode()).hexdigest()
