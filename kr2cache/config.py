@@ -1,7 +1,7 @@
-"""Settings: one frozen dataclass a stage, and ``kr2cache.toml``.
+"""Settings: one frozen dataclass for each stage, and ``kr2cache.toml``.
 
 An option that is not given comes from ``[defaults]`` of ``kr2cache.toml`` in the working folder, then from the registry
-(a resource knows its language), then from what the cache holds, then from the defaults written here.
+(a resource knows its language), then from the cache, then from the defaults in this module.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def local(path: Path, what: str) -> Path:
     """``path``, unless it is a URL: as a path ``s3://bucket`` would be a folder ``s3:`` of the working folder.
 
     Args:
-        what: Gives the path, for the error: an option or the like.
+        what: What gives the path, such as an option. For the error.
 
     Raises:
         ConfigError: For a URL.
@@ -82,13 +82,13 @@ class ExtractConfig:
     compute_dtype: ComputeDtype = DEFAULT_COMPUTE_DTYPE
     """What the forward pass computes in; bfloat16 and float16 are autocast."""
     device: str = "auto"
-    """Where it runs; never part of what a cache was made from."""
+    """Where the model runs. It does not decide which cache fits."""
     tokens_per_batch: int | None = None
-    """Positions in one forward pass, padding included; None for what suits the device. Recorded, never compared."""
+    """Positions in one forward pass, padding included; None for the device's default. Recorded, never compared."""
     shard_gb: float = 16.0
-    """A shard holds at most so many GiB of states."""
+    """Maximum GiB of states in one shard."""
     limit: int | None = None
-    """Only the first so many examples of the split."""
+    """Use only the first ``limit`` examples of the split."""
     cache_dir: Path = field(default_factory=default_cache_dir)
     models: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """``[models]`` of ``kr2cache.toml``."""
@@ -108,7 +108,7 @@ class TrainConfig:
     task: str
     reader: str = DEFAULT_READER
     resource: str | None = None
-    """None for methods that need none."""
+    """The frozen model; None if the method needs no resource."""
     data: str | None = None
     fusion: str = DEFAULT_FUSION
     method: str = "kr2"
@@ -119,32 +119,32 @@ class TrainConfig:
     batch_size: int = 32
     learning_rate: float = 2e-5
     fusion_learning_rate: float | None = None
-    """Of the trainable weights w; None for the common one, as in the paper."""
+    """Learning rate of the trainable weights w; None for ``learning_rate``, as in the paper."""
     max_length: int = DEFAULT_MAX_LENGTH
-    """Of the reader's sequences."""
+    """Maximum number of tokens in the reader's sequences."""
     resource_max_length: int | None = None
-    """Of the resource's sequences; None for what the cache holds, else 128."""
+    """Maximum number of tokens in the resource's sequences; None for the cache's, or 128 if there is no cache."""
     teacher: str | None = None
-    """Of method kd: a model, which is fine-tuned first, or the folder of a run."""
+    """For method kd: a model, which is fine-tuned first, or the folder of a run."""
     temperature: float = 1.0
-    """Of the distributions in L_soft."""
+    """Temperature of the distributions in L_soft."""
     soft_weight: float = 0.5
-    """Of L_soft in the loss."""
+    """Weight of L_soft in the loss."""
     limit: int | None = None
     device: str = "auto"
     run_dir: Path = Path("runs")
     keep_readers: bool = True
     """Whether a run keeps the trained reader beside its predictions."""
     temporary_readers: bool = False
-    """Whether a reader that is kept may be dropped by a sweep, once nothing learns from it any more."""
+    """Whether a sweep may drop a kept reader when no later training learns from it."""
     cache_dir: Path = field(default_factory=default_cache_dir)
     extract: bool = True
     """Whether missing caches are made."""
     check_states: bool = False
-    """Whether each sequence of a cache is compared with its checksum when it is first read."""
+    """Whether the first read of a sequence compares its states with their checksum."""
     dtype: str | None = None
-    """Of the cache to use or make; None for what the cache holds, else float16. From ``[defaults]``, like the next
-    one."""
+    """Dtype of the cache to use or make; None for the cache's, or float16 if there is no cache. ``dtype`` and
+    ``compute_dtype`` come from ``[defaults]``."""
     compute_dtype: ComputeDtype | None = None
     models: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
@@ -183,7 +183,7 @@ class TrainConfig:
 
 
 LAST_SEED = 2**32 - 1
-"""NumPy takes no larger one."""
+"""The largest seed that NumPy accepts."""
 OWN_TRAINING = {
     "output_dir": "--run-dir",
     "num_train_epochs": "--epochs",
@@ -194,7 +194,7 @@ OWN_TRAINING = {
     "eval_strategy": "a dev and a test split (the best epoch on dev is kept)",
     "load_best_model_at_end": "a dev and a test split (the best epoch on dev is kept)",
 }
-"""Arguments of TrainingArguments that options of ours decide."""
+"""Arguments of TrainingArguments that have an option of their own in kr2cache."""
 
 
 NOT_DECIDING = (
@@ -210,7 +210,7 @@ NOT_DECIDING = (
     "dataloader_persistent_workers",
     "dataloader_pin_memory",
 )
-"""Beginnings of arguments of TrainingArguments that change no result."""
+"""Arguments of TrainingArguments that change no result: how their names start."""
 
 
 def deciding_training(training: Mapping[str, Any]) -> dict[str, Any]:

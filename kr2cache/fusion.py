@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from kr2cache.errors import ConfigError, UnknownNameError, nearest
 
 FUSION_FORMS = re.compile(r"fuse|all|last[1-9][0-9]*|layer(0|[1-9][0-9]*)")
-"""One spelling each: a run is named by its fusion's."""
+"""Each fusion has one spelling, because it is part of a run's name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,13 +27,13 @@ class Fusion:
     name: str
     """As on the command line: ``fuse``, ``all``, ``lastN`` or ``layerN``."""
     layers: tuple[int, ...]
-    """The model's layer numbers that take part; 0 = embedding output."""
+    """Numbers of the layers that the fusion uses; 0 is the embedding output."""
     trainable: bool
     """Whether the weights are learned (``fuse``); they start uniform."""
 
     @property
     def weights(self) -> NDArray[np.float32]:
-        """The fixed weights, or where the trainable ones start: uniform. Shape ``(len(layers),)``."""
+        """The fixed weights, or the first values of the trainable weights: uniform. Shape ``(len(layers),)``."""
         return np.full(len(self.layers), 1 / len(self.layers), dtype=np.float32)
 
     @property

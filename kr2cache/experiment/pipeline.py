@@ -45,25 +45,25 @@ class Run:
     folder: Path
     metrics: Metrics
     seconds: float | None
-    """None where the run was there already."""
+    """None if the run was trained before."""
     step_seconds: float | None = None
-    """Of these, in training steps."""
+    """The part of ``seconds`` that went into training steps."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
-    """What one call of stage two gave."""
+    """The result of one call of stage two."""
 
     config: TrainConfig
     task: Task
     runs: list[Run]
     computed: int
-    """Sequences that went through the resource now, to make caches."""
+    """Sequences that the resource ran on in this call, to make caches."""
     read: int
     """Sequences whose states were read instead of computed."""
     notes: list[str] = field(default_factory=list)
     words_without_states: dict[str, int] = field(default_factory=dict)
-    """By split, where a resource is read and the task is one of words."""
+    """By split, if there is a resource and the task labels words."""
 
     def json(self) -> dict[str, Any]:
         mean, std = mean_and_std([run.metrics for run in self.runs])
@@ -78,10 +78,10 @@ class TrainResult:
 
 @process_unchanged()
 def train(config: TrainConfig, shared: Shared | None = None) -> TrainResult:
-    """Train one method on several seeds; everything that can be wrong is checked before anything long starts.
+    """Train one method on several seeds. All checks run before any long work starts.
 
     Args:
-        shared: What other trainings of the same sweep loaded.
+        shared: What the trainings of a sweep share.
 
     Raises:
         KR2CacheError: One of its kinds, for everything foreseen.
@@ -105,7 +105,7 @@ def train(config: TrainConfig, shared: Shared | None = None) -> TrainResult:
 
 
 def _lesson(student: Prepared, shared: Shared) -> Lesson:
-    """The teacher's logits: kept from before, by a trained teacher, or by one that is trained now."""
+    """The teacher's logits: from the cache, from a trained teacher, or from a teacher that is trained now."""
     teacher = Teacher(student, shared)
     lesson = teacher.kept() or teacher.from_reader()
     if lesson is not None:
@@ -136,10 +136,10 @@ def _sequences_read(job: Job) -> int:
 
 @objects_set_aside()
 def _train_seeds(prepared: Prepared, lesson: Lesson | None, keep: Callable[[Trained], None] | None = None) -> list[Run]:
-    """Train the seeds that are not there yet.
+    """Train the seeds that have no finished run.
 
     Args:
-        keep: Gets each reader that is trained now.
+        keep: Is called with each reader trained in this call.
     """
     done: list[Run] = []
     job, folder = prepared.job, prepared.folder
@@ -224,7 +224,7 @@ def _write_run(job: Job, trained: Trained, run: RunFolder, content: dict[str, An
 
 
 def _recorded(prepared: Prepared, lesson: Lesson | None) -> dict[str, Any]:
-    """Worth knowing of a run later; nothing of it names the run."""
+    """Facts about a run that are recorded with it and do not decide its folder."""
     job = prepared.job
     origin = {"reader": registry.origin(job.reader)}
     if prepared.resource is not None:

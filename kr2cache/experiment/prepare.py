@@ -1,6 +1,6 @@
-"""What a training needs before its first seed: everything checked, splits read and tokenised, caches found or made.
+"""Prepare a training: check the settings, read and tokenise the splits, find or make the caches.
 
-The result knows what decides the outcome of a run, so the run's folder is known before anything is trained.
+The result says what decides the scores of a run, so the folder of the run is known before the training starts.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Prepared:
 
     job: Job
     resource: Resource | None = None
-    """The frozen one, and its caches by split."""
+    """The frozen model."""
     caches: Mapping[str, FeatureCache] = field(default_factory=dict)
     deciding: dict[str, Any]
     """Everything that can change the result of a run, the seed aside. Device, folders and versions are left out."""
@@ -71,7 +71,7 @@ def prepare(config: TrainConfig, shared: Shared) -> Prepared:
     """Check the settings, read and tokenise the splits, find the caches or make them.
 
     Args:
-        shared: Gives what was loaded before, and keeps what is loaded now.
+        shared: Keeps what is loaded, for later trainings.
 
     Raises:
         KR2CacheError: One of its kinds, for everything foreseen.
@@ -111,7 +111,7 @@ def prepare(config: TrainConfig, shared: Shared) -> Prepared:
 
 
 def _unseen_words(job: Job) -> list[str]:
-    """What to say of words that the reader has no token for, a sentence for each split that has such words."""
+    """One note for each split with words that the reader has no token for."""
     if not job.task.words:
         return []
     notes = []
@@ -128,7 +128,7 @@ def _unseen_words(job: Job) -> list[str]:
 
 
 def _left_out(checkpoint: TaskCheckpoint) -> list[str]:
-    """What to say of the head that a checkpoint has from an earlier training."""
+    """A note if the checkpoint has the head of an earlier training."""
     if not checkpoint.left_out:
         return []
     parts = sorted({name.partition(".")[0] for name in checkpoint.left_out})
@@ -170,7 +170,7 @@ def _with_features(job: Job, resource: Resource) -> tuple[Job, dict[str, Feature
 
 
 def _deciding(job: Job, corpus: Corpus) -> dict[str, Any]:
-    """What decides the result of every method."""
+    """What decides the scores of a run, with any method."""
     config = job.config
     reader = model_digests(job.reader)
     return {
@@ -196,7 +196,7 @@ def _deciding(job: Job, corpus: Corpus) -> dict[str, Any]:
 
 
 def _resource_decides(job: Job, resource: Resource, caches: Mapping[str, FeatureCache]) -> dict[str, Any]:
-    """What decides beside that where there is a resource."""
+    """What else decides the scores of a run if there is a resource."""
     assert job.fusion is not None, "a resource comes with a fusion"
     chosen = caches["train"].provenance["chosen"]
     has_trainable_weights = job.fusion.trainable and job.projection != "direct"
@@ -214,7 +214,7 @@ def _resource_decides(job: Job, resource: Resource, caches: Mapping[str, Feature
             "max_length": chosen["max_length"],
             "dtype": chosen["dtype"],
             "compute_dtype": chosen["compute_dtype"],
-            # Not quite the states that an extraction with these settings gives.
+            # These states were rounded twice, so they differ slightly from those of an extraction.
             **({"rounded_again": rounded} if rounded else {}),
         },
         "fusion": {"name": job.fusion.name, "layers": list(job.fusion.layers)},
@@ -224,5 +224,5 @@ def _resource_decides(job: Job, resource: Resource, caches: Mapping[str, Feature
 
 
 def _resource_tokens(cache: FeatureCache, ids: Sequence[str]) -> str:
-    """Of the sequences that are used: that a cache holds more of them changes no result."""
+    """Digest of the tokens that are used. More sequences in the cache change no result."""
     return provenance.tokens_digest(cache.tokens().select(cache.positions(ids)))
