@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -160,23 +160,9 @@ def bench_cli(
 
     if plot is not None:
         check_plot(plot)
-    extraction = ExtractConfig(
-        resource=resource,
-        split=split,
-        task=task,
-        data=data or str(corpus()),
-        limit=limit,
-        device=device or "auto",
-        models=overrides,
-    )
-    training = TrainConfig(
-        task="udpos",
-        reader=reader,
-        resource=resource,
-        data=training_data or str(corpus()),
-        device=device or "auto",
-        models=overrides,
-    )
+    shared: dict[str, Any] = {"resource": resource, "device": device or "auto", "models": overrides}
+    extraction = ExtractConfig(**shared, split=split, task=task, data=data or str(corpus()), limit=limit)
+    training = TrainConfig(**shared, task="udpos", reader=reader, data=training_data or str(corpus()))
     result = bench(BenchConfig(extraction=extraction, training=training, repeats=repeats, folder=folder))
     describe_bench(result)
     if plot is not None:
