@@ -362,7 +362,7 @@ def _store(stored: Stored) -> None:
     create_shards(stored.cache, header, index, 2**34)
     with CacheWriter(stored.cache) as writer:
         for i, part in enumerate(parts.values()):
-            writer.write(PackedStates(0, [i], part, None))
+            writer.write(PackedStates([i], part, None))
     with h5py.File(stored.apart, "w") as file:
         for name, part in parts.items():
             file.create_dataset(name, data=part.reshape(LAYERS, -1, WIDTH))

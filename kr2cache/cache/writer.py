@@ -21,7 +21,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from kr2cache.cache.format import states_xxh3
+from kr2cache.cache.format import offsets, states_xxh3
 from kr2cache.cache.shard import Shard, open_shard, shard_paths
 from kr2cache.errors import CacheError, ValueRangeError
 from kr2cache.system.disk import disk_error, sync, write_whole
@@ -95,11 +95,10 @@ def _preempt_nobody() -> None:
 
 @dataclass(frozen=True)
 class PackedStates:
-    """Sequences of one shard, ready to be written."""
+    """Sequences of a cache, ready to be written."""
 
-    shard: int
     sequences: Sequence[int]
-    """Positions within the shard."""
+    """Positions in the cache."""
     raw: NDArray[Any]
     """Stored values, shape (rows, D): the sequences one after the other, each layer by layer."""
     scale: NDArray[np.float32] | None
@@ -118,6 +117,10 @@ class CacheWriter:
         for shard in self.shards:
             if not shard.completable:
                 raise _rewritten(shard)
+        self.cuts = offsets(np.array([len(shard.ids) for shard in self.shards]))
+        """Where each shard begins, in positions of the cache; and the number of sequences."""
+        self.unfinished = ~np.concatenate([shard.complete for shard in self.shards])
+        """(n,) which sequences were incomplete when the shards were opened."""
         self.bytes_written = 0
         self._files = [os.open(shard.path, os.O_RDWR) for shard in self.shards]
         # Simple queues: a Ctrl-C inside leaves neither lock nor waiter behind, so the threads need no watch.
@@ -147,9 +150,10 @@ class CacheWriter:
         if error is None:
             self._raise_failure()
 
-    def unfinished(self, shard: int) -> NDArray[np.bool_]:
-        """(n,) which sequences of a shard were incomplete when it was opened."""
-        return ~self.shards[shard].complete
+    def place(self, i: int) -> tuple[int, int]:
+        """The shard that holds sequence ``i``, and the position in it."""
+        number = int(np.searchsorted(self.cuts, i, side="right")) - 1
+        return number, i - int(self.cuts[number])
 
     def write(self, states: PackedStates) -> None:
         """Hand over a batch; returns at once unless ``PENDING_BATCHES`` wait already.
@@ -219,9 +223,10 @@ class CacheWriter:
             return error
 
     def _write(self, states: PackedStates) -> None:
-        shard, descriptor = self.shards[states.shard], self._files[states.shard]
         row = 0
-        for i in states.sequences:
+        for position in states.sequences:
+            number, i = self.place(position)
+            shard, descriptor = self.shards[number], self._files[number]
             first, rows = int(shard.first_row[i]), int(shard.first_row[i + 1] - shard.first_row[i])
             raw, scale = states.raw[row : row + rows], None if states.scale is None else states.scale[row : row + rows]
             row += rows
@@ -234,7 +239,7 @@ class CacheWriter:
                 size += self._pwrite(descriptor, scale, shard.place("hidden_scale") + first * scale.itemsize)
             digest = np.array([states_xxh3(raw, scale)], dtype="<u8")
             size += self._pwrite(descriptor, digest, shard.place("examples/xxh3") + i * digest.itemsize)
-            self._written.put((states.shard, i, size))
+            self._written.put((number, i, size))
 
     def _pwrite(self, descriptor: int, array: NDArray[Any], offset: int) -> int:
         return write_whole(descriptor, array.data, offset)

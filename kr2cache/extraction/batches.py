@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kr2cache.cache.create import shard_cuts
 from kr2cache.cache.reader import FeatureCache
 from kr2cache.cache.writer import CacheWriter
 from kr2cache.errors import DeviceMemoryError, InterruptedWorkError, ValueRangeError
@@ -60,7 +59,6 @@ def run_batches(
         ValueRangeError: If the stored dtype cannot hold a state. Complete sequences are kept, as with every error.
     """
     pack = Packer(plan.index, plan.layers, plan.config.dtype, encoder.device)
-    cuts = shard_cuts(plan.index.n_tokens, plan.token_bytes, int(batch_plan["shard_bytes"]))
     most = plan.config.tokens_per_batch
     computed = 0
     with WorkProgress(f"{plan.spec.name} on {plan.config.task}/{plan.config.split}", "sequences") as progress:
@@ -71,14 +69,12 @@ def run_batches(
                 cheaper_forward(encoder, plan.tokens if plan.config.compute_dtype == "float32" else 0),
                 CacheWriter(folder) as writer,
             ):
-                batches = list(
-                    _unfinished_batches(plan.index.n_tokens, cuts, writer.unfinished, batch_plan, planned, most)
-                )
-                progress.total = sum(len(batch) for _, batch in batches)
+                batches = list(_unfinished_batches(plan.index.n_tokens, writer, batch_plan, planned, most))
+                progress.total = sum(map(len, batches))
                 started, tokens, speed = time.monotonic(), 0, 0.0
-                for shard, batch in batches:
+                for batch in batches:
                     with _fitting(plan, batch, encoder.device, folder):
-                        for ready in pack(shard, batch, cuts[shard], trial.layers_of(plan, encoder, batch)):
+                        for ready in pack(batch, trial.layers_of(plan, encoder, batch)):
                             writer.write(ready)
                     check_interrupt()
                     return_free_memory(RETURN_MEMORY_EVERY_S)
@@ -98,19 +94,17 @@ def run_batches(
 
 def _unfinished_batches(
     n_tokens: NDArray[np.int32],
-    cuts: Sequence[int],
-    unfinished: Callable[[int], NDArray[np.bool_]],
+    writer: CacheWriter,
     batch_plan: dict[str, Any],
     planned: NDArray[np.bool_],
     most: int | None,
-) -> Iterator[tuple[int, NDArray[np.intp]]]:
-    """(shard, sequences) of each planned batch that has an incomplete sequence. The whole batch runs again, because the
-    last bits of a state depend on the batch it runs in.
+) -> Iterator[NDArray[np.intp]]:
+    """Each planned batch that has an incomplete sequence: (B,) sequences of one shard. The whole batch runs again,
+    because the last bits of a state depend on the batch it runs in.
 
     Args:
         n_tokens: (n,)
-        cuts: Where shards begin, and n.
-        unfinished: Shard number to (sequences of the shard,), whether each is incomplete.
+        writer: Knows where shards begin and which sequences are incomplete.
         batch_plan: As the header records it.
         planned: (n,) the sequences that the batch plan is for. Other sequences should have come from older caches; if
             they are incomplete all the same, they get batches of their own.
@@ -122,14 +116,14 @@ def _unfinished_batches(
             f"From here on, batches have {most:,} positions instead of the planned {positions:,}: the last bits of "
             "these states can differ from those of an uninterrupted run."
         )
-    for shard, (start, stop) in enumerate(pairwise(cuts)):
-        incomplete, in_plan = unfinished(shard), planned[start:stop]
+    for start, stop in pairwise(writer.cuts.tolist()):
+        incomplete, in_plan = writer.unfinished[start:stop], planned[start:stop]
         for members in (np.flatnonzero(in_plan), np.flatnonzero(incomplete & ~in_plan)):
             for batch in length_sorted_batches(n_tokens[start + members], positions, padded=padded):
                 whole = members[batch] + start
                 for part in budget.split_further(whole, n_tokens, min(positions, most or positions)):
                     if incomplete[part - start].any():
-                        yield shard, part
+                        yield part
 
 
 @contextlib.contextmanager

@@ -90,7 +90,7 @@ def _fits(plan: ExtractPlan, run: Run, device: torch.device, batch: NDArray[np.i
     pack = Packer(plan.index, plan.layers, plan.config.dtype, device)
     try:
         for _ in range(2):  # one batch is copied out while the next one computes
-            for _ready in pack(0, batch, 0, run(batch)):
+            for _ready in pack(batch, run(batch)):
                 pass
         for _ready in pack.rest():
             pass

@@ -71,15 +71,13 @@ class Packer:
         self._buffers = HostBuffers(pinned=device.type == "cuda")
         self._stream: torch.cuda.Stream | None = None
 
-    def __call__(
-        self, shard: int, batch: NDArray[np.intp], shard_start: int, layers_BTD: tuple[torch.Tensor, ...]
-    ) -> Iterator[PackedStates]:
+    def __call__(self, batch: NDArray[np.intp], layers_BTD: tuple[torch.Tensor, ...]) -> Iterator[PackedStates]:
         """Take a batch, give what has become ready: this batch on a CPU, the one before on a GPU."""
         lengths = self.index.n_tokens[batch]
-        sequences = (batch - shard_start).tolist()
+        sequences = batch.tolist()
         if self.device.type == "cuda":
             raw, scale = self._encode(self._gather(layers_BTD, lengths))
-            self._waiting.append(self._start_copy(shard, sequences, raw, scale))
+            self._waiting.append(self._start_copy(sequences, raw, scale))
             if len(self._waiting) > 1:
                 yield self._finish_copy()
             return
@@ -88,7 +86,7 @@ class Packer:
         if self.dtype.has_scales:
             packed, scale = self._encode(packed)
             stored = packed.numpy()
-        yield PackedStates(shard, sequences, stored, None if scale is None else scale.numpy())
+        yield PackedStates(sequences, stored, None if scale is None else scale.numpy())
 
     def rest(self) -> Iterator[PackedStates]:
         """What is still on its way."""
@@ -141,7 +139,7 @@ class Packer:
     # CUDA only ------------------------------------------------------------------------------------------------------
 
     def _start_copy(
-        self, shard: int, sequences: list[int], raw: torch.Tensor, scale: torch.Tensor | None
+        self, sequences: list[int], raw: torch.Tensor, scale: torch.Tensor | None
     ) -> tuple[Any, PackedStates]:
         """An event, and what is there once it has happened."""
         if self._stream is None:
@@ -156,7 +154,7 @@ class Packer:
             done.record(self._stream)
         for tensor in (raw,) if scale is None else (raw, scale):
             tensor.record_stream(self._stream)  # their memory is not given out again before they are copied
-        return done, PackedStates(shard, sequences, stored, None if stored_scale is None else stored_scale.numpy())
+        return done, PackedStates(sequences, stored, None if stored_scale is None else stored_scale.numpy())
 
     def _finish_copy(self) -> PackedStates:
         done, states = self._waiting.pop(0)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kr2cache.cache.format import ShardHeader, offsets
+from kr2cache.cache.format import ShardHeader
 from kr2cache.cache.reader import FeatureCache
 from kr2cache.cache.writer import CacheWriter, PackedStates
 from kr2cache.errors import InterruptedWorkError
@@ -78,10 +78,8 @@ def write_states(folder: Path, sequences: Iterable[tuple[int, Stored]], count: i
     with WorkProgress(f"{folder.name} {origin}", "sequences", count) as progress:
         try:
             with interrupt_between_batches() as check_interrupt, CacheWriter(folder) as writer:
-                firsts = offsets(np.array([len(shard.ids) for shard in writer.shards]))
                 for i, (raw, scale) in sequences:
-                    number = int(np.searchsorted(firsts, i, side="right")) - 1
-                    writer.write(PackedStates(number, [i - int(firsts[number])], raw, scale))
+                    writer.write(PackedStates([i], raw, scale))
                     check_interrupt()
                     written += 1
                     progress.advance(1, f"{bytes_text(writer.bytes_written)} written")

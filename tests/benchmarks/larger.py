@@ -46,7 +46,7 @@ def make(cache: Path, apart: Path, sequences: int) -> None:
     with CacheWriter(cache) as writer, h5py.File(apart, "w") as file:
         for i, (name, length) in enumerate(zip(names, index.n_tokens.tolist(), strict=True)):
             states = draw.standard_normal((LAYERS * length, WIDTH), dtype=np.float32).astype(np.float16)
-            writer.write(PackedStates(0, [i], states, None))
+            writer.write(PackedStates([i], states, None))
             file.create_dataset(name, data=states)
 
 

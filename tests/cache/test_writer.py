@@ -267,7 +267,7 @@ def test_an_error_of_the_caller_keeps_what_was_handed_over_and_is_not_hidden(tmp
         raise ZeroDivisionError
     assert tiny_cache.marked_sequences(folder, truth) == [0, 3]
     with CacheWriter(folder) as out:
-        assert out.unfinished(0).tolist() == [False, True, True, False]
+        assert out.unfinished.tolist() == [False, True, True, False]
 
 
 def test_the_writer_counts_its_bytes_and_leaves_no_thread_or_file_open(tmp_path: Path) -> None:

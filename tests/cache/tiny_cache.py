@@ -127,17 +127,15 @@ def write(folder: Path, truth: Truth, positions: Iterable[int] | None = None, *,
 
 def batches(truth: Truth, writer: CacheWriter, order: Sequence[int], at_once: int = 1) -> Iterable[PackedStates]:
     """The sequences ``order`` as the writer wants them."""
-    place = [(number, local) for number, shard in enumerate(writer.shards) for local in range(len(shard.ids))]
     rest = list(order)
     while rest:
-        shard = place[rest[0]][0]
+        shard, _ = writer.place(rest[0])
         taken = 0
-        while taken < min(at_once, len(rest)) and place[rest[taken]][0] == shard:
+        while taken < min(at_once, len(rest)) and writer.place(rest[taken])[0] == shard:
             taken += 1
         batch, rest = rest[:taken], rest[taken:]
         yield PackedStates(
-            shard=shard,
-            sequences=[place[i][1] for i in batch],
+            sequences=batch,
             raw=np.concatenate([truth.raw[i].reshape(-1, truth.header.width) for i in batch]),
             scale=np.concatenate([truth.scale[i].reshape(-1) for i in batch]) if truth.scale else None,
         )

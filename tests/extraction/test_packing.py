@@ -29,7 +29,7 @@ def index(lengths: list[int]) -> SequenceIndex:
 def test_rows_are_the_valid_positions_layer_by_layer(lengths: list[int], dtype: str) -> None:
     draw = torch.Generator().manual_seed(0)
     layers = tuple(torch.randn(len(lengths), max(lengths), 6, generator=draw) for _ in range(4))
-    (packed,) = Packer(index(lengths), [0, 2, 3], dtype, CPU)(0, np.arange(len(lengths)), 0, layers)
+    (packed,) = Packer(index(lengths), [0, 2, 3], dtype, CPU)(np.arange(len(lengths)), layers)
     rows = [layers[layer][i, :length] for i, length in enumerate(lengths) for layer in (0, 2, 3)]
     expected = torch.cat(rows).to(getattr(torch, dtype))
     given = torch.from_numpy(packed.raw)
@@ -41,8 +41,8 @@ def test_what_is_held_stays_while_other_batches_are_packed(dtype: str) -> None:
     pack = Packer(index([3, 3]), [0, 1], dtype, CPU)
     draw = torch.Generator().manual_seed(0)
     batches = [tuple(torch.randn(2, 3, 4, generator=draw) for _ in range(2)) for _ in range(6)]
-    held = [next(pack(0, np.arange(2), 0, layers)).raw[:5] for layers in batches]  # of each a part, as a writer has it
-    alone = [next(Packer(index([3, 3]), [0, 1], dtype, CPU)(0, np.arange(2), 0, layers)).raw[:5] for layers in batches]
+    held = [next(pack(np.arange(2), layers)).raw[:5] for layers in batches]  # of each a part, as a writer has it
+    alone = [next(Packer(index([3, 3]), [0, 1], dtype, CPU)(np.arange(2), layers)).raw[:5] for layers in batches]
     for given, expected in zip(held, alone, strict=True):
         np.testing.assert_array_equal(given, expected)
 
@@ -67,7 +67,7 @@ def test_memory_is_used_again_once_nobody_holds_it() -> None:
 def test_what_the_dtype_cannot_hold_is_seen_in_what_is_packed(value: float, dtype: str) -> None:
     layers = tuple(torch.full((2, 3, 4), -1.0) for _ in range(3))
     layers[2][1, 1, 3] = value
-    (packed,) = Packer(index([3, 2]), [0, 1, 2], dtype, CPU)(0, np.arange(2), 0, layers)
+    (packed,) = Packer(index([3, 2]), [0, 1, 2], dtype, CPU)(np.arange(2), layers)
     holds = value == 1e5 and dtype != "float16"
     assert DTYPES[dtype].all_finite(packed.raw, packed.scale) == holds
     first = None if packed.scale is None else packed.scale[:9]

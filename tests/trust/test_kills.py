@@ -129,9 +129,8 @@ def test_a_writer_that_marks_before_it_writes_is_found(tmp_path: Path, monkeypat
     original = CacheWriter._write
 
     def too_early(self: CacheWriter, states: PackedStates) -> None:
-        marks = self.shards[states.shard].place("examples/complete")
-        for i in states.sequences:
-            os.pwrite(self._files[states.shard], b"\x01", marks + i)
+        for number, i in map(self.place, states.sequences):
+            os.pwrite(self._files[number], b"\x01", self.shards[number].place("examples/complete") + i)
         time.sleep(0.02)  # long enough to be killed in, however busy the machine
         original(self, states)
 

@@ -63,8 +63,8 @@ def test_a_writer_that_marks_before_it_writes_is_found(tmp_path: Path, monkeypat
     assert (seen.examples, seen.wrong) == (16, 0)
 
     def marks_alone(self: CacheWriter, states: PackedStates) -> None:
-        for i in states.sequences:
-            self._written.put((states.shard, i, 0))
+        for number, i in map(self.place, states.sequences):
+            self._written.put((number, i, 0))
 
     monkeypatch.setattr(CacheWriter, "_write", marks_alone)
     tiny_cache.write(folder, truth, range(100, readers.SEQUENCES))
