@@ -36,7 +36,7 @@ import dataclasses
 import json
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -167,9 +167,24 @@ def offsets(lengths: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
 
 
 def places_in(starts: NDArray[np.integer[Any]], lengths: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
-    """Every place of the ranges that begin at ``starts``, (sum of ``lengths``,), a range after the other."""
+    """The numbers of the ranges that begin at ``starts`` and have ``lengths``, one range after the other: (sum of
+    ``lengths``,).
+    """
     before = offsets(lengths)
     return np.arange(int(before[-1])) + np.repeat(starts - before[:-1], lengths)
+
+
+def ranges(numbers: Iterable[int]) -> list[list[int]]:
+    """``[[start, stop], ...]`` of the numbers, in ascending order; neighbours form one range. A batch plan stores this
+    form.
+    """
+    result: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if result and result[-1][1] == number:
+            result[-1][1] = number + 1
+        else:
+            result.append([number, number + 1])
+    return result
 
 
 def encode_ids(ids: Sequence[str]) -> NDArray[np.bytes_]:

@@ -1,17 +1,16 @@
-"""Read a cache: every sequence a view of memory-mapped states.
+"""Read a cache: the states of each sequence are a view of a memory-mapped file.
 
 >>> cache = FeatureCache.open(".kr2cache/udpos-de/train/gottbert-1f3a9c2e")     # doctest: +SKIP
 >>> cache["train-s1"].shape                                                     # doctest: +SKIP
 (13, 21, 768)
 
-Shape letters: L layers, T tokens of one sequence, D width. Nothing here holds an HDF5 handle, so a cache may be forked,
-and pickled to a spawned worker, which maps the files again.
+Shape letters: L layers, T tokens of one sequence, D width. A cache holds no HDF5 handle, so it can be forked. It can
+also be pickled to a spawned worker, which maps the files again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kr2cache.cache.format import SequenceIndex, offsets, states_xxh3
+from kr2cache.cache.batch import PackedBatch, first_rows
+from kr2cache.cache.format import SequenceIndex, ranges, states_xxh3
 from kr2cache.cache.ids import IdIndex
 from kr2cache.cache.rows import StoredRows
 from kr2cache.cache.shard import Shard, open_shard, shard_paths
@@ -27,40 +27,16 @@ from kr2cache.errors import CacheError, ConfigError, SequenceNotFoundError
 from kr2cache.system.memory import aligned_empty, total_memory
 
 EVERY_LAYER = (-1,)
-"""Stands for the places of all layers, which would take as long to list as to look up."""
+"""The key of all layers in ``_asked_for``: building the key from their numbers takes as long as the lookup."""
 MEMORY_SHARE = 0.5
-"""Of the memory that there is: a larger cache counts as one that does not stay in it."""
-
-
-@dataclass(frozen=True)
-class PackedBatch:
-    """Several sequences, one after the other and without padding; ``batch[i]`` is one of them, (L, T_i, D)."""
-
-    states: NDArray[np.floating]
-    """(rows, D), rows = L * sum of T_i"""
-    n_tokens: NDArray[np.int32]
-    """(B,)"""
-    layers: tuple[int, ...]
-    """The model's layer numbers, in the order of the L axis."""
-
-    @cached_property
-    def first_row(self) -> NDArray[np.int64]:
-        """(B+1,)"""
-        return offsets(self.n_tokens) * len(self.layers)
-
-    def __len__(self) -> int:
-        return len(self.n_tokens)
-
-    def __getitem__(self, i: int) -> NDArray[np.floating]:
-        rows = self.states[self.first_row[i] : self.first_row[i + 1]]
-        return rows.reshape(len(self.layers), int(self.n_tokens[i]), -1)
+"""A cache larger than this share of the machine's memory counts as one that does not stay in memory."""
 
 
 class FeatureCache:
     """The stored states of one resource on one split, by sequence id.
 
-    Only complete sequences are shown: a cache that is still being written can be read, and shows what was there when it
-    was opened.
+    Only complete sequences are shown. A cache can be read while it is being written; it shows the sequences that were
+    complete when it was opened.
     """
 
     def __init__(self, folder: Path, shards: Sequence[Shard]) -> None:
@@ -76,23 +52,23 @@ class FeatureCache:
         self.text_xxh3: NDArray[np.uint64] = _joined([shard.text_xxh3 for shard in shards])
         """(n,) XXH3-64 of each input text, by position."""
         self.complete: NDArray[np.bool_] = _joined([shard.complete for shard in shards])
-        """(n,) whether the sequence's states are there, by position."""
+        """(n,) whether the sequence's states are stored, by position."""
         self._is_complete = bool(self.complete.all())
         self._is_large = self.stored_bytes > MEMORY_SHARE * total_memory()
         self.check_on_read = False
-        """Compare each sequence with its checksum when it is first read; a worker process compares for itself."""
+        """Compare each sequence with its checksum at the first read; each worker process compares again."""
         self._checked = np.zeros(len(self.n_tokens), dtype=bool)
         self._asked_for: dict[tuple[int, ...], NDArray[np.bool_]] = {}
-        """By places of layers (``EVERY_LAYER`` for all): (n,) whether ``read_ahead`` has asked for them before."""
+        """For each choice of layers: (n,) whether ``read_ahead`` has asked for the sequence before."""
 
     @classmethod
     def open(cls, folder: str | Path) -> FeatureCache:
         """Open a cache folder: check every shard's header, sizes and offsets, then map it.
 
-        Set ``check_on_read`` to have the bytes of every sequence compared with its checksum as well.
+        To compare each sequence with its checksum as well, set ``check_on_read``.
 
         Raises:
-            CacheError: If a shard is missing, damaged, cut off, of another version, or of another cache.
+            CacheError: If a shard is missing, damaged or cut off, or belongs to another version or another cache.
         """
         folder = Path(folder)
         shards = [open_shard(path) for path in shard_paths(folder)]
@@ -109,7 +85,7 @@ class FeatureCache:
     def __reduce__(self) -> tuple[Any, ...]:
         return (_reopen, (self.folder, self.fingerprint, self.check_on_read))
 
-    # What it is ---------------------------------------------------------------------------------------------------
+    # Metadata -----------------------------------------------------------------------------------------------------
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -133,7 +109,7 @@ class FeatureCache:
 
     @property
     def fusion(self) -> dict[str, Any] | None:
-        """``{"layers", "weights"}`` where one fused layer is stored, else None."""
+        """``{"layers", "weights"}`` if one fused layer is stored, else None."""
         return self._shards[0].header.fusion
 
     @property
@@ -147,12 +123,12 @@ class FeatureCache:
 
     @property
     def batch_plan(self) -> dict[str, Any]:
-        """How the sequences were put together for the forward passes."""
+        """How the sequences were grouped into batches for the forward passes."""
         return self._shards[0].header.batch_plan
 
     @property
     def mapped(self) -> bool:
-        """Whether every shard is memory-mapped (else some are read through HDF5, slower, with the same results)."""
+        """Whether every shard is memory-mapped. Other shards are read through HDF5: slower, with the same results."""
         return self._rows.mapped
 
     @property
@@ -162,19 +138,19 @@ class FeatureCache:
 
     @property
     def states_dtype(self) -> np.dtype[Any]:
-        """The dtype that reading gives: float16 as stored, else float32."""
+        """NumPy's type of the states that reading returns: float16 if stored as float16, else float32."""
         return self._stored.read_as
 
-    # Which sequences ----------------------------------------------------------------------------------------------
+    # Sequences ----------------------------------------------------------------------------------------------------
 
     @cached_property
     def all_ids(self) -> list[str]:
-        """Ids by position, incomplete sequences included (strings, made when asked for)."""
+        """Ids by position, incomplete sequences included; the strings are made at the first use."""
         return self._index.names()
 
     @property
     def ids(self) -> list[str]:
-        """Ids of the complete sequences, in data-set order (strings, made when asked for)."""
+        """Ids of the complete sequences, in data-set order; the strings are made at the first use."""
         if self._is_complete:
             return self.all_ids
         return [name for name, done in zip(self.all_ids, self.complete.tolist(), strict=True) if done]
@@ -187,7 +163,7 @@ class FeatureCache:
         return position >= 0 and bool(self.complete[position])
 
     def find(self, ids: Sequence[str]) -> NDArray[np.int64]:
-        """Where these sequences are, complete or not; -1 for one that is not there.
+        """The positions of these sequences, complete or not; -1 for an id that the cache does not hold.
 
         Raises:
             CacheError: If the cache holds an id twice.
@@ -205,10 +181,10 @@ class FeatureCache:
         self._is_unique = True
 
     def positions(self, ids: Iterable[str]) -> NDArray[np.int64]:
-        """Where these sequences are, complete ones only.
+        """The positions of these sequences, which must be complete.
 
         Raises:
-            SequenceNotFoundError: For the first id that is not there, or not complete.
+            SequenceNotFoundError: For the first id that the cache does not hold, or whose sequence is not complete.
         """
         return np.array(self._positions(ids), dtype=np.int64)
 
@@ -229,7 +205,7 @@ class FeatureCache:
         )
 
     def tokens(self) -> SequenceIndex:
-        """Token ids and word alignment of all sequences, by position (read from the files anew)."""
+        """Token ids and word alignment of all sequences, by position (read from the files again)."""
         parts = [shard.tokens() for shard in self._shards]
         return SequenceIndex(
             ids=self._index.ids,
@@ -244,34 +220,33 @@ class FeatureCache:
     def __getitem__(self, sequence_id: str) -> NDArray[np.floating]:
         """All stored layers of one sequence, shape (L, T, D).
 
-        For float16 and float32 on regular chunks a read-only view of the map, else a float32 copy.
+        For float16 and float32 in a mapped file, a read-only view of the file; else a float32 copy.
 
         Raises:
-            SequenceNotFoundError: If it is not there, or not complete.
+            SequenceNotFoundError: If the cache does not hold the sequence, or it is not complete.
         """
         self._check_unique()
         position = self._index.find_one(sequence_id) if isinstance(sequence_id, str) else -1
         if position < 0 or not self.complete.item(position):
-            self._positions([sequence_id])  # says what is wrong
+            self._positions([sequence_id])  # raises the error that explains it
         asked_for = self._asked_for.get(EVERY_LAYER)
         if asked_for is None or not asked_for.item(position):
             self._ask_for([position], self._every_layer)
         return self.states(position)
 
     def states(self, position: int, layers: Sequence[int] | None = None) -> NDArray[np.floating]:
-        """The states of the sequence at ``position``; the caller knows it is complete, and may have asked for it and
-        others with ``read_ahead``.
+        """The states of the sequence at ``position``, which must be complete. Call ``read_ahead`` before, if you can.
 
         Args:
-            position: As ``positions`` gives it.
+            position: As ``positions`` returns it.
             layers: Model layer numbers to return, in this order; None for all stored ones.
 
         Returns:
-            Shape (L, T, D), L = len(layers). A view where the layers are neighbours in the file, else a copy.
+            Shape (L, T, D), L = len(layers). A view if the layers are neighbours in the file, else a copy.
 
         Raises:
             ConfigError: For a layer that is not stored.
-            CacheError: With ``check_on_read``, if its bytes contradict their checksum.
+            CacheError: With ``check_on_read``, if the stored bytes do not match their checksum.
         """
         self._check_once(position)
         return self._states(position, self._stored_positions(layers))
@@ -283,21 +258,22 @@ class FeatureCache:
         raw = raw.reshape(highest - lowest + 1, self.n_tokens.item(position), -1)
         scale = None if scale is None else scale.reshape(raw.shape[:2])
         if len(stored) != len(raw) or stored != self._every_layer[lowest : highest + 1]:
-            # Before decoding, which would touch the layers between.
+            # Select before decoding, which would touch the layers between.
             wanted = [place - lowest for place in stored]
             raw, scale = raw[wanted], None if scale is None else scale[wanted]
         states = self._stored.decode(raw, scale)
         return states if self._rows.is_mapped(number) else states.astype(np.float32, copy=False)
 
     def read_ahead(self, positions: NDArray[np.int64], layers: Sequence[int] | None = None) -> None:
-        """Ask the system for these states before they are touched: it then reads them all at once, and not page by page
-        with much of what lies around each. Of a cache that stays in memory each sequence is asked for once, whether it
-        is there already or not: asking in vain takes about half as long as copying. A larger one is asked every time.
-        Where the system knows no such advice, or a file is not mapped, nothing happens.
+        """Ask the system to load these states before they are touched. It then reads them at once, not page by page.
+
+        A cache that fits in memory asks for each sequence once: asking for loaded states takes about half as long as
+        copying them. A larger cache asks every time. Without such a system call, or for a file that is not mapped,
+        nothing happens.
 
         Args:
-            positions: (B,) as ``positions`` gives them.
-            layers: As for ``states``; all of them where ``check_on_read`` has yet to see their checksums.
+            positions: (B,) as ``positions`` returns them.
+            layers: As for ``states``. If ``check_on_read`` still has to check a sequence, all layers are loaded.
 
         Raises:
             ConfigError: For a layer that is not stored.
@@ -306,7 +282,7 @@ class FeatureCache:
 
     def _ask_for(self, positions: list[int], stored: list[int]) -> None:
         if self.check_on_read and not all(map(self._checked.item, positions)):
-            stored = self._every_layer  # a checksum is of all layers
+            stored = self._every_layer  # a checksum covers all layers
         if not self._is_large:
             key = EVERY_LAYER if stored == self._every_layer else tuple(sorted(set(stored)))
             if (asked_for := self._asked_for.get(key)) is None:
@@ -315,19 +291,19 @@ class FeatureCache:
                 return
             positions = [position for position in positions if not asked_for.item(position)]
             asked_for[positions] = True
-        for lowest, highest in _runs(stored):
+        for start, stop in ranges(stored):
             for position in positions:
-                self._rows.ask_for(*self._rows.span(position, lowest, highest))
+                self._rows.ask_for(*self._rows.span(position, start, stop - 1))
 
     def stored(self, position: int) -> tuple[NDArray[Any], NDArray[np.float32] | None]:
-        """All stored layers of a sequence as they are on disk: values (L * T, D), and for int8 scales (L * T,)."""
+        """All layers of a sequence as stored: values (L * T, D), and scales (L * T,) if rows have scales."""
         return self._rows.read(*self._rows.span(position, 0, len(self._every_layer) - 1))
 
     def check(self, position: int) -> None:
         """Compare the bytes of a complete sequence with their checksum.
 
         Raises:
-            CacheError: If they differ, with the sequence's id.
+            CacheError: If they differ; the error names the sequence.
         """
         raw, scale = self.stored(position)
         if states_xxh3(raw, scale) != int(self._xxh3[position]):
@@ -347,14 +323,14 @@ class FeatureCache:
         return np.concatenate([shard.read("examples/xxh3") for shard in self._shards])
 
     def buffer(self, sequences: int, layers: Sequence[int] | None = None) -> NDArray[np.floating]:
-        """Memory for ``batch(..., out=...)``, not filled: any so many sequences have room in it.
+        """Uninitialised memory for ``batch(..., out=...)``, large enough for any batch of so many sequences.
 
         Args:
-            sequences: How many a batch has at most.
+            sequences: The largest number of sequences in a batch.
             layers: As for ``batch``.
 
         Returns:
-            Shape (rows, D), aligned as the file is. Of its memory only what batches fill is really taken.
+            Shape (rows, D), aligned as the file is. The system provides memory only for the rows that batches fill.
         """
         rows = sequences * int(self.n_tokens.max()) * len(self._stored_positions(layers))
         return aligned_empty((rows, self.width), self.states_dtype)
@@ -365,19 +341,21 @@ class FeatureCache:
         """Several sequences, packed in the order asked for, repeats allowed, only ``layers`` read.
 
         Args:
-            out: Where to read into, such as ``buffer`` gives; its first rows become the batch's states, so it must not
-                be used again before the batch was. Fresh memory, the default, takes up to twice as long: the system
-                has to find and clear it page by page.
+            out: Memory to read into, for example from ``buffer``. Its first rows become the batch's states, so do not
+                reuse it while the batch is needed. New memory, the default, takes up to twice as long: the system
+                clears it page by page.
 
         Raises:
-            SequenceNotFoundError: For an id that is not there, or not complete.
-            ConfigError: For a layer that is not stored, or an ``out`` that is too small or of another kind.
+            SequenceNotFoundError: For an id that the cache does not hold, or whose sequence is not complete.
+            ConfigError: For a layer that is not stored, or an ``out`` that is too small or of the wrong kind.
         """
         positions = self._positions(ids)
         stored = self._stored_positions(layers)
         n_tokens = list(map(self.n_tokens.item, positions))
         rows = sum(n_tokens) * len(stored)
-        states = aligned_empty((rows, self.width), self.states_dtype) if out is None else self._part(out, rows)
+        if out is None:
+            out = aligned_empty((rows, self.width), self.states_dtype)
+        states = first_rows(out, rows, self.width, self.states_dtype)
         wanted = self.layers if layers is None else tuple(layers)
         packed = PackedBatch(states, np.array(n_tokens, dtype=np.int32), wanted)
         self._ask_for(positions, stored)
@@ -390,29 +368,6 @@ class FeatureCache:
         for i, position in enumerate(positions):
             packed[i][...] = self._states(position, stored)
         return packed
-
-    def _part(self, out: NDArray[np.floating], rows: int) -> NDArray[np.floating]:
-        """The first rows of memory that was given."""
-        is_array = isinstance(out, np.ndarray)
-        if (
-            is_array
-            and out.ndim == 2
-            and len(out) >= rows
-            and out.shape[1] == self.width
-            and out.dtype == self.states_dtype
-            and out.flags.c_contiguous
-            and out.flags.writeable
-        ):
-            return out[:rows]
-        found = f"a {type(out).__name__}"
-        if is_array:
-            found = f"{out.dtype} of shape {out.shape}{'' if out.flags.writeable else ', read-only'}"
-            found += "" if out.flags.c_contiguous else ", not contiguous"
-        raise ConfigError(
-            f"out is {found}. The batch needs a writable array of {self.states_dtype}, {rows:,} or more rows of "
-            f"{self.width}, contiguous.",
-            "cache.buffer(sequences) makes one that any so many sequences have room in.",
-        )
 
     def _stored_positions(self, layers: Sequence[int] | None) -> list[int]:
         if layers is None:
@@ -446,19 +401,6 @@ def _reopen(folder: Path, fingerprint: str, check_on_read: bool) -> FeatureCache
     return cache
 
 
-def _runs(places: list[int]) -> list[list[int]]:
-    """Places that are neighbours, in ascending order, each run by its first and its last."""
-    there = set(places)
-    return [
-        [first, last]
-        for first, last in zip(
-            sorted(place for place in there if place - 1 not in there),
-            sorted(place for place in there if place + 1 not in there),
-            strict=True,
-        )
-    ]
-
-
 def _joined(arrays: list[NDArray[Any]]) -> NDArray[Any]:
-    """One after the other; a single one as it is, since of millions of sequences a copy counts."""
+    """The arrays, concatenated. A single array is not copied: with millions of sequences a copy takes time."""
     return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)

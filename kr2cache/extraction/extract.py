@@ -14,8 +14,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from kr2cache.cache.create import create_shards
-from kr2cache.cache.format import ShardHeader
+from kr2cache.cache.format import ShardHeader, ranges
 from kr2cache.cache.reader import FeatureCache
 from kr2cache.cache.shard import headers_left
 from kr2cache.config import ExtractConfig
@@ -26,7 +28,7 @@ from kr2cache.extraction.planning import ExtractPlan, check_disk, plan_extractio
 from kr2cache.models.digests import OpenedModel, open_model
 from kr2cache.models.load import describe_dropped
 from kr2cache.store import folders, provenance
-from kr2cache.store.takeover import Donors, as_mask, as_ranges, find_donors
+from kr2cache.store.takeover import Donors, as_mask, find_donors
 from kr2cache.system.console import bytes_text, count_text, done, note, seconds_text, waiting
 from kr2cache.system.device import device_name
 from kr2cache.system.locks import check_writable, only_writer
@@ -119,7 +121,8 @@ def _make(
     donors = find_donors(plan.config.cache_dir, folder, header, plan.index)
     if donors.covered.any():
         # The batch plan is for the other sequences: a continued extraction has to form the same batches.
-        header = replace(header, batch_plan={**batch_plan, "computed": as_ranges(~donors.covered)})
+        computed = ranges(np.flatnonzero(~donors.covered).tolist())
+        header = replace(header, batch_plan={**batch_plan, "computed": computed})
     return fill(plan, model.encoder, folder, header, donors)
 
 

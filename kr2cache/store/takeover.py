@@ -117,14 +117,8 @@ def _keys(index: SequenceIndex, segments: bool) -> list[bytes]:
     return keys
 
 
-def as_ranges(mask: NDArray[np.bool_]) -> list[list[int]]:
-    """``[[start, stop], ...]`` of the True values in ``mask``; a batch plan stores this form."""
-    edges = np.flatnonzero(np.diff(np.concatenate([[False], mask, [False]]).astype(np.int8)))
-    return [[int(start), int(stop)] for start, stop in zip(edges[::2], edges[1::2], strict=True)]
-
-
 def as_mask(ranges: Sequence[Sequence[int]] | None, count: int) -> NDArray[np.bool_]:
-    """The reverse of ``as_ranges``, (count,). None, from a batch plan without ranges, gives True everywhere."""
+    """The reverse of ``ranges``, (count,). None, from a batch plan without ranges, gives True everywhere."""
     if ranges is None:
         return np.ones(count, dtype=bool)
     mask = np.zeros(count, dtype=bool)

@@ -22,7 +22,8 @@ from hypothesis import strategies as st
 
 from kr2cache import FeatureCache
 from kr2cache.cache import layout
-from kr2cache.cache.layout import Layout, NotPlainError, checksum, read_layout
+from kr2cache.cache.checksum import checksum
+from kr2cache.cache.layout import Layout, NotPlainError, read_layout
 from kr2cache.cache.shard import headers_left
 from kr2cache.errors import CacheError
 

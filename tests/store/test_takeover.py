@@ -13,6 +13,7 @@ from test_derive import LOOKS, assert_sound, slice_of, states_of
 from world import World, change_a_weight, change_the_tokenizer, count_resource_batches
 
 from kr2cache import FeatureCache
+from kr2cache.cache.format import ranges
 from kr2cache.store import takeover
 
 
@@ -155,6 +156,6 @@ def test_an_unfinished_cache_gives_what_it_has(world: World) -> None:
 def test_ranges_say_a_mask_and_back() -> None:
     for mask in ([], [True], [False], [True, False, True, True], [False, True, True, False, False, True]):
         array = np.array(mask, dtype=bool)
-        assert takeover.as_mask(takeover.as_ranges(array), len(mask)).tolist() == mask
-    assert takeover.as_ranges(np.array([False, True, True, False, True])) == [[1, 3], [4, 5]]
+        assert takeover.as_mask(ranges(np.flatnonzero(array).tolist()), len(mask)).tolist() == mask
+    assert ranges([4, 1, 2, 1]) == [[1, 3], [4, 5]]
     assert takeover.as_mask(None, 3).all()
