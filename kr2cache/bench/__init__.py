@@ -1,6 +1,6 @@
 """Measure each part of the data path on this machine, beside its limit and its rivals, in one run.
 
-A time says something only beside another time from the same machine and hour. So each part is a race (``race.py``):
+Compare only times that were measured together on one machine. So each part is a race (``race.py``):
 contenders take turns. The first contender is the limit: the work that every script must do, or what the hardware can
 do. With two limits, the slower limit counts.
 """

@@ -1,7 +1,7 @@
 """An ablation of nine fusions, one seed per turn: with a cache, and with the resource in every step.
 
-The work of a sweep beside its training steps does not grow with their number, so its share depends on the sizes. The
-sizes here are those of a small but natural training: it evaluates one example for six that it trains, as ten epochs on
+A sweep has work that does not grow with the number of training steps, so its share depends on the sizes. The sizes
+here are those of a small but natural training: it evaluates one example for six that it trains, as ten epochs on
 a treebank do.
 """
 

@@ -1,7 +1,7 @@
 """A race: one part of the data path beside its limit and its rivals, which take turns.
 
-Rivals are compared by the medians of their times. Ours and the limit are too close for that, since a machine's speed
-drifts by more than their difference. So they take turns more often, in changing order, or alternate in short slices.
+Rivals are compared by the medians of their times. The difference between our time and the limit is too small for
+that: a machine's speed drifts by more. So they take turns more often, in changing order, or alternate in short slices.
 The median of the ratios of neighbouring turns counts.
 """
 

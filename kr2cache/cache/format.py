@@ -20,13 +20,13 @@ A cache is a folder of shards ``shard-00000-of-00001.h5``; each is one HDF5 file
 
 ``hidden`` is chunked with fixed dimensions, allocated early, never filled and never filtered, in the file format of
 HDF5 1.10: HDF5 then keeps no chunk index, the chunks lie in order in one block, and the block can be memory-mapped as a
-plain array. Chunks of about 8 MiB keep the walk that checks this short. Sequences lie in data-set order, unpadded,
+plain array. With chunks of about 8 MiB, checking this takes few steps. Sequences lie in data-set order, unpadded,
 layer by layer, so that all layers, the last four, or one layer of a sequence are each one contiguous range of the file.
 
 ``index_xxh3`` is the XXH3-64 of the bytes of id, first_row, n_tokens, text_xxh3, input_id and word_index, in that
 order. The provenance's field ``header_xxh3``, which may be absent, is that of the other attributes
 (``ShardHeader.xxh3``). No times are stored, so equal content is equal bytes. A reader refuses a ``format_version`` it
-does not know. Behind HDF5's last byte follow a copy of the attributes and a checksum of all that
+does not know. After HDF5's last byte the file has a copy of the attributes and a checksum of all that
 is fixed at creation (``header_copy``), for repairing.
 """
 

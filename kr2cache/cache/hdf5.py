@@ -1,7 +1,7 @@
 """A shard that another tool rewrote (compressed, re-chunked, moved), read through HDF5: slower, with the same results.
 
-HDF5 was not made for files that nobody vouches for: a damaged one can make it loop for ever or crash. So HDF5 looks at
-such a file in a process of its own first; only a file that this process came through with is opened here.
+A damaged file can make HDF5 crash or loop for ever. So a separate process opens such a file first; only if that process
+succeeds is the file opened here.
 """
 
 from __future__ import annotations

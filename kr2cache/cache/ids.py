@@ -1,8 +1,7 @@
-"""Sequence ids to positions: a dictionary for few of them, and for millions sorted 64-bit hashes beside the ids as they
-are stored.
+"""Sequence ids to positions: a dictionary for few ids; for millions, sorted 64-bit hashes and the ids as stored.
 
-A dictionary of Python strings takes about 200 bytes an id, the hashes take 12, and forked worker processes share them
-once something was looked up. Of a batch, the dictionary finds all ids in a tenth of the time.
+A dictionary of Python strings takes about 200 bytes per id. The hashes take 12, and forked worker processes share them
+after the first lookup. The dictionary finds the ids of a batch ten times faster.
 """
 
 from __future__ import annotations

@@ -118,7 +118,7 @@ def read_layout(path: Path, *, what_is_left: bool = False) -> Layout:
 
 ROOT = 4096
 """Where the alignment that it is made with puts the root's header."""
-REMEDY = "kr2cache cache verify says what is left of it; the kr2cache extract that made it mends it."
+REMEDY = "kr2cache cache verify shows which sequences are intact; the kr2cache extract that made the cache repairs it."
 
 
 class _File:

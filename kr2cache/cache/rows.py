@@ -1,6 +1,6 @@
-"""Where the states of a cache's sequences lie, as rows of its shards: found, read, and asked for ahead.
+"""The states of a cache's sequences as rows of its shards: finds them, reads them, and prefetches them.
 
-Shards are memory-mapped where their states are one plain array of the file, else read through HDF5.
+A shard is memory-mapped if its states are one plain array in the file, else read through HDF5.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Fill the shards of a cache, so that no mark on disk ever vouches for bytes that may be lost.
+"""Fill the shards of a cache. A sequence is marked complete only after its bytes are safe on disk.
 
-The shards are there already (``create``), and HDF5 is not involved any more: states are written in place with
-``pwrite`` (a full disk is then an error, where a store into a map would be a signal), synced, and only then marked
-complete. A machine that loses power between two steps has lost work, never bytes that a mark vouches for.
+``create`` made the shards, and HDF5 is not needed any more: states are written in place with ``pwrite`` (a full disk is
+then an error; with a memory map it would be a signal), synced, and then marked complete. If the machine loses power
+between two steps, work is lost, but every marked sequence is whole.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from kr2cache.errors import CacheError, ValueRangeError
 from kr2cache.system.disk import disk_error, sync, write_whole
 
 SYNC_EVERY_S = 0.5
-"""At most this much computing is lost with the power; and what is not synced at the end of an extraction is waited for:
-with 5 seconds that was a tenth of a short one.
+"""A power failure loses at most this much work. The end of an extraction waits for unsynced bytes: with 5 seconds, that
+was a tenth of a short extraction.
 """
 SYNC_EVERY_BYTES = 2**26
-"""Or once so much is written, whichever is first: a disk that nobody asks to sync stands still meanwhile."""
+"""Sync earlier if this much is written: until then the disk is idle."""
 PENDING_BATCHES = 4
-"""Batches that may wait for the disk; bounds memory when the disk is slower than the model."""
+"""Batches that may wait for the disk. Limits memory if the disk is slower than the model."""
 
 
 def unmark(shard: Shard, sequences: Sequence[int]) -> None:
-    """Take back the marks of damaged sequences; they count as never written from then on.
+    """Remove the marks of damaged sequences. From then on they count as not written.
 
     Raises:
         CacheError: If another tool rewrote the file.
@@ -81,10 +81,9 @@ def _not_finite(shard: Shard, i: int, raw: NDArray[Any], scale: NDArray[np.float
 
 
 def _preempt_nobody() -> None:
-    """Let this thread, when there is something to write, not take a core from the model at once: all of the model's
-    threads wait for the slowest. It has as large a share of the cores as before. (A lower priority would take less
-    from the model, but on a busy machine the states would wait for the disk, and the model for this thread's hold on
-    the interpreter.)
+    """Do not interrupt a thread of the model when this thread wakes up: all threads of the model wait for the slowest.
+    This thread still gets its share of the cores. (With a lower priority it would take less from the model. But on a
+    busy machine states would then wait for the disk, and the model for the interpreter lock that this thread holds.)
     """
     if hasattr(os, "SCHED_BATCH"):  # Linux
         with contextlib.suppress(OSError):
@@ -106,10 +105,10 @@ class PackedStates:
 
 
 class CacheWriter:
-    """Fills the shards of one cache from threads of its own, so that the model never waits for the disk. One writes,
-    the other syncs and marks what it wrote: the disk works while states are hashed.
+    """Fills the shards of one cache. Two threads work while the model computes: one checks, writes and hashes states,
+    the other syncs and marks written sequences, so the disk also works while states are hashed.
 
-    Leaving the ``with`` block, in whatever way, writes, syncs and marks what was handed over.
+    Every batch that was handed over is written, synced and marked when the ``with`` block ends, also after an error.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -118,18 +117,18 @@ class CacheWriter:
             if not shard.completable:
                 raise _rewritten(shard)
         self.cuts = offsets(np.array([len(shard.ids) for shard in self.shards]))
-        """Where each shard begins, in positions of the cache; and the number of sequences."""
+        """The first position of each shard, then the number of sequences in the cache."""
         self.unfinished = ~np.concatenate([shard.complete for shard in self.shards])
-        """(n,) which sequences were incomplete when the shards were opened."""
+        """(n,) True for sequences that were incomplete when the shards were opened."""
         self.bytes_written = 0
         self._files = [os.open(shard.path, os.O_RDWR) for shard in self.shards]
-        # Simple queues: a Ctrl-C inside leaves neither lock nor waiter behind, so the threads need no watch.
+        # Ctrl-C inside a SimpleQueue leaves no lock held, so nothing has to watch the threads.
         self._states: queue.SimpleQueue[PackedStates | None] = queue.SimpleQueue()
         self._room: queue.SimpleQueue[None] = queue.SimpleQueue()
         for _ in range(PENDING_BATCHES):
             self._room.put(None)
         self._written: queue.SimpleQueue[tuple[int, int, int] | None] = queue.SimpleQueue()
-        """(shard, sequence, bytes) of what lies in its file, and is not marked yet."""
+        """(shard, sequence in the shard, bytes written) of sequences that are not marked yet."""
         self._failure: BaseException | None = None
         self._writer = threading.Thread(target=self._write_all, name="cache-writer", daemon=True)
         self._syncer = threading.Thread(target=self._mark_all, name="cache-syncer", daemon=True)
@@ -156,9 +155,9 @@ class CacheWriter:
         return number, i - int(self.cuts[number])
 
     def write(self, states: PackedStates) -> None:
-        """Hand over a batch; returns at once unless ``PENDING_BATCHES`` wait already.
+        """Hand over a batch. Returns at once unless ``PENDING_BATCHES`` are already waiting.
 
-        Sequences that were complete when the shards were opened are left as they are.
+        Sequences that were complete when the shards were opened are not written again.
 
         Raises:
             DiskSpaceError: If an earlier batch did not fit on the disk.
@@ -178,7 +177,7 @@ class CacheWriter:
         while (states := self._states.get()) is not None:
             self._room.put(None)
             if self._failure is not None:
-                continue  # keep taking, so that the model's thread is not left waiting for room
+                continue  # keep taking batches, so that the model's thread never waits for ever
             try:
                 self._write(states)
             except BaseException as error:
@@ -204,11 +203,11 @@ class CacheWriter:
                     self._mark(unmarked)
                 except BaseException as error:
                     self._fail(error)
-                    return  # what a failed sync may have lost must never be marked by a later one
+                    return  # a failed sync may have lost bytes: no later sync may mark their sequences
                 unmarked, unsynced, synced_at = [], 0, time.monotonic()
 
     def _fail(self, error: BaseException) -> None:
-        # Set once, in our own words: the model's thread may take it at any moment.
+        # Set only once it is explained: the model's thread may take it at any moment.
         if self._failure is None:
             self._failure = self._explained(error)
 
@@ -219,7 +218,7 @@ class CacheWriter:
             files = [shard.path.stat() for shard in self.shards]
             missing = sum(max(0, file.st_size - file.st_blocks * 512) for file in files)
             return disk_error(error, self.shards[0].path.parent, missing)
-        except OSError:  # the files are gone as well
+        except OSError:  # the files do not exist any more
             return error
 
     def _write(self, states: PackedStates) -> None:
@@ -231,7 +230,7 @@ class CacheWriter:
             raw, scale = states.raw[row : row + rows], None if states.scale is None else states.scale[row : row + rows]
             row += rows
             if shard.complete[i]:
-                continue  # it ran with its batch, and others may be reading what is there
+                continue  # it only ran because its batch did, and another process may be reading it
             if not shard.header.stored.all_finite(raw, scale):
                 raise _not_finite(shard, i, raw, scale)
             size = self._pwrite(descriptor, raw, shard.place("hidden") + first * shard.header.row_bytes)
@@ -245,7 +244,7 @@ class CacheWriter:
         return write_whole(descriptor, array.data, offset)
 
     def _mark(self, unmarked: Sequence[tuple[int, int]]) -> None:
-        """Sync the states, and only then the marks that vouch for them."""
+        """Sync the states first, then write and sync the marks."""
         touched = sorted({shard for shard, _ in unmarked})
         for shard in touched:
             sync(self._files[shard])

@@ -1,1 +1,1 @@
-"""One file a group of commands: what each is called with, and what it shows. ``cli`` puts them together."""
+"""One file for each group of commands: their options, and what they show. ``cli`` puts them together."""

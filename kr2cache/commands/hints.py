@@ -1,4 +1,4 @@
-"""Advice for the running command: several commands share a stage, so its errors may name options they lack."""
+"""Advice for the running command. A stage serves several commands, so its error may name an option they do not have."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The cells of a grid: their settings, and what keeps them from running, each reason once.
+"""The cells of a grid: their settings, and why some cannot run (each reason is listed once).
 
 Names and settings are checked here without torch, whose import takes seconds; data and models by ``sweep``.
 """
@@ -148,7 +148,7 @@ def explained(error: Exception) -> KR2CacheError:
     if isinstance(error, KR2CacheError):
         return error
     return KR2CacheError(
-        f"{type(error).__name__}: {error}", "This failure was not foreseen: train this cell with --debug and report it."
+        f"{type(error).__name__}: {error}", "This error was not expected: train this cell with --debug and report it."
     )
 
 

@@ -2,7 +2,7 @@
 
 A cache **fits** if every chosen value that decides the states is the requested one, and every found value is equal.
 More layers or more examples do no harm. The names of resource and corpus only decide what a difference means: a cache
-of the same names with other contents is **stale**; a cache of other names is just another cache.
+with the same names and other contents is **stale**; a cache with other names is unrelated.
 """
 
 from __future__ import annotations
