@@ -15,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -196,17 +197,20 @@ def test_a_limit_of_the_process_in_the_middle_of_a_file(
     victim: kills.Victim, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a disk that fills, where none can be mounted."""
-    log, report, marks = tmp_path / "log", kills.Report(), itertools.count(1)
+    log, report, writes, marked_some = tmp_path / "log", kills.Report(), itertools.count(1), threading.Event()
     limit = max(map(len, victim.whole.files.values())) // 10
 
     def limit_files() -> None:
-        if next(marks) == 3:
+        """After some sequences were written, and once some of them are marked: how long a sync takes differs."""
+        if next(writes) == 12:
+            assert marked_some.wait(kills.PATIENCE_S)
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "posix_fallocate", no_fallocate)
         patch.setattr(writer, "SYNC_EVERY_S", 0.0)
-        after(patch, CacheWriter, "_mark", limit_files)
+        after(patch, CacheWriter, "_mark", marked_some.set)
+        after(patch, CacheWriter, "_pwrite", limit_files)
         code, said = extraction(victim, tmp_path / "cache", log)
     assert code == 1, f"ended with {code}: {said}"
     assert "DiskSpaceError: No space left for" in said
