@@ -116,14 +116,14 @@ def test_python_in_the_readmes_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             names: dict[str, Any] = {"__name__": "readme"}
             exec(compile(code, name_of(page), "exec"), names)
             ran.setdefault(name_of(page), {}).update(names)
-    both_stages = ran["README.md"]
+    both_stages = ran["kr2cache/training/README.md"]
     assert both_stages["made"].cache.is_relative_to(".kr2cache/udpos-de/train")
     assert len(both_stages["result"].runs) == 2
     reading = ran["kr2cache/cache/README.md"]
     layers, tokens, width = reading["states"].shape
     assert (layers, width) == (len(reading["cache"].layers), reading["cache"].width)
     assert reading["batch"][0].shape == (2, tokens, width)
-    labelled = ran["kr2cache/training/README.md"]["labelled"]
+    labelled = both_stages["labelled"]
     assert len(labelled[0].predicted) == len(("Das", "ist", "ein", "Haus", "."))
     reviews = ran["kr2cache/tasks/README.md"]["Reviews"]()
     (tmp_path / "dev.csv").write_text("id,title,text,label\na,Good,I like it,good\n,Bad,I do not,bad\n")
