@@ -19,17 +19,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kr2cache.cache.batch import PackedBatch, first_rows
-from kr2cache.cache.format import SequenceIndex, ranges, states_xxh3
+from kr2cache.cache.format import SequenceIndex, states_xxh3
 from kr2cache.cache.ids import IdIndex
 from kr2cache.cache.rows import StoredRows
 from kr2cache.cache.shard import Shard, open_shard, shard_paths
 from kr2cache.errors import CacheError, ConfigError, SequenceNotFoundError
-from kr2cache.system.memory import aligned_empty, total_memory
-
-EVERY_LAYER = (-1,)
-"""The key of all layers in ``_asked_for``: building the key from their numbers takes as long as the lookup."""
-MEMORY_SHARE = 0.5
-"""A cache larger than this share of the machine's memory counts as one that does not stay in memory."""
+from kr2cache.system.memory import aligned_empty
 
 
 class FeatureCache:
@@ -44,7 +39,7 @@ class FeatureCache:
         self._shards = list(shards)
         self._stored = shards[0].header.stored
         self._rows = StoredRows(shards)
-        self._every_layer = list(range(len(shards[0].header.layers)))
+        self._every_layer = self._rows.every_layer
         self._index = IdIndex(_joined([shard.ids for shard in shards]))
         self._is_unique = False
         self.n_tokens: NDArray[np.int32] = _joined([shard.n_tokens for shard in shards])
@@ -54,12 +49,9 @@ class FeatureCache:
         self.complete: NDArray[np.bool_] = _joined([shard.complete for shard in shards])
         """(n,) whether the sequence's states are stored, by position."""
         self._is_complete = bool(self.complete.all())
-        self._is_large = self.stored_bytes > MEMORY_SHARE * total_memory()
         self.check_on_read = False
         """Compare each sequence with its checksum at the first read; each worker process compares again."""
         self._checked = np.zeros(len(self.n_tokens), dtype=bool)
-        self._asked_for: dict[tuple[int, ...], NDArray[np.bool_]] = {}
-        """For each choice of layers: (n,) whether ``read_ahead`` has asked for the sequence before."""
 
     @classmethod
     def open(cls, folder: str | Path) -> FeatureCache:
@@ -134,7 +126,7 @@ class FeatureCache:
     @property
     def stored_bytes(self) -> int:
         """Bytes of the states (and scales)."""
-        return sum(shard.rows for shard in self._shards) * self._stored.row_bytes(self.width)
+        return self._rows.stored_bytes
 
     @property
     def states_dtype(self) -> np.dtype[Any]:
@@ -229,9 +221,8 @@ class FeatureCache:
         position = self._index.find_one(sequence_id) if isinstance(sequence_id, str) else -1
         if position < 0 or not self.complete.item(position):
             self._positions([sequence_id])  # raises the error that explains it
-        asked_for = self._asked_for.get(EVERY_LAYER)
-        if asked_for is None or not asked_for.item(position):
-            self._ask_for([position], self._every_layer)
+        if not self._rows.prefetched.item(position):
+            self._rows.prefetch([position], self._every_layer)
         return self.states(position)
 
     def states(self, position: int, layers: Sequence[int] | None = None) -> NDArray[np.floating]:
@@ -278,22 +269,12 @@ class FeatureCache:
         Raises:
             ConfigError: For a layer that is not stored.
         """
-        self._ask_for(positions.tolist(), self._stored_positions(layers))
+        self._prefetch(positions.tolist(), self._stored_positions(layers))
 
-    def _ask_for(self, positions: list[int], stored: list[int]) -> None:
+    def _prefetch(self, positions: list[int], stored: list[int]) -> None:
         if self.check_on_read and not all(map(self._checked.item, positions)):
             stored = self._every_layer  # a checksum covers all layers
-        if not self._is_large:
-            key = EVERY_LAYER if stored == self._every_layer else tuple(sorted(set(stored)))
-            if (asked_for := self._asked_for.get(key)) is None:
-                asked_for = self._asked_for[key] = np.zeros(len(self.n_tokens), dtype=bool)
-            if all(map(asked_for.item, positions)):
-                return
-            positions = [position for position in positions if not asked_for.item(position)]
-            asked_for[positions] = True
-        for start, stop in ranges(stored):
-            for position in positions:
-                self._rows.ask_for(*self._rows.span(position, start, stop - 1))
+        self._rows.prefetch(positions, stored)
 
     def stored(self, position: int) -> tuple[NDArray[Any], NDArray[np.float32] | None]:
         """All layers of a sequence as stored: values (L * T, D), and scales (L * T,) if rows have scales."""
@@ -358,7 +339,7 @@ class FeatureCache:
         states = first_rows(out, rows, self.width, self.states_dtype)
         wanted = self.layers if layers is None else tuple(layers)
         packed = PackedBatch(states, np.array(n_tokens, dtype=np.int32), wanted)
-        self._ask_for(positions, stored)
+        self._prefetch(positions, stored)
         if self.check_on_read:
             for position in positions:
                 self._check_once(position)

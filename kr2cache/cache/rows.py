@@ -1,6 +1,6 @@
-"""The states of a cache's sequences as rows of its shards: finds them, reads them, and prefetches them.
+"""Read the rows of a cache's sequences from its shards, and prefetch them.
 
-A shard is memory-mapped if its states are one plain array in the file, else read through HDF5.
+A shard is memory-mapped if its states are one plain array in the file. Other shards are read through HDF5.
 """
 
 from __future__ import annotations
@@ -16,38 +16,56 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kr2cache.cache.dtypes import SCALE_BYTES
-from kr2cache.cache.format import offsets
+from kr2cache.cache.format import offsets, ranges
 from kr2cache.cache.hdf5 import read_rows
 from kr2cache.cache.shard import Shard
+from kr2cache.system.memory import total_memory
 
 PAGE = mmap.PAGESIZE
 READ_AHEAD: int | None = getattr(mmap, "MADV_WILLNEED", None)
 READ_AHEAD_BYTES = max(2**17, PAGE)
-"""Asked for at once: of more than a disk's own read-ahead, 128 KiB by default, Linux may drop the rest in silence."""
+"""Bytes of one request. A disk reads ahead 128 KiB by default; Linux may ignore the rest of a larger request."""
+MEMORY_SHARE = 0.5
+"""A cache larger than this share of the machine's memory counts as too large to stay in memory."""
 
 
 class StoredRows:
-    """The rows of all shards, found by a sequence's position in the cache."""
+    """The rows of all shards. A sequence is named by its position in the cache, a layer by its place in the file."""
 
     def __init__(self, shards: Sequence[Shard]) -> None:
+        header = shards[0].header
         self._shards = list(shards)
         self._first_of_shard = offsets(np.array([len(shard.ids) for shard in shards]))
         self._later: list[int] = self._first_of_shard[1:-1].tolist()
-        """Where each shard but the first begins."""
-        self._layers = len(shards[0].header.layers)
+        """The first position of each shard except the first shard."""
         self._maps = [_map(shard) for shard in shards]
-        self._hidden = [_mapped(shard, one, "hidden") for shard, one in zip(shards, self._maps, strict=True)]
-        self._scale = [_mapped(shard, one, "hidden_scale") for shard, one in zip(shards, self._maps, strict=True)]
+        self._hidden = [_array(shard, file, "hidden") for shard, file in zip(shards, self._maps, strict=True)]
+        self._scale = [_array(shard, file, "hidden_scale") for shard, file in zip(shards, self._maps, strict=True)]
+        self._layers = len(header.layers)
+        self.every_layer = list(range(self._layers))
+        """The places of all layers."""
         self.mapped = all(hidden is not None for hidden in self._hidden)
         """Whether every shard is memory-mapped."""
+        self.stored_bytes = sum(shard.rows for shard in shards) * header.stored.row_bytes(header.width)
+        """Bytes of the states, with their scales."""
+        self.is_large = self.stored_bytes > MEMORY_SHARE * total_memory()
+        """Whether the cache is too large to stay in memory."""
+        self.prefetched = np.zeros(int(self._first_of_shard[-1]), dtype=bool)
+        """(n,) whether all layers of the sequence were prefetched; always False if the cache is large."""
+        self._prefetched_layers: dict[tuple[int, ...], NDArray[np.bool_]] = {}
+        """The same for each choice of layers."""
 
     def is_mapped(self, number: int) -> bool:
-        """Whether this shard is."""
+        """Whether shard ``number`` is memory-mapped."""
         return self._hidden[number] is not None
 
     def span(self, position: int, lowest: int, highest: int) -> tuple[int, int, int]:
-        """Shard, and the rows from the first to the last of a sequence's layers at these places, those between
-        included. Python's own numbers throughout: arrays of so few cost more than what they hold.
+        """Find the layers ``lowest`` to ``highest`` (inclusive) of a sequence.
+
+        Only Python numbers are used: NumPy is slower for single numbers.
+
+        Returns:
+            The number of the shard, the first row, and the row after the last.
         """
         number = bisect.bisect_right(self._later, position)
         local = position - self._first_of_shard.item(number)
@@ -57,7 +75,11 @@ class StoredRows:
         return number, first + lowest * tokens, first + (highest + 1) * tokens
 
     def read(self, number: int, start: int, stop: int) -> tuple[NDArray[Any], NDArray[np.float32] | None]:
-        """Rows of a shard as they are on disk, (rows, D), and for int8 their scales, (rows,); views if it is mapped."""
+        """Read rows of a shard as stored. The result is a view if the shard is mapped.
+
+        Returns:
+            Values, shape (rows, D), and scales, shape (rows,), or None if rows have no scales.
+        """
         hidden, scale = self._hidden[number], self._scale[number]
         if hidden is not None:
             return hidden[start:stop], None if scale is None else scale[start:stop]
@@ -68,7 +90,7 @@ class StoredRows:
         )
 
     def copy(self, positions: list[int], lowest: int, highest: int, out: NDArray[Any]) -> None:
-        """The ``span`` of each sequence, of mapped shards, one after the other into ``out``."""
+        """Copy the ``span`` of each sequence into ``out``, one after the other. All shards must be mapped."""
         at = 0
         for position in positions:
             number, start, stop = self.span(position, lowest, highest)
@@ -76,11 +98,33 @@ class StoredRows:
             out[at:end] = self._hidden[number][start:stop]  # type: ignore[index]
             at = end
 
-    def ask_for(self, number: int, start: int, stop: int) -> None:
-        """Ask the system for these rows, so that it reads them at once. Nothing happens for a file that is not mapped,
-        or where the system knows no such advice.
+    def prefetch(self, positions: list[int], layers: list[int]) -> None:
+        """Ask the system to load these layers of these sequences.
+
+        A cache that fits in memory asks for each sequence once, because asking for loaded states takes about half as
+        long as copying them. A larger cache asks every time.
         """
-        if (one := self._maps[number]) is None or READ_AHEAD is None:
+        if not self.is_large:
+            prefetched = self._prefetched(layers)
+            if all(map(prefetched.item, positions)):
+                return
+            positions = [position for position in positions if not prefetched.item(position)]
+            prefetched[positions] = True
+        for start, stop in ranges(layers):
+            for position in positions:
+                self._advise(*self.span(position, start, stop - 1))
+
+    def _prefetched(self, layers: list[int]) -> NDArray[np.bool_]:
+        if layers == self.every_layer:  # comparing is faster than the lookup of a long key
+            return self.prefetched
+        key = tuple(sorted(set(layers)))
+        if (prefetched := self._prefetched_layers.get(key)) is None:
+            prefetched = self._prefetched_layers[key] = np.zeros(len(self.prefetched), dtype=bool)
+        return prefetched
+
+    def _advise(self, number: int, start: int, stop: int) -> None:
+        """Ask for these rows of a shard. Does nothing if the file is not mapped or the system has no such call."""
+        if (file := self._maps[number]) is None or READ_AHEAD is None:
             return
         shard = self._shards[number]
         arrays = {"hidden": shard.header.row_bytes}
@@ -89,22 +133,22 @@ class StoredRows:
         for name, width in arrays.items():
             first, end = shard.place(name) + start * width, shard.place(name) + stop * width
             for at in range(first // PAGE * PAGE, end, READ_AHEAD_BYTES):
-                with contextlib.suppress(OSError):  # advice that the system will not take
-                    one.madvise(READ_AHEAD, at, min(READ_AHEAD_BYTES, end - at))
+                with contextlib.suppress(OSError):  # the system may refuse: states are then loaded when they are used
+                    file.madvise(READ_AHEAD, at, min(READ_AHEAD_BYTES, end - at))
 
 
 def _map(shard: Shard) -> mmap.mmap | None:
-    """The file, read-only; None where the states are not one plain array of it."""
+    """The file, mapped read-only; None if its states are not one plain array."""
     if not shard.mappable:
         return None
     with shard.path.open("rb") as file:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
-def _mapped(shard: Shard, whole: mmap.mmap | None, name: str) -> NDArray[Any] | None:
+def _array(shard: Shard, file: mmap.mmap | None, name: str) -> NDArray[Any] | None:
     """A data set of a mapped file; None if the file is not mapped or has no such data set."""
-    if whole is None or (name == "hidden_scale" and not shard.header.stored.has_scales):
+    if file is None or (name == "hidden_scale" and not shard.header.stored.has_scales):
         return None
     dataset = shard.layout.datasets[name]
     count = math.prod(dataset.shape)
-    return np.frombuffer(whole, dtype=dataset.dtype, count=count, offset=shard.place(name)).reshape(dataset.shape)
+    return np.frombuffer(file, dtype=dataset.dtype, count=count, offset=shard.place(name)).reshape(dataset.shape)

@@ -73,7 +73,7 @@ def read(cache: Path, apart: Path, sequences: int) -> None:
     """Each way in turn, so many seconds; says their medians."""
     open_cache, draw, names = FeatureCache.open(cache), np.random.default_rng(1), names_of(sequences)
     file = h5py.File(apart, "r")
-    if not open_cache._is_large:
+    if not open_cache._rows.is_large:
         sys.exit(f"{open_cache.stored_bytes:,} bytes do not count as more than fits in {total_memory():,} of memory.")
     ways: dict[str, Callable[[list[str]], object]] = {
         "kr2cache, FeatureCache.batch": open_cache.batch,

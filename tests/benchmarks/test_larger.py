@@ -10,7 +10,7 @@ import larger
 import numpy as np
 import pytest
 
-from kr2cache.cache import reader
+from kr2cache.cache import rows
 from kr2cache.cache.reader import FeatureCache
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -24,7 +24,7 @@ def test_every_way_is_timed(
     with h5py.File(apart) as file:
         for name, states in zip(larger.names_of(40), FeatureCache.open(cache).batch(larger.names_of(40)), strict=True):
             np.testing.assert_array_equal(file[name][...].reshape(states.shape), states)
-    monkeypatch.setattr(reader, "MEMORY_SHARE", 0)
+    monkeypatch.setattr(rows, "MEMORY_SHARE", 0)
     monkeypatch.setattr(larger, "TURN_S", 0.02)
     monkeypatch.setattr(larger, "TURNS", 2)
     larger.read(cache, apart, 40)

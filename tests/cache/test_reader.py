@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from kr2cache import FeatureCache
-from kr2cache.cache import reader, rows
+from kr2cache.cache import rows
 from kr2cache.cache.dtypes import DTYPES, StoredDtype
 from kr2cache.cache.writer import CacheWriter
 from kr2cache.errors import CacheError, ConfigError, SequenceNotFoundError
@@ -837,9 +837,9 @@ def test_reading_ahead_changes_no_result(dtype: str, tmp_path: Path, monkeypatch
     truth = tiny_cache.make([3, 1, 7, 2, 5], dtype=dtype, layers=[0, 1, 2, 4], model_layers=5, width=2_000)
     folder = tiny_cache.store(tmp_path / "cache", truth, shard_bytes=150_000)
     as_ever = FeatureCache.open(folder)
-    monkeypatch.setattr(reader, "MEMORY_SHARE", 0)
+    monkeypatch.setattr(rows, "MEMORY_SHARE", 0)
     ahead = FeatureCache.open(folder)
-    assert (as_ever._is_large, ahead._is_large) == (False, True)
+    assert (as_ever._rows.is_large, ahead._rows.is_large) == (False, True)
     names = [*ahead.ids[::-1], ahead.ids[2]]
     for layers in (None, (4,), (1, 2), (2, 1), (4, 0), (0, 2, 4)):
         with monkeypatch.context() as patch:
@@ -901,7 +901,7 @@ def test_states_are_asked_for_before_they_are_touched(
     truth = tiny_cache.make([3, 70, 1, 2], width=width)
     folder = tiny_cache.store(tmp_path / "cache", truth)
     if large:
-        monkeypatch.setattr(reader, "MEMORY_SHARE", 0)
+        monkeypatch.setattr(rows, "MEMORY_SHARE", 0)
     cache = FeatureCache.open(folder)
     watched = Watched(cache, tiny_cache.shards(folder)[0], 2 * width)
     asked, touched = watched.asked, watched.touched
@@ -915,8 +915,8 @@ def test_states_are_asked_for_before_they_are_touched(
     # Layer by layer: s3 has two rows of each.
     at = 74 * layers
     for names in ((1, 2), (2,)):
-        rows = (at + 2 * names[0], at + 6)
-        assert watched.of(lambda names=names: cache.batch(["s3"], names)) == [asked(*rows), touched(*rows)]
+        span = (at + 2 * names[0], at + 6)
+        assert watched.of(lambda names=names: cache.batch(["s3"], names)) == [asked(*span), touched(*span)]
     apart = [asked(at, at + 2), asked(at + 4, at + 6), touched(at, at + 6)]
     assert watched.of(lambda: cache.batch(["s3"], (2, 0))) == apart, "layer 1 is not asked for"
 
