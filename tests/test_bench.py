@@ -252,7 +252,7 @@ def test_all_contenders_read_the_same_states(monkeypatch: pytest.MonkeyPatch, tm
     states = np.random.default_rng(0).standard_normal((int(lengths.sum()) * reading.LAYERS, 8)).astype(np.float16)
     stored = reading.Stored(tmp_path, ["a", "b", "c"], lengths, states)
     reading._store(stored)
-    assert check_cache(stored.cache).sound
+    assert check_cache(stored.cache).intact
     cache, tensors = FeatureCache.open(stored.cache), load_file(stored.tensors)
     with h5py.File(stored.apart, "r") as apart:
         for i, name in enumerate(stored.names):

@@ -95,7 +95,7 @@ def _one(config: BenchConfig, stored: Stored, draw: np.random.Generator) -> Race
     """A view of one sequence by its id, beside a slice of an array over the file with known offsets."""
     cache = FeatureCache.open(stored.cache)
     shard = shard_paths(stored.cache)[0]
-    mapped = np.memmap(shard, np.float16, "r", open_shard(shard).place("hidden"), stored.states.shape)
+    mapped = np.memmap(shard, np.float16, "r", open_shard(shard).array_offset("hidden"), stored.states.shape)
     order = draw.permutation(SEQUENCES).tolist() * ROUNDS
     names = [stored.names[i] for i in order]
     first, lengths = stored.first.tolist(), stored.lengths.tolist()

@@ -40,7 +40,7 @@ class PackedBatch:
         return rows.reshape(len(self.layers), int(self.n_tokens[i]), -1)
 
 
-def first_rows(out: NDArray[np.floating], rows: int, width: int, dtype: np.dtype[Any]) -> NDArray[np.floating]:
+def output_rows(out: NDArray[np.floating], rows: int, width: int, dtype: np.dtype[Any]) -> NDArray[np.floating]:
     """The first rows of ``out``, shape (rows, width).
 
     Raises:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from kr2cache.cache.dtypes import SCALE_BYTES
 from kr2cache.cache.format import shard_name, states_xxh3
 from kr2cache.cache.hdf5 import read_rows
-from kr2cache.cache.shard import Shard, is_structure_sound, open_shard, shard_files
+from kr2cache.cache.shard import Shard, is_structure_intact, open_shard, shard_files
 from kr2cache.errors import CacheError
 
 BLOCK_BYTES = 32 * 2**20
@@ -50,13 +50,13 @@ class ShardCheck:
     """States and scales that were read."""
 
     @property
-    def broken(self) -> bool:
+    def needs_rebuild(self) -> bool:
         """Whether it has to be made again around its sound sequences."""
         return bool(self.unreadable) or self.index_damaged or self.structure_damaged
 
     @property
-    def sound(self) -> bool:
-        return not (self.broken or self.damaged)
+    def intact(self) -> bool:
+        return not (self.needs_rebuild or self.damaged)
 
 
 @dataclass(kw_only=True)
@@ -86,9 +86,9 @@ class CacheCheck:
         return [shard.ids[i] for shard in self.shards for i in shard.incomplete]
 
     @property
-    def sound(self) -> bool:
+    def intact(self) -> bool:
         """Nothing is damaged; something may still be incomplete."""
-        return not self.faults and all(shard.sound for shard in self.shards)
+        return not self.faults and all(shard.intact for shard in self.shards)
 
 
 def check_cache(folder: Path, advance: Callable[[int], None] = lambda count: None) -> CacheCheck:
@@ -139,7 +139,7 @@ def check_shard(shard: Shard, found: ShardCheck, advance: Callable[[int], None] 
         found.index_damaged = shard.tokens().xxh3(layers) != int(shard.layout.attributes["index_xxh3"])
     except (CacheError, LookupError, TypeError, ValueError, OSError):
         found.index_damaged = True
-    found.structure_damaged = not found.index_damaged and not is_structure_sound(shard)
+    found.structure_damaged = not found.index_damaged and not is_structure_intact(shard)
     marks = shard.read("examples/complete")
     digests = shard.read("examples/xxh3")
     found.incomplete = np.flatnonzero(marks == 0).tolist()
@@ -169,8 +169,8 @@ def _blocks(shard: Shard) -> Iterator[NDArray[np.int64]]:
     complete = np.flatnonzero(shard.complete)
     if not len(complete):
         return
-    ends = shard.first_row[1:][complete] * shard.header.row_bytes
-    starts = shard.first_row[:-1][complete] * shard.header.row_bytes
+    ends = shard.first_row[1:][complete] * shard.header.hidden_row_bytes
+    starts = shard.first_row[:-1][complete] * shard.header.hidden_row_bytes
     first = 0
     while first < len(complete):
         last = max(first + 1, int(np.searchsorted(ends, starts[first] + BLOCK_BYTES, side="right")))
@@ -188,12 +188,14 @@ def _block_bytes(shard: Shard, block: NDArray[np.int64]) -> int:
 
 def _check_block(shard: Shard, block: NDArray[np.int64], digests: NDArray[np.uint64], descriptor: int) -> list[int]:
     start, stop = int(shard.first_row[block[0]]), int(shard.first_row[block[-1] + 1])
-    width = shard.header.row_bytes
+    width = shard.header.hidden_row_bytes
     try:
-        raw = _pread(descriptor, shard.place("hidden") + start * width, (stop - start) * width)
+        raw = _pread(descriptor, shard.array_offset("hidden") + start * width, (stop - start) * width)
         scale = None
         if shard.header.stored.has_scales:
-            scale = _pread(descriptor, shard.place("hidden_scale") + start * SCALE_BYTES, (stop - start) * SCALE_BYTES)
+            scale = _pread(
+                descriptor, shard.array_offset("hidden_scale") + start * SCALE_BYTES, (stop - start) * SCALE_BYTES
+            )
     except OSError:  # the disk cannot read it, or it is not there any more
         return [int(i) for i in block]
     bad = []

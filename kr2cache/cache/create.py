@@ -26,14 +26,14 @@ from kr2cache.cache.format import (
     states_xxh3,
 )
 from kr2cache.cache.layout import read_layout
-from kr2cache.cache.shard import Shard, fixed_xxh3, headers_left, is_structure_sound, open_shard
+from kr2cache.cache.shard import Shard, fixed_xxh3, is_structure_intact, open_shard, readable_headers
 from kr2cache.errors import CacheError, CacheVersionError
 from kr2cache.system.disk import disk_error, free_bytes, reserve, sync_folder, write_whole
 
 PAGE = 4096
 
 
-def shard_cuts(n_tokens: NDArray[np.int32], token_bytes: int, shard_bytes: int) -> list[int]:
+def shard_boundaries(n_tokens: NDArray[np.int32], token_bytes: int, shard_bytes: int) -> list[int]:
     """Where to cut the sequences into shards of at most ``shard_bytes`` of states: ``[0, ..., n]``.
 
     A sequence larger than a shard gets one of its own.
@@ -69,7 +69,7 @@ def create_shards(folder: Path, header: ShardHeader, index: SequenceIndex, shard
         )
     folder.mkdir(parents=True, exist_ok=True)
     token_bytes = header.stored.row_bytes(header.width) * len(header.layers)
-    cuts = shard_cuts(index.n_tokens, token_bytes, shard_bytes)
+    cuts = shard_boundaries(index.n_tokens, token_bytes, shard_bytes)
     paths = [folder / shard_name(number, len(cuts) - 1) for number in range(len(cuts) - 1)]
     made_again = []
     for path, start, stop in zip(paths, cuts[:-1], cuts[1:], strict=True):
@@ -77,7 +77,7 @@ def create_shards(folder: Path, header: ShardHeader, index: SequenceIndex, shard
         if not path.exists():
             create_shard(path, header, part)
         elif not _is_shard_of(path, header, part):
-            create_shard(path, header, part, salvage=path)
+            create_shard(path, header, part, recover_from=path)
             made_again.append(path)
     return made_again
 
@@ -88,18 +88,18 @@ def _is_shard_of(path: Path, header: ShardHeader, index: SequenceIndex) -> bool:
         shard = open_shard(path)
         layers = len(header.layers)
         same = shard.header == header and shard.tokens().xxh3(layers) == index.xxh3(layers)
-        return same and is_structure_sound(shard) and shard.completable
+        return same and is_structure_intact(shard) and shard.completable
     except CacheVersionError:
         raise
     except CacheError:
         return False
 
 
-def create_shard(path: Path, header: ShardHeader, index: SequenceIndex, salvage: Path | None = None) -> None:
+def create_shard(path: Path, header: ShardHeader, index: SequenceIndex, recover_from: Path | None = None) -> None:
     """Build one shard under a temporary name, reserve its space, sync it, rename it.
 
     Args:
-        salvage: A damaged shard whose sound sequences are copied into the new one before it gets its name.
+        recover_from: A damaged shard whose sound sequences are copied into the new one before it gets its name.
     """
     partial = path.with_name(path.name + ".partial")
     try:
@@ -117,8 +117,8 @@ def create_shard(path: Path, header: ShardHeader, index: SequenceIndex, salvage:
             size = os.fstat(descriptor).st_size
             write_whole(descriptor, fixed, size - len(fixed) - len(TAIL_MARK))
             reserve(descriptor, size)
-            if salvage is not None:
-                _salvage(salvage, open_shard(partial), descriptor)
+            if recover_from is not None:
+                _recover(recover_from, open_shard(partial), descriptor)
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
@@ -132,17 +132,17 @@ def create_shard(path: Path, header: ShardHeader, index: SequenceIndex, salvage:
         raise
 
 
-def _salvage(damaged: Path, fresh: Shard, descriptor: int) -> None:
+def _recover(damaged: Path, fresh: Shard, descriptor: int) -> None:
     """Copy the sequences of a damaged file that are marked complete, equal their checksum, and have the id and the
     tokens that the new file has. Equal content lies at equal offsets, so the damaged file's own structures need not be
     read.
     """
-    places = {name: fresh.place(name) for name in ("examples/id", "tokens/input_id", "examples/xxh3", "hidden")}
-    marks, width = fresh.place("examples/complete"), fresh.header.row_bytes
+    places = {name: fresh.array_offset(name) for name in ("examples/id", "tokens/input_id", "examples/xxh3", "hidden")}
+    marks, width = fresh.array_offset("examples/complete"), fresh.header.hidden_row_bytes
     id_bytes = fresh.ids.dtype.itemsize
     first_token = fresh.first_row // len(fresh.header.layers)
     # The same corpus by another model has the same ids and tokens: the file has to be of this cache.
-    if not any(header.fingerprint == fresh.header.fingerprint for header in headers_left(damaged)):
+    if not any(header.fingerprint == fresh.header.fingerprint for header in readable_headers(damaged)):
         return
     old = os.open(damaged, os.O_RDONLY)
     try:
@@ -161,14 +161,14 @@ def _salvage(damaged: Path, fresh: Shard, descriptor: int) -> None:
             raw = np.frombuffer(os.pread(old, (stop - start) * width, places["hidden"] + start * width), dtype=np.uint8)
             scale = None
             if fresh.header.stored.has_scales:
-                at = fresh.place("hidden_scale") + start * 4
+                at = fresh.array_offset("hidden_scale") + start * 4
                 scale = np.frombuffer(os.pread(old, (stop - start) * 4, at), dtype=np.uint8)
             digest = os.pread(old, 8, places["examples/xxh3"] + 8 * i)
             if states_xxh3(raw, scale) != int.from_bytes(digest, "little") or len(raw) != (stop - start) * width:
                 continue
             write_whole(descriptor, raw.data, places["hidden"] + start * width)
             if scale is not None:
-                write_whole(descriptor, scale.data, fresh.place("hidden_scale") + start * 4)
+                write_whole(descriptor, scale.data, fresh.array_offset("hidden_scale") + start * 4)
             write_whole(descriptor, digest, places["examples/xxh3"] + 8 * i)
             write_whole(descriptor, b"\x01", marks + i)
     finally:

@@ -134,7 +134,7 @@ class SequenceIndex:
     def select(self, positions: NDArray[np.int64]) -> SequenceIndex:
         """The sequences at ``positions``, in that order."""
         lengths = self.n_tokens[positions]
-        tokens = places_in(self.first_token[positions], lengths)
+        tokens = range_indices(self.first_token[positions], lengths)
         return SequenceIndex(
             ids=self.ids[positions],
             n_tokens=lengths,
@@ -166,7 +166,7 @@ def offsets(lengths: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
     return result
 
 
-def places_in(starts: NDArray[np.integer[Any]], lengths: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
+def range_indices(starts: NDArray[np.integer[Any]], lengths: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
     """The numbers of the ranges that begin at ``starts`` and have ``lengths``, one range after the other: (sum of
     ``lengths``,).
     """
@@ -230,7 +230,7 @@ class ShardHeader:
         return DTYPES[self.dtype]
 
     @property
-    def row_bytes(self) -> int:
+    def hidden_row_bytes(self) -> int:
         """Bytes of one row, without its scale."""
         return self.width * self.stored.on_disk.itemsize
 

@@ -21,13 +21,13 @@ from numpy.typing import NDArray
 from kr2cache.cache.layout import DATASETS, REMEDY, Layout, StoredDataset
 from kr2cache.errors import CacheError
 
-PATIENCE_S = 30
+TIMEOUT_S = 30
 """HDF5 may take to look at one file; a second is much."""
 DEFLATE_RATIO = 1_100
 """No filter makes more bytes than this of one: what claims to be larger was never written."""
 
 
-EXAMINE = "import sys; from kr2cache.cache.hdf5 import main; sys.exit(main(sys.argv[1]))"
+EXAMINE_CODE = "import sys; from kr2cache.cache.hdf5 import main; sys.exit(main(sys.argv[1]))"
 
 
 @contextlib.contextmanager
@@ -79,10 +79,10 @@ def check_in_process(path: Path) -> None:
         CacheError: If that process objects, crashes, or does not come back.
     """
     # -P and our own search path: nothing is imported from the folder that we happen to be in.
-    command = [sys.executable, "-P", "-c", EXAMINE, str(path.absolute())]
+    command = [sys.executable, "-P", "-c", EXAMINE_CODE, str(path.absolute())]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(str(Path(place).absolute()) for place in sys.path)}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False, env=environment)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False, env=environment)
     except subprocess.TimeoutExpired as error:
         raise CacheError(f"{path} is damaged: HDF5 does not come to an end with it.", REMEDY) from error
     except (OSError, ValueError) as error:

@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 
 MULTIPLIER = 0x9E3779B97F4A7C15
 """2**64 over the golden ratio: spreads neighbouring values over all bits."""
-FEW = 32
+BULK_LOOKUP = 32
 """Fewer ids are looked up one by one."""
-SMALL = 2**16
+DICTIONARY_MAX = 2**16
 """So many ids or fewer have a dictionary: 12 MB at most."""
 
 
@@ -56,12 +56,12 @@ class IdIndex:
                 return [known.get(name, -1) if isinstance(name, str) else -1 for name in wanted]
         # What is no text is no id: a NUL stands for it, which no id has.
         raw = [name.encode("utf-8", "surrogatepass") if isinstance(name, str) else b"\0" for name in wanted]
-        if len(raw) < FEW:
+        if len(raw) < BULK_LOOKUP:
             return [self._find_raw(one) for one in raw]
         found = np.full(len(raw), -1, dtype=np.int64)
         possible = [i for i, one in enumerate(raw) if self._is_possible(one)]
         keys = np.array([raw[i] for i in possible], dtype=self.ids.dtype)
-        hashes, order = self._sorted
+        hashes, order = self._sorted_hashes
         candidates = order[np.minimum(np.searchsorted(hashes, _hash(keys)), len(order) - 1)].astype(np.int64)
         for k in np.flatnonzero(self.ids[candidates] != keys).tolist():  # absent, or another id of equal hash is first
             candidates[k] = self._find_raw(raw[possible[k]])
@@ -81,11 +81,11 @@ class IdIndex:
     def _find_raw(self, raw: bytes) -> int:
         if not self._is_possible(raw):
             return -1
-        order, values = self._sorted[1], self._values
+        order, values = self._sorted_hashes[1], self._hash_values
         sought = _hash_one(raw, self.ids.dtype.itemsize)
         # Hashes are spread evenly, so one lies about where its share of all values is: fewer and nearer places to look.
         guess = sought * len(values) >> 64
-        low, high = max(0, guess - self._astray), min(len(values), guess + self._astray)
+        low, high = max(0, guess - self._search_radius), min(len(values), guess + self._search_radius)
         if (low > 0 and values[low - 1] >= sought) or (high < len(values) and values[high] < sought):
             low, high = 0, len(values)
         place = bisect.bisect_left(values, sought, low, high)
@@ -96,11 +96,11 @@ class IdIndex:
             place += 1
         return -1
 
-    def twice(self) -> str | None:
+    def duplicate(self) -> str | None:
         """An id that is there more than once."""
         if self._dictionary is not None and len(self._dictionary) == len(self.ids):
             return None
-        hashes, order = self._sorted
+        hashes, order = self._sorted_hashes
         for k in np.flatnonzero(hashes[1:] == hashes[:-1]).tolist():
             end = int(np.searchsorted(hashes, hashes[k], side="right"))
             if (self.ids[order[k + 1 : end]] == self.ids[order[k]]).any():
@@ -110,20 +110,20 @@ class IdIndex:
     @cached_property
     def _dictionary(self) -> dict[str, int] | None:
         """Of few ids."""
-        return {name: i for i, name in enumerate(self.names())} if len(self.ids) <= SMALL else None
+        return {name: i for i, name in enumerate(self.names())} if len(self.ids) <= DICTIONARY_MAX else None
 
     @cached_property
-    def _values(self) -> memoryview:
+    def _hash_values(self) -> memoryview:
         """The sorted hashes, as Python's numbers when they are looked at."""
-        return self._sorted[0].data
+        return self._sorted_hashes[0].data
 
     @cached_property
-    def _astray(self) -> int:
+    def _search_radius(self) -> int:
         """How far a hash may lie from its share: four standard deviations at the middle, where they are largest."""
         return 2 * math.isqrt(len(self.ids)) + 1
 
     @cached_property
-    def _sorted(self) -> tuple[NDArray[np.uint64], NDArray[Any]]:
+    def _sorted_hashes(self) -> tuple[NDArray[np.uint64], NDArray[Any]]:
         """Hashes in order, and whose they are."""
         hashes = _hash(self.ids)
         order: NDArray[Any] = np.argsort(hashes).astype(np.int32 if len(hashes) < 2**31 else np.int64)

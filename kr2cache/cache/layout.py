@@ -94,11 +94,11 @@ class Layout:
     """Whether bytes follow those of HDF5."""
 
 
-def read_layout(path: Path, *, what_is_left: bool = False) -> Layout:
+def read_layout(path: Path, *, skip_damaged: bool = False) -> Layout:
     """Where everything is in a shard.
 
     Args:
-        what_is_left: The file is known to be damaged: give what can be read of it, though it may be cut off.
+        skip_damaged: The file is known to be damaged: give what can be read of it, though it may be cut off.
 
     Raises:
         CacheError: If the file is no HDF5 file, cut off, or its structures contradict their checksums or its size.
@@ -107,7 +107,7 @@ def read_layout(path: Path, *, what_is_left: bool = False) -> Layout:
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        return _File(path, descriptor, os.fstat(descriptor).st_size, what_is_left).read()
+        return _File(path, descriptor, os.fstat(descriptor).st_size, skip_damaged).read()
     except CacheError:
         raise
     except (struct.error, IndexError, ValueError, TypeError, OverflowError) as error:
@@ -122,11 +122,11 @@ REMEDY = "kr2cache cache verify shows which sequences are intact; the kr2cache e
 
 
 class _File:
-    def __init__(self, path: Path, descriptor: int, size: int, what_is_left: bool) -> None:
+    def __init__(self, path: Path, descriptor: int, size: int, skip_damaged: bool) -> None:
         self.path = path
         self.descriptor = descriptor
         self.size = size
-        self.what_is_left = what_is_left
+        self.skip_damaged = skip_damaged
         self.has_tail = False
 
     def damaged(self, what: str) -> CacheError:
@@ -141,7 +141,7 @@ class _File:
         return data
 
     def read(self) -> Layout:
-        messages = self.messages(ROOT if self.what_is_left else self.root())
+        messages = self.messages(ROOT if self.skip_damaged else self.root())
         datasets: dict[str, StoredDataset] = {}
         links = self.links(messages)
         # Only what the format names is followed: a file may hold more of anything, without end.
@@ -156,7 +156,7 @@ class _File:
         return Layout(datasets=datasets, attributes=self.attributes(messages), plain=True, has_tail=self.has_tail)
 
     def tolerant(self) -> contextlib.AbstractContextManager[None]:
-        return contextlib.suppress(CacheError, NotPlainError) if self.what_is_left else contextlib.nullcontext()
+        return contextlib.suppress(CacheError, NotPlainError) if self.skip_damaged else contextlib.nullcontext()
 
     def root(self) -> int:
         """Where the root's header is, from the superblock."""
@@ -259,7 +259,7 @@ class _File:
         if offset == UNDEFINED:
             raise NotPlainError("space that is not allocated")
         dataset = StoredDataset(dtype=dtype, shape=shape, offset=offset)
-        if not self.what_is_left and (dataset.nbytes > stored or offset + dataset.nbytes > self.size):
+        if not self.skip_damaged and (dataset.nbytes > stored or offset + dataset.nbytes > self.size):
             raise self.damaged(
                 f"a data set of {dataset.nbytes:,} bytes reaches past the end of the file ({self.size:,} bytes)"
             )

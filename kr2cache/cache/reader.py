@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kr2cache.cache.batch import PackedBatch, first_rows
+from kr2cache.cache.batch import PackedBatch, output_rows
 from kr2cache.cache.format import SequenceIndex, states_xxh3
 from kr2cache.cache.ids import IdIndex
 from kr2cache.cache.rows import StoredRows
@@ -166,7 +166,7 @@ class FeatureCache:
     def _check_unique(self) -> None:
         if self._is_unique:
             return
-        if (name := self._index.twice()) is not None:
+        if (name := self._index.duplicate()) is not None:
             raise CacheError(
                 f"{self.folder} holds the id {name!r} twice.", "Extract again; ids are unique within a cache."
             )
@@ -336,7 +336,7 @@ class FeatureCache:
         rows = sum(n_tokens) * len(stored)
         if out is None:
             out = aligned_empty((rows, self.width), self.states_dtype)
-        states = first_rows(out, rows, self.width, self.states_dtype)
+        states = output_rows(out, rows, self.width, self.states_dtype)
         wanted = self.layers if layers is None else tuple(layers)
         packed = PackedBatch(states, np.array(n_tokens, dtype=np.int32), wanted)
         self._prefetch(positions, stored)

@@ -35,8 +35,8 @@ class StoredRows:
     def __init__(self, shards: Sequence[Shard]) -> None:
         header = shards[0].header
         self._shards = list(shards)
-        self._first_of_shard = offsets(np.array([len(shard.ids) for shard in shards]))
-        self._later: list[int] = self._first_of_shard[1:-1].tolist()
+        self._shard_starts = offsets(np.array([len(shard.ids) for shard in shards]))
+        self._later_starts: list[int] = self._shard_starts[1:-1].tolist()
         """The first position of each shard except the first shard."""
         self._maps = [_map(shard) for shard in shards]
         self._hidden = [_array(shard, file, "hidden") for shard, file in zip(shards, self._maps, strict=True)]
@@ -50,7 +50,7 @@ class StoredRows:
         """Bytes of the states, with their scales."""
         self.is_large = self.stored_bytes > MEMORY_SHARE * total_memory()
         """Whether the cache is too large to stay in memory."""
-        self.prefetched = np.zeros(int(self._first_of_shard[-1]), dtype=bool)
+        self.prefetched = np.zeros(int(self._shard_starts[-1]), dtype=bool)
         """(n,) whether all layers of the sequence were prefetched; always False if the cache is large."""
         self._prefetched_layers: dict[tuple[int, ...], NDArray[np.bool_]] = {}
         """The same for each choice of layers."""
@@ -67,8 +67,8 @@ class StoredRows:
         Returns:
             The number of the shard, the first row, and the row after the last.
         """
-        number = bisect.bisect_right(self._later, position)
-        local = position - self._first_of_shard.item(number)
+        number = bisect.bisect_right(self._later_starts, position)
+        local = position - self._shard_starts.item(number)
         first_row = self._shards[number].first_row
         first = first_row.item(local)
         tokens = (first_row.item(local + 1) - first) // self._layers
@@ -127,11 +127,11 @@ class StoredRows:
         if (file := self._maps[number]) is None or READ_AHEAD is None:
             return
         shard = self._shards[number]
-        arrays = {"hidden": shard.header.row_bytes}
+        arrays = {"hidden": shard.header.hidden_row_bytes}
         if shard.header.stored.has_scales:
             arrays["hidden_scale"] = SCALE_BYTES
         for name, width in arrays.items():
-            first, end = shard.place(name) + start * width, shard.place(name) + stop * width
+            first, end = shard.array_offset(name) + start * width, shard.array_offset(name) + stop * width
             for at in range(first // PAGE * PAGE, end, READ_AHEAD_BYTES):
                 with contextlib.suppress(OSError):  # the system may refuse: states are then loaded when they are used
                     file.madvise(READ_AHEAD, at, min(READ_AHEAD_BYTES, end - at))
@@ -151,4 +151,4 @@ def _array(shard: Shard, file: mmap.mmap | None, name: str) -> NDArray[Any] | No
         return None
     dataset = shard.layout.datasets[name]
     count = math.prod(dataset.shape)
-    return np.frombuffer(file, dtype=dataset.dtype, count=count, offset=shard.place(name)).reshape(dataset.shape)
+    return np.frombuffer(file, dtype=dataset.dtype, count=count, offset=shard.array_offset(name)).reshape(dataset.shape)

@@ -70,7 +70,7 @@ class Shard:
         """Byte offset of a data set that is one array of the file; None where only HDF5 can find its parts."""
         return self.layout.datasets[name].offset
 
-    def place(self, name: str) -> int:
+    def array_offset(self, name: str) -> int:
         """The same of a data set that is known to be one array of the file."""
         offset = self.offset(name)
         if offset is None:
@@ -178,13 +178,13 @@ def _check_text(ids: NDArray[np.bytes_]) -> None:
             raw.decode("utf-8")
 
 
-def headers_left(path: Path) -> list[ShardHeader]:
+def readable_headers(path: Path) -> list[ShardHeader]:
     """What a file that may be damaged still says of itself: its attributes, and their copy at its end, where they agree
     with their checksums.
     """
     found = []
     with contextlib.suppress(CacheError, NotPlainError, OSError), cache_errors(path):
-        layout = read_layout(path, what_is_left=True)
+        layout = read_layout(path, skip_damaged=True)
         found.append(_header_of(layout.attributes, path, layout.datasets["hidden"].shape[1]))
     with contextlib.suppress(OSError):
         tail = read_tail(path)
@@ -289,7 +289,7 @@ def fixed_xxh3(path: Path, layout: Layout) -> int:
     return digest.intdigest()
 
 
-def is_structure_sound(shard: Shard) -> bool:
+def is_structure_intact(shard: Shard) -> bool:
     """Whether everything beside the states is as it was made. Of a file that another tool wrote that is not known, and
     it counts as sound.
     """

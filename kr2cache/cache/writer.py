@@ -80,7 +80,7 @@ def _not_finite(shard: Shard, i: int, raw: NDArray[Any], scale: NDArray[np.float
     )
 
 
-def _preempt_nobody() -> None:
+def _use_batch_scheduling() -> None:
     """Do not interrupt a thread of the model when this thread wakes up: all threads of the model wait for the slowest.
     This thread still gets its share of the cores. (With a lower priority it would take less from the model. But on a
     busy machine states would then wait for the disk, and the model for the interpreter lock that this thread holds.)
@@ -116,7 +116,7 @@ class CacheWriter:
         for shard in self.shards:
             if not shard.completable:
                 raise _rewritten(shard)
-        self.cuts = offsets(np.array([len(shard.ids) for shard in self.shards]))
+        self.boundaries = offsets(np.array([len(shard.ids) for shard in self.shards]))
         """The first position of each shard, then the number of sequences in the cache."""
         self.unfinished = ~np.concatenate([shard.complete for shard in self.shards])
         """(n,) True for sequences that were incomplete when the shards were opened."""
@@ -149,10 +149,10 @@ class CacheWriter:
         if error is None:
             self._raise_failure()
 
-    def place(self, i: int) -> tuple[int, int]:
+    def locate(self, i: int) -> tuple[int, int]:
         """The shard that holds sequence ``i``, and the position in it."""
-        number = int(np.searchsorted(self.cuts, i, side="right")) - 1
-        return number, i - int(self.cuts[number])
+        number = int(np.searchsorted(self.boundaries, i, side="right")) - 1
+        return number, i - int(self.boundaries[number])
 
     def write(self, states: PackedStates) -> None:
         """Hand over a batch. Returns at once unless ``PENDING_BATCHES`` are already waiting.
@@ -173,7 +173,7 @@ class CacheWriter:
             raise failure
 
     def _write_all(self) -> None:
-        _preempt_nobody()
+        _use_batch_scheduling()
         while (states := self._states.get()) is not None:
             self._room.put(None)
             if self._failure is not None:
@@ -184,7 +184,7 @@ class CacheWriter:
                 self._fail(error)
 
     def _mark_all(self) -> None:
-        _preempt_nobody()
+        _use_batch_scheduling()
         unmarked: list[tuple[int, int]] = []
         unsynced, synced_at, more = 0, time.monotonic(), True
         while more:
@@ -224,7 +224,7 @@ class CacheWriter:
     def _write(self, states: PackedStates) -> None:
         row = 0
         for position in states.sequences:
-            number, i = self.place(position)
+            number, i = self.locate(position)
             shard, descriptor = self.shards[number], self._files[number]
             first, rows = int(shard.first_row[i]), int(shard.first_row[i + 1] - shard.first_row[i])
             raw, scale = states.raw[row : row + rows], None if states.scale is None else states.scale[row : row + rows]
@@ -233,11 +233,11 @@ class CacheWriter:
                 continue  # it only ran because its batch did, and another process may be reading it
             if not shard.header.stored.all_finite(raw, scale):
                 raise _not_finite(shard, i, raw, scale)
-            size = self._pwrite(descriptor, raw, shard.place("hidden") + first * shard.header.row_bytes)
+            size = self._pwrite(descriptor, raw, shard.array_offset("hidden") + first * shard.header.hidden_row_bytes)
             if scale is not None:
-                size += self._pwrite(descriptor, scale, shard.place("hidden_scale") + first * scale.itemsize)
+                size += self._pwrite(descriptor, scale, shard.array_offset("hidden_scale") + first * scale.itemsize)
             digest = np.array([states_xxh3(raw, scale)], dtype="<u8")
-            size += self._pwrite(descriptor, digest, shard.place("examples/xxh3") + i * digest.itemsize)
+            size += self._pwrite(descriptor, digest, shard.array_offset("examples/xxh3") + i * digest.itemsize)
             self._written.put((number, i, size))
 
     def _pwrite(self, descriptor: int, array: NDArray[Any], offset: int) -> int:
@@ -249,6 +249,6 @@ class CacheWriter:
         for shard in touched:
             sync(self._files[shard])
         for shard, i in unmarked:
-            os.pwrite(self._files[shard], b"\x01", self.shards[shard].place("examples/complete") + i)
+            os.pwrite(self._files[shard], b"\x01", self.shards[shard].array_offset("examples/complete") + i)
         for shard in touched:
             sync(self._files[shard])

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kr2cache.cache.check import CacheCheck
-from kr2cache.cache.shard import headers_left
+from kr2cache.cache.shard import readable_headers
 from kr2cache.commands.loading import loading
 from kr2cache.commands.options import App, CacheDir, Data, Device, Json, merge, print_json
 from kr2cache.commands.settings import OPTIONS
@@ -189,12 +189,12 @@ def _verify(folder: Path) -> dict[str, Any]:
 
     found = _check_with_progress(folder)
     faults = list(found.faults)
-    if found.sound:
+    if found.intact:
         try:
             faults += provenance.contradictions(FeatureCache.open(folder))
         except CacheError as error:
             faults.append(error.message)
-    ok = found.sound and not faults and not found.incomplete_ids
+    ok = found.intact and not faults and not found.incomplete_ids
     if ok:
         speed = f"{bytes_text(found.bytes)} in {seconds_text(found.seconds)}"
         done(f"{folder}: {count_text(found.sequences, 'sequence')} intact ({speed})")
@@ -259,8 +259,8 @@ def _show_faults(found: CacheCheck, faults: Sequence[str]) -> None:
 
 def _what_to_do(found: CacheCheck) -> str:
     """The command that repairs or completes a cache."""
-    headers = [header for shard in found.shards for header in headers_left(shard.path)]
-    if not headers or (found.sound and found.incomplete_ids):
+    headers = [header for shard in found.shards for header in readable_headers(shard.path)]
+    if not headers or (found.intact and found.incomplete_ids):
         return "Run the kr2cache extract command that made it again: it continues where it stopped."
     chosen = headers[0].provenance.get("chosen", {})
     resource = chosen.get("resource", "") if isinstance(chosen, dict) else ""

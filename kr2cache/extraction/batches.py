@@ -82,7 +82,7 @@ def run_batches(
                     tokens += int(plan.index.n_tokens[batch].sum())
                     speed = tokens / (time.monotonic() - started)
                     progress.advance(len(batch), f"{speed:,.0f} tokens/s, {bytes_text(writer.bytes_written)} written")
-                for ready in pack.rest():
+                for ready in pack.flush():
                     writer.write(ready)
             progress.advance(0, f"{speed:,.0f} tokens/s, {bytes_text(writer.bytes_written)} written")
         except KeyboardInterrupt:
@@ -116,7 +116,7 @@ def _unfinished_batches(
             f"From here on, batches have {most:,} positions instead of the planned {positions:,}: the last bits of "
             "these states can differ from those of an uninterrupted run."
         )
-    for start, stop in pairwise(writer.cuts.tolist()):
+    for start, stop in pairwise(writer.boundaries.tolist()):
         incomplete, in_plan = writer.unfinished[start:stop], planned[start:stop]
         for members in (np.flatnonzero(in_plan), np.flatnonzero(incomplete & ~in_plan)):
             for batch in length_sorted_batches(n_tokens[start + members], positions, padded=padded):

@@ -92,7 +92,7 @@ def _fits(plan: ExtractPlan, run: Run, device: torch.device, batch: NDArray[np.i
         for _ in range(2):  # one batch is copied out while the next one computes
             for _ready in pack(batch, run(batch)):
                 pass
-        for _ready in pack.rest():
+        for _ready in pack.flush():
             pass
     except RuntimeError as error:
         if not is_out_of_memory(error):

@@ -19,7 +19,7 @@ import numpy as np
 from kr2cache.cache.create import create_shards
 from kr2cache.cache.format import ShardHeader, ranges
 from kr2cache.cache.reader import FeatureCache
-from kr2cache.cache.shard import headers_left
+from kr2cache.cache.shard import readable_headers
 from kr2cache.config import ExtractConfig
 from kr2cache.errors import CacheError, CacheVersionError, DeviceMemoryError
 from kr2cache.extraction import budget, trial
@@ -182,7 +182,7 @@ def _is_finished(folder: Path, fingerprint: str) -> bool:
 def _existing_header(folder: Path, fingerprint: str) -> ShardHeader | None:
     """The header from any shard in ``folder``, also a damaged one; None if there is none."""
     for path in sorted(folder.glob("*.h5")):
-        for header in headers_left(path):
+        for header in readable_headers(path):
             if header.fingerprint == fingerprint:
                 return header
     return None

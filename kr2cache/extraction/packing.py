@@ -88,7 +88,7 @@ class Packer:
             stored = packed.numpy()
         yield PackedStates(sequences, stored, None if scale is None else scale.numpy())
 
-    def rest(self) -> Iterator[PackedStates]:
+    def flush(self) -> Iterator[PackedStates]:
         """What is still on its way."""
         while self._waiting:
             yield self._finish_copy()

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from kr2cache.cache.dtypes import DTYPES
 from kr2cache.cache.format import SequenceIndex, canonical_json
-from kr2cache.cache.shard import headers_left
+from kr2cache.cache.shard import readable_headers
 from kr2cache.config import ExtractConfig
 from kr2cache.errors import ConfigError, DiskSpaceError
 from kr2cache.extraction.checks import check_extraction
@@ -142,7 +142,7 @@ def _reserved(plan: ExtractPlan) -> int:
     most = 0
     for folder in folders.matching(config.cache_dir, task=config.task, split=config.split, name=plan.spec.name):
         shards = sorted(folder.glob("*.h5"))
-        headers = headers_left(shards[0]) if shards else []
+        headers = readable_headers(shards[0]) if shards else []
         if any(canonical_json(header.provenance.get("chosen")) == wanted for header in headers):
             most = max(most, sum(path.stat().st_blocks * 512 for path in shards))
     return most

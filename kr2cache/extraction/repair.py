@@ -17,7 +17,7 @@ from typing import Any
 from kr2cache.cache.check import CacheCheck, check_cache
 from kr2cache.cache.format import SequenceIndex, ShardHeader
 from kr2cache.cache.reader import FeatureCache
-from kr2cache.cache.shard import headers_left, open_shard
+from kr2cache.cache.shard import open_shard, readable_headers
 from kr2cache.cache.writer import unmark
 from kr2cache.config import ExtractConfig
 from kr2cache.errors import CacheError, CacheMismatchError, ConfigError, DeviceMemoryError, UnknownNameError
@@ -80,8 +80,8 @@ def repair(config: RepairConfig) -> RepairResult:
     with only_writer(config.folder):
         found = check_cache(config.folder)
         damaged = found.damaged_ids + found.incomplete_ids
-        rebuilt = [shard.path.name for shard in found.shards if shard.broken]
-        astray = bool(found.faults) or (found.sound and _contradicts_itself(config.folder))
+        rebuilt = [shard.path.name for shard in found.shards if shard.needs_rebuild]
+        astray = bool(found.faults) or (found.intact and _contradicts_itself(config.folder))
         computed = taken = 0
         if damaged or rebuilt or astray:
             whole_index = not astray and not any(s.unreadable or s.index_damaged for s in found.shards)
@@ -113,7 +113,7 @@ def _header(found: CacheCheck) -> ShardHeader:
     """
     headers: list[ShardHeader] = []
     for shard in sorted(found.shards, key=lambda shard: bool(shard.unreadable)):
-        headers += headers_left(shard.path) if shard.unreadable else [open_shard(shard.path).header]
+        headers += readable_headers(shard.path) if shard.unreadable else [open_shard(shard.path).header]
     named = [h for h in headers if h.fingerprint.startswith(folders.digest_of(found.folder))]
     if named:
         return named[0]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from kr2cache.cache.format import SequenceIndex, encode_ids, places_in, text_xxh3
+from kr2cache.cache.format import SequenceIndex, encode_ids, range_indices, text_xxh3
 from kr2cache.errors import ConfigError, DataError
 from kr2cache.tasks import Example, Task
 
@@ -238,7 +238,7 @@ class FirstSubwords:
         """The same for several sequences: each word's place in ``sequences``, its token position and its number."""
         starts = self._first[sequences]
         counts = self._first[sequences + 1] - starts
-        at = places_in(starts, counts)
+        at = range_indices(starts, counts)
         return np.repeat(np.arange(len(sequences)), counts), self._tokens[at], self._words[at]
 
 

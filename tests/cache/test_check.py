@@ -97,7 +97,7 @@ NOTHING: dict[str, Any] = {
 def assert_finds(folder: Path, **what: Any) -> CacheCheck:
     found = check_cache(folder)
     assert found_in(found) == NOTHING | what
-    assert found.sound is not bool(set(what) - {"incomplete"})
+    assert found.intact is not bool(set(what) - {"incomplete"})
     return found
 
 
@@ -109,12 +109,12 @@ def test_a_sound_cache_is_sound(folder: Path, dtype: str, several: bool) -> None
     read: list[int] = []
     found = check_cache(stored(folder, dtype, several=several), read.append)
     assert found_in(found) == NOTHING
-    assert found.sound
+    assert found.intact
     assert (found.folder, found.sequences) == (folder, 8)
     assert found.bytes == sum(read) == FeatureCache.open(folder).stored_bytes
     assert [shard.path for shard in found.shards] == tiny_cache.shards(folder)
     assert [name for shard in found.shards for name in shard.ids] == IDS
-    assert not any(shard.broken for shard in found.shards)
+    assert not any(shard.needs_rebuild for shard in found.shards)
 
 
 def test_a_folder_without_a_cache_is_refused(folder: Path) -> None:
@@ -190,7 +190,7 @@ def test_incomplete_sequences_are_named_and_not_read(
 
 def test_an_incomplete_cache_is_sound(folder: Path) -> None:
     stored(folder, positions=[0, 1])
-    assert assert_finds(folder, incomplete=IDS[2:]).sound
+    assert assert_finds(folder, incomplete=IDS[2:]).intact
 
 
 @pytest.mark.parametrize("mark", [2, 3, 0x80, 0xFF])
@@ -219,7 +219,7 @@ def test_a_damaged_index_is_one_finding_for_its_shard(folder: Path, name: str) -
     flip(path, tiny_cache.byte_offset(path, name), bit=2)
     found = check_cache(folder)
     assert found_in(found) == NOTHING | {"index": [path.name]}
-    assert [shard.broken for shard in found.shards].count(True) == 1
+    assert [shard.needs_rebuild for shard in found.shards].count(True) == 1
 
 
 @pytest.mark.parametrize("name", ["examples/first_row", "examples/n_tokens"])
@@ -258,9 +258,9 @@ def test_every_fixed_byte_is_guarded(folder: Path) -> None:
         damaged = bytearray(content)
         damaged[at] ^= 4
         path.write_bytes(damaged)
-        assert not check_cache(folder).sound, at
+        assert not check_cache(folder).intact, at
     path.write_bytes(content)
-    assert check_cache(folder).sound
+    assert check_cache(folder).intact
 
 
 @pytest.mark.parametrize("add", [b"\0", b"kr2cache", bytes(4096)])
@@ -268,7 +268,7 @@ def test_bytes_behind_the_end_are_damage(folder: Path, add: bytes) -> None:
     stored(folder)
     (path,) = tiny_cache.shards(folder)
     path.write_bytes(path.read_bytes() + add)
-    assert not check_cache(folder).sound
+    assert not check_cache(folder).intact
 
 
 @pytest.mark.parametrize("less", [1, 8, 32, 100])
@@ -276,7 +276,7 @@ def test_bytes_that_are_missing_at_the_end_are_damage(folder: Path, less: int) -
     stored(folder)
     (path,) = tiny_cache.shards(folder)
     os.truncate(path, path.stat().st_size - less)
-    assert not check_cache(folder).sound
+    assert not check_cache(folder).intact
 
 
 def test_a_file_cut_off_where_hdf5_ends_is_damaged(folder: Path) -> None:
@@ -286,7 +286,7 @@ def test_a_file_cut_off_where_hdf5_ends_is_damaged(folder: Path) -> None:
     end = struct.unpack_from("<Q", path.read_bytes(), 28)[0]
     assert end < path.stat().st_size
     os.truncate(path, end)
-    assert not check_cache(folder).sound
+    assert not check_cache(folder).intact
 
 
 # The folder ----------------------------------------------------------------------------------------------------------
@@ -304,7 +304,7 @@ def test_a_missing_shard_is_a_fault_and_the_others_are_checked(folder: Path, num
     with h5py.File(hurt, "r") as file:
         first = file["examples/id"][0].decode()
     assert found.faults == [f"it should hold {len(paths):05d} shards, but holds {len(paths) - 1}"]
-    assert (found.damaged_ids, found.sequences, found.sound) == ([first], 8 - lost, False)
+    assert (found.damaged_ids, found.sequences, found.intact) == ([first], 8 - lost, False)
 
 
 @pytest.mark.parametrize("name", ["shard-00000-of-00009.h5", "other.h5", "a-b-c.h5", "0-².h5", "zz.h5"])
@@ -312,7 +312,7 @@ def test_a_shard_too_many_is_a_fault(folder: Path, name: str) -> None:
     paths = tiny_cache.shards(stored(folder, several=True))
     shutil.copy(paths[0], folder / name)
     found = check_cache(folder)
-    assert not found.sound
+    assert not found.intact
     assert any("should hold" in fault for fault in found.faults)
     assert any("occurs twice" in fault for fault in found.faults)
 
@@ -324,7 +324,7 @@ def test_a_shard_of_another_cache_is_a_fault(folder: Path, tmp_path: Path, numbe
     other = tiny_cache.shards(tiny_cache.store(tmp_path / "other", truth, shard_bytes=200))
     shutil.copy(other[number], paths[number])
     found = check_cache(folder)
-    assert not found.sound
+    assert not found.intact
     assert found.damaged_ids == []
     assert found.faults
     for fault in found.faults:

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from processes import LIMITED, run_python, traced
 
-from kr2cache.cache.create import create_shard, create_shards, shard_cuts
+from kr2cache.cache.create import create_shard, create_shards, shard_boundaries
 from kr2cache.cache.reader import FeatureCache
 from kr2cache.errors import CacheError, DiskSpaceError
 
@@ -30,7 +30,7 @@ HERE = Path(__file__).parent
 )
 @settings(deadline=None, max_examples=40)
 def test_cuts_keep_every_shard_within_its_size(lengths: list[int], token_bytes: int, shard_bytes: int) -> None:
-    cuts = shard_cuts(np.array(lengths, dtype=np.int32), token_bytes, shard_bytes)
+    cuts = shard_boundaries(np.array(lengths, dtype=np.int32), token_bytes, shard_bytes)
     parts = [lengths[start:stop] for start, stop in pairwise(cuts)]
     assert [length for part in parts for length in part] == lengths
     assert all(part for part in parts)

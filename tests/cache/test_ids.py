@@ -10,7 +10,7 @@ import pytest
 
 from kr2cache.cache import ids as ids_module
 from kr2cache.cache.format import encode_ids
-from kr2cache.cache.ids import FEW, IdIndex, _hash, _hash_one
+from kr2cache.cache.ids import BULK_LOOKUP, IdIndex, _hash, _hash_one
 
 
 def names_of(count: int, seed: int) -> list[str]:
@@ -26,11 +26,11 @@ def names_of(count: int, seed: int) -> list[str]:
 def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test for few ids, and as if they were many."""
     if request.param == "hashes":
-        monkeypatch.setattr(ids_module, "SMALL", 0)
+        monkeypatch.setattr(ids_module, "DICTIONARY_MAX", 0)
 
 
 @pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("asked", [1, FEW - 1, FEW, 500])
+@pytest.mark.parametrize("asked", [1, BULK_LOOKUP - 1, BULK_LOOKUP, 500])
 def test_finds_what_a_dictionary_finds(seed: int, asked: int) -> None:
     names = names_of(400, seed)
     index, known = IdIndex(encode_ids(names)), {name: i for i, name in enumerate(names)}
@@ -38,12 +38,12 @@ def test_finds_what_a_dictionary_finds(seed: int, asked: int) -> None:
     wanted = [draw.choice(names) if draw.random() < 0.7 else draw.choice(names) + "x" for _ in range(asked)]
     assert index.find(wanted) == [known.get(name, -1) for name in wanted]
     assert [index.find_one(name) for name in wanted] == [known.get(name, -1) for name in wanted]
-    assert index.twice() is None
+    assert index.duplicate() is None
     assert index.names() == names
     assert [index.name(i) for i in (0, -1)] == [names[0], names[-1]]
 
 
-@pytest.mark.parametrize("padding", [0, FEW])
+@pytest.mark.parametrize("padding", [0, BULK_LOOKUP])
 def test_what_would_equal_an_id_in_a_fixed_width_is_not_it(padding: int) -> None:
     """Cut to the array's width, or filled up with the NULs that fixed-length strings end in."""
     index = IdIndex(encode_ids(["abc", "abcd"]))
@@ -59,7 +59,7 @@ def test_both_hashes_are_one() -> None:
         assert _hash(array).tolist() == [_hash_one(one, width) for one in raw]
 
 
-@pytest.mark.parametrize("asked", [1, 3 * FEW])
+@pytest.mark.parametrize("asked", [1, 3 * BULK_LOOKUP])
 def test_ids_of_equal_hash_are_told_apart(monkeypatch: pytest.MonkeyPatch, asked: int) -> None:
     monkeypatch.setattr(ids_module, "_hash", lambda ids: np.full(len(ids), 7, dtype=np.uint64))
     monkeypatch.setattr(ids_module, "_hash_one", lambda *_: 7)
@@ -67,8 +67,8 @@ def test_ids_of_equal_hash_are_told_apart(monkeypatch: pytest.MonkeyPatch, asked
     index = IdIndex(encode_ids(names))
     wanted = [random.Random(i).choice([*names, "t"]) for i in range(asked)]
     assert index.find(wanted) == [names.index(name) if name in names else -1 for name in wanted]
-    assert index.twice() is None
-    assert IdIndex(encode_ids([*names, "s31"])).twice() == "s31"
+    assert index.duplicate() is None
+    assert IdIndex(encode_ids([*names, "s31"])).duplicate() == "s31"
 
 
 @pytest.mark.parametrize("least", [0, 2**63, 2**64 - 500])
@@ -83,7 +83,7 @@ def test_hashes_that_are_not_spread_evenly_are_found(monkeypatch: pytest.MonkeyP
     assert [index.find_one(name) for name in wanted] == index.find(wanted) == expected
 
 
-@pytest.mark.parametrize("more", [0, FEW])
+@pytest.mark.parametrize("more", [0, BULK_LOOKUP])
 def test_a_number_is_no_id(more: int) -> None:
     index = IdIndex(encode_ids(["0", "1"]))
     wanted: list[Any] = [0, None, b"1", ("1",), ["1"], "1", *["0"] * more]
@@ -91,5 +91,5 @@ def test_a_number_is_no_id(more: int) -> None:
 
 
 def test_an_id_that_is_there_twice_is_named() -> None:
-    assert IdIndex(encode_ids([*map(str, range(100)), "17"])).twice() == "17"
-    assert IdIndex(encode_ids(["a"])).twice() is None
+    assert IdIndex(encode_ids([*map(str, range(100)), "17"])).duplicate() == "17"
+    assert IdIndex(encode_ids(["a"])).duplicate() is None

@@ -24,7 +24,7 @@ from kr2cache import FeatureCache
 from kr2cache.cache import layout
 from kr2cache.cache.checksum import checksum
 from kr2cache.cache.layout import Layout, NotPlainError, read_layout
-from kr2cache.cache.shard import headers_left
+from kr2cache.cache.shard import readable_headers
 from kr2cache.errors import CacheError
 
 IDS = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1, max_size=12)
@@ -82,7 +82,7 @@ def test_the_layout_is_hdf5s_own(
         found = read_layout(path)
         assert_as_hdf5_says(path, found)
         assert found.has_tail
-        left = read_layout(path, what_is_left=True)
+        left = read_layout(path, skip_damaged=True)
         assert left.datasets == found.datasets
         assert list(left.attributes) == list(found.attributes)
         content = path.read_bytes()
@@ -238,11 +238,11 @@ class Fuzz:
         self.path.unlink(missing_ok=True)
         self.path.write_bytes(content)
         self.size = len(content)
-        for what_is_left in (False, True):
+        for skip_damaged in (False, True):
             self.reads, started = 0, time.process_time()
             try:
-                found = read_layout(self.path, what_is_left=what_is_left)
-                if not what_is_left:
+                found = read_layout(self.path, skip_damaged=skip_damaged)
+                if not skip_damaged:
                     for dataset in found.datasets.values():
                         assert dataset.offset is not None
                         assert 0 <= dataset.offset <= dataset.offset + dataset.nbytes <= self.size
@@ -547,7 +547,7 @@ def test_the_attributes_of_a_file_that_is_cut_off_behind_its_front(tmp_path: Pat
         path.write_bytes(content[:length])
         with pytest.raises(CacheError):
             read_layout(path)
-        left = read_layout(path, what_is_left=True)
+        left = read_layout(path, skip_damaged=True)
         assert_same_attributes(left.attributes, whole.attributes)
         assert left.datasets.items() <= whole.datasets.items()
     assert left.datasets == whole.datasets, "but for its last byte it is all there"
@@ -559,9 +559,9 @@ def test_a_file_that_is_cut_off_still_says_what_it_was(tmp_path: Path) -> None:
     (path,) = tiny_cache.shards(tiny_cache.store(tmp_path, truth))
     content = path.read_bytes()
     path.write_bytes(content[: tiny_cache.byte_offset(path, "hidden")])
-    assert headers_left(path) == [truth.header]
+    assert readable_headers(path) == [truth.header]
     path.write_bytes(content)
-    assert headers_left(path) == [truth.header, truth.header]
+    assert readable_headers(path) == [truth.header, truth.header]
 
 
 def test_the_attributes_of_a_file_with_damage_elsewhere(tmp_path: Path) -> None:
@@ -577,7 +577,7 @@ def test_the_attributes_of_a_file_with_damage_elsewhere(tmp_path: Path) -> None:
         damaged = bytearray(content)
         damaged[place] ^= 0x55
         path.write_bytes(damaged)
-        assert_same_attributes(read_layout(path, what_is_left=True).attributes, whole.attributes)
+        assert_same_attributes(read_layout(path, skip_damaged=True).attributes, whole.attributes)
 
 
 @pytest.mark.parametrize("zeros", [1, ROOT, 2**30], ids=["a byte", "a page", "the rest"])
@@ -591,5 +591,5 @@ def test_the_attributes_of_a_file_with_a_data_set_that_is_gone(tmp_path: Path, z
     path.write_bytes(content[:last] + bytes(zeros) + content[last + zeros :])
     with pytest.raises(CacheError):
         FeatureCache.open(tmp_path)
-    assert headers_left(path)[:1] == [truth.header]
-    assert len(read_layout(path, what_is_left=True).attributes) == 9
+    assert readable_headers(path)[:1] == [truth.header]
+    assert len(read_layout(path, skip_damaged=True).attributes) == 9

@@ -129,9 +129,9 @@ def batches(truth: Truth, writer: CacheWriter, order: Sequence[int], at_once: in
     """The sequences ``order`` as the writer wants them."""
     rest = list(order)
     while rest:
-        shard, _ = writer.place(rest[0])
+        shard, _ = writer.locate(rest[0])
         taken = 0
-        while taken < min(at_once, len(rest)) and writer.place(rest[taken])[0] == shard:
+        while taken < min(at_once, len(rest)) and writer.locate(rest[taken])[0] == shard:
             taken += 1
         batch, rest = rest[:taken], rest[taken:]
         yield PackedStates(

@@ -164,7 +164,7 @@ def holding(batches: Iterable[Batch], positions: Iterable[int]) -> list[Batch]:
 def is_whole(folder: Path) -> bool:
     """As ``kr2cache cache verify`` decides."""
     found = check_cache(folder)
-    return found.sound and not found.incomplete_ids and not contradictions(FeatureCache.open(folder))
+    return found.intact and not found.incomplete_ids and not contradictions(FeatureCache.open(folder))
 
 
 # Anything, anywhere --------------------------------------------------------------------------------------------------

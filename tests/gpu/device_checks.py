@@ -127,7 +127,7 @@ def packing(scene: Scene) -> Iterator[Seen]:
     )
     for dtype in ("float16", "float32", "bfloat16", "int8"):
         pack = Packer(plan.index, plan.layers, dtype, scene.device)
-        (packed,) = [*pack(batch, layers), *pack.rest()]
+        (packed,) = [*pack(batch, layers), *pack.flush()]
         values, scale = _rounded(rows, dtype)
         wrong = int((packed.raw.view(values.dtype) != values).sum())
         if scale is not None:

@@ -42,7 +42,7 @@ def fusion_of(result: ExtractResult, name: str, **options: object) -> FeatureCac
 
 
 def assert_sound(cache: FeatureCache) -> None:
-    assert check_cache(cache.folder).sound
+    assert check_cache(cache.folder).intact
     assert provenance.contradictions(cache) == []
 
 

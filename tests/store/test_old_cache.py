@@ -16,7 +16,7 @@ from world import predictions, unpack_old_world
 
 from kr2cache import FeatureCache
 from kr2cache.cache.format import FORMAT_VERSION, ShardHeader, header_copy
-from kr2cache.cache.shard import headers_left, open_shard, shard_paths
+from kr2cache.cache.shard import open_shard, readable_headers, shard_paths
 from kr2cache.cli import run
 from kr2cache.report.collect import collect
 from kr2cache.tasks import find_task
@@ -87,7 +87,7 @@ def test_they_are_whole_once_another_version_is_written(
     monkeypatch.setitem(ShardHeader.__init__.__kwdefaults__, "format_version", 2)
     assert answer("cache verify --cache-dir caches", capsys)["ok"]
     (shard,) = shard_paths(then / "caches" / "udpos" / CACHES["--split dev"])
-    assert [header.format_version for header in headers_left(shard)] == [1, 1]
+    assert [header.format_version for header in readable_headers(shard)] == [1, 1]
 
 
 def test_their_states_are_those_of_the_model(then: Path) -> None:

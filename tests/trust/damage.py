@@ -117,7 +117,7 @@ def good_cache(folder: Path, dtype: str, *, several: bool, seed: int = 0) -> Goo
     for name, task, salt in (("good", "udpos-de", 0), ("other", "udpos-es", 100)):
         truth = tiny_cache.make(lengths, dtype=dtype, width=16, ids=ids, seed=seed + salt)
         truth = with_provenance(truth, task)
-        token_bytes = truth.header.row_bytes * 3 + (12 if dtype == "int8" else 0)
+        token_bytes = truth.header.hidden_row_bytes * 3 + (12 if dtype == "int8" else 0)
         shard_bytes = 70 * token_bytes if several else 2**34
         stored.append(tiny_cache.store(folder / name / f"{dtype}-{several}", truth, shard_bytes=shard_bytes))
     names, places = [], []
@@ -397,9 +397,9 @@ def examine(folder: Path) -> Seen:
         try:
             found = check_cache(folder)
             faults = list(found.faults)
-            if found.sound:
+            if found.intact:
                 faults += provenance.contradictions(FeatureCache.open(folder))
-            seen.found = not found.sound or bool(faults or found.incomplete_ids)
+            seen.found = not found.intact or bool(faults or found.incomplete_ids)
             seen.damaged, seen.incomplete = found.damaged_ids, found.incomplete_ids
         except CacheError:
             seen.found = True
