@@ -23,8 +23,8 @@ app = App(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Run a frozen language model once, keep every layer of its hidden states, and train readers on them.\n\n"
-    "[bold]kr2cache extract[/] makes a cache, [bold]kr2cache train[/] uses it for every fusion and seed; "
-    "[bold]kr2cache demo[/] shows both in a few minutes. kr2cache.toml gives defaults for options.",
+    "[bold]kr2cache extract[/] makes a cache, and [bold]kr2cache train[/] uses it for every fusion and seed. "
+    "[bold]kr2cache demo[/] shows both in a few minutes. The file kr2cache.toml gives defaults for options.",
 )
 
 app.command("extract")(extract_cli)

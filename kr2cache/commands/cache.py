@@ -25,13 +25,13 @@ from kr2cache.system.utf8 import file_lines
 
 app = App(
     no_args_is_help=True,
-    help="Look at caches, check and repair them, make smaller ones, remove them.",
+    help="Show, check, repair and remove caches, and make smaller caches from them.",
 )
 
 Cache = Annotated[str, typer.Argument(help="A cache's folder, or its name below --cache-dir.", metavar="CACHE")]
 Caches = Annotated[
     list[str] | None,
-    typer.Argument(help="Folders, or names below --cache-dir. Default: every cache.", metavar="[CACHE]..."),
+    typer.Argument(help="Folders, or names below --cache-dir. Default: every cache.", metavar="CACHE"),
 ]
 Dtype = Annotated[
     str | None, typer.Option(help="Dtype of the new cache: float16, bfloat16 or int8.", show_default="the same")
@@ -168,7 +168,10 @@ def _bars(title: str, names: Sequence[str], values: Sequence[float], text: Any) 
 
 @app.command("verify")
 def verify_cli(caches: Caches = None, cache_dir: CacheDir = None, as_json: Json = False) -> None:
-    """Compare every byte of caches with its checksum, and name damaged sequences. Exit code 1 unless all are intact."""
+    """Compare every byte of caches with its checksum, and name damaged sequences.
+
+    The exit code is 1 unless every cache is intact.
+    """
     from kr2cache.store.inventory import cache_folders
 
     where = _cache_dir(cache_dir)
@@ -276,14 +279,14 @@ def _names(names: Sequence[str]) -> str:
 def repair_cli(
     cache: Cache,
     resource: Annotated[
-        str | None, typer.Option(help="The model, if the name in the cache is not registered on this machine.")
+        str | None, typer.Option(help="The model, if this machine does not know the name in the cache.")
     ] = None,
     data: Data = None,
     device: Device = None,
     cache_dir: CacheDir = None,
     as_json: Json = False,
 ) -> None:
-    """Compute damaged or incomplete sequences again: only the planned batches that hold such a sequence run.
+    """Compute damaged or missing sequences again. Only batches that hold such a sequence run.
 
     On the device that made the cache, the repaired files are byte for byte the same as before.
     """
@@ -310,7 +313,7 @@ def slice_cli(
     dtype: Dtype = None,
     limit: Annotated[int | None, typer.Option(help="Only the first N sequences.", show_default="all")] = None,
     ids: Annotated[
-        Path | None, typer.Option(help="File with the ids to keep, one per line, of examples or sequences.")
+        Path | None, typer.Option(help="File with the ids of examples or sequences to keep, one per line.")
     ] = None,
     cache_dir: CacheDir = None,
     as_json: Json = False,
@@ -340,7 +343,7 @@ def fuse_cli(
     cache_dir: CacheDir = None,
     as_json: Json = False,
 ) -> None:
-    """Store only one fixed fusion, 1/(L+1) of the bytes. train uses it if its fusion is the same."""
+    """Store one fixed fusion of a cache as a new cache. train reads it for the same fusion."""
     from kr2cache.cache.reader import FeatureCache
     from kr2cache.store.derive import plan_fusion
 
@@ -366,12 +369,12 @@ def _derive(plan: Any, as_json: bool) -> None:
 
 @app.command("remove")
 def remove_cli(
-    caches: Annotated[list[str], typer.Argument(help="Folders, or names below --cache-dir.", metavar="CACHE...")],
+    caches: Annotated[list[str], typer.Argument(help="Folders, or names below --cache-dir.", metavar="CACHE")],
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     cache_dir: CacheDir = None,
     as_json: Json = False,
 ) -> None:
-    """Delete caches, after showing how much this frees and asking."""
+    """Delete caches. It shows how many bytes this frees, and asks first."""
     from kr2cache.store.inventory import removable_bytes, remove
 
     named = [_folder(name, cache_dir) for name in caches]

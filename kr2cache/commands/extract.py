@@ -24,7 +24,7 @@ from kr2cache.tasks import split_name
 def extract_cli(
     typed: dict[str, Any],
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show how much disk it would take, for every dtype; write nothing.")
+        bool, typer.Option("--dry-run", help="Only show how much disk this takes, for every dtype.")
     ] = False,
     as_json: Json = False,
 ) -> None:

@@ -130,7 +130,8 @@ def bench_cli(
     ] = None,
     device: Device = None,
     repeats: Annotated[
-        int, typer.Option(help="Runs of each rival; limits and kr2cache mostly run more often.", min=1)
+        int,
+        typer.Option(help="How often the other programs run; kr2cache and its limits mostly run more often.", min=1),
     ] = 5,
     folder: Annotated[
         Path | None,
@@ -145,7 +146,7 @@ def bench_cli(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure this machine: extracting, reading and training, compared with limits and rivals."""
+    """Measure this machine: extracting, reading and training, compared with limits and other programs."""
     overrides = read_toml(Path.cwd(), OPTIONS).models
     find_task(task)
     check_device_name(device or "auto")

@@ -23,13 +23,18 @@ def predict_cli(
     run: Annotated[Path, typer.Option(help="The folder of a run: runs/TASK/.../seed-1.", callback=checked)],
     text: Annotated[
         list[str] | None,
-        typer.Argument(help="One example each: words separated by spaces, or texts separated by tabs. Or give --file."),
+        typer.Argument(
+            help="Each is one example: words separated by spaces, or texts separated by tabs. Or give --file.",
+            metavar="TEXT",
+        ),
     ] = None,
     file: Annotated[
         Path | None,
-        typer.Option(help="A file in the task's format (without labels too), or one example per line; - reads stdin."),
+        typer.Option(
+            help="A file in the task's format, labels optional, or with one example per line. - is standard input."
+        ),
     ] = None,
-    conllu: Annotated[bool, typer.Option("--conllu", help="Print CoNLL-U (tagging).")] = False,
+    conllu: Annotated[bool, typer.Option("--conllu", help="For tagging: print CoNLL-U.")] = False,
     device: Device = None,
     as_json: Json = False,
 ) -> None:

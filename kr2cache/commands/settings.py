@@ -27,7 +27,7 @@ class Setting:
 TASK = Setting("udpos-LANG, snli, swag, piqa or hellaswag (kr2cache tasks). Default: from the resource's language.")
 DATA = Setting("Folder with train, dev and test in the task's format, or a hub data set. Default: the task's own data.")
 LIMIT = Setting("Only the first N examples of each split.", default="all")
-DEVICE = Setting("auto, cpu, cuda, cuda:1 or mps.")
+DEVICE = Setting("Where models run: auto, cpu, cuda, cuda:1 or mps.")
 CACHE_DIR = Setting("Where caches are.", default="$KR2CACHE_DIR, else .kr2cache")
 
 EXTRACT = {
@@ -37,10 +37,12 @@ EXTRACT = {
     "data": DATA,
     "max_length": Setting("Maximum number of tokens in a sequence, special tokens included."),
     "layers": Setting("all, lastN (last4), or a list: 0,3,5. Layer 0 is the embeddings."),
-    "dtype": Setting("On disk: float16, float32, bfloat16 or int8."),
-    "compute_dtype": Setting(f"In the forward pass: {', '.join(COMPUTE_DTYPES)} (autocast)."),
+    "dtype": Setting("Dtype on disk: float16, float32, bfloat16 or int8."),
+    "compute_dtype": Setting(f"Dtype of the forward pass: {', '.join(COMPUTE_DTYPES)} (autocast)."),
     "device": DEVICE,
-    "tokens_per_batch": Setting("Positions in one forward pass.", default="1024 on CPU, 16384 on CUDA"),
+    "tokens_per_batch": Setting(
+        "Maximum number of positions in one forward pass.", default="1024 on CPU, 16384 on CUDA"
+    ),
     "shard_gb": Setting("Maximum GiB of states in one file."),
     "limit": LIMIT,
     "cache_dir": CACHE_DIR,

@@ -31,8 +31,9 @@ def sweep_cli(
 ) -> None:
     """Train every cell of a table: methods, fusions, tasks, pairs of models, seeds.
 
-    All cells are checked first; if some cannot run, nothing is trained. Finished runs are skipped, so the same command
-    continues after an interruption. A cell that fails while it runs is reported at the end, and the others go on.
+    All cells are checked first. If some cannot run, nothing is trained.
+    Finished runs are skipped: the same command continues a stopped sweep.
+    If a cell fails while it runs, the others go on; it is reported at the end.
     """
     toml = read_toml(Path.cwd(), OPTIONS)
     given = merge(toml, **typed)
@@ -64,7 +65,8 @@ def sweep_cli(
 
 def report_cli(
     run_dir: Annotated[
-        Path | None, typer.Argument(help="Where the runs are.", show_default="runs", callback=checked)
+        Path | None,
+        typer.Argument(help="Where the runs are.", show_default="runs", metavar="RUN_DIR", callback=checked),
     ] = None,
     out: Annotated[
         Path | None,
@@ -74,10 +76,11 @@ def report_cli(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Make tables and plots of all runs, beside the paper's numbers if it has any.
+    """Make tables, tests and plots of all runs, beside the paper's numbers where it has them.
 
-    ≈ marks a difference that could be noise, ? one without a verdict. The tests are paired, over examples and over
-    seeds, and corrected for the number of comparisons.
+    ≈ marks a difference that could be noise. ? means that there is no verdict.
+    Tests are paired, over examples and over seeds.
+    They are corrected for the number of comparisons.
     """
     toml = read_toml(Path.cwd(), OPTIONS)
     from kr2cache.report import describe, report

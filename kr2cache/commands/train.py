@@ -29,7 +29,7 @@ def train_cli(
 ) -> None:
     """[bold]Stage two[/]: train readers on cached states, one run for each seed.
 
-    Missing caches are made first. A run that is finished is shown, not trained again.
+    Missing caches are made first. A finished run is shown, not trained again.
     """
     config = _config(typed, extract=not no_extract)
     model_folder(check_training(config).reader)  # a download shows its own progress
