@@ -22,7 +22,7 @@ class StoredDtype:
     """A dtype whose stored values are the states themselves. Other dtypes replace ``decode`` and ``encode``."""
 
     name: str
-    """As in ``--dtype`` and in a shard's attributes. A dtype without scales has the same name in torch."""
+    """As in ``--dtype``, in a shard's attributes, and in torch for the stored values."""
     on_disk: np.dtype[Any]
     """NumPy's type of the stored values."""
     read_as: np.dtype[Any]

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kr2cache.cache.check import CacheCheck
+from kr2cache.cache.dtypes import DTYPES
 from kr2cache.cache.shard import readable_headers
 from kr2cache.commands.loading import loading
 from kr2cache.commands.options import App, CacheDir, Data, Device, Json, merge, print_json
@@ -34,7 +35,8 @@ Caches = Annotated[
     typer.Argument(help="Folders, or names below --cache-dir. Default: every cache.", metavar="CACHE"),
 ]
 Dtype = Annotated[
-    str | None, typer.Option(help="Dtype of the new cache: float16, bfloat16 or int8.", show_default="the same")
+    str | None,
+    typer.Option(help=f"Dtype of the new cache, not a larger one: {', '.join(DTYPES)}.", show_default="the same"),
 ]
 
 

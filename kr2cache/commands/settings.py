@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+from kr2cache.cache.dtypes import DTYPES
 from kr2cache.config import COMPUTE_DTYPES, KIND_NAMES, ExtractConfig, TrainConfig
 from kr2cache.methods import METHODS
 
@@ -37,7 +38,7 @@ EXTRACT = {
     "data": DATA,
     "max_length": Setting("Maximum number of tokens in a sequence, special tokens included."),
     "layers": Setting("all, lastN (last4), or a list: 0,3,5. Layer 0 is the embeddings."),
-    "dtype": Setting("Dtype on disk: float16, float32, bfloat16 or int8."),
+    "dtype": Setting(f"Dtype on disk: {', '.join(DTYPES)}."),
     "compute_dtype": Setting(f"Dtype of the forward pass: {', '.join(COMPUTE_DTYPES)} (autocast)."),
     "device": DEVICE,
     "tokens_per_batch": Setting(

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kr2cache.cache.dtypes import DTYPES, quantise
+from kr2cache.cache.dtypes import DTYPES, FLOAT32, quantise
 from kr2cache.cache.format import SequenceIndex
 from kr2cache.cache.writer import PackedStates
 
@@ -31,10 +31,16 @@ class HostBuffers:
         self.pinned = pinned
         self._free: list[torch.Tensor] = []
 
-    def empty(self, rows: int, width: int, dtype: torch.dtype) -> tuple[torch.Tensor, NDArray[Any]]:
-        """(rows, width) of undefined values, as a tensor to be filled and as the array of the same memory to be kept:
-        bfloat16 as bits in int16. The memory is used again once the array and all views of it are gone, whether or not
-        somebody still has the tensor.
+    def empty(
+        self, rows: int, width: int, dtype: torch.dtype, on_disk: np.dtype[Any]
+    ) -> tuple[torch.Tensor, NDArray[Any]]:
+        """Undefined values, (rows, width): a tensor to fill, and an array of the same memory to keep.
+
+        The memory is used again once the array and all views of it are gone, even if the tensor is still held.
+
+        Args:
+            dtype: Torch's dtype of the tensor.
+            on_disk: NumPy's dtype of the array, of as many bytes.
         """
         size = rows * width * dtype.itemsize
         buffer = self._free.pop() if self._free else None
@@ -43,9 +49,9 @@ class HostBuffers:
             step = 2 ** max(0, size.bit_length() - 4)
             buffer = torch.empty(-(-size // step) * step, dtype=torch.uint8, pin_memory=self.pinned)
         tensor = buffer[:size].view(dtype).view(rows, width)
-        array = (tensor.view(torch.int16) if dtype == torch.bfloat16 else tensor).numpy()
-        weakref.finalize(array, self._free.append, buffer).atexit = False
-        return tensor, array
+        memory = tensor.view(torch.uint8).numpy()  # as bytes, since NumPy lacks some dtypes of torch
+        weakref.finalize(memory, self._free.append, buffer).atexit = False
+        return tensor, memory.view(on_disk)
 
 
 class Packer:
@@ -66,6 +72,7 @@ class Packer:
         self.index = index
         self.layers = layers
         self.dtype = DTYPES[dtype]
+        self.torch_dtype: torch.dtype = getattr(torch, self.dtype.name)
         self.device = device
         self._waiting: list[tuple[Any, PackedStates]] = []
         self._buffers = HostBuffers(pinned=device.type == "cuda")
@@ -100,8 +107,8 @@ class Packer:
         rounded on the way where no scale is needed. One pass over the states; gathering and casting apart were three.
         """
         L, D = len(self.layers), layers_BTD[0].shape[2]
-        dtype = torch.float32 if self.dtype.has_scales else getattr(torch, self.dtype.name)
-        packed, stored = self._buffers.empty(int(lengths.sum()) * L, D, dtype)
+        dtypes = (torch.float32, FLOAT32) if self.dtype.has_scales else (self.torch_dtype, self.dtype.on_disk)
+        packed, stored = self._buffers.empty(int(lengths.sum()) * L, D, *dtypes)
         wanted = [layers_BTD[layer] for layer in self.layers]
         row = 0
         # Neighbours of one length go together: a copy that is large enough is shared among the cores.
@@ -133,8 +140,8 @@ class Packer:
         """Stored values, and the scale of each row if rows have scales."""
         if self.dtype.has_scales:
             values, scale = quantise(states.float(), torch)
-            return values.to(torch.int8), scale
-        return states.to(getattr(torch, self.dtype.name)), None
+            return values.to(self.torch_dtype), scale
+        return states.to(self.torch_dtype), None
 
     # CUDA only ------------------------------------------------------------------------------------------------------
 
@@ -147,7 +154,7 @@ class Packer:
         # On the stream that computes, the next batch would wait for the copy.
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._stream):
-            packed, stored = self._buffers.empty(raw.shape[0], raw.shape[1], raw.dtype)
+            packed, stored = self._buffers.empty(raw.shape[0], raw.shape[1], raw.dtype, self.dtype.on_disk)
             packed.copy_(raw, non_blocking=True)
             stored_scale = None if scale is None else _to_pinned(scale)
             done = torch.cuda.Event()  # type: ignore[no-untyped-call]

@@ -49,17 +49,18 @@ def test_what_is_held_stays_while_other_batches_are_packed(dtype: str) -> None:
 
 def test_memory_is_used_again_once_nobody_holds_it() -> None:
     buffers = HostBuffers(pinned=False)
-    place = buffers.empty(100, 8, torch.float16)[1].ctypes.data
-    held = buffers.empty(99, 8, torch.float16)[1]  # a little less, of the same place
+    half, bits = (torch.float16, np.dtype("<f2")), (torch.bfloat16, np.dtype("<u2"))
+    place = buffers.empty(100, 8, *half)[1].ctypes.data
+    held = buffers.empty(99, 8, *half)[1]  # a little less, of the same place
     assert held.ctypes.data == place
     part = held[3:]
     del held
-    other = buffers.empty(100, 8, torch.float16)[1]
+    other = buffers.empty(100, 8, *half)[1]
     assert other.ctypes.data != place, "a part of it is still held"
     del part
-    again, stored = buffers.empty(100, 8, torch.bfloat16)
+    again, stored = buffers.empty(100, 8, *bits)
     assert (again.data_ptr(), stored.ctypes.data) == (place, place)
-    assert stored.dtype == np.int16
+    assert stored.dtype == np.uint16
 
 
 @pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan, -np.nan, 1e5])
