@@ -1,6 +1,6 @@
-"""A batch of sequences read from a cache, and the memory that it is read into.
+"""A batch of sequences read from a cache, and the memory for it.
 
-Shape letters: B sequences, L layers, T tokens of one sequence, D width.
+Shape letters: B sequences, L layers, T_i tokens of sequence i, D width.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from kr2cache.errors import ConfigError
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """Several sequences, one after the other and without padding; ``batch[i]`` is one of them, (L, T_i, D)."""
+    """Several sequences, one after the other, without padding. ``batch[i]`` is sequence i, shape (L, T_i, D)."""
 
     states: NDArray[np.floating]
     """(rows, D), rows = L * sum of T_i"""
     n_tokens: NDArray[np.int32]
-    """(B,)"""
+    """(B,) T_i of each sequence."""
     layers: tuple[int, ...]
     """The model's layer numbers, in the order of the L axis."""
 
     @cached_property
     def first_row(self) -> NDArray[np.int64]:
-        """(B+1,)"""
+        """(B+1,) the first row of each sequence in ``states``, then the number of rows."""
         return offsets(self.n_tokens) * len(self.layers)
 
     def __len__(self) -> int:
@@ -62,6 +62,6 @@ def output_rows(out: NDArray[np.floating], rows: int, width: int, dtype: np.dtyp
         found = f"{out.dtype} of shape {out.shape}{'' if out.flags.writeable else ', read-only'}"
         found += "" if out.flags.c_contiguous else ", not contiguous"
     raise ConfigError(
-        f"out is {found}. The batch needs a writable array of {dtype}, {rows:,} or more rows of {width}, contiguous.",
-        "cache.buffer(sequences) makes one that any so many sequences have room in.",
+        f"out is {found}. It must be a writable, contiguous array of {dtype} with {rows:,} or more rows of {width}.",
+        "cache.buffer(sequences) makes an array that is large enough for so many sequences.",
     )

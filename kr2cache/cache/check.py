@@ -1,8 +1,8 @@
-"""Read every byte of a cache against its checksums, and say what is damaged.
+"""Compare every byte of a cache with its checksums, and report the damaged sequences.
 
-Files are read with ``preadv`` into buffers of their own, not through maps: a file that shrinks, or a disk that fails,
-is then an error and not a signal. Reading releases Python's lock, and XXH3 runs at memory speed, so a few threads keep
-a disk busy.
+Files are read with ``preadv`` into buffers, not through memory maps: a file that shrinks or a disk that fails then
+raises an error instead of a signal. A few threads keep a disk busy, because reading releases Python's global
+interpreter lock and XXH3 runs at the speed of memory.
 """
 
 from __future__ import annotations
@@ -26,32 +26,33 @@ from kr2cache.cache.shard import Shard, is_structure_intact, open_shard, shard_f
 from kr2cache.errors import CacheError
 
 BLOCK_BYTES = 32 * 2**20
-"""Read at once; a larger sequence is a block of its own."""
+"""The size of one read. A sequence that is larger is read as one block."""
 THREADS = min(8, os.cpu_count() or 1)
 
 
 @dataclass(kw_only=True)
 class ShardCheck:
-    """What was found in one shard."""
+    """The result of checking one shard."""
 
     path: Path
     unreadable: str = ""
-    """Why the file is no shard; its sequences are lost to reading."""
+    """Why the file cannot be read as a shard; empty if it can be read."""
     index_damaged: bool = False
-    """The index contradicts ``index_xxh3``: ids, lengths, tokens or text hashes are not what was written."""
+    """Whether the index does not match ``index_xxh3``: ids, lengths, tokens or text hashes changed."""
     structure_damaged: bool = False
-    """Something else beside the states is not as it was made: HDF5's own structures, attributes, unused space."""
+    """Whether other fixed bytes changed: HDF5's own structures, attributes or unused space."""
     damaged: list[int] = field(default_factory=list)
-    """Positions whose states, scales, checksum or mark are not what was written."""
+    """Positions in the shard of sequences whose states, scales, checksum or mark changed."""
     incomplete: list[int] = field(default_factory=list)
-    """Positions that are not marked complete."""
+    """Positions in the shard of sequences that are not marked complete."""
     ids: list[str] = field(default_factory=list)
+    """All ids of the shard, by position."""
     bytes: int = 0
-    """States and scales that were read."""
+    """Bytes of states and scales that were read."""
 
     @property
     def needs_rebuild(self) -> bool:
-        """Whether it has to be made again around its sound sequences."""
+        """Whether the file must be made again; its intact sequences are then copied."""
         return bool(self.unreadable) or self.index_damaged or self.structure_damaged
 
     @property
@@ -61,12 +62,12 @@ class ShardCheck:
 
 @dataclass(kw_only=True)
 class CacheCheck:
-    """What was found in a cache."""
+    """The result of checking a cache."""
 
     folder: Path
     shards: list[ShardCheck]
     faults: list[str]
-    """Of the folder as a whole: missing shards, shards of other caches, ids that occur twice."""
+    """Faults of the whole folder: missing shards, shards of other caches, ids that occur twice."""
     seconds: float
 
     @property
@@ -87,7 +88,7 @@ class CacheCheck:
 
     @property
     def intact(self) -> bool:
-        """Nothing is damaged; something may still be incomplete."""
+        """Whether nothing is damaged. Sequences may still be incomplete."""
         return not self.faults and all(shard.intact for shard in self.shards)
 
 
@@ -95,10 +96,10 @@ def check_cache(folder: Path, advance: Callable[[int], None] = lambda count: Non
     """Check structure, index and every complete sequence of a cache.
 
     Args:
-        advance: Called with bytes as they are read.
+        advance: Called after each block with the number of bytes read.
 
     Raises:
-        CacheError: If the folder holds no shard at all.
+        CacheError: If the folder holds no shard.
     """
     started = time.monotonic()
     paths = shard_files(folder)
@@ -133,7 +134,7 @@ def _number(text: str) -> int:
 
 
 def check_shard(shard: Shard, found: ShardCheck, advance: Callable[[int], None] = lambda count: None) -> None:
-    """Fill ``found`` with what the bytes of one shard say."""
+    """Check the bytes of one shard and write the result into ``found``."""
     layers = len(shard.header.layers)
     try:
         found.index_damaged = shard.tokens().xxh3(layers) != int(shard.layout.attributes["index_xxh3"])
@@ -147,14 +148,14 @@ def check_shard(shard: Shard, found: ShardCheck, advance: Callable[[int], None] 
     blocks = list(_blocks(shard))
     if not shard.mappable:
         for block in blocks:
-            damaged += _check_block_of_hdf5(shard, block, digests)
+            damaged += _check_block_with_hdf5(shard, block, digests)
             advance(_block_bytes(shard, block))
     else:
         descriptor = os.open(shard.path, os.O_RDONLY)
         try:
             with ThreadPoolExecutor(THREADS) as pool:
                 for block, bad in zip(
-                    blocks, pool.map(lambda one: _check_block(shard, one, digests, descriptor), blocks), strict=True
+                    blocks, pool.map(lambda block: _check_block(shard, block, digests, descriptor), blocks), strict=True
                 ):
                     damaged += bad
                     advance(_block_bytes(shard, block))
@@ -165,7 +166,7 @@ def check_shard(shard: Shard, found: ShardCheck, advance: Callable[[int], None] 
 
 
 def _blocks(shard: Shard) -> Iterator[NDArray[np.int64]]:
-    """Complete sequences that are neighbours, about ``BLOCK_BYTES`` together."""
+    """Blocks of adjacent complete sequences, each about ``BLOCK_BYTES`` large."""
     complete = np.flatnonzero(shard.complete)
     if not len(complete):
         return
@@ -196,7 +197,7 @@ def _check_block(shard: Shard, block: NDArray[np.int64], digests: NDArray[np.uin
             scale = _pread(
                 descriptor, shard.array_offset("hidden_scale") + start * SCALE_BYTES, (stop - start) * SCALE_BYTES
             )
-    except OSError:  # the disk cannot read it, or it is not there any more
+    except OSError:  # the disk fails, or the file became shorter
         return [int(i) for i in block]
     bad = []
     for i in block.tolist():
@@ -207,7 +208,7 @@ def _check_block(shard: Shard, block: NDArray[np.int64], digests: NDArray[np.uin
     return bad
 
 
-def _check_block_of_hdf5(shard: Shard, block: NDArray[np.int64], digests: NDArray[np.uint64]) -> list[int]:
+def _check_block_with_hdf5(shard: Shard, block: NDArray[np.int64], digests: NDArray[np.uint64]) -> list[int]:
     bad = []
     for i in block.tolist():
         start, stop = int(shard.first_row[i]), int(shard.first_row[i + 1])
@@ -228,6 +229,6 @@ def _pread(descriptor: int, offset: int, count: int) -> NDArray[np.uint8]:
     while done < count:
         read = os.preadv(descriptor, [buffer[done:].data], offset + done)
         if read == 0:
-            raise OSError("the file ends here")
+            raise OSError("the file ends too early")
         done += read
     return buffer

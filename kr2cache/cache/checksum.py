@@ -18,7 +18,7 @@ def checksum(data: bytes) -> int:
     def rotate(x: int, k: int) -> int:
         return ((x << k) | (x >> (32 - k))) & mask
 
-    whole = (len(data) - 1) // 12 * 12  # the last 1 to 12 bytes are mixed apart
+    whole = (len(data) - 1) // 12 * 12  # the last 1 to 12 bytes are mixed differently
     padded = data[whole:].ljust(12, b"\0")
     for x, y, z in struct.iter_unpack("<3I", data[:whole]):
         a, b, c = (a + x) & mask, (b + y) & mask, (c + z) & mask

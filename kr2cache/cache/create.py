@@ -1,7 +1,7 @@
-"""Make the shards of a cache: all HDF5 metadata and the whole index written, space for the states reserved.
+"""Make the shards of a cache: write all HDF5 metadata and the whole index, and reserve space for the states.
 
-A shard is built under a temporary name and synced, and only then renamed, so that every ``shard-*.h5`` on disk is valid
-HDF5 at any instant; the writer fills it in place.
+A shard is built under a temporary name, synced, and then renamed. So every ``shard-*.h5`` on disk is valid HDF5 at any
+moment. The writer later fills it in place.
 """
 
 from __future__ import annotations
@@ -34,9 +34,17 @@ PAGE = 4096
 
 
 def shard_boundaries(n_tokens: NDArray[np.int32], token_bytes: int, shard_bytes: int) -> list[int]:
-    """Where to cut the sequences into shards of at most ``shard_bytes`` of states: ``[0, ..., n]``.
+    """Split the sequences into shards with at most ``shard_bytes`` of states.
 
-    A sequence larger than a shard gets one of its own.
+    A sequence that is larger than a shard gets a shard of its own.
+
+    Args:
+        n_tokens: (n,) the tokens of each sequence.
+        token_bytes: Bytes of the stored states of one token, all layers together.
+        shard_bytes: The largest size of a shard's states.
+
+    Returns:
+        The first sequence of each shard, then n.
     """
     cuts, held = [0], 0
     for i, tokens in enumerate(n_tokens.tolist()):
@@ -49,23 +57,29 @@ def shard_boundaries(n_tokens: NDArray[np.int32], token_bytes: int, shard_bytes:
 
 
 def create_shards(folder: Path, header: ShardHeader, index: SequenceIndex, shard_bytes: int) -> list[Path]:
-    """Make the shards of a cache, space reserved and nothing complete. Those that are there already are kept; one that
-    is damaged, or is not what ``header`` and ``index`` say, is made again with the sequences that are left of it.
+    """Make the shards of a cache, with space reserved and no sequence complete.
+
+    Existing shards are kept. A shard that is damaged, or does not match ``header`` and ``index``, is made again; its
+    intact sequences are copied into the new file.
+
+    Args:
+        shard_bytes: The largest size of a shard's states.
 
     Returns:
         The shards that were made again.
 
     Raises:
-        CacheError: If lengths of the index disagree; nothing is written then.
-        DiskSpaceError: If the space cannot be reserved; no unfinished file stays.
-        CacheVersionError: For a shard of another version of the format; it is left as it is.
+        CacheError: If lengths of the index contradict each other; nothing is written.
+        DiskSpaceError: If the space cannot be reserved; the unfinished file is removed.
+        CacheVersionError: If a shard has another format version; it is not changed.
     """
     tokens = int(index.n_tokens.sum(dtype=np.int64))
-    if not tokens == len(index.input_id) == len(index.word_index) or index.n_tokens.min(initial=1) < 1:
+    empty = int((index.n_tokens < 1).sum())
+    if empty or not tokens == len(index.input_id) == len(index.word_index):
         raise CacheError(
-            f"{folder} is not made: the index says {tokens} tokens, {len(index.input_id)} ids and "
-            f"{len(index.word_index)} word numbers, {index.n_tokens.min(initial=1)} tokens or more a sequence.",
-            "Every sequence has at least one token, and every token an id and a word number (-1 for special ones).",
+            f"{folder} is not made: the index has {tokens} tokens, {len(index.input_id)} token ids and "
+            f"{len(index.word_index)} word numbers; {empty} sequences have no token.",
+            "Give each sequence one token or more, and each token an id and a word number (-1 for special tokens).",
         )
     folder.mkdir(parents=True, exist_ok=True)
     token_bytes = header.stored.row_bytes(header.width) * len(header.layers)
@@ -83,7 +97,7 @@ def create_shards(folder: Path, header: ShardHeader, index: SequenceIndex, shard
 
 
 def _is_shard_of(path: Path, header: ShardHeader, index: SequenceIndex) -> bool:
-    """Whether the file is a shard of this cache, its index as it was written."""
+    """Whether the file is an intact shard of this cache that the writer can complete."""
     try:
         shard = open_shard(path)
         layers = len(header.layers)
@@ -96,14 +110,16 @@ def _is_shard_of(path: Path, header: ShardHeader, index: SequenceIndex) -> bool:
 
 
 def create_shard(path: Path, header: ShardHeader, index: SequenceIndex, recover_from: Path | None = None) -> None:
-    """Build one shard under a temporary name, reserve its space, sync it, rename it.
+    """Build one shard under a temporary name, reserve its space, sync it, and rename it.
 
     Args:
-        recover_from: A damaged shard whose sound sequences are copied into the new one before it gets its name.
+        recover_from: A damaged shard. Its intact sequences are copied into the new shard before the new shard is
+            renamed.
     """
     partial = path.with_name(path.name + ".partial")
     try:
-        # Twice: a disk that fills while HDF5 builds the file leaves HDF5 unable to close it, and the process dies.
+        # Reserve before HDF5 builds the file, and again after: if the disk becomes full while HDF5 writes, HDF5 cannot
+        # close the file and the process dies.
         with partial.open("wb") as file:
             reserved = reserve(file.fileno(), _size(header, index))
         if not reserved and free_bytes(path.parent) < _size(header, index) - _state_bytes(header, index):
@@ -133,15 +149,14 @@ def create_shard(path: Path, header: ShardHeader, index: SequenceIndex, recover_
 
 
 def _recover(damaged: Path, fresh: Shard, descriptor: int) -> None:
-    """Copy the sequences of a damaged file that are marked complete, equal their checksum, and have the id and the
-    tokens that the new file has. Equal content lies at equal offsets, so the damaged file's own structures need not be
-    read.
+    """Copy sequences from a damaged file: those that are marked complete, match their checksum, and have the id and
+    tokens of the new file. Both files have the same offsets, so the structures of the damaged file are not read.
     """
     places = {name: fresh.array_offset(name) for name in ("examples/id", "tokens/input_id", "examples/xxh3", "hidden")}
     marks, width = fresh.array_offset("examples/complete"), fresh.header.hidden_row_bytes
     id_bytes = fresh.ids.dtype.itemsize
     first_token = fresh.first_row // len(fresh.header.layers)
-    # The same corpus by another model has the same ids and tokens: the file has to be of this cache.
+    # Check the fingerprint: a cache of the same corpus and another model can have the same ids and tokens.
     if not any(header.fingerprint == fresh.header.fingerprint for header in readable_headers(damaged)):
         return
     old = os.open(damaged, os.O_RDONLY)
@@ -181,13 +196,13 @@ def _build(path: Path, header: ShardHeader, index: SequenceIndex) -> None:
     rows = int(first_row[-1])
     creation = h5py.h5p.create(h5py.h5p.FILE_CREATE)
     creation.set_obj_track_times(False)
-    creation.set_attr_phase_change(32, 16)  # all attributes in the root's header: layout.py looks nowhere else
+    creation.set_attr_phase_change(32, 16)  # all attributes in the root's header, the only place that layout.py reads
     access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
     access.set_libver_bounds(h5py.h5f.LIBVER_V110, h5py.h5f.LIBVER_V110)
-    access.set_alignment(1, PAGE)  # however small: a mapped array should start on a page
+    access.set_alignment(1, PAGE)  # align everything to pages, so that a mapped array starts on a page
     access.set_fclose_degree(h5py.h5f.CLOSE_STRONG)
     with h5py.File(h5py.h5f.create(os.fsencode(path), h5py.h5f.ACC_TRUNC, creation, access)) as file:
-        # First, so that they lie in front: a file that is cut off still says what it was.
+        # Write the attributes first, so that they are near the start: a file that is cut off still has them.
         for name, value in header.attributes().items():
             file.attrs[name] = value
         file.attrs["index_xxh3"] = np.uint64(index.xxh3(layers))
@@ -223,7 +238,7 @@ def _build(path: Path, header: ShardHeader, index: SequenceIndex) -> None:
 def _dataset(
     file: h5py.File, name: str, shape: tuple[int, ...], dtype: np.dtype[Any], chunks: tuple[int, int] | None = None
 ) -> h5py.Dataset:
-    """A data set with its space allocated at once, never filled, without times."""
+    """Make a data set. Its space is allocated now and not filled with a default value; no times are stored."""
     properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     properties.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     properties.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
@@ -241,6 +256,8 @@ def _state_bytes(header: ShardHeader, index: SequenceIndex) -> int:
 
 
 def _size(header: ShardHeader, index: SequenceIndex) -> int:
-    """Bytes of a shard, within a few pages: states, index (29 bytes a sequence beside its id), tokens, HDF5's own."""
+    """Bytes of a shard, accurate to a few pages: states, index (the id and 29 more bytes per sequence), tokens and
+    HDF5's own structures.
+    """
     beside = len(index) * (index.ids.dtype.itemsize + 29) + 8 * len(index.input_id) + len(header_copy(header)) * 2
     return _state_bytes(header, index) + beside + 32 * PAGE

@@ -1,6 +1,6 @@
-"""The dtypes that states are stored in: how each looks on disk, how states become stored values, and the reverse.
+"""The dtypes of stored states: the type on disk, and the conversion of states to stored values and back.
 
-``DTYPES`` has one record for each dtype; no other module knows a dtype by its name. Shape letters: D width.
+``DTYPES`` has one record for each dtype; no other module depends on the name of a dtype. Shape letters: D width.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class StoredDtype:
     """A dtype whose stored values are the states themselves. Other dtypes replace ``decode`` and ``encode``."""
 
     name: str
-    """As in ``--dtype``, in a shard's attributes, and in torch for the stored values."""
+    """The name in ``--dtype``, in a shard's attributes, and of torch's type of the stored values."""
     on_disk: np.dtype[Any]
     """NumPy's type of the stored values."""
     read_as: np.dtype[Any]
@@ -32,7 +32,7 @@ class StoredDtype:
     has_scales: bool = False
     """Whether each row has a float32 scale."""
     overflow_remedy: str = ""
-    """What helps if a state is too large for this dtype; empty if no other dtype helps."""
+    """The advice to users if a state is too large for this dtype; empty if no other dtype helps."""
 
     @property
     def is_exact(self) -> bool:

@@ -1,6 +1,7 @@
 """The cache format, version 1.
 
-A cache is a folder of shards ``shard-00000-of-00001.h5``; each is one HDF5 file that stands alone::
+A cache is a folder of shards ``shard-00000-of-00001.h5``. Each shard is one HDF5 file that needs no other file. Shape
+letters: n sequences, t tokens of all sequences, L stored layers, R = L * t rows, D width, C rows of a chunk::
 
     /hidden               (R, D)   float16 | float32 | int8 | uint16 (bfloat16 bits)     chunks (C, D), no filter
     /hidden_scale         (R,)     float32           only for int8: state = value * scale of its row
@@ -9,25 +10,27 @@ A cache is a folder of shards ``shard-00000-of-00001.h5``; each is one HDF5 file
     /examples/n_tokens    (n,)     int32             T of sequence i, special tokens included
     /examples/text_xxh3   (n,)     uint64            XXH3-64 of the input text: words or segments, joined by U+001F
     /examples/xxh3        (n,)     uint64            XXH3-64 of the sequence's stored bytes, then of its scales if any
-    /examples/complete    (n,)     uint8             1 once its bytes are on disk
+    /examples/complete    (n,)     uint8             1 if the sequence's bytes are on disk, else 0
     /tokens/input_id      (t,)     int32             the resource's token ids, all sequences in order
     /tokens/word_index    (t,)     int32             the input word of each token, -1 for special tokens
-    attributes            format "kr2cache", format_version 1, dtype, layers (stored layer numbers), model_layers (L+1),
-                          fingerprint, provenance (JSON), batch_plan (JSON), index_xxh3,
+    attributes            format "kr2cache", format_version 1, dtype, layers (stored layer numbers, 0 = embeddings),
+                          model_layers (the model's number of layers with the embeddings), fingerprint,
+                          provenance (JSON), batch_plan (JSON), index_xxh3,
                           fusion (absent, or JSON {"layers", "weights"}: then one fused layer is stored)
 
     states of sequence i  =  hidden[first_row[i] : first_row[i+1]].reshape(L, T_i, D)
 
-``hidden`` is chunked with fixed dimensions, allocated early, never filled and never filtered, in the file format of
-HDF5 1.10: HDF5 then keeps no chunk index, the chunks lie in order in one block, and the block can be memory-mapped as a
-plain array. With chunks of about 8 MiB, checking this takes few steps. Sequences lie in data-set order, unpadded,
-layer by layer, so that all layers, the last four, or one layer of a sequence are each one contiguous range of the file.
+``hidden`` has chunks of fixed dimensions in the file format of HDF5 1.10. Its space is allocated early, never filled
+with a default value and never filtered. HDF5 then keeps no chunk index and stores the chunks in order in one block, so
+that the block can be memory-mapped as a plain array. With chunks of about 8 MiB there are few chunks to check.
+Sequences are stored in data-set order, without padding, layer by layer. So all layers, the last four, or one layer of a
+sequence are each one contiguous range of the file.
 
-``index_xxh3`` is the XXH3-64 of the bytes of id, first_row, n_tokens, text_xxh3, input_id and word_index, in that
-order. The provenance's field ``header_xxh3``, which may be absent, is that of the other attributes
-(``ShardHeader.xxh3``). No times are stored, so equal content is equal bytes. A reader refuses a ``format_version`` it
-does not know. After HDF5's last byte the file has a copy of the attributes and a checksum of all that
-is fixed at creation (``header_copy``), for repairing.
+``index_xxh3`` is the XXH3-64 of the bytes of id, first_row, n_tokens, text_xxh3, input_id and word_index, in this
+order. The field ``header_xxh3`` of the provenance, which may be absent, is the checksum of the other attributes
+(``ShardHeader.xxh3``). No times are stored, so equal content gives equal bytes. A reader refuses a ``format_version``
+that it does not know. After HDF5's last byte, the file has a copy of the attributes and a checksum of all bytes that
+are fixed at creation (``header_copy``). ``repair`` uses them.
 """
 
 from __future__ import annotations
@@ -51,19 +54,22 @@ from kr2cache.errors import CacheError, ConfigError
 
 FORMAT = "kr2cache"
 FORMAT_VERSION = 1
-"""Of the files that are written."""
+"""The version of new files."""
 READ_VERSIONS = (1,)
-"""Of the files that are read."""
+"""The versions that can be read."""
 CHUNK_BYTES = 8 * 2**20
+"""The largest size of a chunk of ``hidden``, unless one row is larger."""
 SEPARATOR = "\x1f"
-"""Joins the words or segments of a text before it is hashed."""
+"""The character between the words or segments of a text when it is hashed."""
 
 HEADER_XXH3 = "header_xxh3"
+"""The provenance's field with the checksum of the attributes."""
 
 
 def chunk_rows(rows: int, width: int, dtype: str) -> int:
-    """C: rows of a chunk, at least 1. As few chunks of at most 8 MiB as hold ``rows``, all about equally full: HDF5
-    stores whole chunks, and of a last one that is nearly empty the disk would be.
+    """C, the number of rows in a chunk: the fewest chunks of at most 8 MiB that hold ``rows``, all about equally full.
+
+    HDF5 stores whole chunks, so a last chunk that is nearly empty would waste disk space.
     """
     most = max(1, CHUNK_BYTES // (width * DTYPES[dtype].on_disk.itemsize))
     chunks = max(1, -(-rows // most))
@@ -89,38 +95,41 @@ def states_xxh3(raw: NDArray[Any], scale: NDArray[Any] | None) -> int:
 
 
 def canonical_json(value: object) -> str:
-    """JSON that is the same bytes for the same value: sorted keys, no spaces."""
+    """JSON with sorted keys and no spaces: equal values give equal text."""
     return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class SequenceIndex:
-    """What is known of the sequences before the first forward pass. Shapes: n sequences, t tokens in all."""
+    """The data of all sequences that are known before the first forward pass.
+
+    Shape letters: n sequences, t tokens of all sequences.
+    """
 
     ids: NDArray[np.bytes_]
     """(n,) UTF-8, fixed length."""
     n_tokens: NDArray[np.int32]
     """(n,) T of each sequence, special tokens included."""
     text_xxh3: NDArray[np.uint64]
-    """(n,)"""
+    """(n,) XXH3-64 of each input text."""
     input_id: NDArray[np.int32]
-    """(t,)"""
+    """(t,) the resource's token ids."""
     word_index: NDArray[np.int32]
     """(t,) input word of each token, -1 for special tokens."""
     segment_id: NDArray[np.int8] | None = None
-    """(t,) the segment that a pair's tokens belong to, where the model takes it; never stored: the template and the
-    tokenizer decide it."""
+    """(t,) the segment of each token in a text pair, if the model takes segment ids. It is never stored, because the
+    template and the tokenizer determine it."""
 
     def __len__(self) -> int:
         return len(self.ids)
 
     @cached_property
     def first_token(self) -> NDArray[np.int64]:
-        """(n+1,) where each sequence's tokens begin."""
+        """(n+1,) the first token of each sequence, then t."""
         return offsets(self.n_tokens)
 
     def part(self, start: int, stop: int) -> SequenceIndex:
-        """Sequences ``start`` to ``stop`` (exclusive), as an index of their own."""
+        """The index of sequences ``start`` to ``stop`` (exclusive)."""
         first, last = self.first_token[start], self.first_token[stop]
         return SequenceIndex(
             ids=self.ids[start:stop],
@@ -132,7 +141,7 @@ class SequenceIndex:
         )
 
     def select(self, positions: NDArray[np.int64]) -> SequenceIndex:
-        """The sequences at ``positions``, in that order."""
+        """The index of the sequences at ``positions``, in this order."""
         lengths = self.n_tokens[positions]
         tokens = range_indices(self.first_token[positions], lengths)
         return SequenceIndex(
@@ -152,7 +161,7 @@ class SequenceIndex:
         return digest.intdigest()
 
     def first_row(self, layers: int) -> NDArray[np.int64]:
-        """(n+1,) the sequence's first row in ``hidden``."""
+        """(n+1,) the first row of each sequence in ``hidden``, then R."""
         return offsets(self.n_tokens) * layers
 
     def _rest(self) -> tuple[NDArray[Any], ...]:
@@ -160,24 +169,25 @@ class SequenceIndex:
 
 
 def offsets(lengths: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
-    """``[0, l0, l0+l1, ...]``, int64, one longer than ``lengths``."""
+    """The sums ``[0, l0, l0+l1, ...]`` of ``lengths``, shape (len(lengths) + 1,)."""
     result = np.zeros(len(lengths) + 1, dtype=np.int64)
     np.cumsum(lengths, out=result[1:])
     return result
 
 
 def range_indices(starts: NDArray[np.integer[Any]], lengths: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
-    """The numbers of the ranges that begin at ``starts`` and have ``lengths``, one range after the other: (sum of
-    ``lengths``,).
+    """All integers of several ranges, one range after the other; shape (sum of lengths,).
+
+    Args:
+        starts: The first integer of each range.
+        lengths: The number of integers in each range.
     """
     before = offsets(lengths)
     return np.arange(int(before[-1])) + np.repeat(starts - before[:-1], lengths)
 
 
 def ranges(numbers: Iterable[int]) -> list[list[int]]:
-    """``[[start, stop], ...]`` of the numbers, in ascending order; neighbours form one range. A batch plan stores this
-    form.
-    """
+    """The numbers as ascending ranges ``[[start, stop], ...]``, ``stop`` exclusive. Batch plans store this form."""
     result: list[list[int]] = []
     for number in sorted(set(numbers)):
         if result and result[-1][1] == number:
@@ -191,21 +201,21 @@ def encode_ids(ids: Sequence[str]) -> NDArray[np.bytes_]:
     """Ids as a fixed-length UTF-8 array.
 
     Raises:
-        CacheError: For an empty id, or one with a NUL, which fixed-length strings cannot keep.
+        CacheError: For an empty id, or an id with a NUL character, which fixed-length strings cannot store.
     """
     try:
         encoded = [name.encode("utf-8") for name in ids]
     except UnicodeEncodeError as error:
-        raise CacheError(f"{error.object!r} cannot be the id of a sequence: it is no Unicode text.") from error
+        raise CacheError(f"{error.object!r} cannot be the id of a sequence: it is not valid Unicode.") from error
     for name, raw in zip(ids, encoded, strict=True):
         if not raw or b"\0" in raw:
-            raise CacheError(f"{name!r} cannot be the id of a sequence: it is empty or holds a NUL character.")
+            raise CacheError(f"{name!r} cannot be the id of a sequence: it is empty or contains a NUL character.")
     return np.array(encoded, dtype=f"S{max(map(len, encoded), default=1)}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardHeader:
-    """The attributes of one shard, checked."""
+    """The checked attributes of one shard except ``index_xxh3``, and the width."""
 
     dtype: str
     layers: tuple[int, ...]
@@ -216,26 +226,26 @@ class ShardHeader:
     batch_plan: dict[str, Any]
     fusion: dict[str, Any] | None = None
     format_version: int = field(default=FORMAT_VERSION)
-    """Of the file; part of its checksums, so what reads a file takes it from there."""
+    """The version of the file. Its checksums include the version, so a reader must keep the file's own value."""
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ConfigError(f"Unknown dtype {self.dtype!r}.", f"Known: {', '.join(DTYPES)}.")
         if self.fusion is not None and len(self.layers) != 1:
-            raise CacheError(f"A fused cache stores one layer, this one says {len(self.layers)}.")
+            raise CacheError(f"A fused cache stores one layer, but this header names {len(self.layers)}.")
 
     @property
     def stored(self) -> StoredDtype:
-        """The record of ``dtype``."""
+        """How states of ``dtype`` are stored."""
         return DTYPES[self.dtype]
 
     @property
     def hidden_row_bytes(self) -> int:
-        """Bytes of one row, without its scale."""
+        """Bytes of one row of ``hidden``: the values without the scale."""
         return self.width * self.stored.on_disk.itemsize
 
     def attributes(self) -> dict[str, Any]:
-        """As they are stored; ``index_xxh3`` is added by whoever knows the index."""
+        """The attributes as stored, except ``index_xxh3``, which needs the index."""
         stored: dict[str, Any] = {
             "format": FORMAT,
             "format_version": np.int64(self.format_version),
@@ -251,26 +261,29 @@ class ShardHeader:
         return stored
 
     def xxh3(self) -> int:
-        """Of all attributes but ``index_xxh3``; HDF5 itself keeps strings where nothing guards them."""
+        """XXH3-64 of all attributes except ``index_xxh3``. HDF5 stores strings without a checksum of its own."""
         return xxhash.xxh3_64_intdigest(canonical_json(dataclasses.asdict(self)).encode())
 
 
 TAIL_MARK = b"kr2cache"
+"""The last bytes of each shard."""
 TAIL_BYTES = 24 + len(TAIL_MARK)
+"""Bytes of the tail after the copy of the attributes."""
 
 
 def header_copy(header: ShardHeader) -> bytes:
-    """What follows HDF5's last byte, which HDF5 ignores: the attributes as JSON, its length, its XXH3-64, 8 bytes for
-    the XXH3-64 of everything that is fixed at creation, and ``kr2cache``; numbers of 8 bytes, little-endian. Should
-    the attributes be damaged, repairing starts here.
+    """The bytes after HDF5's last byte, which HDF5 ignores. If the attributes are damaged, ``repair`` starts from them.
+
+    They are the attributes as JSON, the JSON's length and XXH3-64, the XXH3-64 of all bytes that are fixed at creation
+    (0 here, ``create.py`` fills it in), and ``kr2cache``. Each number has 8 bytes, little-endian.
     """
     text = canonical_json(dataclasses.asdict(header)).encode()
     return text + struct.pack("<3Q", len(text), xxhash.xxh3_64_intdigest(text), 0) + TAIL_MARK
 
 
 def read_tail(path: Path) -> tuple[ShardHeader, int] | None:
-    """The copy of the attributes at the end of a file, and the XXH3-64 of what is fixed; None if it is not there or
-    damaged itself.
+    """Read the copy of the attributes and the XXH3-64 of the fixed bytes from the end of a file; None if they are
+    missing or damaged.
     """
     with path.open("rb") as file:
         size = file.seek(0, os.SEEK_END)

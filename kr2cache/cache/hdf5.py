@@ -1,7 +1,7 @@
-"""A shard that another tool rewrote (compressed, re-chunked, moved), read through HDF5: slower, with the same results.
+"""Read shards that another tool rewrote (compressed, re-chunked) with the HDF5 library: slower, with the same results.
 
-A damaged file can make HDF5 crash or loop for ever. So a separate process opens such a file first; only if that process
-succeeds is the file opened here.
+A damaged file can make HDF5 crash or loop for ever. So a separate process opens such a file first. This process opens
+it only if the other process succeeded.
 """
 
 from __future__ import annotations
@@ -22,22 +22,21 @@ from kr2cache.cache.layout import DATASETS, REMEDY, Layout, StoredDataset
 from kr2cache.errors import CacheError
 
 TIMEOUT_S = 30
-"""HDF5 may take to look at one file; a second is much."""
+"""The longest time for HDF5 to examine one file. It normally takes less than a second."""
 DEFLATE_RATIO = 1_100
-"""No filter makes more bytes than this of one: what claims to be larger was never written."""
-
+"""A filter expands one byte to at most so many bytes. A data set that claims a larger size is damaged."""
 
 EXAMINE_CODE = "import sys; from kr2cache.cache.hdf5 import main; sys.exit(main(sys.argv[1]))"
 
 
 @contextlib.contextmanager
 def cache_errors(path: Path) -> Iterator[None]:
-    """What h5py, NumPy and we stumble over in a damaged file becomes a ``CacheError`` that names the file."""
+    """Turn errors of h5py, NumPy and this package about a damaged file into a ``CacheError`` that names the file."""
     try:
         yield
     except CacheError:
         raise
-    # MemoryError is an absurd size that the file claims.
+    # MemoryError: a damaged file claims an absurd size.
     except (
         OSError,
         LookupError,
@@ -54,9 +53,9 @@ def cache_errors(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def open_hdf5(path: Path) -> Iterator[h5py.File]:
-    """The file, for reading.
+    """Open a file for reading, without HDF5's file locks.
 
-    HDF5's own file locks are left out: after its creation no writer goes through HDF5, and they fail on some networks.
+    The locks fail on some network file systems. They are not needed: HDF5 never writes to a finished file.
     """
     with cache_errors(path), _open(path) as file:
         yield file
@@ -66,44 +65,44 @@ def _open(path: Path) -> h5py.File:
     try:
         return h5py.File(path, "r", locking=False)
     except OSError as error:
-        # This process has it open already, with locks; HDF5 wants both opened alike.
+        # This process has the file open with locks. HDF5 then requires locks here too.
         if "file locking" not in str(error):
             raise
         return h5py.File(path, "r")
 
 
 def check_in_process(path: Path) -> None:
-    """Let HDF5 read attributes, index and chunk addresses of a file in a process of its own.
+    """Let HDF5 read the attributes, index and chunk addresses of a file in a separate process.
 
     Raises:
-        CacheError: If that process objects, crashes, or does not come back.
+        CacheError: If that process finds an error, crashes, or does not end in time.
     """
-    # -P and our own search path: nothing is imported from the folder that we happen to be in.
+    # -P and this process's search path: Python imports nothing from the current folder.
     command = [sys.executable, "-P", "-c", EXAMINE_CODE, str(path.absolute())]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(str(Path(place).absolute()) for place in sys.path)}
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False, env=environment)
     except subprocess.TimeoutExpired as error:
-        raise CacheError(f"{path} is damaged: HDF5 does not come to an end with it.", REMEDY) from error
+        raise CacheError(f"{path} is damaged: HDF5 does not finish reading it.", REMEDY) from error
     except (OSError, ValueError) as error:
         raise CacheError(f"{path} cannot be examined: {error}.", REMEDY) from error
     if done.returncode == 0:
         return
     said = done.stdout.strip()
-    raise CacheError(said or f"{path} is damaged: HDF5 crashes with it (exit code {done.returncode}).", REMEDY)
+    raise CacheError(said or f"{path} is damaged: HDF5 crashes when it reads it (exit code {done.returncode}).", REMEDY)
 
 
 def examine(path: Path) -> Layout:
-    """Where everything is in a shard that HDF5 can read.
+    """Find the data sets and attributes of a shard with HDF5.
 
     Raises:
-        CacheError: If HDF5 cannot read it, something lies outside the file, or claims a size that cannot be.
+        CacheError: If HDF5 cannot read the file, or a data set is outside the file or claims an impossible size.
     """
     size = path.stat().st_size
     with open_hdf5(path) as file:
         datasets = {}
         for group, names in DATASETS.items():
-            # Soft and external links are not followed: what they name counts as missing.
+            # Soft and external links are not followed: a data set behind such a link counts as missing.
             parent = _member(file, group) if group else file
             for name in names if isinstance(parent, h5py.Group) else ():
                 item = _member(parent, name)
@@ -120,7 +119,7 @@ def _member(parent: h5py.Group, name: str) -> Any:
 
 def _describe(dataset: h5py.Dataset, path: Path, size: int) -> StoredDataset:
     if dataset.is_virtual or dataset.external:
-        raise CacheError(f"{path}: {dataset.name} lies in other files.", REMEDY)
+        raise CacheError(f"{path}: {dataset.name} is stored in other files.", REMEDY)
     offset = dataset.id.get_offset() if dataset.chunks is None else plain_array_offset(dataset)
     found = StoredDataset(dtype=dataset.dtype, shape=dataset.shape or (), offset=offset)
     claimed = found.nbytes if dataset.shape else 0
@@ -131,7 +130,7 @@ def _describe(dataset: h5py.Dataset, path: Path, size: int) -> StoredDataset:
 
 
 def plain_array_offset(dataset: h5py.Dataset) -> int | None:
-    """Where row 0 lies if the chunks form one plain array, else None: they are read through HDF5 instead."""
+    """The offset of row 0 if the chunks form one plain array in the file, else None."""
     chunks = dataset.chunks
     if len(chunks) != 2 or chunks[1] != dataset.shape[1] or dataset.id.get_create_plist().get_nfilters():
         return None
@@ -153,14 +152,14 @@ def plain_array_offset(dataset: h5py.Dataset) -> int | None:
 
 
 def read_rows(path: Path, name: str, start: int, stop: int) -> NDArray[Any]:
-    """Rows of one data set."""
+    """Read rows ``start`` to ``stop`` (exclusive) of one data set with HDF5."""
     with open_hdf5(path) as file:
         rows: NDArray[Any] = np.asarray(file[name][start:stop])
     return rows
 
 
 def main(argument: str) -> int:
-    """Look at everything that opening will look at; 0 if HDF5 came through with it."""
+    """Read everything that opening the shard will read. The exit code is 0 if HDF5 read it without an error."""
     path = Path(argument)
     try:
         layout = examine(path)

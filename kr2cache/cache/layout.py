@@ -1,13 +1,13 @@
-"""Where HDF5 has put things in a shard, read without HDF5.
+"""Parse the HDF5 structures of a shard without the HDF5 library.
 
-A shard as ``create`` makes it uses a small corner of HDF5: one superblock, object headers with checksums, contiguous
-data sets, one chunked data set without index or filter, and strings in a global heap. This module reads that corner and
-nothing else, with every length, offset and count checked against the file before it is used. That matters because HDF5
-itself trusts the global heap (one flipped bit there and it loops for ever), and because opening a cache then costs a
-few small reads.
+A shard that ``create.py`` made uses few features of HDF5: one superblock, object headers with checksums, contiguous
+data sets, one chunked data set without index or filter, and strings in a global heap. This module parses these features
+only. It checks every length, offset and count against the file before it uses them. There are two reasons. The HDF5
+library trusts the global heap: one flipped bit there can make it loop for ever. And opening a cache takes only a few
+small reads.
 
-What lies outside that corner is not refused here but handed back (``NotPlainError``): ``shard.py`` lets HDF5 look at
-such a file, in a process of its own.
+For a file with other features, this module raises ``NotPlainError``. ``shard.py`` then lets HDF5 read the file in a
+separate process.
 
 Names of structures and fields are those of the HDF5 File Format Specification, version 3.
 """
@@ -31,21 +31,21 @@ from kr2cache.errors import CacheError
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
 UNDEFINED = 2**64 - 1
 MAX_HEADER = 2**16
-"""Bytes of one object header's chunk; this project's have under 1,000."""
+"""Bytes of one chunk of an object header; in this project's files, a chunk has less than 1,000."""
 MAX_CONTINUATIONS = 16
 MAX_HEAP = 2**26
 """Bytes of one global heap collection: provenance and batch plan."""
 MAX_HEAP_OBJECTS = 2**16
-"""Their numbers have two bytes."""
+"""The number of an object has two bytes."""
 MAX_ATTRIBUTE = 2**16
 MAX_ATTRIBUTES = 16
-"""The format has ten."""
+"""The format has ten attributes."""
 DATASETS = {
     "": ("hidden", "hidden_scale"),
     "examples": ("id", "first_row", "n_tokens", "text_xxh3", "xxh3", "complete"),
     "tokens": ("input_id", "word_index"),
 }
-"""What the format names, by group."""
+"""The data sets of the format, by group."""
 
 DATASPACE, LINK_INFO, DATATYPE, EXTERNAL_FILES, LINK, LAYOUT, FILTERS, ATTRIBUTE, CONTINUATION, SYMBOL_TABLE = (
     0x01,
@@ -61,21 +61,21 @@ DATASPACE, LINK_INFO, DATATYPE, EXTERNAL_FILES, LINK, LAYOUT, FILTERS, ATTRIBUTE
 )
 ATTRIBUTE_INFO = 0x15
 SHARED = 0x02
-"""Flag of a message that lies elsewhere."""
+"""Flag of a message that is stored elsewhere."""
 
 
 class NotPlainError(Exception):
-    """The file may be sound HDF5, but is not laid out as this project does it."""
+    """The file may be valid HDF5, but uses features that this module does not parse."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoredDataset:
-    """One data set of a file, and where it lies."""
+    """Type, shape and offset of one data set of a file."""
 
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
     offset: int | None
-    """Of its first byte, where it is one array of the file; None where only HDF5 can find its parts."""
+    """Offset of its first byte if it is one plain array in the file; None if only HDF5 can read it."""
 
     @property
     def nbytes(self) -> int:
@@ -89,21 +89,21 @@ class Layout:
     datasets: dict[str, StoredDataset]
     attributes: dict[str, Any]
     plain: bool
-    """Whether the file is laid out as this project does it."""
+    """Whether this module could parse the file; False if HDF5 did."""
     has_tail: bool = False
-    """Whether bytes follow those of HDF5."""
+    """Whether the file continues after HDF5's last byte."""
 
 
 def read_layout(path: Path, *, skip_damaged: bool = False) -> Layout:
-    """Where everything is in a shard.
+    """Find the data sets and attributes of a shard.
 
     Args:
-        skip_damaged: The file is known to be damaged: give what can be read of it, though it may be cut off.
+        skip_damaged: Leave out the parts that cannot be read instead of raising an error.
 
     Raises:
-        CacheError: If the file is no HDF5 file, cut off, or its structures contradict their checksums or its size.
-        NotPlainError: If it is laid out in another way; nothing is said about whether it is sound.
-        OSError: If it cannot be read.
+        CacheError: If the file is not HDF5, is cut off, or its structures contradict their checksums or its size.
+        NotPlainError: If the file uses other features of HDF5; it may be intact or damaged.
+        OSError: If the file cannot be read.
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -117,11 +117,13 @@ def read_layout(path: Path, *, skip_damaged: bool = False) -> Layout:
 
 
 ROOT = 4096
-"""Where the alignment that it is made with puts the root's header."""
-REMEDY = "kr2cache cache verify shows which sequences are intact; the kr2cache extract that made the cache repairs it."
+"""Offset of the root group's header; it follows from the alignment that ``create.py`` sets."""
+REMEDY = "kr2cache cache verify shows which sequences are intact. The same kr2cache extract command repairs the cache."
 
 
 class _File:
+    """The parser of one open file."""
+
     def __init__(self, path: Path, descriptor: int, size: int, skip_damaged: bool) -> None:
         self.path = path
         self.descriptor = descriptor
@@ -133,6 +135,7 @@ class _File:
         return CacheError(f"{self.path} is damaged: {what}.", REMEDY)
 
     def take(self, offset: int, count: int, what: str) -> bytes:
+        """Read ``count`` bytes at ``offset``; ``what`` names them in the error message."""
         if offset < 0 or count < 0 or offset + count > self.size:
             raise self.damaged(f"{what} reaches past the end of the file ({self.size:,} bytes)")
         data = os.pread(self.descriptor, count, offset)
@@ -144,7 +147,7 @@ class _File:
         messages = self.messages(ROOT if self.skip_damaged else self.root())
         datasets: dict[str, StoredDataset] = {}
         links = self.links(messages)
-        # Only what the format names is followed: a file may hold more of anything, without end.
+        # Only names of the format are looked up: a hostile file may have any number of other members.
         for group, names in DATASETS.items():
             with self.tolerant():
                 members = self.links(self.messages(links[group])) if group in links else {} if group else links
@@ -159,29 +162,29 @@ class _File:
         return contextlib.suppress(CacheError, NotPlainError) if self.skip_damaged else contextlib.nullcontext()
 
     def root(self) -> int:
-        """Where the root's header is, from the superblock."""
+        """The offset of the root group's header, read from the superblock."""
         start = os.pread(self.descriptor, 48, 0)
         if not start.startswith(SIGNATURE[: len(start)]) or not start:
             raise CacheError(f"{self.path} is not an HDF5 file.", REMEDY)
         if len(start) < 48:
-            raise self.damaged(f"cut off after {len(start)} bytes")
+            raise self.damaged(f"it is cut off after {len(start)} bytes")
         version, offset_size, length_size, _ = struct.unpack_from("<4B", start, 8)
         if version not in (2, 3) or (offset_size, length_size) != (8, 8):
             raise NotPlainError("superblock")
         base, extension, end, root = struct.unpack_from("<4Q", start, 12)
         if struct.unpack_from("<I", start, 44)[0] != checksum(start[:44]):
-            raise self.damaged("its first bytes contradict their checksum")
+            raise self.damaged("its first bytes do not match their checksum")
         if end > self.size:
-            raise self.damaged(f"cut off: {self.size:,} of {end:,} bytes are there")
+            raise self.damaged(f"it is cut off: it has {self.size:,} of {end:,} bytes")
         if base != 0 or extension != UNDEFINED:
             raise NotPlainError("superblock extension")
         self.has_tail = end < self.size
         if self.has_tail and os.pread(self.descriptor, len(TAIL_MARK), self.size - len(TAIL_MARK)) != TAIL_MARK:
-            raise self.damaged(f"cut off or changed at its end, byte {self.size:,}")
+            raise self.damaged(f"it is cut off or changed at its end, byte {self.size:,}")
         return int(root)
 
     def messages(self, address: int) -> list[tuple[int, bytes]]:
-        """(type, data) of every message of an object header, version 2."""
+        """(type, data) of every message of a version 2 object header."""
         head = self.take(address, min(64, max(0, self.size - address)), "an object header")
         if head[:4] != b"OHDR" or head[4] != 2:
             raise NotPlainError("object header")
@@ -214,8 +217,9 @@ class _File:
         raise NotPlainError("an object header in many pieces")
 
     def checked(self, block: bytes) -> bytes:
+        """The block without its checksum, which must match."""
         if len(block) < 4 or struct.unpack_from("<I", block, len(block) - 4)[0] != checksum(block[:-4]):
-            raise self.damaged("an object header contradicts its checksum")
+            raise self.damaged("an object header does not match its checksum")
         return block[:-4]
 
     def links(self, messages: list[tuple[int, bytes]]) -> dict[str, int]:
@@ -247,7 +251,7 @@ class _File:
             raise NotPlainError("filters or external files")
         dtype, shape = _dtype(parts[DATATYPE]), _shape(parts[DATASPACE])
         if dtype is None:
-            raise NotPlainError("strings of any length")
+            raise NotPlainError("strings of variable length")
         layout = parts[LAYOUT]
         version, kind = layout[0], layout[1]
         if version in (3, 4) and kind == 1:
@@ -266,14 +270,14 @@ class _File:
         return dataset
 
     def implicit_chunks(self, layout: bytes, dtype: np.dtype[Any], shape: tuple[int, ...]) -> tuple[int, int]:
-        """Offset and bytes of a chunked data set whose chunks lie in order in one block."""
+        """Offset and size in bytes of a data set whose chunks are stored in order in one block."""
         flags, rank, width = layout[2], layout[3], layout[4]
         if flags or rank != 3 or len(shape) != 2 or width > 8:
             raise NotPlainError("chunks")
         dims = [int.from_bytes(layout[5 + i * width : 5 + (i + 1) * width], "little") for i in range(rank)]
         at = 5 + rank * width
         single, implicit = 1, 2
-        # Chunks are whole rows, so they are one array; the last one may reach past the last row.
+        # A chunk is a number of whole rows, so all chunks form one array. The last chunk may be larger than needed.
         if layout[at] not in (single, implicit) or dims[1] != shape[1] or dims[2] != dtype.itemsize or dims[0] < 1:
             raise NotPlainError("chunks")
         offset = struct.unpack_from("<Q", layout, at + 1)[0]
@@ -285,11 +289,11 @@ class _File:
             if kind == ATTRIBUTE_INFO:
                 at = 2 + 2 * bool(data[1] & 1)
                 if struct.unpack_from("<Q", data, at)[0] != UNDEFINED:
-                    raise NotPlainError("attributes apart")
+                    raise NotPlainError("attributes outside the header")
             if kind == ATTRIBUTE:
                 name, value = self.attribute(data)
                 if name in result:
-                    raise self.damaged(f"its attribute {name} is there twice")
+                    raise self.damaged(f"it has the attribute {name} twice")
                 result[name] = value
                 if len(result) > MAX_ATTRIBUTES:
                     raise NotPlainError("many attributes")
@@ -322,14 +326,14 @@ class _File:
         head = self.take(address, 16, "the heap of attributes")
         size = struct.unpack_from("<Q", head, 8)[0]
         if head[:4] != b"GCOL" or head[4] != 1 or not 16 <= size <= MAX_HEAP:
-            raise self.damaged("the heap of its attributes has no head")
+            raise self.damaged("the heap of its attributes has no valid header")
         heap = self.take(address, size, "the heap of attributes")
         at = 16
         for _ in range(MAX_HEAP_OBJECTS):
             if at + 16 > size:
                 break
             index, _, _, stored = struct.unpack_from("<HHIQ", heap, at)
-            if index == 0:  # free space, always last
+            if index == 0:  # free space, which is always last
                 break
             if stored > size - at - 16:
                 break
@@ -338,7 +342,7 @@ class _File:
                     break
                 return heap[at + 16 : at + 16 + length]
             at += 16 + -(-stored // 8) * 8
-        raise self.damaged("an attribute is missing in its heap")
+        raise self.damaged("an attribute is missing in the heap")
 
 
 def _split(block: bytes, tracked: bool) -> list[tuple[int, bytes]]:
@@ -346,7 +350,7 @@ def _split(block: bytes, tracked: bool) -> list[tuple[int, bytes]]:
     result = []
     head = 6 if tracked else 4
     at = 0
-    while at + head <= len(block):  # what is left beyond is a gap
+    while at + head <= len(block):  # a shorter rest is a gap
         kind, size, flags = struct.unpack_from("<BHB", block, at)
         if flags & SHARED:
             raise NotPlainError("a shared message")
@@ -366,7 +370,11 @@ def _shape(data: bytes) -> tuple[int, ...]:
 
 
 def _dtype(data: bytes) -> np.dtype[Any] | None:
-    """The NumPy dtype; None for a string of any length. Others than the format's are not plain."""
+    """The NumPy dtype; None for a string of variable length.
+
+    Raises:
+        NotPlainError: For a type that the format does not use.
+    """
     kind, bits, size = data[0] & 0x0F, int.from_bytes(data[1:4], "little"), struct.unpack_from("<I", data, 4)[0]
     fixed, floating, string, variable = 0, 1, 3, 9
     if kind == fixed and size in (1, 2, 4, 8) and not bits & ~0x08:
@@ -382,7 +390,7 @@ def _dtype(data: bytes) -> np.dtype[Any] | None:
 
 
 def _float(size: int, exponent: int, mantissa: int) -> tuple[int, bytes]:
-    """Class bits and properties of an IEEE float, little-endian, implied leading bit."""
+    """Class bits and properties of a little-endian IEEE float with an implied leading bit."""
     sign = 8 * size - 1
     properties = struct.pack("<HHBBBBI", 0, 8 * size, mantissa, exponent, 0, mantissa, 2 ** (exponent - 1) - 1)
     return (sign << 8) | 0x20, properties

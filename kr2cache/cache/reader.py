@@ -86,17 +86,17 @@ class FeatureCache:
 
     @property
     def model_layers(self) -> int:
-        """L + 1 of the model, whether stored or not."""
+        """The number of the model's layers, embeddings included, whether stored or not."""
         return self._shards[0].header.model_layers
 
     @property
     def width(self) -> int:
-        """D"""
+        """D, the width of the states."""
         return self._shards[0].header.width
 
     @property
     def dtype(self) -> str:
-        """As stored: float16, float32, bfloat16 or int8."""
+        """The stored dtype: float16, float32, bfloat16 or int8."""
         return self._shards[0].header.dtype
 
     @property
@@ -110,7 +110,7 @@ class FeatureCache:
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """What the cache was made from: chosen, found and recorded fields."""
+        """The record of how the cache was made: chosen, found and recorded fields."""
         return self._shards[0].header.provenance
 
     @property
@@ -120,12 +120,12 @@ class FeatureCache:
 
     @property
     def mapped(self) -> bool:
-        """Whether every shard is memory-mapped. Other shards are read through HDF5: slower, with the same results."""
+        """Whether every shard is memory-mapped. Other shards are read with HDF5: slower, with the same results."""
         return self._rows.mapped
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes of the states (and scales)."""
+        """Bytes of the states, with their scales."""
         return self._rows.stored_bytes
 
     @property
@@ -155,10 +155,10 @@ class FeatureCache:
         return position >= 0 and bool(self.complete[position])
 
     def find(self, ids: Sequence[str]) -> NDArray[np.int64]:
-        """The positions of these sequences, complete or not; -1 for an id that the cache does not hold.
+        """The positions of these sequences, complete or not; -1 for an id that is not in the cache.
 
         Raises:
-            CacheError: If the cache holds an id twice.
+            CacheError: If an id occurs twice in the cache.
         """
         self._check_unique()
         return np.array(self._index.find(ids), dtype=np.int64)
@@ -168,7 +168,7 @@ class FeatureCache:
             return
         if (name := self._index.duplicate()) is not None:
             raise CacheError(
-                f"{self.folder} holds the id {name!r} twice.", "Extract again; ids are unique within a cache."
+                f"{self.folder} holds the id {name!r} twice.", "Extract again: ids must be unique within a cache."
             )
         self._is_unique = True
 
@@ -176,7 +176,7 @@ class FeatureCache:
         """The positions of these sequences, which must be complete.
 
         Raises:
-            SequenceNotFoundError: For the first id that the cache does not hold, or whose sequence is not complete.
+            SequenceNotFoundError: For the first id that is not in the cache, or whose sequence is not complete.
         """
         return np.array(self._positions(ids), dtype=np.int64)
 
@@ -193,11 +193,11 @@ class FeatureCache:
             )
         raise SequenceNotFoundError(
             f"The states of {name!r} in {self.folder} are not written yet.",
-            "Run the kr2cache extract that made it again: it goes on where it stopped.",
+            "Run the same kr2cache extract command again: it continues where it stopped.",
         )
 
     def tokens(self) -> SequenceIndex:
-        """Token ids and word alignment of all sequences, by position (read from the files again)."""
+        """Token ids and word alignment of all sequences, by position. Each call reads them from the files."""
         parts = [shard.tokens() for shard in self._shards]
         return SequenceIndex(
             ids=self._index.ids,
@@ -212,10 +212,11 @@ class FeatureCache:
     def __getitem__(self, sequence_id: str) -> NDArray[np.floating]:
         """All stored layers of one sequence, shape (L, T, D).
 
-        For float16 and float32 in a mapped file, a read-only view of the file; else a float32 copy.
+        The result is a read-only view of the file if the file is mapped and stores float16 or float32. Otherwise it
+        is a float32 copy.
 
         Raises:
-            SequenceNotFoundError: If the cache does not hold the sequence, or it is not complete.
+            SequenceNotFoundError: If the sequence is not in the cache or not complete.
         """
         self._check_unique()
         position = self._index.find_one(sequence_id) if isinstance(sequence_id, str) else -1
@@ -226,14 +227,14 @@ class FeatureCache:
         return self.states(position)
 
     def states(self, position: int, layers: Sequence[int] | None = None) -> NDArray[np.floating]:
-        """The states of the sequence at ``position``, which must be complete. Call ``read_ahead`` before, if you can.
+        """The states of the sequence at ``position``, which must be complete. Calling ``read_ahead`` first is faster.
 
         Args:
-            position: As ``positions`` returns it.
+            position: A value that ``positions`` returned.
             layers: Model layer numbers to return, in this order; None for all stored ones.
 
         Returns:
-            Shape (L, T, D), L = len(layers). A view if the layers are neighbours in the file, else a copy.
+            Shape (L, T, D), L = len(layers). A view if the layers are next to each other in the file, else a copy.
 
         Raises:
             ConfigError: For a layer that is not stored.
@@ -249,22 +250,22 @@ class FeatureCache:
         raw = raw.reshape(highest - lowest + 1, self.n_tokens.item(position), -1)
         scale = None if scale is None else scale.reshape(raw.shape[:2])
         if len(stored) != len(raw) or stored != self._every_layer[lowest : highest + 1]:
-            # Select before decoding, which would touch the layers between.
+            # Select first: decoding would load the layers between from the disk.
             wanted = [place - lowest for place in stored]
             raw, scale = raw[wanted], None if scale is None else scale[wanted]
         states = self._stored.decode(raw, scale)
         return states if self._rows.is_mapped(number) else states.astype(np.float32, copy=False)
 
     def read_ahead(self, positions: NDArray[np.int64], layers: Sequence[int] | None = None) -> None:
-        """Ask the system to load these states before they are touched. It then reads them at once, not page by page.
+        """Ask the system to load these states now. It then reads them at once, not page by page when they are used.
 
-        A cache that fits in memory asks for each sequence once: asking for loaded states takes about half as long as
-        copying them. A larger cache asks every time. Without such a system call, or for a file that is not mapped,
-        nothing happens.
+        If the system has no such call, or the file is not mapped, nothing happens. ``StoredRows.prefetch`` says how
+        often a cache asks for the same states.
 
         Args:
-            positions: (B,) as ``positions`` returns them.
-            layers: As for ``states``. If ``check_on_read`` still has to check a sequence, all layers are loaded.
+            positions: (B,) values that ``positions`` returned.
+            layers: As for ``states``. If ``check_on_read`` must still check one of the sequences, all layers are
+                loaded.
 
         Raises:
             ConfigError: For a layer that is not stored.
@@ -277,19 +278,19 @@ class FeatureCache:
         self._rows.prefetch(positions, stored)
 
     def stored(self, position: int) -> tuple[NDArray[Any], NDArray[np.float32] | None]:
-        """All layers of a sequence as stored: values (L * T, D), and scales (L * T,) if rows have scales."""
+        """All layers of a sequence as stored: values, shape (L * T, D), and scales, shape (L * T,), or None."""
         return self._rows.read(*self._rows.span(position, 0, len(self._every_layer) - 1))
 
     def check(self, position: int) -> None:
         """Compare the bytes of a complete sequence with their checksum.
 
         Raises:
-            CacheError: If they differ; the error names the sequence.
+            CacheError: If they do not match; the error names the sequence.
         """
         raw, scale = self.stored(position)
         if states_xxh3(raw, scale) != int(self._xxh3[position]):
             raise CacheError(
-                f"The states of {self._index.name(position)!r} in {self.folder} contradict their checksum: they were "
+                f"The states of {self._index.name(position)!r} in {self.folder} do not match their checksum: they were "
                 "damaged after they were written.",
                 f"kr2cache cache repair {self.folder}",
             )
@@ -304,14 +305,14 @@ class FeatureCache:
         return np.concatenate([shard.read("examples/xxh3") for shard in self._shards])
 
     def buffer(self, sequences: int, layers: Sequence[int] | None = None) -> NDArray[np.floating]:
-        """Uninitialised memory for ``batch(..., out=...)``, large enough for any batch of so many sequences.
+        """Uninitialised memory for ``batch(..., out=...)``, large enough for any batch of ``sequences`` sequences.
 
         Args:
             sequences: The largest number of sequences in a batch.
             layers: As for ``batch``.
 
         Returns:
-            Shape (rows, D), aligned as the file is. The system provides memory only for the rows that batches fill.
+            Shape (rows, D), with the alignment of the file. Only rows that batches fill take up memory.
         """
         rows = sequences * int(self.n_tokens.max()) * len(self._stored_positions(layers))
         return aligned_empty((rows, self.width), self.states_dtype)
@@ -319,16 +320,19 @@ class FeatureCache:
     def batch(
         self, ids: Iterable[str], layers: Sequence[int] | None = None, *, out: NDArray[np.floating] | None = None
     ) -> PackedBatch:
-        """Several sequences, packed in the order asked for, repeats allowed, only ``layers`` read.
+        """Read several sequences, in the order of ``ids``, without padding.
 
         Args:
+            ids: An id may occur several times.
+            layers: Model layer numbers to read, in this order; None for all stored ones.
             out: Memory to read into, for example from ``buffer``. Its first rows become the batch's states, so do not
                 reuse it while the batch is needed. New memory, the default, takes up to twice as long: the system
                 clears it page by page.
 
         Raises:
-            SequenceNotFoundError: For an id that the cache does not hold, or whose sequence is not complete.
-            ConfigError: For a layer that is not stored, or an ``out`` that is too small or of the wrong kind.
+            SequenceNotFoundError: For an id that is not in the cache, or whose sequence is not complete.
+            ConfigError: For a layer that is not stored, or if ``out`` is too small or not the right kind of array.
+            CacheError: With ``check_on_read``, if the stored bytes do not match their checksum.
         """
         positions = self._positions(ids)
         stored = self._stored_positions(layers)
@@ -344,7 +348,7 @@ class FeatureCache:
             for position in positions:
                 self._check_once(position)
         if self.mapped and self._stored.is_exact and stored == [*range(stored[0], stored[-1] + 1)]:
-            self._rows.copy(positions, stored[0], stored[-1], states)  # as they lie in the file
+            self._rows.copy(positions, stored[0], stored[-1], states)  # one contiguous range per sequence
             return packed
         for i, position in enumerate(positions):
             packed[i][...] = self._states(position, stored)
@@ -356,7 +360,7 @@ class FeatureCache:
         if self.fusion is not None:
             raise ConfigError(
                 f"{self.folder} holds one fusion of layers {', '.join(map(str, self.fusion['layers']))}, no layers.",
-                "Read it without naming layers, or take the cache that it was made from.",
+                "Read it without layer numbers, or use the cache that it was made from.",
             )
         missing = sorted(set(layers) - set(self.layers))
         if missing or not layers:
@@ -378,10 +382,10 @@ def _reopen(folder: Path, fingerprint: str, check_on_read: bool) -> FeatureCache
     cache = FeatureCache.open(folder)
     cache.check_on_read = check_on_read
     if cache.fingerprint != fingerprint:
-        raise CacheError(f"{folder} was replaced by another cache meanwhile.", "Start the run again.")
+        raise CacheError(f"{folder} was replaced by another cache since it was opened.", "Start the run again.")
     return cache
 
 
 def _joined(arrays: list[NDArray[Any]]) -> NDArray[Any]:
-    """The arrays, concatenated. A single array is not copied: with millions of sequences a copy takes time."""
+    """The arrays, concatenated. A single array is not copied, because copying millions of values takes time."""
     return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)

@@ -1,6 +1,6 @@
-"""One shard on disk: open it, check it against the format and against the file's real size, say where its bytes are.
+"""Open one shard: check it against the format and the file's real size, and find where its data sets are.
 
-No HDF5 handle survives ``open_shard``: what it returns is plain data, so it may be forked and pickled.
+``open_shard`` keeps no HDF5 handle. A ``Shard`` is plain data, so it can be forked and pickled.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ INDEX_DATASETS = {
     "tokens/input_id": np.dtype("<i4"),
     "tokens/word_index": np.dtype("<i4"),
 }
+"""The data sets of the index with their types; ids are strings of any fixed length."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,40 +61,44 @@ class Shard:
     first_row: NDArray[np.int64]
     """(n+1,)"""
     complete: NDArray[np.bool_]
-    """(n,) as it was when the shard was opened."""
+    """(n,) whether the sequence was complete when the shard was opened."""
 
     @property
     def rows(self) -> int:
         return int(self.first_row[-1])
 
     def offset(self, name: str) -> int | None:
-        """Byte offset of a data set that is one array of the file; None where only HDF5 can find its parts."""
+        """Byte offset of a data set that is one plain array in the file; None if only HDF5 can read it."""
         return self.layout.datasets[name].offset
 
     def array_offset(self, name: str) -> int:
-        """The same of a data set that is known to be one array of the file."""
+        """Byte offset of a data set that must be one plain array in the file.
+
+        Raises:
+            CacheError: If only HDF5 can read it.
+        """
         offset = self.offset(name)
         if offset is None:
-            raise CacheError(f"{self.path}: /{name} is no plain array of the file.", REMEDY)
+            raise CacheError(f"{self.path}: /{name} is not stored as one plain array.", REMEDY)
         return offset
 
     @property
     def mappable(self) -> bool:
-        """Whether the states (and their scales, if rows have scales) are plain arrays of the file."""
+        """Whether the states (and the scales, if rows have scales) are plain arrays in the file."""
         states = ["hidden", "hidden_scale"] if self.header.stored.has_scales else ["hidden"]
         return all(self.offset(name) is not None for name in states)
 
     @property
     def completable(self) -> bool:
-        """Whether states, checksums and marks are plain arrays of the file, so that it can be completed in place."""
+        """Whether the writer can complete the file in place: states, checksums and marks are plain arrays in it."""
         return self.mappable and all(self.offset(name) is not None for name in ("examples/xxh3", "examples/complete"))
 
     def read(self, name: str) -> NDArray[Any]:
-        """A whole data set, read anew."""
+        """Read a whole data set from the file."""
         return _read(self.path, self.layout, name)
 
     def tokens(self) -> SequenceIndex:
-        """The whole index, token ids and word alignment included (read anew: training does not need it)."""
+        """The whole index. Token ids and word alignment are read from the file at each call; training needs neither."""
         with cache_errors(self.path):
             return SequenceIndex(
                 ids=self.ids,
@@ -105,7 +110,7 @@ class Shard:
 
 
 def open_shard(path: Path) -> Shard:
-    """Open, check and describe one shard.
+    """Open and check one shard.
 
     Raises:
         CacheError: If the file is not a shard of a known version, or its sizes, types or offsets contradict each other
@@ -130,7 +135,7 @@ def open_shard(path: Path) -> Shard:
         n = len(ids)
         lengths = {name: len(array) - (name == "first_row") for name, array in index.items()}
         if n == 0 or set(lengths.values()) != {n}:
-            raise CacheError(f"{path}: the index is empty or its lengths differ ({lengths}).", REMEDY)
+            raise CacheError(f"{path}: the index is empty or its arrays have different lengths ({lengths}).", REMEDY)
         expected = offsets(n_tokens) * len(header.layers)
         rows = layout.datasets["hidden"].shape[0]
         tokens = layout.datasets["tokens/input_id"].shape[0]
@@ -141,7 +146,7 @@ def open_shard(path: Path) -> Shard:
             or tokens != n_tokens.sum(dtype=np.int64)
             or layout.datasets["tokens/word_index"].shape[0] != tokens
         ):
-            raise CacheError(f"{path}: rows and token counts of the index do not fit together.", REMEDY)
+            raise CacheError(f"{path}: the row and token counts of the index contradict each other.", REMEDY)
         if header.stored.has_scales:
             _check_dataset(layout, "hidden_scale", np.dtype("<f4"), 1, path)
             scales = layout.datasets["hidden_scale"].shape[0]
@@ -172,15 +177,15 @@ def _read(path: Path, layout: Layout, name: str) -> NDArray[Any]:
 
 
 def _check_text(ids: NDArray[np.bytes_]) -> None:
-    """Once, so that no later use of an id can fail."""
+    """Raise ``UnicodeDecodeError`` for an id that is not UTF-8, so that no later use of an id can fail."""
     if ids.view(np.uint8).max(initial=0) >= 0x80:
         for raw in ids.tolist():
             raw.decode("utf-8")
 
 
 def readable_headers(path: Path) -> list[ShardHeader]:
-    """What a file that may be damaged still says of itself: its attributes, and their copy at its end, where they agree
-    with their checksums.
+    """The headers that can be read from a file that may be damaged: its attributes, and their copy at the end of the
+    file. A header that does not match its checksum is left out.
     """
     found = []
     with contextlib.suppress(CacheError, NotPlainError, OSError), cache_errors(path):
@@ -206,13 +211,13 @@ def _header(layout: Layout, path: Path) -> ShardHeader:
         )
     dtype = str(attributes["dtype"])
     if dtype not in DTYPES:
-        raise CacheError(f"{path}: its dtype {dtype[:40]!r} is none that is known.", REMEDY)
+        raise CacheError(f"{path}: its dtype {dtype[:40]!r} is unknown.", REMEDY)
     _check_dataset(layout, "hidden", DTYPES[dtype].on_disk, 2, path)
     header = _header_of(attributes, path, layout.datasets["hidden"].shape[1])
     layers = header.layers
     if not layers or min(layers) < 0 or max(layers) >= header.model_layers or header.width < 1:
         raise CacheError(
-            f"{path}: layers {layers} of a model with {header.model_layers} make no sense.",
+            f"{path}: layers {layers} are impossible for a model with {header.model_layers} layers.",
             REMEDY,
         )
     return header
@@ -221,7 +226,7 @@ def _header(layout: Layout, path: Path) -> ShardHeader:
 def _header_of(attributes: Mapping[str, Any], path: Path, width: int) -> ShardHeader:
     layers = tuple(int(layer) for layer in attributes["layers"])
     if "fusion" in attributes and len(layers) != 1:
-        raise CacheError(f"{path}: a fused cache stores one layer, this one says {len(layers)}.", REMEDY)
+        raise CacheError(f"{path}: a fused cache stores one layer, but this cache names {len(layers)}.", REMEDY)
     provenance = _json_object(attributes["provenance"])
     digest = provenance.pop(HEADER_XXH3, None)
     header = ShardHeader(
@@ -236,7 +241,7 @@ def _header_of(attributes: Mapping[str, Any], path: Path, width: int) -> ShardHe
         format_version=int(attributes["format_version"]),
     )
     if digest is not None and digest != f"{header.xxh3():016x}":
-        raise CacheError(f"{path} is damaged: its attributes contradict their checksum.", REMEDY)
+        raise CacheError(f"{path} is damaged: its attributes do not match their checksum.", REMEDY)
     return header
 
 
@@ -252,21 +257,22 @@ def _json_object(text: str) -> dict[str, Any]:
 
 
 def _check_dataset(layout: Layout, name: str, dtype: np.dtype[Any] | None, rank: int, path: Path) -> None:
-    """Raise ``CacheError`` unless the data set is there, in this file, of the type and rank of the format."""
+    """Raise ``CacheError`` unless the data set is in this file and has the type and rank of the format."""
     dataset = layout.datasets.get(name)
     if dataset is None:
-        raise CacheError(f"{path}: /{name} is missing or lies outside the file.", REMEDY)
+        raise CacheError(f"{path}: /{name} is missing or stored outside the file.", REMEDY)
     fits = dataset.dtype == dtype if dtype is not None else dataset.dtype.kind == "S"
     if not fits or len(dataset.shape) != rank:
-        raise CacheError(f"{path}: /{name} has type {dataset.dtype} and shape {dataset.shape}.", REMEDY)
+        raise CacheError(f"{path}: /{name} has the wrong type or shape: {dataset.dtype}, {dataset.shape}.", REMEDY)
 
 
 FILLED_LATER = ("hidden", "hidden_scale", "examples/xxh3", "examples/complete")
+"""The data sets that the writer fills after the shard was made."""
 
 
 def fixed_xxh3(path: Path, layout: Layout) -> int:
-    """XXH3-64 of every byte of a file that does not change once it is made: all but the data sets ``FILLED_LATER`` and
-    the tail's last 16 bytes, which keep this number.
+    """XXH3-64 of all bytes that are fixed when the file is made. These are all bytes except the data sets
+    ``FILLED_LATER`` and the last 16 bytes, which store this checksum and the tail mark.
     """
     filled = sorted(
         (dataset.offset, dataset.offset + dataset.nbytes)
@@ -290,8 +296,8 @@ def fixed_xxh3(path: Path, layout: Layout) -> int:
 
 
 def is_structure_intact(shard: Shard) -> bool:
-    """Whether everything beside the states is as it was made. Of a file that another tool wrote that is not known, and
-    it counts as sound.
+    """Whether all bytes that are fixed at creation are unchanged. This is unknown for a file that another tool rewrote;
+    such a file counts as intact.
     """
     tail = read_tail(shard.path)
     if tail is None:
@@ -302,10 +308,10 @@ def is_structure_intact(shard: Shard) -> bool:
 
 
 def shard_files(folder: Path) -> list[Path]:
-    """The shard files of a folder, in order, whether or not they are all.
+    """The shard files that a folder holds, in order. Some may be missing.
 
     Raises:
-        CacheError: If there is no such folder, or no shard in it.
+        CacheError: If the folder does not exist or holds no shard.
     """
     if not os.path.isdir(folder):  # noqa: PTH112 (Path.is_dir raises for a name that is too long)
         raise CacheError(f"{folder} is not a folder.", "kr2cache extract makes caches; by default below .kr2cache.")
@@ -316,19 +322,19 @@ def shard_files(folder: Path) -> list[Path]:
 
 
 def shard_paths(folder: Path) -> list[Path]:
-    """The shards of a cache folder in order, all of them.
+    """The complete list of a cache's shard files, in order.
 
     Raises:
-        CacheError: If the folder holds none, some are missing, or shards of different cuts are mixed.
+        CacheError: If the folder holds no shard, shards are missing, or their names give different numbers of shards.
     """
     paths = shard_files(folder)
     total = paths[0].stem.rpartition("-")[2]
     names = {path.name for path in paths}
-    # The count is compared first: a hostile name could ask for a set of any size.
+    # Compare the count first: a hostile file name could make the set below as large as it likes.
     counted = total.isascii() and total.isdigit() and len(paths) == int(total)
     if not counted or names != {f"shard-{number:05d}-of-{total}.h5" for number in range(len(paths))}:
         raise CacheError(
             f"{folder} should hold {total} shards, but holds {len(paths)}: {', '.join(sorted(names)[:4])} ...",
-            "Run the kr2cache extract that made it again: it goes on where it stopped.",
+            "Run the same kr2cache extract command again: it continues where it stopped.",
         )
     return paths

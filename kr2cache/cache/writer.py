@@ -1,8 +1,8 @@
 """Fill the shards of a cache. A sequence is marked complete only after its bytes are safe on disk.
 
-``create`` made the shards, and HDF5 is not needed any more: states are written in place with ``pwrite`` (a full disk is
-then an error; with a memory map it would be a signal), synced, and then marked complete. If the machine loses power
-between two steps, work is lost, but every marked sequence is whole.
+``create`` made the shards, so HDF5 is not needed here. States are written in place with ``pwrite``, synced, and then
+marked complete. (If the disk is full, ``pwrite`` raises an error; a memory map would cause a signal.) If the machine
+loses power between two steps, work is lost, but every marked sequence is complete.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from kr2cache.errors import CacheError, ValueRangeError
 from kr2cache.system.disk import disk_error, sync, write_whole
 
 SYNC_EVERY_S = 0.5
-"""A power failure loses at most this much work. The end of an extraction waits for unsynced bytes: with 5 seconds, that
-was a tenth of a short extraction.
+"""Seconds between two syncs, and so the most work that a power failure loses. The end of an extraction waits for
+unsynced bytes: with 5 seconds, this wait was a tenth of a short extraction.
 """
 SYNC_EVERY_BYTES = 2**26
-"""Sync earlier if this much is written: until then the disk is idle."""
+"""Sync earlier if so many bytes are unsynced. Until the sync, the disk may be idle."""
 PENDING_BATCHES = 4
-"""Batches that may wait for the disk. Limits memory if the disk is slower than the model."""
+"""The largest number of batches that wait for the disk. It limits memory if the disk is slower than the model."""
 
 
 def unmark(shard: Shard, sequences: Sequence[int]) -> None:
@@ -70,45 +70,50 @@ def _not_finite(shard: Shard, i: int, raw: NDArray[Any], scale: NDArray[np.float
     remedy = header.stored.overflow_remedy
     if is_nan or not remedy:
         remedy = (
-            "The model itself gives it, so no --dtype helps. Choose another checkpoint; or, if --compute-dtype is not "
-            "float32, give float32."
+            "The model computed this value, so no other --dtype helps. Choose another checkpoint. If --compute-dtype "
+            "is not float32, try float32."
         )
     return ValueRangeError(
         f"A state of {shard.ids[i].decode('utf-8')!r} at layer {layer} is not a finite {header.dtype} value"
         f"{': it is nan' if is_nan else ''}.",
-        f"{remedy} What is complete is kept.",
+        f"{remedy} Complete sequences are kept.",
     )
 
 
 def _use_batch_scheduling() -> None:
-    """Do not interrupt a thread of the model when this thread wakes up: all threads of the model wait for the slowest.
-    This thread still gets its share of the cores. (With a lower priority it would take less from the model. But on a
-    busy machine states would then wait for the disk, and the model for the interpreter lock that this thread holds.)
+    """Let this thread wake up without interrupting a thread of the model, whose threads all wait for the slowest.
+
+    This thread still gets its share of the cores. A lower priority would disturb the model less. But on a busy machine,
+    states would then wait too long for the disk, and the model would wait for the interpreter lock that this thread
+    holds.
     """
     if hasattr(os, "SCHED_BATCH"):  # Linux
         with contextlib.suppress(OSError):
             if os.sched_getscheduler(0) != os.SCHED_OTHER:
-                return  # the user chose another
+                return  # the user chose another policy
             os.sched_setscheduler(threading.get_native_id(), os.SCHED_BATCH, os.sched_param(0))
 
 
 @dataclass(frozen=True)
 class PackedStates:
-    """Sequences of a cache, ready to be written."""
+    """States of several sequences as stored, ready to be written."""
 
     sequences: Sequence[int]
     """Positions in the cache."""
     raw: NDArray[Any]
-    """Stored values, shape (rows, D): the sequences one after the other, each layer by layer."""
+    """Stored values, shape (rows, D): one sequence after the other, and within a sequence layer by layer."""
     scale: NDArray[np.float32] | None
-    """(rows,) for int8."""
+    """(rows,) if rows have scales, else None."""
 
 
 class CacheWriter:
-    """Fills the shards of one cache. Two threads work while the model computes: one checks, writes and hashes states,
-    the other syncs and marks written sequences, so the disk also works while states are hashed.
+    """Fills the shards of one cache.
 
-    Every batch that was handed over is written, synced and marked when the ``with`` block ends, also after an error.
+    Two threads work while the model computes. One thread checks, writes and hashes states. The other syncs and marks
+    written sequences, so that the disk also works while states are hashed.
+
+    At the end of the ``with`` block, every batch that was passed to ``write`` is written, synced and marked. This is
+    also true after an error in the block.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -122,7 +127,7 @@ class CacheWriter:
         """(n,) True for sequences that were incomplete when the shards were opened."""
         self.bytes_written = 0
         self._files = [os.open(shard.path, os.O_RDWR) for shard in self.shards]
-        # Ctrl-C inside a SimpleQueue leaves no lock held, so nothing has to watch the threads.
+        # Ctrl-C inside a SimpleQueue leaves no lock held, so no thread can wait for ever.
         self._states: queue.SimpleQueue[PackedStates | None] = queue.SimpleQueue()
         self._room: queue.SimpleQueue[None] = queue.SimpleQueue()
         for _ in range(PENDING_BATCHES):
@@ -150,12 +155,12 @@ class CacheWriter:
             self._raise_failure()
 
     def locate(self, i: int) -> tuple[int, int]:
-        """The shard that holds sequence ``i``, and the position in it."""
+        """The number of the shard that holds sequence ``i``, and the sequence's position in the shard."""
         number = int(np.searchsorted(self.boundaries, i, side="right")) - 1
         return number, i - int(self.boundaries[number])
 
     def write(self, states: PackedStates) -> None:
-        """Hand over a batch. Returns at once unless ``PENDING_BATCHES`` are already waiting.
+        """Pass a batch to the writing thread. Returns at once unless ``PENDING_BATCHES`` batches are already waiting.
 
         Sequences that were complete when the shards were opened are not written again.
 
@@ -177,7 +182,7 @@ class CacheWriter:
         while (states := self._states.get()) is not None:
             self._room.put(None)
             if self._failure is not None:
-                continue  # keep taking batches, so that the model's thread never waits for ever
+                continue  # keep taking batches, or the model's thread would wait for ever
             try:
                 self._write(states)
             except BaseException as error:
@@ -207,7 +212,7 @@ class CacheWriter:
                 unmarked, unsynced, synced_at = [], 0, time.monotonic()
 
     def _fail(self, error: BaseException) -> None:
-        # Set only once it is explained: the model's thread may take it at any moment.
+        # Explain the error before setting it: the model's thread may raise it at any moment.
         if self._failure is None:
             self._failure = self._explained(error)
 
@@ -230,7 +235,7 @@ class CacheWriter:
             raw, scale = states.raw[row : row + rows], None if states.scale is None else states.scale[row : row + rows]
             row += rows
             if shard.complete[i]:
-                continue  # it only ran because its batch did, and another process may be reading it
+                continue  # the model ran it again only as part of its batch; another process may be reading it
             if not shard.header.stored.all_finite(raw, scale):
                 raise _not_finite(shard, i, raw, scale)
             size = self._pwrite(descriptor, raw, shard.array_offset("hidden") + first * shard.header.hidden_row_bytes)

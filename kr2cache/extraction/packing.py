@@ -1,4 +1,4 @@
-"""Padded layers of a batch to packed rows in the stored dtype.
+"""Pack the padded layers of a batch into rows of the stored dtype, without padding.
 
 Shape letters: B sequences, T positions (padded), L stored layers, D width.
 """
@@ -19,14 +19,15 @@ from kr2cache.cache.writer import PackedStates
 
 
 class HostBuffers:
-    """Memory that batches are packed into, used again as soon as nobody holds what lies there. Fresh memory for each
-    batch costs a page fault for every 4 KB of it.
+    """Host memory for packed batches. A buffer is reused when its batch is no longer referenced.
+
+    New memory for each batch would cost a page fault for every 4 KB.
     """
 
     def __init__(self, *, pinned: bool) -> None:
         """
         Args:
-            pinned: Where a GPU can copy to by itself.
+            pinned: Use page-locked memory, to which a GPU can copy asynchronously.
         """
         self.pinned = pinned
         self._free: list[torch.Tensor] = []
@@ -34,18 +35,20 @@ class HostBuffers:
     def empty(
         self, rows: int, width: int, dtype: torch.dtype, on_disk: np.dtype[Any]
     ) -> tuple[torch.Tensor, NDArray[Any]]:
-        """Undefined values, (rows, width): a tensor to fill, and an array of the same memory to keep.
-
-        The memory is used again once the array and all views of it are gone, even if the tensor is still held.
+        """Memory with undefined values, shape (rows, width).
 
         Args:
             dtype: Torch's dtype of the tensor.
-            on_disk: NumPy's dtype of the array, of as many bytes.
+            on_disk: NumPy's dtype of the array, with as many bytes per value.
+
+        Returns:
+            A tensor to fill, and a NumPy array of the same memory to keep. The memory is reused when the array and all
+            its views are deleted, even if the tensor still exists.
         """
         size = rows * width * dtype.itemsize
         buffer = self._free.pop() if self._free else None
         if buffer is None or len(buffer) < size:
-            # Batches differ by little: one of them should not need another buffer than the next.
+            # Batches differ a little in size. Round the size up, so that the next batch fits too.
             step = 2 ** max(0, size.bit_length() - 4)
             buffer = torch.empty(-(-size // step) * step, dtype=torch.uint8, pin_memory=self.pinned)
         tensor = buffer[:size].view(dtype).view(rows, width)
@@ -55,19 +58,19 @@ class HostBuffers:
 
 
 class Packer:
-    """Padded layers of a batch to packed rows in the stored dtype, ready for the disk.
+    """Packs the padded layers of a batch into rows of the stored dtype, ready for the disk.
 
-    On a GPU the valid tokens are gathered and cast there, and copied out on a stream of their own into pinned memory:
-    while one batch travels, the next one computes, so ``__call__`` hands out the batch before.
+    On a GPU, valid positions are gathered and converted on the device. A separate stream then copies them into pinned
+    memory. While one batch is copied, the model computes the next batch. So ``__call__`` returns the previous batch.
     """
 
     def __init__(self, index: SequenceIndex, layers: Sequence[int], dtype: str, device: torch.device) -> None:
         """
         Args:
             index: All sequences of the cache.
-            layers: The model's layer numbers that are stored.
-            dtype: As stored.
-            device: Where the states come from.
+            layers: Model layer numbers to store.
+            dtype: The stored dtype, a key of ``DTYPES``.
+            device: The device of the states.
         """
         self.index = index
         self.layers = layers
@@ -79,7 +82,12 @@ class Packer:
         self._stream: torch.cuda.Stream | None = None
 
     def __call__(self, batch: NDArray[np.intp], layers_BTD: tuple[torch.Tensor, ...]) -> Iterator[PackedStates]:
-        """Take a batch, give what has become ready: this batch on a CPU, the one before on a GPU."""
+        """Pack a batch; yield this batch on a CPU, and the previous batch, if any, on a GPU.
+
+        Args:
+            batch: (B,) positions of the sequences in the index.
+            layers_BTD: All layers of the model, each (B, T, D).
+        """
         lengths = self.index.n_tokens[batch]
         sequences = batch.tolist()
         if self.device.type == "cuda":
@@ -96,22 +104,24 @@ class Packer:
         yield PackedStates(sequences, stored, None if scale is None else scale.numpy())
 
     def flush(self) -> Iterator[PackedStates]:
-        """What is still on its way."""
+        """Yield the batches that are still being copied."""
         while self._waiting:
             yield self._finish_copy()
 
     def _copy_out(
         self, layers_BTD: tuple[torch.Tensor, ...], lengths: NDArray[np.int32]
     ) -> tuple[torch.Tensor, NDArray[Any]]:
-        """(rows, D) in memory, as ``HostBuffers.empty`` gives it: the valid positions of each sequence, layer by layer,
-        rounded on the way where no scale is needed. One pass over the states; gathering and casting apart were three.
+        """Copy the valid positions of each sequence, layer by layer, into memory of ``HostBuffers.empty``: (rows, D).
+
+        The copy also converts to the stored dtype, or to float32 if rows have scales. This is one pass over the states;
+        separate gathering and conversion take three.
         """
         L, D = len(self.layers), layers_BTD[0].shape[2]
         dtypes = (torch.float32, FLOAT32) if self.dtype.has_scales else (self.torch_dtype, self.dtype.on_disk)
         packed, stored = self._buffers.empty(int(lengths.sum()) * L, D, *dtypes)
         wanted = [layers_BTD[layer] for layer in self.layers]
         row = 0
-        # Neighbours of one length go together: a copy that is large enough is shared among the cores.
+        # Copy adjacent sequences of equal length together: torch uses several cores for a large copy.
         starts = np.flatnonzero(np.diff(lengths, prepend=-1)).tolist()
         for start, stop in zip(starts, [*starts[1:], len(lengths)], strict=True):
             length, rows = int(lengths[start]), (stop - start) * L * int(lengths[start])
@@ -122,7 +132,7 @@ class Packer:
         return packed, stored
 
     def _gather(self, layers_BTD: tuple[torch.Tensor, ...], lengths: NDArray[np.int32]) -> torch.Tensor:
-        """(rows, D) on the device: the valid positions of each sequence, layer by layer."""
+        """The valid positions of each sequence, layer by layer, on the device: (rows, D)."""
         T = layers_BTD[0].shape[1]
         wanted = [layers_BTD[layer] for layer in self.layers]
         if (lengths == T).all():
@@ -137,7 +147,7 @@ class Packer:
         return stacked.index_select(0, index)
 
     def _encode(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Stored values, and the scale of each row if rows have scales."""
+        """Stored values, (rows, D), and the scale of each row, (rows,), if rows have scales."""
         if self.dtype.has_scales:
             values, scale = quantise(states.float(), torch)
             return values.to(self.torch_dtype), scale
@@ -148,10 +158,10 @@ class Packer:
     def _start_copy(
         self, sequences: list[int], raw: torch.Tensor, scale: torch.Tensor | None
     ) -> tuple[Any, PackedStates]:
-        """An event, and what is there once it has happened."""
+        """Start copying to the host. Returns an event, and the states, which are valid after the event."""
         if self._stream is None:
             self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-        # On the stream that computes, the next batch would wait for the copy.
+        # Use a separate stream: on the model's stream, the next batch would wait for the copy.
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._stream):
             packed, stored = self._buffers.empty(raw.shape[0], raw.shape[1], raw.dtype, self.dtype.on_disk)
@@ -160,7 +170,7 @@ class Packer:
             done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             done.record(self._stream)
         for tensor in (raw,) if scale is None else (raw, scale):
-            tensor.record_stream(self._stream)  # their memory is not given out again before they are copied
+            tensor.record_stream(self._stream)  # torch must not reuse their memory before the copy ends
         return done, PackedStates(sequences, stored, None if stored_scale is None else stored_scale.numpy())
 
     def _finish_copy(self) -> PackedStates:
@@ -170,5 +180,5 @@ class Packer:
 
 
 def _to_pinned(tensor: torch.Tensor) -> torch.Tensor:
-    """Copied by the current stream, once it gets there."""
+    """Start copying a tensor into pinned memory on the current stream."""
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)

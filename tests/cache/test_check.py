@@ -471,7 +471,7 @@ def test_reading_names_the_damaged_sequence_when_asked(folder: Path, dtype: str,
     cache = FeatureCache.open(folder)
     cache.check_on_read = True
     for read in (lambda: cache["日本"], lambda: cache.batch(["b", "日本"]), lambda: cache.states(4, [0])):
-        with pytest.raises(CacheError, match=f"'日本' in {folder} contradict their checksum") as caught:
+        with pytest.raises(CacheError, match=f"'日本' in {folder} do not match their checksum") as caught:
             read()
         assert caught.value.remedy == f"kr2cache cache repair {folder}"
     truth = tiny_cache.make(LENGTHS, dtype=dtype, ids=IDS)

@@ -182,7 +182,7 @@ def test_a_fused_cache_says_of_which_layers_with_which_weights(tmp_path: Path) -
     with h5py.File(path, "r") as file:
         assert json.loads(file.attrs["fusion"]) == fusion
         assert file["hidden"].shape == (5, 4)
-    with pytest.raises(CacheError, match="stores one layer, this one says 2"):
+    with pytest.raises(CacheError, match="stores one layer, but this header names 2"):
         tiny_cache.make((2,), layers=(0, 1), fusion=fusion)
 
 

@@ -192,7 +192,7 @@ def test_a_provenance_that_was_changed_is_found(
     assert code == 1
     (one,) = found["caches"]
     if told:
-        assert "attributes contradict their checksum" in one["unreadable"][shard.name]
+        assert "attributes do not match their checksum" in one["unreadable"][shard.name]
     else:
         assert one["faults"] == ["its fingerprint is not that of its provenance"]
 

@@ -275,7 +275,7 @@ def test_a_cache_that_cannot_be_read_is_named_where_none_may_be_made(world: Worl
     result = world.extract()
     (shard,) = result.cache.glob("*.h5")
     shard.write_bytes(shard.read_bytes()[:5000])
-    with pytest.raises(CacheError, match=rf"No cache of res .* fits.*{shard} is damaged: cut off") as caught:
+    with pytest.raises(CacheError, match=rf"No cache of res .* fits.*{shard} is damaged: it is cut off") as caught:
         world.train(extract=False)
     assert "kr2cache extract" in caught.value.remedy
     world.train()

@@ -909,7 +909,7 @@ def test_damage_of_the_source_does_not_spread(place: World, derived: tuple[Path,
         mend(folder, place)  # the model makes what the source cannot give
         assert is_whole(folder)
         return
-    with pytest.raises(CacheError, match="contradict their checksum"):
+    with pytest.raises(CacheError, match="do not match their checksum"):
         mend(folder, place)
     assert not is_whole_or_refused(folder)
 

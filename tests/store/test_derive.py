@@ -139,7 +139,7 @@ def test_an_unfinished_or_damaged_source_is_not_copied(world: World) -> None:
     at = tiny_cache.byte_offset(shard, "hidden")
     content[at + 3] ^= 1
     shard.write_bytes(content)
-    with pytest.raises(CacheError, match=r"states of 'train-s1' .* contradict their checksum"):
+    with pytest.raises(CacheError, match=r"states of 'train-s1' .* do not match their checksum"):
         slice_of(result, layers="last2")
     with h5py.File(shard, "r+") as file:
         file["examples/complete"][4] = 0
@@ -337,7 +337,7 @@ def test_training_checks_states_when_asked(world: World) -> None:
     content = bytearray(shard.read_bytes())
     content[tiny_cache.byte_offset(shard, "hidden") + 2 * 16 * 40] ^= 1
     shard.write_bytes(content)
-    with pytest.raises(CacheError, match=r"states of 'train-s\d+' .* contradict their checksum"):
+    with pytest.raises(CacheError, match=r"states of 'train-s\d+' .* do not match their checksum"):
         world.train(check_states=True)
     assert not list((world.folder / "runs").rglob("metrics.json"))
     world.train()  # off by default: one bit in float16 is trained on
