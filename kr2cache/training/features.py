@@ -197,7 +197,7 @@ class DeviceFeatures:
         # Row numbers are computed on the CPU: on the GPU each of these operations would start its own kernel.
         rows = torch.from_numpy(rows_BLT)
         rows = (rows.pin_memory() if self.device.type == "cuda" else rows).to(self.device, non_blocking=True)
-        return self._rows[rows], (place_T < lengths[:, None]).astype(np.int64)
+        return self._rows[rows], padding_mask(lengths)
 
 
 def torch_dtype(dtype: np.dtype[Any]) -> torch.dtype:

@@ -147,6 +147,13 @@ class KReader(nn.Module):
         """transformers.Trainer calls it if [training] asks for it."""
         self.model.gradient_checkpointing_enable(**options)  # type: ignore[no-untyped-call]
 
+    def fusion_parameters(self) -> list[nn.Parameter]:
+        """The trainable weights of the fusion, which can have their own learning rate: every parameter outside the task
+        model and the projection. Empty if the fusion is fixed.
+        """
+        elsewhere = ("model.", "projection.")
+        return [parameter for name, parameter in self.named_parameters() if not name.startswith(elsewhere)]
+
     def resource_embeddings(self, states: Tensor) -> Tensor:
         """G^0, eq. 1 and 2.
 

@@ -183,12 +183,14 @@ class ReaderTrainer(Trainer):
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
-        weights = getattr(self.model, "fusion_weights", None)
+        assert isinstance(self.model, KReader), "the Trainer keeps its wrapped copy apart"
+        weights = self.model.fusion_parameters()
         learning_rate = self.config.fusion_learning_rate
-        if learning_rate is not None and isinstance(weights, torch.nn.Parameter):
+        if learning_rate is not None and weights:
+            own = set(weights)
             for group in optimizer.param_groups:
-                group["params"] = [parameter for parameter in group["params"] if parameter is not weights]
-            optimizer.add_param_group({"params": [weights], "lr": learning_rate, "weight_decay": 0.0})
+                group["params"] = [parameter for parameter in group["params"] if parameter not in own]
+            optimizer.add_param_group({"params": weights, "lr": learning_rate, "weight_decay": 0.0})
         return optimizer
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:

@@ -194,6 +194,17 @@ def test_a_fixed_fusion_of_fused_and_of_unfused_states_is_the_same(name: str) ->
     torch.testing.assert_close(together, separate, rtol=1e-5, atol=1e-5)
 
 
+def test_the_fusion_knows_its_trainable_weights_whatever_their_name() -> None:
+    trainable = kreader(fusion=parse_fusion("fuse", 7), projection="mlp", resource_width=10)
+    (found,) = trainable.fusion_parameters()
+    assert found is trainable.fusion_weights
+    trainable.temperature = nn.Parameter(torch.ones(1))
+    assert [one is trainable.temperature for one in trainable.fusion_parameters()].count(True) == 1
+    direct = kreader(fusion=parse_fusion("fuse", 7), projection="direct", resource_width=10)
+    for fixed in (kreader(), kreader(fusion=parse_fusion("all", 7)), direct):
+        assert fixed.fusion_parameters() == []
+
+
 def test_trainable_weights_start_uniform_and_fixed_ones_do_not_train() -> None:
     trainable = kreader(fusion=parse_fusion("fuse", 7))
     assert isinstance(trainable.fusion_weights, nn.Parameter)
