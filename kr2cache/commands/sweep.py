@@ -38,13 +38,15 @@ def sweep_cli(
     toml = read_toml(Path.cwd(), OPTIONS)
     given = merge(toml, **typed)
     # The grid wins over [defaults] where it decides results; the command line wins over the grid.
-    above = {name: value for name, value in typed.items() if value is not None}
-    above |= {name: given[name] for name in ("device", "run_dir", "cache_dir") if name in given}
-    below = {name: value for name, value in toml.defaults.items() if name.replace("_", "-") in TRAIN_OPTIONS}
+    overrides = {name: value for name, value in typed.items() if value is not None}
+    overrides |= {name: given[name] for name in ("device", "run_dir", "cache_dir") if name in given}
+    defaults = {name: value for name, value in toml.defaults.items() if name.replace("_", "-") in TRAIN_OPTIONS}
     table = read_grid(grid, TRAIN_OPTIONS)
 
     def cell_config(row: Line, column: Line) -> TrainConfig:
-        return table.config(row, column, below=below, above=above, overrides=toml.models, training=toml.training)
+        return table.config(
+            row, column, defaults=defaults, overrides=overrides, models=toml.models, training=toml.training
+        )
 
     cells = cells_of(table, cell_config)
     with loading(as_json):

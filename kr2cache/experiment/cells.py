@@ -1,6 +1,6 @@
 """The cells of a grid: their settings, and why some cannot run (each reason is listed once).
 
-Names and settings are checked here without torch, whose import takes seconds; data and models by ``sweep``.
+This module checks names and settings without importing torch, which takes seconds. ``sweep`` checks data and models.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from kr2cache.config import TrainConfig
 from kr2cache.errors import ConfigError, DataError, InterruptedWorkError, KR2CacheError
 from kr2cache.experiment.checks import check_names
 from kr2cache.experiment.grid import Grid, Line
+from kr2cache.methods import METHODS, Method
 from kr2cache.system.console import count_text
 from kr2cache.tasks import find_task
 from kr2cache.tasks.files import data_folder
@@ -26,27 +27,34 @@ from kr2cache.tasks.udpos import UdPos
 if TYPE_CHECKING:
     from kr2cache.experiment.pipeline import TrainResult
 
-CELLS_NAMED = 4
-"""In one message; of more, the number is said."""
+MAX_NAMES = 4
+"""A message names at most this many cells and gives the number of the others."""
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class Cell:
-    """One configuration of the grid, and what became of it."""
+    """One configuration of the grid, and its result or error."""
 
     row: Line
     column: Line
     config: TrainConfig
     folder: str | None = None
-    """Of its runs, relative to the run folder; None until it is known."""
-    error: str | None = None
-    remedy: str = ""
-    """Of the error."""
+    """The folder of its runs, relative to the run folder; None until it is known."""
+    error: KR2CacheError | None = None
     result: TrainResult | None = None
 
     @property
     def name(self) -> str:
         return f"{self.column.name} · {self.row.name}"
+
+    @property
+    def method(self) -> Method:
+        return METHODS[self.config.method]
+
+    def fail(self, error: KR2CacheError) -> None:
+        # A new error: the one that was caught holds the frames it went through, and with them the models.
+        self.error = KR2CacheError(error.message, error.remedy)
+        self.folder = None  # it may hold the scores of an earlier configuration
 
     def json(self) -> dict[str, Any]:
         """The cell in the manifest."""
@@ -63,15 +71,15 @@ class Cell:
             "resource": config.frozen_model,
             "teacher": config.teacher,
             "settings": self.settings,
-            "error": self.error,
-            **({"remedy": self.remedy} if self.remedy else {}),
+            "error": self.error.message if self.error else None,
+            **({"remedy": self.error.remedy} if self.error and self.error.remedy else {}),
         }
 
     @property
     def settings(self) -> str:
-        """A digest of everything that was asked for, the place of files aside."""
-        aside = dict.fromkeys(("run_dir", "cache_dir", "device", "keep_readers", "temporary_readers"))
-        fields = {**dataclasses.asdict(self.config), **aside}
+        """A digest of the settings, except for folders, the device and whether readers are kept."""
+        excluded = dict.fromkeys(("run_dir", "cache_dir", "device", "keep_readers", "temporary_readers"))
+        fields = {**dataclasses.asdict(self.config), **excluded}
         return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
@@ -79,29 +87,29 @@ def cells_of(grid: Grid, cell_config: Callable[[Line, Line], TrainConfig]) -> li
     """The cells of a grid, column by column.
 
     Args:
-        cell_config: The configuration of a row in a column.
+        cell_config: Gives the configuration of a row in a column.
 
     Raises:
-        KR2CacheError: For cells that could not run whatever is on this machine: an unknown name, a setting that makes
-            no sense, two languages in one folder.
+        KR2CacheError: For cells that cannot run on any machine: an unknown name, a setting that makes no sense, two
+            languages in one folder.
     """
     cells = [
         Cell(row=row, column=column, config=cell_config(row, column)) for column in grid.columns for row in grid.rows
     ]
-    if faults := find_faults((cell, [partial(check_names, cell.config)]) for cell in cells):
+    if faults := find_faults((cell, partial(check_names, cell.config)) for cell in cells):
         raise refusal(faults, grid, "")
     _check_languages(grid, cells)
     return cells
 
 
 def _check_languages(grid: Grid, cells: Sequence[Cell]) -> None:
-    """A folder has sentences of one language: under the names of two a table would be wrong without a word."""
+    """Refuse two languages that read the same folder: the table would show one language's scores under two names."""
     first: dict[Path, tuple[str, Cell]] = {}
     for cell in cells:
         task = find_task(cell.config.task)
         try:
             folder = data_folder(cell.config.data)
-        except DataError:  # the cell will say so; others can be run
+        except DataError:  # ``sweep`` reports it; the other cells may run
             continue
         if not isinstance(task, UdPos) or task.language is None or folder is None:
             continue
@@ -110,7 +118,7 @@ def _check_languages(grid: Grid, cells: Sequence[Cell]) -> None:
             raise ConfigError(
                 f"{grid.name}: {other.row.name} / {other.column.name} ({other.config.task}) and {cell.row.name} / "
                 f"{cell.column.name} ({cell.config.task}) would read the same sentences, {cell.config.data}.",
-                "Give each column data of its own; what [defaults] of kr2cache.toml says serves all that have none.",
+                "Give data in each column. Columns without data use that of [defaults] in kr2cache.toml.",
             )
 
 
@@ -122,27 +130,33 @@ class Fault:
     cells: list[Cell]
 
 
-def find_faults(cells: Iterable[tuple[Cell, Iterable[Callable[[], object]]]]) -> list[Fault]:
-    """What the checks of these cells raise, each fault once."""
-    found: dict[tuple[str, str], Fault] = {}
-    for cell, checks in cells:
-        for check in checks:
-            try:
-                check()
-            except Exception as raised:
-                error = explained(raised)
-                fault = found.setdefault((error.message, error.remedy), Fault(error=error, cells=[]))
-                if all(one is not cell for one in fault.cells):
-                    fault.cells.append(cell)
-    return list(found.values())
+def find_faults(checks: Iterable[tuple[Cell, Callable[[], object]]]) -> list[Fault]:
+    """Run the checks of all cells and collect what they raise."""
+    errors = []
+    for cell, check in checks:
+        try:
+            check()
+        except Exception as raised:
+            errors.append((cell, explained(raised)))
+    return group_errors(errors)
+
+
+def group_errors(errors: Iterable[tuple[Cell, KR2CacheError]]) -> list[Fault]:
+    """One fault for all errors with the same message and remedy."""
+    faults: dict[str, Fault] = {}
+    for cell, error in errors:
+        fault = faults.setdefault(str(error), Fault(error=error, cells=[]))
+        if cell not in fault.cells:
+            fault.cells.append(cell)
+    return list(faults.values())
 
 
 def count_cells(faults: Sequence[Fault]) -> int:
-    return len({id(cell) for fault in faults for cell in fault.cells})
+    return len({cell for fault in faults for cell in fault.cells})
 
 
 def explained(error: Exception) -> KR2CacheError:
-    """``error`` with words for people; an interruption is none of a cell's errors and goes on."""
+    """The error with a message and a remedy. An interruption is raised again, because it stops the whole sweep."""
     if isinstance(error, InterruptedWorkError):
         raise error
     if isinstance(error, KR2CacheError):
@@ -170,12 +184,12 @@ def refusal(faults: Sequence[Fault], grid: Grid, remedy: str) -> KR2CacheError:
 
 
 def cells_text(cells: Sequence[Cell], grid: Grid) -> str:
-    """The cells by their names; whole columns in short, and of many the first few."""
+    """The names of the cells; a column whose cells are all there is named once."""
     if len(cells) == len(grid.rows) * len(grid.columns) > 1:
         return "every cell"
     parts = []
     for column in grid.columns:
         own = [cell.name for cell in cells if cell.column is column]
         parts += [f"{column.name} (every row)"] if len(own) == len(grid.rows) > 1 else own
-    more = f" and {len(parts) - CELLS_NAMED} more" if len(parts) > CELLS_NAMED else ""
-    return ", ".join(parts[:CELLS_NAMED]) + more
+    more = f" and {len(parts) - MAX_NAMES} more" if len(parts) > MAX_NAMES else ""
+    return ", ".join(parts[:MAX_NAMES]) + more

@@ -1,7 +1,8 @@
 """Grids: TOML files that lay out many trainings as the rows and columns of a table (``pipelines/``).
 
-Each cell is one configuration of ``train`` with all its seeds; a later place overrides an earlier one: ``[defaults]``
-of ``kr2cache.toml``, the grid's ``[settings]``, its column, its row, the command line.
+Each cell is one configuration of ``train`` with all its seeds. Its settings come from five places, and a later place
+overrides an earlier one: ``[defaults]`` of ``kr2cache.toml``, the grid's ``[settings]``, the column, the row, the
+command line.
 """
 
 from __future__ import annotations
@@ -16,21 +17,22 @@ from kr2cache.errors import ConfigError, unknown_name
 from kr2cache.methods import METHODS
 
 PAPERS = ("table1", "table2", "table3")
-TOP = ("title", "paper", "baseline", "settings", "models", "rows", "columns")
-OWN_KEYS = {"rows": ("name", "swap", "baseline"), "columns": ("name",)}
+GRID_KEYS = ("title", "paper", "baseline", "settings", "models", "rows", "columns")
+LINE_KEYS = {"rows": ("name", "swap", "baseline"), "columns": ("name",)}
+"""Keys of a row or column that are no settings of ``train``."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """A row or a column: its name in the table and the settings it brings."""
+    """A row or a column: its name in the table and the settings of its cells."""
 
     name: str
     settings: Mapping[str, Any]
-    """Of ``TrainConfig``."""
+    """Fields of ``TrainConfig`` with their values."""
     swap: bool = False
-    """Whether reader and resource change places (rows only): A-B where the others are B-A."""
+    """Rows only. Whether reader and resource are exchanged: A-B in table 3, where other rows are B-A."""
     baseline: str | None = None
-    """The row that it is compared with (rows only)."""
+    """Rows only. The row that this row is compared with; None: the baseline of the grid."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +42,9 @@ class Grid:
     name: str
     title: str
     paper: str | None
-    """The table of the paper whose numbers belong beside these."""
+    """The table of the paper whose numbers the report shows beside these."""
     baseline: str | None
+    """The row that the other rows are compared with."""
     settings: Mapping[str, Any]
     rows: tuple[Line, ...]
     columns: tuple[Line, ...]
@@ -52,20 +55,23 @@ class Grid:
         row: Line,
         column: Line,
         *,
-        below: Mapping[str, Any],
-        above: Mapping[str, Any],
-        overrides: Mapping[str, Mapping[str, Any]],
+        defaults: Mapping[str, Any],
+        overrides: Mapping[str, Any],
+        models: Mapping[str, Mapping[str, Any]],
         training: Mapping[str, Any],
     ) -> TrainConfig:
         """The configuration of one cell.
 
         Args:
-            below: What the grid overrides (``[defaults]`` of ``kr2cache.toml``).
-            above: What overrides the grid (the command line).
-            overrides: ``[models]`` of ``kr2cache.toml``; they go before the grid's.
+            defaults: Settings that the grid overrides (``[defaults]`` of ``kr2cache.toml``).
+            overrides: Settings that override the grid (the command line).
+            models: ``[models]`` of ``kr2cache.toml``. They override the grid's models of the same name.
             training: ``[training]`` of ``kr2cache.toml``.
+
+        Raises:
+            ConfigError: If the cell has no task, or its row swaps reader and resource and the settings do not allow it.
         """
-        values: dict[str, Any] = {**below, **self.settings, **column.settings, **row.settings, **above}
+        values: dict[str, Any] = {**defaults, **self.settings, **column.settings, **row.settings, **overrides}
         if "task" not in values:
             raise ConfigError(
                 f"{self.name}: the cell {row.name} / {column.name} has no task.", "Give task in its column."
@@ -73,13 +79,13 @@ class Grid:
         if row.swap:
             if "resource" not in values:
                 raise ConfigError(
-                    f"{self.name}: row {row.name} swaps reader and resource; column {column.name} has no resource.",
+                    f"{self.name}: row {row.name} swaps reader and resource, but column {column.name} has no resource.",
                     "Give resource in the column.",
                 )
             if "teacher" in values:
                 raise ConfigError(
-                    f"{self.name}: row {row.name} swaps reader and resource, and a teacher is given beside them.",
-                    "Leave teacher out: it is the resource of the cell.",
+                    f"{self.name}: row {row.name} swaps reader and resource, but a teacher is given too.",
+                    "Leave teacher out: the teacher is the resource of the cell.",
                 )
             values["reader"], values["resource"] = values["resource"], values.get("reader", TrainConfig.reader)
         method = METHODS.get(values.get("method", TrainConfig.method))
@@ -87,41 +93,41 @@ class Grid:
             values.setdefault("teacher", values.get("resource"))
         if isinstance(values.get("seeds"), str):
             values["seeds"] = parse_seeds(values["seeds"])
-        if "max_length" in values:  # of both models, then
+        if "max_length" in values:  # in a grid it holds for both models
             values.setdefault("resource_max_length", values["max_length"])
-        return TrainConfig(**values, models={**self.models, **overrides}, training=training)
+        return TrainConfig(**values, models={**self.models, **models}, training=training)
 
 
 def read_grid(path: Path, options: Mapping[str, type]) -> Grid:
     """Read a grid.
 
     Args:
-        options: The options of ``train`` that ``[settings]``, rows and columns may give, by their long names.
+        options: The options of ``train`` that ``[settings]``, rows and columns may give: long names and types.
 
     Raises:
-        ConfigError: If it is not there, not TOML, or not a grid.
-        UnknownNameError: For a key that does not exist.
+        ConfigError: If the file does not exist, is not TOML, or is not a grid.
+        UnknownNameError: For an unknown key, or a baseline or table of the paper that does not exist.
     """
     try:
         content = load_toml(path)
     except OSError as error:
-        near = ", ".join(sorted(str(one) for one in Path("pipelines").glob("*.toml"))) or "none here"
+        examples = ", ".join(sorted(str(file) for file in Path("pipelines").glob("*.toml"))) or "none here"
         raise ConfigError(
-            f"There is no grid {path} ({error.strerror}).", f"Grids that come with the project: {near}."
+            f"There is no grid {path} ({error.strerror}).", f"Grids that come with the project: {examples}."
         ) from error
     for key in content:
-        if key not in TOP:
-            raise unknown_name(f"key in {path}:", key, TOP)
+        if key not in GRID_KEYS:
+            raise unknown_name(f"key in {path}:", key, GRID_KEYS)
     lines: dict[str, tuple[Line, ...]] = {}
     for kind in ("rows", "columns"):
         tables = content.get(kind)
         if not isinstance(tables, list) or not tables or not all(isinstance(table, dict) for table in tables):
-            raise ConfigError(f"{path} has no {kind}.", f'Write [[{kind}]] and name = "...", one for each.')
+            raise ConfigError(f"{path} has no {kind}.", f'Write [[{kind}]] and name = "..." for each of them.')
         lines[kind] = tuple(_line(table, kind, path, options) for table in tables)
         names = [line.name for line in lines[kind]]
         for name in names:
             if names.count(name) > 1:
-                raise ConfigError(f"{path}: two {kind} are called {name!r}.", "Give each a name of its own.")
+                raise ConfigError(f"{path}: two {kind} are called {name!r}.", "Give each of them its own name.")
     paper = content.get("paper")
     if paper is not None and paper not in PAPERS:
         raise unknown_name(f"paper in {path}:", str(paper), PAPERS)
@@ -129,8 +135,8 @@ def read_grid(path: Path, options: Mapping[str, type]) -> Grid:
     for baseline in (content.get("baseline"), *(row.baseline for row in lines["rows"])):
         if baseline is not None and baseline not in row_names:
             raise unknown_name(f"baseline in {path}:", str(baseline), row_names)
-    named = content.get("models", {})
-    if not isinstance(named, dict) or not all(isinstance(value, dict) for value in named.values()):
+    models = content.get("models", {})
+    if not isinstance(models, dict) or not all(isinstance(value, dict) for value in models.values()):
         raise ConfigError(f"models in {path} is not a section.", 'Write [models.NAME] and path = "...".')
     return Grid(
         name=path.stem,
@@ -140,18 +146,16 @@ def read_grid(path: Path, options: Mapping[str, type]) -> Grid:
         settings=_settings(content.get("settings", {}), f"[settings] of {path}", options),
         rows=lines["rows"],
         columns=lines["columns"],
-        models=named,
+        models=models,
     )
 
 
 def _line(table: Mapping[str, Any], kind: str, path: Path, options: Mapping[str, type]) -> Line:
     name = table.get("name")
     if not isinstance(name, str) or not name:
-        raise ConfigError(
-            f"{path}: one of its {kind} has no name.", 'Give name = "..." as it shall stand in the table.'
-        )
+        raise ConfigError(f"{path}: one of its {kind} has no name.", 'Give name = "...". The table shows it.')
     where = f"{kind[:-1]} {name!r} of {path}"
-    own = {key: table[key] for key in OWN_KEYS[kind] if key in table}
+    own = {key: table[key] for key in LINE_KEYS[kind] if key in table}
     swap = own.get("swap", False)
     if not isinstance(swap, bool):
         raise ConfigError(f"swap = {swap!r} in {where} should be true or false.", "Correct it.")

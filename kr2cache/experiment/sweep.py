@@ -1,7 +1,8 @@
 """Sweeps: the trainings of a grid, one after the other.
 
-All cells are checked before the first training. What is done is skipped; a cell that fails while it runs is reported
-and the others go on. ``RUN_DIR/sweeps/NAME.json`` says which run belongs where; ``report`` reads it.
+A sweep checks all cells before the first training, and skips runs that are finished. If a cell fails while it runs,
+the sweep reports it and goes on. The manifest ``RUN_DIR/sweeps/NAME.json`` says which run belongs to which cell;
+``report`` reads it.
 """
 
 from __future__ import annotations
@@ -9,33 +10,32 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kr2cache.config import TrainConfig
 from kr2cache.errors import InterruptedWorkError, KR2CacheError
-from kr2cache.experiment.cells import Cell, cells_text, count_cells, explained, find_faults, refusal
+from kr2cache.experiment.cells import Cell, cells_text, count_cells, explained, find_faults, group_errors, refusal
 from kr2cache.experiment.checks import check_names
 from kr2cache.experiment.grid import Grid, Line
 from kr2cache.experiment.pipeline import train
 from kr2cache.experiment.ready import check_ready, open_models, read_corpus
 from kr2cache.experiment.shared import Shared
 from kr2cache.experiment.teacher import teacher_config
-from kr2cache.methods import METHODS
 from kr2cache.system.allocator import objects_set_aside
 from kr2cache.system.console import console, count_text, failed, heading, silent
 from kr2cache.system.locks import check_writable
 from kr2cache.training.runs import RunFolder, write_json
 
 MANIFESTS = "sweeps"
-"""Folder in the run folder."""
+"""The folder of the manifests, in the run folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SweepResult:
-    """What a sweep left."""
+    """The result of a sweep."""
 
     grid: Grid
     manifest: Path
@@ -61,12 +61,12 @@ class SweepResult:
 
 
 class Sweep:
-    """A grid on its way."""
+    """The trainings of one grid."""
 
     def __init__(self, grid: Grid, cells: list[Cell], *, keep_readers: bool) -> None:
         """
         Args:
-            cells: As ``cells_of`` gives them.
+            cells: The result of ``cells_of``.
             keep_readers: Whether trained readers stay on disk after their predictions are written.
         """
         self.grid = grid
@@ -78,14 +78,14 @@ class Sweep:
 
     @objects_set_aside()
     def run(self, *, keep_going: bool = False) -> SweepResult:
-        """Check every cell, then fill them one after the other.
+        """Check all cells, then train them one after the other.
 
         Args:
-            keep_going: Whether cells that cannot run are reported and left out; otherwise nothing is trained.
+            keep_going: If some cells cannot run, report them and train the others. Otherwise nothing is trained.
 
         Raises:
-            KR2CacheError: If cells cannot run; it says which, and why.
-            InterruptedWorkError: On Ctrl-C; what is complete is kept, and the manifest says what there is.
+            KR2CacheError: If cells cannot run. The message gives the cells and the reasons.
+            InterruptedWorkError: On Ctrl-C. Finished runs stay, and the manifest lists them.
         """
         check_writable(self.run_dir, "--run-dir")
         for cell in self.cells:
@@ -94,51 +94,52 @@ class Sweep:
                 keep_readers=self.keep_readers or self._teaches(cell),
                 temporary_readers=not self.keep_readers,
             )
-        self._take_over()
+        self._read_folders()
         self._check(keep_going)
         self._write()
         order = self._in_order()
         for number, cell in enumerate(order, 1):
             heading(f"{number}/{len(order)}  {cell.name}")
             try:
-                self._fill(cell)
+                self._train(cell)
             except InterruptedWorkError as error:
                 raise InterruptedWorkError(
                     f"{error.message.rstrip('.')}. The sweep {self.grid.name} stopped at cell {number} of "
                     f"{len(order)} ({cell.name}).",
-                    "Run the same command again: it skips what is done.",
+                    "Run the same command again: it skips finished runs.",
                 ) from None
             finally:
                 self._write()
-            if not any(_is_taught(other) for other in order[number:] if other.column is cell.column):
+            if not any(other.method.needs_teacher for other in order[number:] if other.column is cell.column):
                 self._drop_readers(cell.column)
         return SweepResult(grid=self.grid, manifest=self.manifest, cells=self.cells)
 
     def _check(self, keep_going: bool) -> None:
-        """Find out what keeps cells from running: data, models, and settings that do not fit them."""
+        """Check the data, the models and the settings of all cells."""
         console.print(
             f"Checking the data and models of {count_text(len(self.cells), 'cell')} before the first training."
         )
-        with silent():  # each training says the same again, under its own heading
-            faults = find_faults((cell, self._checks(cell.config)) for cell in self._in_order())
+        with silent():  # each training shows the same messages again, under its own heading
+            faults = find_faults((cell, check) for cell in self._in_order() for check in self._checks(cell))
         if faults and not keep_going:
             some_run = count_cells(faults) < len(self.cells)
             raise refusal(faults, self.grid, "--keep-going trains the other cells." if some_run else "")
         for fault in faults:
             for cell in fault.cells:
                 if cell.error is None:  # the first reason is kept
-                    self._failed(cell, fault.error)
-            _say_failed(cells_text(fault.cells, self.grid), fault.error.message, fault.error.remedy)
+                    cell.fail(fault.error)
+            _print_error(cells_text(fault.cells, self.grid), fault.error)
 
-    def _checks(self, config: TrainConfig) -> list[Callable[[], object]]:
-        """The checks of one cell; data and models apart, so that a fault of one does not hide a fault of the other."""
+    def _checks(self, cell: Cell) -> list[Callable[[], object]]:
+        """The checks of one cell. Data and models are checked apart, so that the user sees the faults of both."""
+        config = cell.config
         training = check_names(config)
         checks: list[Callable[[], object]] = [
             lambda: read_corpus(training, self._shared),
             lambda: open_models(training, self._shared),
             lambda: check_ready(config, self._shared),
         ]
-        if METHODS[config.method].needs_teacher:
+        if cell.method.needs_teacher:
             checks.append(lambda: self._check_teacher(config))
         return checks
 
@@ -146,32 +147,27 @@ class Sweep:
         if (teacher := teacher_config(config)) is not None:
             check_ready(teacher, self._shared)
 
-    def _fill(self, cell: Cell) -> None:
+    def _train(self, cell: Cell) -> None:
         try:
             cell.result = train(cell.config, self._shared)
         except KeyboardInterrupt:
             raise InterruptedWorkError("Interrupted.") from None
-        except Exception as raised:  # one cell's unforeseen failure is no reason to lose the others
+        except Exception as raised:  # the other cells may still run, whatever failed here
             error = explained(raised)
-            before = next((one for one in self.cells if (one.error, one.remedy) == (error.message, error.remedy)), None)
-            self._failed(cell, error)
-            if before is None:
-                _say_failed(cell.name, error.message, error.remedy)
+            earlier = next((other for other in self.cells if str(other.error) == str(error)), None)
+            cell.fail(error)
+            if earlier is None:
+                _print_error(cell.name, error)
             else:
-                failed(f"{cell.name}: the same as {before.name}")
+                failed(f"{cell.name}: the same error as {earlier.name}")
             return
         cell.folder = Path(os.path.relpath(cell.result.runs[0].folder.parent, self.run_dir)).as_posix()
         mean, metric = cell.result.json()["mean"], cell.result.task.metric
         split = "test" if "test" in mean else "dev"
         console.print(f"{cell.name}: {metric} {100 * mean[split][metric]:.1f}", markup=False)
 
-    def _failed(self, cell: Cell, error: KR2CacheError) -> None:
-        cell.error, cell.remedy = error.message, error.remedy
-        cell.folder = None  # an earlier configuration's score is not this one's
-
     def _in_order(self) -> list[Cell]:
-        """The cells that can run, column by column; plain trainings first where they teach, so that no model is
-        fine-tuned twice."""
+        """The cells that can run, column by column. Teachers come first, so that no model is fine-tuned twice."""
         order = []
         for column in self.grid.columns:
             cells = [cell for cell in self.cells if cell.column is column and cell.error is None]
@@ -180,31 +176,32 @@ class Sweep:
 
     def _teaches(self, cell: Cell) -> bool:
         """Whether a distillation in the same column learns from this cell's model."""
-        if not METHODS[cell.config.method].is_plain:
-            return False
-        model = cell.config.trained_model
-        return any(
-            _is_taught(other) and other.config.teacher == model for other in self.cells if other.column is cell.column
+        return cell.method.is_plain and any(
+            other.column is cell.column
+            and other.method.needs_teacher
+            and other.config.teacher == cell.config.trained_model
+            for other in self.cells
         )
 
     def _drop_readers(self, column: Line) -> None:
-        """Of the runs that a sweep trained: 120 readers of the size of XLM-R are 130 GB."""
+        """Remove the readers that this sweep trained in the column: 120 readers of the size of XLM-R take 130 GB."""
         for cell in self.cells:
             if not self.keep_readers and cell.column is column and cell.folder is not None:
                 for seed in cell.config.seeds:
                     RunFolder.of_seed(self.run_dir / cell.folder, seed).drop_temporary_reader()
 
-    def _take_over(self) -> None:
-        """Where an earlier call of the same sweep left its runs, so that a report shows them while this one goes on."""
+    def _read_folders(self) -> None:
+        """Read from the manifest of an earlier call where its runs are, so that a report shows them meanwhile."""
         try:
             earlier = json.loads(self.manifest.read_text("utf-8"))
             known = {(cell["row"], cell["column"], cell["settings"]): cell["folder"] for cell in earlier["cells"]}
         except (OSError, ValueError, KeyError, TypeError):
-            return  # none, or not readable: the runs themselves say what is done
+            return  # no manifest, or a damaged one: ``train`` finds the finished runs itself
         for cell in self.cells:
             cell.folder = known.get((cell.row.name, cell.column.name, cell.settings))
 
     def _write(self) -> None:
+        """Write the manifest."""
         grid = self.grid
         self.manifest.parent.mkdir(parents=True, exist_ok=True)
         partial = self.manifest.with_suffix(".partial")
@@ -224,25 +221,18 @@ class Sweep:
         partial.replace(self.manifest)
 
 
-def _is_taught(cell: Cell) -> bool:
-    return METHODS[cell.config.method].needs_teacher
-
-
 def describe_sweep(result: SweepResult) -> None:
-    """What was filled and what failed, each reason once."""
-    filled: Sequence[Cell] = [cell for cell in result.cells if cell.error is None]
+    """Print how many cells were filled, and each error once."""
     heading(result.grid.title)
-    console.print(f"{len(filled)} of {count_text(len(result.cells), 'cell')} filled.")
-    reasons: dict[tuple[str, str], list[Cell]] = {}
-    for cell in result.failed:
-        reasons.setdefault((str(cell.error), cell.remedy), []).append(cell)
-    for (error, remedy), cells in reasons.items():
-        _say_failed(cells_text(cells, result.grid), error, remedy)
-    if reasons:
-        console.print("Mend what failed and run the same command again: what is done is skipped.", style="cyan")
+    total = len(result.cells)
+    console.print(f"{total - len(result.failed)} of {count_text(total, 'cell')} filled.")
+    for fault in group_errors((cell, cell.error) for cell in result.cells if cell.error is not None):
+        _print_error(cells_text(fault.cells, result.grid), fault.error)
+    if result.failed:
+        console.print("Correct the errors and run the same command again: it skips finished runs.", style="cyan")
 
 
-def _say_failed(what: str, error: str, remedy: str) -> None:
-    failed(f"{what}: {error}")
-    if remedy:
-        console.print(f"  {remedy}", markup=False, soft_wrap=True, style="cyan")
+def _print_error(cells: str, error: KR2CacheError) -> None:
+    failed(f"{cells}: {error.message}")
+    if error.remedy:
+        console.print(f"  {error.remedy}", markup=False, soft_wrap=True, style="cyan")

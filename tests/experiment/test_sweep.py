@@ -69,17 +69,18 @@ def grid_of(folder: Path, text: str = GRID) -> Grid:
     return read_grid(path, TRAIN_OPTIONS)
 
 
-def planned(world: World, text: str = GRID, *, keep_readers: bool = False, **above: Any) -> Sweep:
+def planned(world: World, text: str = GRID, *, keep_readers: bool = False, **overrides: Any) -> Sweep:
     grid = grid_of(world.folder, text)
     named = {name: {"path": str(world.folder / "models" / name)} for name in ("res", "reader")}
-    below = {
+    defaults = {
         "data": str(world.data),
         "run_dir": world.folder / "runs",
         "cache_dir": world.caches,
         "device": "cpu",
     }
     cells = cells_of(
-        grid, lambda row, column: grid.config(row, column, below=below, above=above, overrides=named, training={})
+        grid,
+        lambda row, column: grid.config(row, column, defaults=defaults, overrides=overrides, models=named, training={}),
     )
     return Sweep(grid, cells, keep_readers=keep_readers)
 
@@ -102,7 +103,7 @@ def test_every_grid_of_the_project_makes_sense(path: Path) -> None:
 
     def cell_config(row: Line, column: Line) -> TrainConfig:
         oscar = {"oscar": {"path": "somewhere"}}
-        return grid.config(row, column, below={}, above={}, overrides=oscar, training={})
+        return grid.config(row, column, defaults={}, overrides={}, models=oscar, training={})
 
     cells = cells_of(grid, cell_config)
     assert len(cells) == len(grid.rows) * len(grid.columns)
@@ -275,9 +276,11 @@ def test_later_places_override_earlier_ones(tmp_path: Path) -> None:
     text = GRID.replace('fusion = "last4"', 'fusion = "last4"\nlearning-rate = 3e-3\nswap = true')
     grid = grid_of(tmp_path, text.replace('task = "udpos"', 'task = "udpos"\nbatch-size = 7'))
     (column,), (plain, kr2) = grid.columns, grid.rows
-    below = {"epochs": 9.0, "max_length": 33, "learning_rate": 1.0}
-    one = grid.config(plain, column, below=below, above={"seeds": "5"}, overrides={}, training={"warmup_steps": 1})
-    other = grid.config(kr2, column, below=below, above={}, overrides={}, training={})
+    defaults = {"epochs": 9.0, "max_length": 33, "learning_rate": 1.0}
+    one = grid.config(
+        plain, column, defaults=defaults, overrides={"seeds": "5"}, models={}, training={"warmup_steps": 1}
+    )
+    other = grid.config(kr2, column, defaults=defaults, overrides={}, models={}, training={})
     assert (one.epochs, one.batch_size, one.learning_rate, one.seeds) == (1.0, 7, 1e-3, (5,))
     assert (one.max_length, one.resource_max_length, one.training) == (33, 33, {"warmup_steps": 1})
     assert (one.reader, one.resource) == ("reader", "res")
@@ -334,7 +337,7 @@ def test_a_failure_that_nobody_foresaw_is_one_cells_too(world: World, monkeypatc
 
     monkeypatch.setattr(sweep, "train", failing)
     result = planned(world).run()
-    assert [cell.error for cell in result.cells] == ["RuntimeError: CUDA is tired", None]
+    assert [cell.error and cell.error.message for cell in result.cells] == ["RuntimeError: CUDA is tired", None]
 
 
 def test_a_cell_that_fails_now_does_not_show_what_it_scored_before(
@@ -383,7 +386,7 @@ def test_settings_that_no_cell_could_run_with_are_refused_at_once(world: World) 
         planned(world, GRID.replace('fusion = "last4"', 'method = "kd"\nteacher = "nope"'))
     with pytest.raises(ConfigError, match=r"'layer9' asks for layer 9.* 0 to 4"):
         planned(world, GRID.replace('"last4"', '"layer9"')).run()
-    with pytest.raises(ConfigError, match="a teacher is given beside them"):
+    with pytest.raises(ConfigError, match="a teacher is given too"):
         planned(world, GRID.replace('fusion = "last4"', 'method = "kd"\nteacher = "res"\nswap = true'))
 
 
@@ -411,7 +414,7 @@ def test_stopping_anywhere_and_starting_again_gives_the_same(
             break
         except InterruptedWorkError as error:
             stops += 1
-            assert "it skips what is done" in error.remedy
+            assert "it skips finished runs" in error.remedy
     assert stops == 6, "before the first run, and after each of six but the last"
     mine, expected = manifest(result), manifest(whole)
     for cell in (*mine["cells"], *expected["cells"]):
