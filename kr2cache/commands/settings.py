@@ -14,6 +14,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from kr2cache.cache.dtypes import DTYPES
 from kr2cache.config import COMPUTE_DTYPES, KIND_NAMES, ExtractConfig, TrainConfig
 from kr2cache.methods import METHODS
+from kr2cache.tasks import ROW_TASKS
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,8 @@ class Setting:
     """The default in words; empty to show the field's own default."""
 
 
-TASK = Setting("udpos-LANG, snli, swag, piqa or hellaswag (kr2cache tasks). Default: from the resource's language.")
+ROW_TASK_NAMES = ", ".join(task.name for task in ROW_TASKS)
+TASK = Setting(f"udpos-LANG, udpos, {ROW_TASK_NAMES} (kr2cache tasks). Default: from the resource's language.")
 DATA = Setting("Folder with train, dev and test in the task's format, or a hub data set. Default: the task's own data.")
 LIMIT = Setting("Only the first N examples of each split.", default="all")
 DEVICE = Setting("Where models run: auto, cpu, cuda, cuda:1 or mps.")

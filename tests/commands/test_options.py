@@ -97,3 +97,11 @@ def test_every_command_accepts_debug() -> None:
     for path, command in commands(typer.main.get_command(app)):
         assert "--debug" in {name for option in command.params for name in option.opts}, path
         assert "debug" not in inspect.signature(inspect.unwrap(command.callback)).parameters, path
+
+
+def test_no_line_of_a_help_text_ends_within_a_sentence() -> None:
+    """Typer keeps the line breaks of every paragraph after the first."""
+    for path, command in commands(typer.main.get_command(app)):
+        _, *paragraphs = inspect.cleandoc(command.help).split("\n\n")
+        for line in "\n".join(paragraphs).splitlines():
+            assert line.endswith("."), (path, line)
