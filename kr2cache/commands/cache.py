@@ -148,7 +148,7 @@ def info_cli(cache: Cache, cache_dir: CacheDir = None, as_json: Json = False) ->
     console.print()
     edges, counts = seen.lengths
     names = [f"{a}" if b - a == 1 else f"{a}-{b - 1}" for a, b in pairwise(edges)]
-    _bars("tokens a sequence", names, [float(count) for count in counts], lambda value: f"{value:,.0f}")
+    _bars("tokens per sequence", names, [float(count) for count in counts], lambda value: f"{value:,.0f}")
     if seen.sampled:
         titles = [str(layer) for layer in about.layers] if about.fusion is None else ["fused"]
         console.print()
@@ -239,7 +239,7 @@ def _check_with_progress(folder: Path) -> CacheCheck:
 
 
 def _show_faults(found: CacheCheck, faults: Sequence[str]) -> None:
-    """Print what is wrong with a cache and the command that mends it."""
+    """Print what is wrong with a cache and the command that repairs it."""
     for shard in found.shards:
         if shard.unreadable:
             failed(shard.unreadable)

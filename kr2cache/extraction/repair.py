@@ -231,9 +231,9 @@ def _check_index(index: SequenceIndex, made: provenance.Found, config: RepairCon
 
 
 def describe_repair(result: RepairResult) -> None:
-    """Show what was mended."""
+    """Show what was repaired."""
     if not (result.damaged or result.rebuilt or result.computed or result.taken_over):
-        done(f"Nothing to mend: {result.cache}")
+        done(f"Nothing to repair: {result.cache}")
         return
     parts = [f"{', '.join(result.rebuilt)} made again"] if result.rebuilt else []
     if result.damaged:

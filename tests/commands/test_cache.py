@@ -129,7 +129,7 @@ def test_info_counts_and_measures(place: World, capsys: pytest.CaptureFixture[st
     for text in (
         "12 of 12 complete",
         "layers 0-4 as float16",
-        "tokens a sequence",
+        "tokens per sequence",
         "mean norm",
         "█",
         cache.fingerprint,
