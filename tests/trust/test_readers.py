@@ -63,7 +63,7 @@ def test_a_writer_that_marks_before_it_writes_is_found(tmp_path: Path, monkeypat
     assert (seen.examples, seen.wrong) == (16, 0)
 
     def marks_alone(self: CacheWriter, states: PackedStates) -> None:
-        for number, i in map(self.place, states.sequences):
+        for number, i in map(self.locate, states.sequences):
             self._written.put((number, i, 0))
 
     monkeypatch.setattr(CacheWriter, "_write", marks_alone)
