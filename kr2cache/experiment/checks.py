@@ -1,6 +1,6 @@
-"""What can be seen wrong in a call of stage two before torch is imported.
+"""Checks of a training that do not need torch.
 
-Importing torch and transformers takes seconds, so a command line that cannot be run is refused before that.
+Importing torch and transformers takes seconds. A command line that cannot work is refused before that.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from kr2cache.tasks import Task, find_task
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Training:
-    """What the names of a training mean."""
+    """The settings of a training, with its task and models looked up by their names."""
 
     config: TrainConfig
-    """With what its method implies."""
+    """The settings, with those that the method implies."""
     task: Task
     reader: ModelSpec
     """The model that is trained."""
     resource: ModelSpec | None
-    """The frozen one."""
+    """The model that is frozen. None if the method has none."""
     teacher: ModelSpec | None
     """None if the method needs no teacher, or if the teacher is a folder."""
 
 
 def check_names(config: TrainConfig) -> Training:
-    """Check the settings of stage two, whatever models and data this machine has.
+    """Check the settings of stage two. Whether models and data are on this machine makes no difference.
 
     Raises:
-        KR2CacheError: For a name or setting that cannot be right.
+        KR2CacheError: For an unknown name, or a setting that cannot work.
     """
     if config.method not in METHODS:
         raise unknown_name("method", config.method, METHODS)
@@ -47,7 +47,7 @@ def check_names(config: TrainConfig) -> Training:
         raise unknown_name("projection", config.projection, PROJECTIONS)
     check_device_name(config.device)
     task = find_task(config.task)
-    if method.frozen == "reader":  # a resource that was given or found is not used
+    if method.frozen == "reader":  # the reader is the resource, whatever resource is given
         config = dataclasses.replace(config, resource=config.reader)
     known = ", ".join(known_models(config.models))
     if method.needs_resource and config.resource is None:
@@ -55,7 +55,8 @@ def check_names(config: TrainConfig) -> Training:
     if method.needs_teacher and config.teacher is None:
         raise ConfigError(
             f"Method {config.method} needs --teacher.",
-            f"A model that is fine-tuned first ({known}, a hub id, a folder), or the folder of a run (runs/…/seed-1).",
+            f"Give a model, which is fine-tuned first ({known}, a hub id, a folder), or the folder of a run "
+            "(runs/…/seed-1).",
         )
     reader = find_model(config.trained_model or "", config.models)
     resource = None
@@ -74,10 +75,10 @@ def check_names(config: TrainConfig) -> Training:
 
 
 def check_training(config: TrainConfig) -> Training:
-    """Check the names of stage two, and that its models and data are there; reads no data and loads nothing.
+    """Check the settings of stage two, and that its models and data are available. No data is read, no model is loaded.
 
     Raises:
-        KR2CacheError: For a name, path or setting that cannot be right, or a model that is needed and cannot be had.
+        KR2CacheError: For a name, path or setting that cannot work, or a model that is needed but not available.
     """
     training = check_names(config)
     config = training.config

@@ -1,7 +1,8 @@
-"""One training step of a tiny reader with the settings under ``[training]``, before anything long starts.
+"""One training step of a tiny reader with the settings under ``[training]``, before long work starts.
 
 Many settings of transformers fail only when the Trainer is built or makes its first step: an optimizer whose package is
-not installed, a scheduler that lacks an argument, a batch that is never full. Caches would have been made by then.
+not installed, a scheduler that lacks an argument, a batch that is never full. Without the rehearsal, such a training
+would fail only after its caches were made.
 """
 
 from __future__ import annotations
@@ -25,8 +26,7 @@ from kr2cache.training.kreader import KReader
 from kr2cache.training.trainer import ReaderTrainer
 
 NOT_REHEARSED: dict[str, Any] = {"push_to_hub": False, "torch_compile": False, "torch_compile_backend": None}
-"""Settings that act outside of this machine, or take minutes: their values for the rehearsal."""
-
+"""Values that the rehearsal uses for settings that act outside of this machine or take minutes."""
 
 SEED = 1
 
@@ -37,30 +37,30 @@ class _OneStep(TrainerCallback):
 
 
 def rehearse(config: TrainConfig, examples: int) -> None:
-    """Try the settings under ``[training]``; without any there is nothing to try.
+    """Try the settings under ``[training]``, if there are any.
 
     Args:
-        examples: Of the training split.
+        examples: The number of training examples.
 
     Raises:
-        ConfigError: For settings that do not work; it names them.
+        ConfigError: For settings that do not work. The message names them.
     """
 
     def failure(training: Mapping[str, Any]) -> Exception | None:
         given = {name: NOT_REHEARSED.get(name, value) for name, value in training.items()}
         with (
             tempfile.TemporaryDirectory(prefix="kr2cache-rehearsal-", ignore_cleanup_errors=True) as folder,
-            warnings.catch_warnings(action="ignore"),  # the training itself warns
+            warnings.catch_warnings(action="ignore"),  # the training itself shows them
         ):
             try:
                 arguments = training_arguments(dataclasses.replace(config, training=given), Path(folder), SEED)
                 _check_full_batch(arguments, examples)
                 trainer = _trainer(config, arguments, examples)
-                if not (arguments.deepspeed or arguments.fsdp):  # these want the real model
+                if not (arguments.deepspeed or arguments.fsdp):  # these need the real model
                     trainer.train()
-            except ConfigError as error:  # around what TrainingArguments says
+            except ConfigError as error:  # its cause is the error of TrainingArguments
                 return error.__cause__ if isinstance(error.__cause__, Exception) else error
-            except Exception as error:  # the Trainer and the packages that it calls raise almost anything
+            except Exception as error:  # the Trainer and its packages raise errors of many types
                 return error
         return None
 
@@ -93,6 +93,6 @@ def _trainer(config: TrainConfig, arguments: TrainingArguments, examples: int) -
         config=config,
         positions=np.full(examples, 4),
     )
-    # No reports: the rehearsal is no run.
+    # Without the callbacks that report: a rehearsal is not a run.
     trainer.callback_handler.callbacks = [DefaultFlowCallback(), _OneStep()]
     return trainer

@@ -1,6 +1,6 @@
-"""What trainings have in common and load once: a corpus and its tokens, tokenizers, the readers' checkpoints.
+"""Data and models that several trainings use and that are loaded once: corpus, tokens, tokenizers, checkpoints.
 
-The cells of a sweep share one ``Shared``; so do the seeds of a call and the teacher of a distillation.
+The cells of a sweep use one ``Shared``. So do a distillation and its teacher.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from kr2cache.tasks import Example, Task
 from kr2cache.training import admission
 from kr2cache.training.checkpoint import TaskCheckpoint
 
-CHECKPOINTS = 3
-"""Kept at most: a table's rows train the reader, the resource and a distilled one in turn."""
-SAMPLE = 64
-"""Examples on which a tokenizer that was loaded again has to give the same tokens."""
+MAX_CHECKPOINTS = 3
+"""Checkpoints in memory at the same time: the rows of a table train the reader, the resource and a student in turn."""
+SAMPLE_EXAMPLES = 64
+"""Training examples on which a saved tokenizer has to give the same tokens as before."""
 
 
 class CorpusSplit:
-    """One labelled split, read once; tokenised once for each tokenizer and maximal length."""
+    """One labelled split. It is tokenised once for each tokenizer and maximal length."""
 
     def __init__(self, task: Task, examples: list[Example]) -> None:
         self.task = task
@@ -44,7 +44,7 @@ class CorpusSplit:
         self._indices: dict[tuple[str, int], SequenceIndex] = {}
 
     def index(self, spec: ModelSpec, tokenizer: PreTrainedTokenizerBase, max_length: int) -> SequenceIndex:
-        """Its sequences by the tokenizer of ``spec``."""
+        """The tokens of its sequences, from the tokenizer of the model ``spec``."""
         key = (repr(spec), max_length)
         if key not in self._indices:
             self._indices[key] = encode_examples(tokenizer, self.examples, self.task, max_length)
@@ -52,17 +52,17 @@ class CorpusSplit:
 
     @cached_property
     def ids(self) -> tuple[str, ...]:
-        """Of its sequences."""
+        """The ids of its sequences."""
         return tuple(name for example in self.examples for name in example.sequence_ids)
 
     @cached_property
     def text_xxh3(self) -> NDArray[np.uint64]:
-        """(sequences,)"""
+        """XXH3-64 of the texts of its sequences: (sequences,)"""
         return np.array([text_xxh3(text) for example in self.examples for text in example.texts], dtype=np.uint64)
 
     @cached_property
     def digest(self) -> str:
-        """XXH3-128 of ids, texts and labels."""
+        """XXH3-128 of the ids, texts and labels, as hex digits."""
         digest = xxhash.xxh3_128()
         for example in self.examples:
             digest.update(canonical_json([example.id, example.texts, example.label]).encode())
@@ -75,16 +75,16 @@ class Corpus:
     def __init__(self, task: Task, data: str | None, limit: int | None) -> None:
         """
         Raises:
-            DataError: For training examples without a label, or a split that is labelled in part.
-            MissingSplitError: If there is no labelled split to score on.
+            DataError: For training examples without a label, or a split where only some examples have one.
+            MissingSplitError: If there is neither a labelled dev split nor a labelled test split.
         """
-        found, self.notes = read_splits(task, data, limit)
-        self.splits = {split: CorpusSplit(task, examples) for split, examples in found.items()}
-        """``train``, and ``dev`` and ``test`` where they have gold labels."""
+        labelled, self.notes = read_splits(task, data, limit)
+        self.splits = {split: CorpusSplit(task, examples) for split, examples in labelled.items()}
+        """``train``, and those of ``dev`` and ``test`` that have gold labels."""
 
 
 class Shared:
-    """Loaded once, given to every training that asks for the same. Of corpora the last one is kept."""
+    """Keeps what trainings load, for later trainings. Of corpora, only the last one is kept."""
 
     def __init__(self) -> None:
         self._corpus: tuple[tuple[Any, ...], Corpus | DataError] | None = None
@@ -95,19 +95,23 @@ class Shared:
         self._noted: set[str] = set()
 
     def note_once(self, text: str) -> None:
-        """``console.note``, unless a training that shares this said the same."""
+        """Show a note, unless it was shown before."""
         if text not in self._noted:
             self._noted.add(text)
             note(text)
 
     def corpus(self, task: Task, data: str | None, limit: int | None) -> Corpus:
-        """The labelled splits."""
+        """The labelled splits.
+
+        Raises:
+            DataError: As for ``Corpus``. A corpus that failed is not read again.
+        """
         key = (task.name, data, limit)
         if self._corpus is None or self._corpus[0] != key:
-            self._corpus = None  # two large ones need not be there at once
+            self._corpus = None  # frees the memory of the last one first
             try:
                 self._corpus = (key, Corpus(task, data, limit))
-            except DataError as error:  # the next cell of a sweep's column need not read all of it again
+            except DataError as error:
                 self._corpus = (key, error)
         found = self._corpus[1]
         if isinstance(found, DataError):
@@ -115,28 +119,30 @@ class Shared:
         return found
 
     def tokenizer(self, spec: ModelSpec, *, words: bool) -> PreTrainedTokenizerBase:
-        """``load_tokenizer``"""
+        """The model's tokenizer, from ``load_tokenizer``."""
         key = (repr(spec), words)
         if key not in self._tokenizers:
             self._tokenizers[key] = load_tokenizer(spec, words=words)
         return self._tokenizers[key]
 
     def tokenizer_files(self, checkpoint: TaskCheckpoint, task: Task, config: TrainConfig) -> dict[str, bytes]:
-        """``proven_files`` of a reader's tokenizer, proven on the first examples of the training split.
+        """The files of a reader's tokenizer, by name, from ``proven_files``.
+
+        Loaded from these files, the tokenizer gave the same tokens for the first training examples.
 
         Raises:
-            UnsupportedModelError: If it cannot be saved so that it can be loaded again.
+            UnsupportedModelError: If the saved tokenizer cannot be loaded again, or gives other tokens.
         """
         spec = checkpoint.spec
         key = (repr(spec), task.words)
         if key not in self._tokenizer_files:
             tokenizer = self.tokenizer(spec, words=task.words)
-            sample = self.corpus(task, config.data, config.limit).splits["train"].examples[:SAMPLE]
+            sample = self.corpus(task, config.data, config.limit).splits["train"].examples[:SAMPLE_EXAMPLES]
 
-            def tokens(of: PreTrainedTokenizerBase) -> tuple[Any, ...]:
-                index = encode_examples(of, sample, task, config.max_length)
+            def tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[Any, ...]:
+                index = encode_examples(tokenizer, sample, task, config.max_length)
                 segments = None if index.segment_id is None else index.segment_id.tolist()
-                return index.input_id.tolist(), index.word_index.tolist(), segments, pad_id(of)
+                return index.input_id.tolist(), index.word_index.tolist(), segments, pad_id(tokenizer)
 
             before = tokens(tokenizer)
             self._tokenizer_files[key] = proven_files(
@@ -153,26 +159,26 @@ class Shared:
         """The checkpoint that a reader of ``task`` starts from."""
         key = (repr(spec), task.head, task.labels)
         found = self._checkpoints.pop(key, None) or TaskCheckpoint(spec, task.head, task.labels)
-        self._checkpoints[key] = found  # last in order: the one used most recently
-        while len(self._checkpoints) > CHECKPOINTS:
+        self._checkpoints[key] = found  # at the end of the order: used most recently
+        if len(self._checkpoints) > MAX_CHECKPOINTS:
             self._checkpoints.popitem(last=False)
         return found
 
     def check_reader(self, checkpoint: TaskCheckpoint, inputs: Mapping[str, Tensor], *, appends: bool) -> None:
-        """See that a reader can be trained from this checkpoint; the same one is tried once.
+        """Check that a reader can be trained from this checkpoint. Each checkpoint is tried once.
 
         Args:
-            inputs: Of ``KReader.forward``, a few examples of the task.
-            appends: Whether a resource's states will be appended.
+            inputs: A few examples of the task, as the inputs of ``KReader.forward``.
+            appends: Whether the training appends a resource's states.
 
         Raises:
-            KR2CacheError: If it cannot be loaded, or does not pass the checks of ``admission``.
+            KR2CacheError: If the checkpoint cannot be loaded, or fails a check of ``admission``.
         """
         spec, head = checkpoint.spec, checkpoint.head
         key = (repr(spec), head, checkpoint.labels, appends)
         if key in self._admitted:
             return
-        with torch.random.fork_rng(devices=[]):  # a training's own draws stay what they are
+        with torch.random.fork_rng(devices=[]):  # the random numbers of a training stay the same
             model = checkpoint.task_model()
         model.eval()  # type: ignore[no-untyped-call]
         admission.check_plain(model, head, inputs, len(checkpoint.labels), f"Reader {spec.name!r}")
@@ -182,35 +188,30 @@ class Shared:
 
 
 def read_splits(task: Task, data: str | None, limit: int | None) -> tuple[dict[str, list[Example]], list[str]]:
-    """train, and dev and test where they exist with gold labels; and what is to be said about the others."""
+    """The labelled splits, and notes about splits that are missing or have no labels."""
     notes = []
-    splits = {"train": task.read("train", data, limit)}
-    for split in ("dev", "test"):
+    labelled: dict[str, list[Example]] = {}
+    for split in ("train", "dev", "test"):
         try:
-            splits[split] = task.read(split, data, limit)
+            examples = task.read(split, data, limit)
         except MissingSplitError:
+            if split == "train":
+                raise
             notes.append(f"There is no {split} split.")
-    unlabelled = {split: [e.id for e in part if e.label is None] for split, part in splits.items()}
-    if unlabelled["train"]:
-        raise DataError(
-            f"{len(unlabelled['train'])} of {len(splits['train'])} training examples have no gold label (first: "
-            f"{unlabelled['train'][0]!r}).",
-            f"A reader is trained on labelled examples only; {task.name} has the label in {task.labelled_by}.",
-        )
-    labelled = {}
-    for split, part in splits.items():
-        if not unlabelled[split]:
-            labelled[split] = part
-        elif len(unlabelled[split]) == len(part):
+            continue
+        unlabelled = [example.id for example in examples if example.label is None]
+        if not unlabelled:
+            labelled[split] = examples
+        elif split != "train" and len(unlabelled) == len(examples):
             notes.append(f"The {split} split has no gold labels; it is not scored.")
         else:
             raise DataError(
-                f"{len(unlabelled[split])} of {len(part)} examples of the {split} split have no gold label (first: "
-                f"{unlabelled[split][0]!r}).",
-                "Label them or take them out: a score over part of a split is not the split's.",
+                f"{len(unlabelled)} of {len(examples)} examples of the {split} split have no gold label (first: "
+                f"{unlabelled[0]!r}).",
+                f"Label them or remove them. {task.name} has the label in {task.labelled_by}.",
             )
     if notes and len(labelled) == 2:
-        notes.append(f"The last epoch is scored, on {next(split for split in labelled if split != 'train')}.")
+        notes.append(f"The last epoch is scored on the {next(split for split in labelled if split != 'train')} split.")
     if len(labelled) == 1:
         raise MissingSplitError(
             f"{task.corpus(data)} has neither a dev nor a test split with labels: there is nothing to score on.",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 from rich.text import Text
 
@@ -25,6 +26,9 @@ from kr2cache.system.console import bytes_text, console, count_text, note, range
 from kr2cache.system.device import choose_device
 from kr2cache.system.disk import free_bytes
 from kr2cache.tasks import Example, find_task
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,12 +98,7 @@ def plan_extraction(config: ExtractConfig, examples: Sequence[Example] | None = 
     model_config = load_config(spec)
     model_layers, width = encoder_shape(model_config)
     layers = parse_layers(config.layers, model_layers)
-    longest = max_positions(model_config)
-    if longest is not None and config.max_length > longest:
-        raise ConfigError(
-            f"The maximal length {config.max_length} is more than the {longest} positions of {spec.name!r}.",
-            f"Give --max-length {longest} or less.",
-        )
+    check_length(config.max_length, "--max-length", spec, model_config)
     tokenizer = load_tokenizer(spec, words=task.words)
     index = encode_examples(tokenizer, examples, task, config.max_length)
     check_token_ids(index, vocabulary(model_config), repr(spec.name))
@@ -117,6 +116,16 @@ def plan_extraction(config: ExtractConfig, examples: Sequence[Example] | None = 
         if task.words
         else MissingWords(0, 0),
     )
+
+
+def check_length(length: int, option: str, spec: ModelSpec, model_config: PretrainedConfig) -> None:
+    """Refuse a maximal length, given by ``option``, that is more than the model has positions."""
+    longest = max_positions(model_config)
+    if longest is not None and length > longest:
+        raise ConfigError(
+            f"The maximal length {length} is more than the {longest} positions of {spec.name!r}.",
+            f"Give {option} {longest} or less.",
+        )
 
 
 def check_disk(plan: ExtractPlan) -> None:

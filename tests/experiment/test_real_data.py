@@ -133,4 +133,4 @@ def test_official_test_files_without_labels_are_extracted_and_predicted_not_scor
     (data / f"train{suffix}").write_text(text, "utf-8")
     (data / "train-labels.lst").unlink(missing_ok=True)
     assert cli.run([*train, "--limit", "3"]) == 1
-    assert "training examples have no gold label" in capsys.readouterr().err
+    assert "examples of the train split have no gold label" in capsys.readouterr().err

@@ -15,7 +15,7 @@ from world import World
 
 from kr2cache.experiment import shared
 from kr2cache.experiment.pipeline import train
-from kr2cache.experiment.shared import CHECKPOINTS, Shared
+from kr2cache.experiment.shared import MAX_CHECKPOINTS, Shared
 from kr2cache.models import encode, load, tokenizers
 from kr2cache.models.registry import ModelSpec
 from kr2cache.tasks import find_task
@@ -137,11 +137,11 @@ def test_a_reader_from_memory_is_the_one_from_the_files(tmp_path: Path, model_ty
 def test_few_checkpoints_stay_in_memory(tmp_path: Path) -> None:
     common, task = Shared(), find_task("udpos")
     folder = tiny.save_model(tmp_path / "model")
-    specs = [ModelSpec(name=f"m{i}", path=folder) for i in range(CHECKPOINTS + 1)]
+    specs = [ModelSpec(name=f"m{i}", path=folder) for i in range(MAX_CHECKPOINTS + 1)]
     first = common.checkpoint(specs[0], task)
     for spec in specs[1:-1]:
         common.checkpoint(spec, task)
     assert common.checkpoint(specs[0], task) is first, "used again, so kept"
     common.checkpoint(specs[-1], task)
     assert common.checkpoint(specs[0], task) is first
-    assert len(common._checkpoints) == CHECKPOINTS
+    assert len(common._checkpoints) == MAX_CHECKPOINTS
