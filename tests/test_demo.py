@@ -61,7 +61,7 @@ def test_two_seeds_give_no_verdict_however_large_the_difference(gain: float) -> 
         {"label": "KReader", "mean": {"accuracy": 0.8}, "std": {"accuracy": 0.008}},
         {"label": "KR2", "mean": {"accuracy": 0.8 + gain}, "std": {"accuracy": 0.001}},
     ]
-    said = demo._what_it_says(rows)
+    said = demo._comparison(rows)
     assert f"by {100 * gain:+.1f} points; seeds alone differ by up to 0.8" in said
     assert "2 seeds are too few for a verdict" in said
     assert "help" not in said

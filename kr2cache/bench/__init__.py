@@ -55,7 +55,7 @@ def bench(config: BenchConfig) -> dict[str, Any]:
             "versions": library_versions(),
         },
         "repeats": config.repeats,
-        "races": [one.json() for one in races],
+        "races": [race.json() for race in races],
         "break_even": break_even.of(extracted, plan, trained, config),
     }
 
@@ -74,24 +74,24 @@ def describe_bench(result: dict[str, Any]) -> None:
     table.add_column("what")
     for column in ("median", "from", "to", "memory", "times the limit", "target"):
         table.add_column(column, justify="right")
-    for one in result["races"]:
+    for race in result["races"]:
         table.add_section()
-        table.add_row(Text(f"{one['title']} ({one['unit']})", style="bold"))
-        for place, (name, times) in enumerate(one["seconds"].items()):
-            median = one["medians"][name]
+        table.add_row(Text(f"{race['title']} ({race['unit']})", style="bold"))
+        for place, (name, times) in enumerate(race["seconds"].items()):
+            median = race["medians"][name]
             target = Text("")
-            if place == one["limits"] and (one["target"] or one["allowed"]) is not None:
-                most = f"{one['target']:.2f}" if one["target"] else f"+{1e6 * one['allowed']:.0f} µs each"
-                target = Text(f"≤ {most}", style="green" if one["met"] else "red")
-            peak = one["peak_bytes"].get(name)
+            if place == race["limits"] and (race["target"] or race["allowed"]) is not None:
+                most = f"{race['target']:.2f}" if race["target"] else f"+{1e6 * race['allowed']:.0f} µs each"
+                target = Text(f"≤ {most}", style="green" if race["met"] else "red")
+            peak = race["peak_bytes"].get(name)
             memory = "-" if peak is None else bytes_text(peak)
-            ratio = "1" if median == one["limit"] else f"{median / one['limit']:.2f}"
-            if place == one["limits"]:
-                low, high = one["ratio_range"]
-                ratio = f"{one['ratio']:.2f} ({low:.2f} to {high:.2f})"
-                if one["allowed"] is not None:
-                    low, high = (1e6 * end for end in one["extra_range"])
-                    ratio = f"+{1e6 * one['extra']:.1f} µs ({low:.1f} to {high:.1f})"
+            ratio = "1" if median == race["limit"] else f"{median / race['limit']:.2f}"
+            if place == race["limits"]:
+                low, high = race["ratio_range"]
+                ratio = f"{race['ratio']:.2f} ({low:.2f} to {high:.2f})"
+                if race["allowed"] is not None:
+                    low, high = (1e6 * end for end in race["extra_range"])
+                    ratio = f"+{1e6 * race['extra']:.1f} µs ({low:.1f} to {high:.1f})"
             cells = (_time(median), _time(min(times)), _time(max(times)), memory, ratio)
             table.add_row(Text(f"  {name}"), *cells, target)
     console.print(table)

@@ -80,7 +80,7 @@ class Race:
     @property
     def ratios(self) -> list[float]:
         """Ours over the slowest limit, turn by turn."""
-        return [one / limit for one, limit in zip(self.seconds[self.ours], self.seconds[self.binding], strict=True)]
+        return [ours / limit for ours, limit in zip(self.seconds[self.ours], self.seconds[self.binding], strict=True)]
 
     @property
     def ratio(self) -> float:
@@ -91,7 +91,7 @@ class Race:
     def extras(self) -> list[float]:
         """Extra seconds of ours beyond the slowest limit, per thing, turn by turn."""
         pairs = zip(self.seconds[self.ours], self.seconds[self.binding], strict=True)
-        return [(one - limit) / self.things for one, limit in pairs]
+        return [(ours - limit) / self.things for ours, limit in pairs]
 
     @property
     def met(self) -> bool:

@@ -64,7 +64,7 @@ def steps(config: BenchConfig, job: Job) -> Race:
     def batches(data: SplitData, overhead: int = part_overhead(device)) -> Iterable[dict[str, Any]]:
         """Batches on the device, moved as the Trainer's loader moves them."""
         for batch in map(StepBatcher(Batcher(data, job.task, job.tokenizer), overhead), picks):
-            yield {"parts": [{name: _moved(one, device) for name, one in part.items()} for part in batch["parts"]]}
+            yield {"parts": [{name: _moved(value, device) for name, value in part.items()} for part in batch["parts"]]}
 
     def training(model: KReader) -> Callable[[Iterable[dict[str, Any]]], Iterator[None]]:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
@@ -73,7 +73,7 @@ def steps(config: BenchConfig, job: Job) -> Race:
         def steps(batches: Iterable[dict[str, Any]]) -> Iterator[None]:
             for batch in batches:
                 for part in batch["parts"]:
-                    inputs = {name: one for name, one in part.items() if name != "labels_share"}
+                    inputs = {name: value for name, value in part.items() if name != "labels_share"}
                     (model(**inputs)["loss"] * part["labels_share"]).backward()
                 optimizer.step()
                 optimizer.zero_grad()
@@ -145,10 +145,10 @@ def evaluation(config: BenchConfig, job: Job) -> Race:
     )
 
 
-def _moved(one: Any, device: torch.device) -> Any:
-    if not isinstance(one, Tensor) or one.device == device:
-        return one
-    return (one.pin_memory() if device.type == "cuda" else one).to(device, non_blocking=True)
+def _moved(value: Any, device: torch.device) -> Any:
+    if not isinstance(value, Tensor) or value.device == device:
+        return value
+    return (value.pin_memory() if device.type == "cuda" else value).to(device, non_blocking=True)
 
 
 def load_online(job: Job) -> OnlineResource:
