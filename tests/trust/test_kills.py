@@ -129,7 +129,7 @@ def test_a_writer_that_marks_before_it_writes_is_found(tmp_path: Path, monkeypat
     original = CacheWriter._write
 
     def too_early(self: CacheWriter, states: PackedStates) -> None:
-        for number, i in map(self.place, states.sequences):
+        for number, i in map(self.locate, states.sequences):
             os.pwrite(self._files[number], b"\x01", self.shards[number].array_offset("examples/complete") + i)
         time.sleep(0.02)  # long enough to be killed in, however busy the machine
         original(self, states)
