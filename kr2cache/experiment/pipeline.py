@@ -31,7 +31,7 @@ from kr2cache.system.device import choose_device
 from kr2cache.system.locks import only_writer
 from kr2cache.system.process import process_unchanged
 from kr2cache.system.terminal import Column, print_table
-from kr2cache.tasks import Task
+from kr2cache.tasks import COUNTS, Task
 from kr2cache.training.runs import Metrics, RunFolder, mean_and_std, write_json
 from kr2cache.training.train import Job, Trained, train_seed, write_reader, write_trained
 from kr2cache.training.trainer import RETURN_MEMORY_EVERY_S
@@ -255,17 +255,17 @@ def describe_training(result: TrainResult) -> None:
     config = result.config
     split = "test" if "test" in result.runs[0].metrics else "dev"
     mean, std = mean_and_std([run.metrics for run in result.runs])
-    names = [name for name in mean[split] if name != "cut_off_words"]
-    tags_words = "cut_off_words" in mean[split]
+    names = [name for name in mean[split] if name not in COUNTS]
+    counts = [name for name in mean[split] if name in COUNTS]
     columns = [Column("seed", right=True), *(Column(f"{name} %", right=True) for name in names)]
-    columns += [Column("words without a label", right=True, rank=1)] if tags_words else []
+    columns += [Column(COUNTS[name], right=True, rank=1) for name in counts]
     unread = result.words_without_states.get(split, 0)
     columns += [Column("words without states", right=True, rank=1)] if unread else []
     columns += [Column("time", right=True, breaks=" ", rank=2)]
     rows: list[list[str | Text]] = []
     for run in result.runs:
         cells = [f"{100 * run.metrics[split][name]:.1f}" for name in names]
-        cells += [f"{run.metrics[split]['cut_off_words']:.0f}"] if tags_words else []
+        cells += [f"{run.metrics[split][name]:.0f}" for name in counts]
         cells += [str(unread)] if unread else []
         rows.append([str(run.seed), *cells, "trained before" if run.seconds is None else seconds_text(run.seconds)])
     none = [""] * (len(columns) - 1 - len(names))

@@ -12,7 +12,7 @@ from kr2cache.report.significance import LEVEL, RESAMPLES, Comparer, Comparison,
 from kr2cache.report.tables import Cell, Record, Table
 from kr2cache.system.console import count_text
 
-METRICS = {"f1": "F1", "accuracy": "accuracy", "cut_off_words": "words without a label"}
+METRICS = {"f1": "F1", "accuracy": "accuracy"}
 NOISE = "≈"
 OPEN = "?"
 P_VALUES = ("p over examples", "p over seeds", "p corrected")

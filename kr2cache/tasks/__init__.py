@@ -12,10 +12,13 @@ from kr2cache.tasks.snli import Snli
 from kr2cache.tasks.swag import Swag
 from kr2cache.tasks.udpos import LANGUAGES, UdPos
 
-__all__ = ["SPLITS", "Example", "Task", "find_task", "split_name", "task_names"]
+__all__ = ["COUNTS", "SPLITS", "Example", "Task", "find_task", "split_name", "task_names"]
 
 ROW_TASKS: tuple[type[RowTask], ...] = (Snli, Swag, Piqa, HellaSwag)
 """Add your own task here."""
+
+COUNTS = {**UdPos.counts, **{name: title for task in ROW_TASKS for name, title in task.counts.items()}}
+"""The counts of all tasks: name to the title of its column."""
 
 
 def find_task(name: str) -> Task:

@@ -62,6 +62,8 @@ class Task(ABC):
     """How an example becomes tokens, in one line; part of a cache's provenance."""
     metric: str
     """The metric that decides which epoch is best, and that tables show first."""
+    counts: Mapping[str, str] = {}
+    """The scores that are counts, not fractions: name to the title of its column."""
     suffixes: tuple[str, ...]
     """File suffixes: ``.conllu``."""
     labelled_by: str = "label"
@@ -107,7 +109,7 @@ class Task(ABC):
 
     @abstractmethod
     def score(self, gold: Sequence[Any], predicted: Sequence[Any]) -> dict[str, float]:
-        """The task's metrics, as fractions.
+        """The task's metrics, as fractions, and its ``counts``.
 
         Args:
             gold: One label per example.

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,7 @@ class UdPos(Task):
     words = True
     template = "words"
     metric = "f1"
+    counts: Mapping[str, str] = {"cut_off_words": "words without a label"}
     suffixes = (".conllu",)
     labelled_by = "column 4 (UPOS)"
     left_out = "sentences whose text is withheld: _ in place of their words"
