@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 from typer import CallbackParam
-from typer.core import TyperCommand, TyperOption
+from typer.core import TyperArgument, TyperCommand, TyperOption
 from typer.models import CommandFunctionType
 
 from kr2cache.commands.hints import more_advice
@@ -123,6 +123,14 @@ class Command(TyperCommand):
     """A command that refuses an option given twice (typer would use the last value), and whose errors advise only
     options that it has.
     """
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        for one in self.params:
+            # Typer itself would put a default in words in a second pair of brackets: [default: (all)].
+            if isinstance(one, (TyperArgument, TyperOption)) and isinstance(one.show_default, str):
+                one.help = rf"{one.help} [dim]\[default: {one.show_default}][/]"
+                one.show_default = False
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the arguments of one command.

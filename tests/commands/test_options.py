@@ -105,3 +105,12 @@ def test_no_line_of_a_help_text_ends_within_a_sentence() -> None:
         _, *paragraphs = inspect.cleandoc(command.help).split("\n\n")
         for line in "\n".join(paragraphs).splitlines():
             assert line.endswith("."), (path, line)
+
+
+def test_help_shows_a_default_in_one_pair_of_brackets(workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["extract", "--help"]) == 0
+    words = " ".join(word for word in capsys.readouterr().out.split() if word != "│")
+    assert "[default: all]" in words
+    for path, command in commands(typer.main.get_command(app)):
+        for option in command.params:
+            assert not isinstance(option.show_default, str), (path, option.name)
