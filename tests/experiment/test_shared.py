@@ -1,4 +1,4 @@
-"""What trainings share: read, tokenised and loaded once, with the results of trainings apart."""
+"""Trainings that share what they read, tokenise and load have the same results as separate trainings."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def world(tmp_path: Path) -> World:
 
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How often a split is read, tokenised, and a model read from its files; all of it done as ever."""
+    """How often a split is read or tokenised, and how often a model is read from its files."""
     counts: Counter[str] = Counter()
 
     def count(holder: Any, name: str, what: Any) -> None:
@@ -78,7 +78,7 @@ def test_a_training_by_itself_loads_its_reader_once_for_all_seeds(world: World, 
     assert {counted[f"read {split}"] for split in SPLITS} == {1}
 
 
-def test_shared_trainings_give_what_trainings_apart_give(world: World) -> None:
+def test_shared_trainings_give_the_results_of_separate_trainings(world: World) -> None:
     common = Shared()
     configs = [
         world.config(epochs=1.0, fusion="fuse", seeds=(1, 2)),
@@ -96,7 +96,7 @@ def test_shared_trainings_give_what_trainings_apart_give(world: World) -> None:
                 assert (one.folder / name).read_bytes() == (other.folder / name).read_bytes()
 
 
-def test_another_corpus_is_another_one(world: World) -> None:
+def test_another_limit_gives_another_corpus(world: World) -> None:
     common, task = Shared(), find_task("udpos")
     whole = common.corpus(task, str(world.data), None)
     assert common.corpus(task, str(world.data), None) is whole
@@ -107,7 +107,7 @@ def test_another_corpus_is_another_one(world: World) -> None:
 @pytest.mark.parametrize("head", ["token", "sequence", "choice"])
 @pytest.mark.parametrize("model_type", ["bert", "roberta", "distilbert", "electra"])
 def test_a_reader_from_memory_is_the_one_from_the_files(tmp_path: Path, model_type: str, head: Any) -> None:
-    """Drawn weights too: as from_pretrained draws them, whatever was done to the readers before."""
+    """Randomly drawn weights equal those of from_pretrained too, even if earlier readers were changed."""
     spec = ModelSpec(name="m", path=tiny.save_model(tmp_path / "m", model_type))
     common = TaskCheckpoint(spec, head, ("a", "b", "c"))
 
@@ -118,7 +118,7 @@ def test_a_reader_from_memory_is_the_one_from_the_files(tmp_path: Path, model_ty
         assert all(parameter.requires_grad for parameter in model.parameters())
         with torch.no_grad():
             for parameter in model.parameters():
-                parameter.fill_(7.0)  # training changes a reader; the checkpoint must not notice
+                parameter.fill_(7.0)  # training changes a reader; this must not change the checkpoint
         return found | {"next": torch.rand(3)}
 
     def drawn_by_transformers(seed: int) -> dict[str, Tensor]:
@@ -141,7 +141,7 @@ def test_few_checkpoints_stay_in_memory(tmp_path: Path) -> None:
     first = common.checkpoint(specs[0], task)
     for spec in specs[1:-1]:
         common.checkpoint(spec, task)
-    assert common.checkpoint(specs[0], task) is first, "used again, so kept"
+    assert common.checkpoint(specs[0], task) is first, "it was used again, so it is kept"
     common.checkpoint(specs[-1], task)
     assert common.checkpoint(specs[0], task) is first
     assert len(common._checkpoints) == MAX_CHECKPOINTS

@@ -1,4 +1,4 @@
-"""Sweeps on tiny models: which cells are run, what is skipped, what goes on after a failure or an interruption."""
+"""Sweeps on tiny models: which cells run, which are skipped, and what happens after a failure or an interruption."""
 
 from __future__ import annotations
 
@@ -150,13 +150,13 @@ def test_the_papers_grids_have_its_rows_and_columns() -> None:
         ("[[columns]]", "[columns]", "has no columns"),
     ],
 )
-def test_a_grid_that_is_none_is_refused(tmp_path: Path, before: str, after: str, said: str) -> None:
+def test_an_invalid_grid_is_refused(tmp_path: Path, before: str, after: str, said: str) -> None:
     assert before in GRID
     with pytest.raises(KR2CacheError, match=said):
         grid_of(tmp_path, GRID.replace(before, after))
 
 
-def test_a_grid_that_is_not_there_names_those_that_are(workdir: Path) -> None:
+def test_the_error_for_a_missing_grid_names_existing_grids(workdir: Path) -> None:
     (workdir / "pipelines").mkdir()
     shutil.copy(GRIDS[0], workdir / "pipelines")
     with pytest.raises(ConfigError) as caught:
@@ -197,8 +197,12 @@ def test_two_languages_in_one_folder_are_refused(world: World, monkeypatch: pyte
     other = world.folder / "korean"
     shutil.copytree(world.data, other)
     assert len(planned(world, german + korean + f"data = '{other}'\n").cells) == 4
-    assert len(planned(world, german + korean.replace("udpos-ko", "udpos")).cells) == 4, "udpos is of no language"
-    assert len(planned(world, german + korean + "data = '/nowhere'\n").cells) == 4, "its own cells say so"
+    assert len(planned(world, german + korean.replace("udpos-ko", "udpos")).cells) == 4, (
+        "the task udpos has no language"
+    )
+    assert len(planned(world, german + korean + "data = '/nowhere'\n").cells) == 4, (
+        "missing data is reported later, by the checks of the cells"
+    )
 
 
 CHINESE = """
@@ -220,7 +224,7 @@ path = "{gone}"
 """
 
 
-def test_faults_of_data_and_models_are_said_once_before_any_training(
+def test_faults_of_data_and_models_are_reported_once_before_any_training(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sweep, "train", lambda *_: pytest.fail("trained"))
@@ -240,11 +244,11 @@ def test_faults_of_data_and_models_are_said_once_before_any_training(
     with pytest.raises(ConfigError) as caught:
         planned(world, text).run()
     said = str(caught.value)
-    assert len(reads) == len(set(reads)) == 8, "each split of each column once, up to the fault"
+    assert len(reads) == len(set(reads)) == 8, "each split of each column is read once, up to the fault"
     assert "9 of 15 cells cannot run; nothing was trained." in said
     assert said.count("unknown tag 'PU'") == 1
     assert f"- Zh (every row): {path}, sentence at line " in said
-    assert said.count(" ".join(UPOS)) == 1, "with the tags that there are"
+    assert said.count(" ".join(UPOS)) == 1, "the message lists the valid tags"
     assert said.count("holds no config.json") == 1
     assert "- Ko · KR2, Ko · all, Ko · layer1, Ko · fuse: The folder of model 'gone'" in said
     assert "Give the folder that holds config.json" in said
@@ -252,7 +256,7 @@ def test_faults_of_data_and_models_are_said_once_before_any_training(
     with pytest.raises(ConfigError) as caught:
         planned(world, text).run()
     said = str(caught.value)
-    assert "10 of 15 cells cannot run" in said, "the reader alone does not lack its model"
+    assert "10 of 15 cells cannot run" in said, "KReader needs no resource, so its model is not missing"
     assert "- Ko (every row): " in said and "- Ko · KR2, Ko · all, Ko · layer1, Ko · fuse: The folder" in said
     assert not (world.folder / "runs").exists()
 
@@ -263,7 +267,7 @@ def test_weights_that_are_missing_are_found_before_any_training(world: World) ->
         planned(world).run()
 
 
-def test_a_fault_of_every_cell_is_said_once(world: World) -> None:
+def test_a_fault_of_every_cell_is_reported_once(world: World) -> None:
     (world.data / "train.conllu").unlink()
     with pytest.raises(
         MissingSplitError, match=r"2 of 2 cells cannot run; nothing was trained\. every cell: "
@@ -307,7 +311,7 @@ def test_every_cell_is_run_once_and_the_manifest_says_where(world: World, monkey
     assert planned(world).run().manifest.read_bytes() == before
 
 
-def test_one_cell_that_fails_does_not_keep_the_others(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_cell_that_fails_does_not_stop_the_others(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     real = pipeline.train_seed
 
     def failing(job: Any, seed: int, *rest: Any) -> Any:
@@ -327,7 +331,7 @@ def test_one_cell_that_fails_does_not_keep_the_others(world: World, monkeypatch:
     assert {cell["error"] for cell in manifest(mended)["cells"]} == {None}
 
 
-def test_a_failure_that_nobody_foresaw_is_one_cells_too(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unexpected_failure_does_not_stop_the_others(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     real = sweep.train
 
     def failing(config: TrainConfig, *shared: Any) -> Any:
@@ -340,9 +344,7 @@ def test_a_failure_that_nobody_foresaw_is_one_cells_too(world: World, monkeypatc
     assert [cell.error and cell.error.message for cell in result.cells] == ["RuntimeError: CUDA is tired", None]
 
 
-def test_a_cell_that_fails_now_does_not_show_what_it_scored_before(
-    here: World, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_cell_that_fails_does_not_show_an_earlier_score(here: World, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["sweep", "grid.toml", "--seeds", "1"]) == 0
     edit_a_sentence(here)  # the caches are stale now, so KR2 fails
     assert cli.run(["sweep", "grid.toml", "--seeds", "1"]) == 1
@@ -415,10 +417,10 @@ def test_stopping_anywhere_and_starting_again_gives_the_same(
         except InterruptedWorkError as error:
             stops += 1
             assert "it skips finished runs" in error.remedy
-    assert stops == 6, "before the first run, and after each of six but the last"
+    assert stops == 6, "before the first run, and after each of the six runs except the last"
     mine, expected = manifest(result), manifest(whole)
     for cell in (*mine["cells"], *expected["cells"]):
-        del cell["settings"]  # they name the folder of the data
+        del cell["settings"]  # this digest contains the folder of the data
     assert mine == expected
     for cell in expected["cells"]:
         for seed in (1, 2):
@@ -446,7 +448,7 @@ def test_a_reader_that_someone_trained_by_hand_is_not_dropped(world: World) -> N
 
 
 def test_a_distillation_learns_from_the_tables_own_rows(world: World) -> None:
-    """kreader 2, kresource 2, kd 2: the teacher is seed 1 of kresource, fine-tuned once."""
+    """Six trainings, two for each row: the teacher is seed 1 of KResource and is not fine-tuned again."""
     result = planned(world, KD).run()
     folders = sorted(path.parent.name for path in (world.folder / "runs" / "udpos").glob("*/seed-*"))
     assert len(folders) == 6
