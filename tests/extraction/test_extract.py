@@ -607,7 +607,7 @@ def test_an_infinite_state_that_the_model_computes_is_not_put_down_to_the_dtype(
     edit_weights(folder, "encoder.layer.1.output.LayerNorm.weight", lambda weight: weight * 3e38)
     with pytest.raises(ValueRangeError, match="at layer 2 is not a finite float32 value") as caught:
         extracted(folder, tmp_path / "cache", dtype="float32")
-    assert "The model itself gives it, so no --dtype helps" in caught.value.remedy
+    assert "The model computed this value, so no other --dtype helps" in caught.value.remedy
 
 
 DiskUsage = collections.namedtuple("DiskUsage", "total used free")
