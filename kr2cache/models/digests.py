@@ -134,19 +134,29 @@ class OpenedModel:
 
 def open_model(spec: ModelSpec) -> OpenedModel:
     """Load and hash a model on this machine. ``model_digests`` knows its digests from then on."""
-    key = _key(spec)
+    key = model_key(spec)
     encoder, dropped = open_encoder(spec)
+    return OpenedModel(encoder=encoder, dropped=dropped, digests=hash_encoder(spec, encoder, key))
+
+
+def hash_encoder(spec: ModelSpec, encoder: PreTrainedModel, key: tuple[Any, ...]) -> Digests:
+    """Hash an encoder that is in memory. ``model_digests`` knows its digests from then on.
+
+    Args:
+        encoder: With the weights and the configuration that ``open_encoder`` gives.
+        key: ``model_key`` from before the encoder was loaded: its files may have changed since.
+    """
     _digests[key] = Digests(
         weights=weights_digest(encoder),
         config=config_digest(encoder.config),
         config_in_training=config_digest(load_config(spec), training=True),
     )
-    return OpenedModel(encoder=encoder, dropped=dropped, digests=_digests[key])
+    return _digests[key]
 
 
 def known_digests(spec: ModelSpec) -> Digests | None:
-    """The digests of a model, if this process opened it before and its files have not changed since; else None."""
-    return _digests.get(_key(spec))
+    """The digests of a model, if this process hashed it before and its files have not changed since; else None."""
+    return _digests.get(model_key(spec))
 
 
 def model_digests(spec: ModelSpec) -> Digests:
@@ -154,7 +164,7 @@ def model_digests(spec: ModelSpec) -> Digests:
     return known_digests(spec) or open_model(spec).digests
 
 
-def _key(spec: ModelSpec) -> tuple[Any, ...]:
+def model_key(spec: ModelSpec) -> tuple[Any, ...]:
     """A key that changes when the model may have changed: its settings, and the sizes and times of its files."""
     folder = model_folder(spec)
     files = sorted([*weight_files(folder), folder / "config.json"])

@@ -9,7 +9,8 @@ from torch import Tensor
 from transformers import AutoModelForMaskedLM, AutoModelForPreTraining, PretrainedConfig, PreTrainedModel
 
 from kr2cache.errors import UnsupportedModelError
-from kr2cache.models.load import head_names, load_config, load_pretrained, not_finite, quiet
+from kr2cache.models.digests import hash_encoder, model_key
+from kr2cache.models.load import class_of, head_names, load_config, load_pretrained, not_finite, quiet
 from kr2cache.models.registry import ModelSpec
 from kr2cache.tasks.base import Head
 from kr2cache.training.kreader import HEADS
@@ -59,7 +60,7 @@ class TaskCheckpoint:
         return load_pretrained(self.spec, architecture, self.task_config(), copies)[0]
 
     def _read(self) -> tuple[type[PreTrainedModel], dict[str, Tensor]]:
-        config = self.task_config()
+        config, key = self.task_config(), model_key(self.spec)
         model, missing, misfit = load_pretrained(self.spec, HEADS[self.head], config)
         if damaged := not_finite(model):
             more = f" and {len(damaged) - 1} more" if len(damaged) > 1 else ""
@@ -68,12 +69,30 @@ class TaskCheckpoint:
                 f"{damaged[0]}{more}: no training can start from it.",
                 "Download or copy its weights again.",
             )
+        if (encoder := self._encoder(model, missing)) is not None:
+            hash_encoder(self.spec, encoder, key)  # so that nobody loads the model a second time to hash it
         left_out = head_names(model) - missing
         if left_out:
             left_out -= _weights_of_pretraining(config) - misfit
         self.left_out = tuple(sorted(left_out))
         drawn = missing | left_out
         return type(model), {name: tensor for name, tensor in model.state_dict().items() if name not in drawn}
+
+    def _encoder(self, model: PreTrainedModel, missing: frozenset[str]) -> PreTrainedModel | None:
+        """The base model, if it surely equals what ``open_encoder`` loads: it has the same class and all weights.
+        (Funnel's tagger has another base model than its classifier. Code that comes with a model may do anything.)
+        """
+        encoder, config = model.base_model, model.config
+        drawn = {name.removeprefix(f"{model.base_model_prefix}.") for name in missing - head_names(model)}
+        if (
+            isinstance(encoder, PreTrainedModel)
+            and type(encoder) is class_of(config)
+            and all(name.startswith("pooler.") for name in drawn)
+            and not self.spec.trust_remote_code
+            and not getattr(config, "is_encoder_decoder", False)
+        ):
+            return encoder
+        return None
 
 
 def _weights_of_pretraining(config: PretrainedConfig) -> frozenset[str]:

@@ -15,14 +15,16 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForTokenClassification
+from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelForTokenClassification
 
 from kr2cache.errors import CacheError, ConfigError, KR2CacheError, UnsupportedModelError
 from kr2cache.fusion import Fusion, parse_fusion
+from kr2cache.models.digests import known_digests, open_model
 from kr2cache.models.registry import find_model
 from kr2cache.tasks.base import Head
 from kr2cache.training.checkpoint import TaskCheckpoint
 from kr2cache.training.kreader import (
+    ADMITTED,
     EXTRAS,
     EXTRAS_CONFIG,
     HEADS,
@@ -484,6 +486,37 @@ def test_what_pre_training_made_outside_the_base_model_is_kept(tmp_path: Path) -
     tagger = TaskCheckpoint(find_model(str(tmp_path / "tagger"), {}), "token", ("a", "b"))
     assert torch.equal(tagger.task_model().state_dict()["head.dense.weight"], masked.state_dict()["head.dense.weight"])
     assert tagger.left_out == ("classifier.bias", "classifier.weight")
+
+
+@pytest.mark.parametrize("head", HEAD_NAMES)
+@pytest.mark.parametrize("model_type", [*ADMITTED, "albert", "deberta-v2", "longformer", "modernbert"])
+def test_a_checkpoint_is_hashed_as_an_opened_model(tmp_path: Path, model_type: str, head: Head) -> None:
+    """Runs record the digests, so both ways to load a model have to give the same."""
+    config = tiny.config(model_type)
+    for name, auto in (("base", AutoModel), ("pretrained", AutoModelForMaskedLM), ("trained", HEADS[head])):
+        auto.from_config(config).save_pretrained(tmp_path / name)
+        spec = find_model(str(tmp_path / name), {})
+        assert known_digests(spec) is None
+        TaskCheckpoint(spec, head, ("a", "b", "c")).task_model()
+        assert known_digests(spec) is not None, "the weights are read once"
+        assert known_digests(spec) == open_model(spec).digests
+
+
+@pytest.mark.parametrize(("model_type", "lost"), [("funnel", ""), ("bert", "encoder.layer.1.output.dense.bias")])
+def test_a_checkpoint_that_may_differ_from_the_opened_model_is_not_hashed(
+    tmp_path: Path, model_type: str, lost: str
+) -> None:
+    """Funnel's classifier has another base model than AutoModel gives. An incomplete encoder is refused when opened."""
+    sizes = {"d_model": 16, "d_inner": 32, "n_head": 2, "d_head": 8, "vocab_size": 50, "block_sizes": [1]}
+    funnel = AutoConfig.for_model("funnel", architectures=["FunnelModel"], **sizes)
+    AutoModel.from_config(funnel if model_type == "funnel" else tiny.config(model_type)).save_pretrained(tmp_path)
+    if lost:
+        weights = load_file(tmp_path / "model.safetensors")
+        del weights[lost]
+        save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    spec = find_model(str(tmp_path), {})
+    TaskCheckpoint(spec, "sequence", ("a", "b")).task_model()
+    assert known_digests(spec) is None
 
 
 @pytest.mark.parametrize("change", ["lost", "reshaped"])
