@@ -98,6 +98,14 @@ def unknown_name(kind: str, name: str, known: Iterable[str], remedy: str = "") -
     )
 
 
+def error_text(error: BaseException) -> str:
+    """The first line of an error's message, or the name of its class. A KeyError's message is only the key."""
+    lines = str(error).strip().splitlines()
+    if not lines:
+        return type(error).__name__
+    return f"KeyError: {lines[0]}" if isinstance(error, KeyError) else lines[0]
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """`` Did you mean 'kr2'?``, or empty if no known name is similar. Case does not count."""
     spelled = {one.casefold(): one for one in known}

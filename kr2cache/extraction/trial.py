@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from kr2cache.errors import DeviceMemoryError, UnsupportedModelError
+from kr2cache.errors import DeviceMemoryError, UnsupportedModelError, error_text
 from kr2cache.extraction import budget
 from kr2cache.extraction.planning import ExtractPlan
 from kr2cache.models.repeatable import check_repeatable
@@ -70,7 +70,7 @@ def check_history(plan: ExtractPlan, encoder: PreTrainedModel) -> None:
     except Exception as error:  # this is the model's first pass, and its code may raise anything
         if is_out_of_memory(error):
             raise budget.too_long(plan, device) from None
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = error_text(error)
         raise UnsupportedModelError(
             f"{plan.spec.name!r} ({encoder.config.model_type}) fails on its first text: {reason}",
             "Check its config.json, or choose another model.",

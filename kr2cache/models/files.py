@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from kr2cache.errors import ModelUnavailableError
+from kr2cache.errors import ModelUnavailableError, error_text
 from kr2cache.models.contents import fault, files_to_download, weight_files
 from kr2cache.models.registry import ModelSpec
 from kr2cache.system import hub
@@ -57,7 +57,7 @@ def model_folder(spec: ModelSpec) -> Path:
     try:
         return _download(hub_id, spec.revision)
     except Exception as error:  # huggingface_hub raises a dozen unrelated classes; all mean "cannot be downloaded"
-        raise _not_to_be_had(spec, str(error).strip().splitlines()[0]) from error
+        raise _not_to_be_had(spec, error_text(error)) from error
 
 
 def check_obtainable(spec: ModelSpec) -> None:

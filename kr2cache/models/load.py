@@ -12,7 +12,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kr2cache.errors import ConfigError, DeviceMemoryError, KR2CacheError, ModelUnavailableError, UnsupportedModelError
+from kr2cache.errors import (
+    ConfigError,
+    DeviceMemoryError,
+    KR2CacheError,
+    ModelUnavailableError,
+    UnsupportedModelError,
+    error_text,
+)
 from kr2cache.models.contents import not_json_in
 from kr2cache.models.files import check_files, model_folder
 from kr2cache.models.registry import ModelSpec
@@ -66,7 +73,7 @@ def explained(spec: ModelSpec, what: str) -> Iterator[None]:
                 f"The {what} of model {spec.name!r} cannot be loaded: this computer has too little free memory.",
                 memory_advice(torch.device("cpu")),
             ) from error
-        said, remedy = _first_line(error), "Check that the folder is complete (kr2cache models)."
+        said, remedy = error_text(error), "Check that the folder is complete (kr2cache models)."
         not_json = not_json_in(model_folder(spec)) if what != WEIGHTS else None
         if not_json is not None:
             name, reason = not_json
@@ -81,14 +88,6 @@ def explained(spec: ModelSpec, what: str) -> Iterator[None]:
         if spec.needs and not_json is None:
             remedy = f"It needs {spec.needs}."
         raise ModelUnavailableError(f"The {what} of model {spec.name!r} cannot be loaded: {said}", remedy) from error
-
-
-def _first_line(error: Exception) -> str:
-    """Its message in one line. A KeyError's message is only the key, so its name is added."""
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    if not lines:
-        return type(error).__name__
-    return f"KeyError: {lines[0]}" if isinstance(error, KeyError) else lines[0]
 
 
 BERT_FIELDS = frozenset(["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"])
@@ -345,7 +344,7 @@ def _check_builds(spec: ModelSpec, model_class: Any, config: PretrainedConfig) -
             remedy = "Install what is missing, or correct its config.json."
         raise UnsupportedModelError(
             f"No model can be built as the configuration of {spec.name!r} ({config.model_type}) says: "
-            f"{_first_line(error)}",
+            f"{error_text(error)}",
             remedy,
         ) from error
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kr2cache.errors import KR2CacheError, UnsupportedModelError
+from kr2cache.errors import KR2CacheError, UnsupportedModelError, error_text
 from kr2cache.models.files import model_folder
 from kr2cache.models.load import load_config, quiet
 from kr2cache.models.registry import ModelSpec, trained_spec
@@ -70,7 +70,7 @@ def proven_files(
             except KR2CacheError as error:
                 reasons.append(f"{who}: {error.message}")
             except Exception as error:  # code that comes with a model may raise anything
-                reasons.append(f"{who}: {(str(error).strip().splitlines() or [type(error).__name__])[0]}")
+                reasons.append(f"{who}: {error_text(error)}")
     raise UnsupportedModelError(
         f"The trained reader could not be used again, because the tokenizer of {spec.name!r} cannot be saved and "
         f"loaded. Tried {'; '.join(reasons)}.",

@@ -23,7 +23,7 @@ from scipy.special import softmax
 from transformers import PreTrainedTokenizerBase
 
 from kr2cache.cache.format import SequenceIndex
-from kr2cache.errors import CacheError, DataError, KR2CacheError
+from kr2cache.errors import CacheError, DataError, KR2CacheError, error_text
 from kr2cache.models.encode import MissingWords, check_token_ids, encode_examples, missing_words
 from kr2cache.models.forward import cheaper_forward
 from kr2cache.models.load import vocabulary
@@ -204,7 +204,7 @@ def _load_reader(folder: Path, task: Task, *, trust_remote_code: bool) -> KReade
     except KR2CacheError:
         raise
     except Exception as error:  # a damaged file makes transformers, safetensors and torch raise almost anything
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = error_text(error)
         raise CacheError(
             f"The reader in {folder} cannot be loaded: {reason}",
             f"It is incomplete or damaged. Remove {folder.parent} and train it again.",

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kr2cache.errors import DataError, MissingSplitError
+from kr2cache.errors import DataError, MissingSplitError, error_text
 from kr2cache.system import hub
 from kr2cache.system.console import note
 from kr2cache.system.utf8 import file_lines
@@ -265,7 +265,7 @@ def load_hub(
                 inside.callback(datasets.enable_progress_bars)
             return datasets.load_dataset(hub_id, configuration, split=HUB_SPLITS[split], revision=revision), what
     except Exception as error:  # datasets and the hub's client raise a dozen unrelated classes
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = error_text(error)
         if reason.startswith("Unknown split"):
             raise MissingSplitError(f"{hub_id} has no {split} split: {reason}", "Check --split.") from error
         raise DataError(

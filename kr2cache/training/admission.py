@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kr2cache.errors import UnsupportedModelError
+from kr2cache.errors import UnsupportedModelError, error_text
 from kr2cache.fusion import parse_fusion
 from kr2cache.models.encode import padding_mask
 from kr2cache.models.load import vocabulary
@@ -46,7 +46,7 @@ def check_plain(model: PreTrainedModel, head: Head, inputs: Mapping[str, Tensor]
     except Exception as error:  # models of any architecture can raise anything
         if is_out_of_memory(error):
             raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = error_text(error)
         raise UnsupportedModelError(
             f"{who} ({model.config.model_type}) cannot be trained on this task; its first batch fails: {reason}",
             "Choose another reader.",

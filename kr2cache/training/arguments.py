@@ -12,7 +12,7 @@ import torch
 from transformers import TrainingArguments
 
 from kr2cache.config import TrainConfig
-from kr2cache.errors import ConfigError, unknown_name
+from kr2cache.errors import ConfigError, error_text, unknown_name
 from kr2cache.system.device import choose_device
 
 IN_THIS_PROCESS = {
@@ -123,7 +123,7 @@ def settings_error(training: Mapping[str, Any], failure: Failure) -> ConfigError
         reasons = reasons or dict.fromkeys(training, together)
     said = []
     for name, error in reasons.items():
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = error_text(error)
         said.append(f"{name} = {training[name]!r}: {reason}")
     return ConfigError(
         f"[training] in kr2cache.toml has settings that do not work. {'; '.join(said)}",

@@ -16,7 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import PrinterCallback
 
 from kr2cache.config import TrainConfig
-from kr2cache.errors import ConfigError, KR2CacheError
+from kr2cache.errors import ConfigError, KR2CacheError, error_text
 from kr2cache.system.allocator import return_free_memory
 from kr2cache.system.console import WorkProgress
 from kr2cache.system.device import is_out_of_memory
@@ -115,7 +115,7 @@ def _make_trainer(
 
 
 def _first_step_error(config: TrainConfig, error: Exception) -> ConfigError:
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    reason = error_text(error)
     return ConfigError(
         f"The training failed before the end of its first step: {reason}",
         f"If a setting under [training] in kr2cache.toml is the cause ({', '.join(config.training)}), change it or "
