@@ -77,7 +77,7 @@ class Cell:
 
     @property
     def settings(self) -> str:
-        """A digest of the settings, except for folders, the device and whether readers are kept."""
+        """A digest of the settings, without the run and cache folders, the device, and whether readers are kept."""
         excluded = dict.fromkeys(("run_dir", "cache_dir", "device", "keep_readers", "temporary_readers"))
         fields = {**dataclasses.asdict(self.config), **excluded}
         return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()[:16]
