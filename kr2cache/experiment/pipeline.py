@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.text import Text
 
 from kr2cache.config import TrainConfig
@@ -22,18 +21,15 @@ from kr2cache.experiment.prepare import Prepared, prepare
 from kr2cache.experiment.shared import Shared
 from kr2cache.experiment.teacher import SEED, Lesson, Teacher
 from kr2cache.methods import METHODS
-from kr2cache.models import registry
-from kr2cache.store import provenance
 from kr2cache.system.allocator import objects_set_aside, return_free_memory
-from kr2cache.system.console import console, count_text, failed, note, seconds_text
-from kr2cache.system.console import done as said
-from kr2cache.system.device import choose_device
+from kr2cache.system.console import console, count_text, done, note, seconds_text
 from kr2cache.system.locks import only_writer
 from kr2cache.system.process import process_unchanged
 from kr2cache.system.terminal import Column, print_table
 from kr2cache.tasks import COUNTS, Task
-from kr2cache.training.runs import Metrics, RunFolder, mean_and_std, write_json
-from kr2cache.training.train import Job, Trained, train_seed, write_reader, write_trained
+from kr2cache.training.kreader import KReader
+from kr2cache.training.runs import Metrics, RunFolder, mean_and_std
+from kr2cache.training.train import Job, Trained, train_seed, write_run
 from kr2cache.training.trainer import RETURN_MEMORY_EVERY_S
 
 
@@ -88,46 +84,50 @@ def train(config: TrainConfig, shared: Shared | None = None) -> TrainResult:
     """
     shared = shared or Shared()
     prepared = prepare(config, shared)
-    lesson = None
     if METHODS[config.method].needs_teacher:
-        lesson = _lesson(prepared, shared)
-        prepared = lesson.given_to(prepared)
-    done = _train_seeds(prepared, lesson)
+        prepared = _lesson(prepared, shared).given_to(prepared)
+    runs = _train_seeds(prepared)
+    resource = prepared.resource
     return TrainResult(
         config=prepared.job.config,
         task=prepared.job.task,
-        runs=done,
-        computed=prepared.resource.computed if prepared.resource else 0,
+        runs=runs,
+        computed=0 if resource is None else resource.computed,
         read=_sequences_read(prepared.job),
-        notes=prepared.notes + (lesson.notes if lesson else []),
-        words_without_states=prepared.resource.words_without_states if prepared.resource else {},
+        notes=prepared.notes,
+        words_without_states={} if resource is None else resource.words_without_states,
     )
 
 
 def _lesson(student: Prepared, shared: Shared) -> Lesson:
-    """The teacher's logits: from the cache, from a trained teacher, or from a teacher that is trained now."""
+    """The teacher's logits: from an earlier call, from a trained teacher, or from a teacher that is trained now."""
     teacher = Teacher(student, shared)
     lesson = teacher.kept() or teacher.from_reader()
     if lesson is not None:
         return lesson
     assert teacher.prepared is not None, "a teacher that is a run has its reader"
     if any(run.is_finished for run in teacher.runs):
-        note(f"The teacher's run is there, its reader was dropped: fine-tuning {teacher.name} again.")
-        run_dir = student.job.config.run_dir
-        run_dir.mkdir(parents=True, exist_ok=True)
-        # Not where the run was built: another process may be building its twin there.
-        with tempfile.TemporaryDirectory(dir=run_dir, prefix=".teacher-", ignore_cleanup_errors=True) as folder:
-            try:
-                trained_again = train_seed(teacher.prepared.job, SEED, Path(folder), f"teacher {teacher.name}")
-            except KeyboardInterrupt:
-                raise InterruptedWorkError(
-                    f"Interrupted while the teacher {teacher.name} was fine-tuned again.", "Run the same command again."
-                ) from None
-        return teacher.from_trained(trained_again.reader)
+        return teacher.from_trained(_train_again(teacher.prepared))
     note(f"Fine-tuning the teacher, {teacher.name}, on {student.job.task.name} first.")
     trained: list[Trained] = []
-    _train_seeds(teacher.prepared, None, keep=trained.append)
+    _train_seeds(teacher.prepared, keep=trained.append)
     return teacher.from_trained(trained[0].reader)
+
+
+def _train_again(teacher: Prepared) -> KReader:
+    """Train a teacher whose run is finished, but without its reader. The run stays as it is."""
+    job = teacher.job
+    note(f"The run of the teacher {job.reader.name} is there, but not its reader: fine-tuning it again.")
+    run_dir = job.config.run_dir
+    run_dir.mkdir(parents=True, exist_ok=True)
+    # Not in the folder of the run: another process may be training the same teacher there.
+    with tempfile.TemporaryDirectory(dir=run_dir, prefix=".teacher-", ignore_cleanup_errors=True) as folder:
+        try:
+            return train_seed(job, SEED, Path(folder), f"teacher {job.reader.name}").reader
+        except KeyboardInterrupt:
+            raise InterruptedWorkError(
+                f"Interrupted while the teacher {job.reader.name} was fine-tuned again.", "Run the same command again."
+            ) from None
 
 
 def _sequences_read(job: Job) -> int:
@@ -135,119 +135,75 @@ def _sequences_read(job: Job) -> int:
 
 
 @objects_set_aside()
-def _train_seeds(prepared: Prepared, lesson: Lesson | None, keep: Callable[[Trained], None] | None = None) -> list[Run]:
+def _train_seeds(prepared: Prepared, keep: Callable[[Trained], None] | None = None) -> list[Run]:
     """Train the seeds that have no finished run.
 
     Args:
         keep: Is called with each reader trained in this call.
     """
-    done: list[Run] = []
-    job, folder = prepared.job, prepared.folder
+    runs: list[Run] = []
+    folder = prepared.folder
     # Under torchrun every process trains, and the first one writes.
     writes = int(os.environ.get("RANK", "0")) == 0
-    for seed in job.config.seeds:
+    for seed in prepared.job.config.seeds:
         target = RunFolder.of_seed(folder, seed)
         with only_writer(target.path) if writes else contextlib.nullcontext():
-            config = {**prepared.deciding, "method": job.config.method, "seed": seed}
             if target.is_finished:
-                target.check(config)
-                dropped = "" if target.reader.is_dir() else " (its reader was dropped)"
-                said(f"seed {seed} is there already: {target.path}{dropped}")
-                done.append(Run(seed=seed, folder=target.path, metrics=target.read_metrics(), seconds=None))
+                runs.append(_finished_run(prepared, seed, target))
                 continue
-            started, read_before = time.monotonic(), _sequences_read(job)
-            partial = target.start() if writes else target.partial
             try:
-                trained = train_seed(job, seed, partial.path, f"{folder.name.rpartition('-')[0]} seed {seed}")
-                seconds = time.monotonic() - started
-                if writes:
-                    recorded = _recorded(prepared, lesson) | {
-                        "seconds": round(seconds, 1),
-                        "seconds_in_steps": round(trained.step_seconds, 1),
-                        "resource_sequences_read": _sequences_read(job) - read_before,
-                    }
-                    _write_run(job, trained, partial, {"config": config, "recorded": recorded})
-                    target.finish()
-            except BaseException as error:
-                shutil.rmtree(partial.path, ignore_errors=True)
-                if not isinstance(error, KeyboardInterrupt):
-                    raise
-                kept = f"Caches and {count_text(len(done), 'finished run')} are kept"
+                run, trained = _new_run(prepared, seed, target, writes=writes)
+            except KeyboardInterrupt:
+                kept = f"Caches and {count_text(len(runs), 'finished run')} are kept"
                 raise InterruptedWorkError(
                     f"Interrupted in seed {seed}. {kept}: {folder}",
                     "Run the same command again: it trains the seeds that are missing.",
                 ) from None
-            done.append(
-                Run(
-                    seed=seed,
-                    folder=target.path,
-                    metrics=trained.metrics,
-                    seconds=seconds,
-                    step_seconds=trained.step_seconds,
-                )
-            )
+            runs.append(run)
             if keep is not None:
                 keep(trained)
             del trained
             gc.collect()
             return_free_memory(RETURN_MEMORY_EVERY_S)
-    return done
+    return runs
 
 
-def _write_run(job: Job, trained: Trained, run: RunFolder, content: dict[str, Any]) -> None:
-    """Write the folder of a run, the scores first. If the reader cannot be saved, the scores are kept without it."""
-    seed = content["config"]["seed"]
+def _finished_run(prepared: Prepared, seed: int, target: RunFolder) -> Run:
+    """The run of an earlier call, after a check that it has this configuration."""
+    target.check(prepared.config_of(seed))
+    dropped = "" if target.reader.is_dir() else " (its reader was dropped)"
+    done(f"seed {seed} is there already: {target.path}{dropped}")
+    return Run(seed=seed, folder=target.path, metrics=target.read_metrics(), seconds=None)
+
+
+def _new_run(prepared: Prepared, seed: int, target: RunFolder, *, writes: bool) -> tuple[Run, Trained]:
+    """Train one seed and write its run. After an error no part of the run is left.
+
+    Args:
+        writes: Whether this process writes the run.
+    """
+    job, partial = prepared.job, target.partial
+    started, read_before = time.monotonic(), _sequences_read(job)
     try:
-        write_trained(job, trained, run)
-        write_json(run.config_file, content)
-    except OSError:
-        scores = "; ".join(
-            f"{split}: {', '.join(f'{name} {value:.4g}' for name, value in one.items())}"
-            for split, one in trained.metrics.items()
-        )
-        failed(f"The scores of seed {seed} cannot be written. They are: {scores}.")
+        if writes:
+            target.start()
+        trained = train_seed(job, seed, partial.path, f"{target.path.parent.name.rpartition('-')[0]} seed {seed}")
+        seconds = time.monotonic() - started
+        if writes:
+            recorded = prepared.recorded() | {
+                "seconds": round(seconds, 1),
+                "seconds_in_steps": round(trained.step_seconds, 1),
+                "resource_sequences_read": _sequences_read(job) - read_before,
+            }
+            write_run(job, trained, partial, {"config": prepared.config_of(seed), "recorded": recorded})
+            target.finish()
+    except BaseException:
+        shutil.rmtree(partial.path, ignore_errors=True)
         raise
-    if not job.config.keep_readers:
-        return
-    try:
-        write_reader(job, trained.reader, run.reader)
-    except Exception as error:  # a full disk, or code that comes with a model: the scores do not need the reader
-        run.drop_reader()
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        content["recorded"]["reader_lost"] = reason
-        write_json(run.config_file, content)
-        failed(
-            f"The trained reader of seed {seed} could not be saved and is lost: {reason}. Its "
-            "scores and predictions are kept. To have the reader, mend the cause, remove the folder of this seed and "
-            "train it again."
-        )
-
-
-def _recorded(prepared: Prepared, lesson: Lesson | None) -> dict[str, Any]:
-    """Facts about a run that are recorded with it and do not decide its folder."""
-    job = prepared.job
-    origin = {"reader": registry.origin(job.reader)}
-    if prepared.resource is not None:
-        origin["resource"] = registry.origin(prepared.resource.spec)
-    recorded = provenance.recorded(str(choose_device(job.config.device)), torch.get_num_threads(), origin)
-    recorded["corpus"] = job.task.corpus(job.config.data)
-    recorded["limit"] = job.config.limit
-    recorded["temporary_reader"] = job.config.temporary_readers
-    recorded["examples"] = {split: len(data.examples) for split, data in job.splits.items()}
-    recorded["caches"] = {
-        split: {
-            "folder": str(cache.folder),
-            "fingerprint": cache.fingerprint,
-            "sequences": len(cache),
-        }
-        for split, cache in prepared.caches.items()
-    }
-    if prepared.resource is not None:
-        recorded["words_without_states"] = prepared.resource.words_without_states
-    recorded["cache_bytes"] = {split: cache.stored_bytes for split, cache in prepared.caches.items()}
-    if lesson is not None:
-        recorded["distillation"] = lesson.recorded
-    return recorded
+    run = Run(
+        seed=seed, folder=target.path, metrics=trained.metrics, seconds=seconds, step_seconds=trained.step_seconds
+    )
+    return run, trained
 
 
 def describe_training(result: TrainResult) -> None:

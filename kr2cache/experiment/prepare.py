@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from kr2cache.cache.reader import FeatureCache
 from kr2cache.config import TrainConfig, deciding_training
 from kr2cache.experiment.ready import check_ready
@@ -18,6 +20,7 @@ from kr2cache.experiment.resource import Resource
 from kr2cache.experiment.shared import Corpus, Shared
 from kr2cache.fusion import parse_fusion
 from kr2cache.methods import METHODS
+from kr2cache.models import registry
 from kr2cache.models.digests import model_digests
 from kr2cache.models.encode import check_token_ids, missing_words
 from kr2cache.models.load import encoder_shape, vocabulary
@@ -48,6 +51,8 @@ class Prepared:
     deciding: dict[str, Any]
     """Everything that can change the result of a run, the seed aside. Device, folders and versions are left out."""
     notes: list[str]
+    distillation: Mapping[str, Any] | None = None
+    """Facts about the teacher's logits, recorded with a run; None without a teacher."""
 
     @property
     def folder(self) -> Path:
@@ -65,6 +70,32 @@ class Prepared:
         if "teacher" in self.deciding:
             parts.append(self.deciding["teacher"]["name"])
         return configuration_folder(config.run_dir, self.job.task.name, parts, self.deciding)
+
+    def config_of(self, seed: int) -> dict[str, Any]:
+        """Everything that decides the scores of one run, as its config.json has it."""
+        return {**self.deciding, "method": self.job.config.method, "seed": seed}
+
+    def recorded(self) -> dict[str, Any]:
+        """Facts that are recorded with a run and do not decide its folder."""
+        job = self.job
+        origin = {"reader": registry.origin(job.reader)}
+        if self.resource is not None:
+            origin["resource"] = registry.origin(self.resource.spec)
+        recorded = provenance.recorded(str(choose_device(job.config.device)), torch.get_num_threads(), origin)
+        recorded["corpus"] = job.task.corpus(job.config.data)
+        recorded["limit"] = job.config.limit
+        recorded["temporary_reader"] = job.config.temporary_readers
+        recorded["examples"] = {split: len(data.examples) for split, data in job.splits.items()}
+        recorded["caches"] = {
+            split: {"folder": str(cache.folder), "fingerprint": cache.fingerprint, "sequences": len(cache)}
+            for split, cache in self.caches.items()
+        }
+        if self.resource is not None:
+            recorded["words_without_states"] = self.resource.words_without_states
+        recorded["cache_bytes"] = {split: cache.stored_bytes for split, cache in self.caches.items()}
+        if self.distillation is not None:
+            recorded["distillation"] = self.distillation
+        return recorded
 
 
 def prepare(config: TrainConfig, shared: Shared) -> Prepared:

@@ -71,7 +71,8 @@ class Lesson:
             "temperature": config.temperature,
             "soft_weight": config.soft_weight,
         }
-        return dataclasses.replace(student, job=job, deciding=deciding)
+        notes = student.notes + self.notes
+        return dataclasses.replace(student, job=job, deciding=deciding, notes=notes, distillation=self.recorded)
 
 
 def teacher_config(config: TrainConfig) -> TrainConfig | None:

@@ -17,6 +17,7 @@ from kr2cache.config import Projection, TrainConfig
 from kr2cache.errors import TrainingError
 from kr2cache.fusion import Fusion
 from kr2cache.models.registry import ModelSpec
+from kr2cache.system.console import failed
 from kr2cache.system.disk import check_room
 from kr2cache.tasks import Task
 from kr2cache.tasks.base import Prediction
@@ -123,6 +124,43 @@ def _check_finite(reader: KReader, seed: int, config: TrainConfig) -> None:
         raise TrainingError(
             f"The training of seed {seed} diverged: the reader's weights are no longer finite numbers.",
             f"Lower the learning rate (now {config.learning_rate:g}).",
+        )
+
+
+def write_run(job: Job, trained: Trained, run: RunFolder, content: dict[str, Any]) -> None:
+    """Write the folder of a run, the scores first. If the reader cannot be saved, the scores are kept without it.
+
+    Args:
+        run: An empty folder.
+        content: Of config.json: ``config``, which decides the scores, and ``recorded``.
+
+    Raises:
+        OSError: If the scores cannot be written. They are shown first.
+    """
+    seed = content["config"]["seed"]
+    try:
+        write_trained(job, trained, run)
+        write_json(run.config_file, content)
+    except OSError:
+        scores = "; ".join(
+            f"{split}: {', '.join(f'{name} {value:.4g}' for name, value in one.items())}"
+            for split, one in trained.metrics.items()
+        )
+        failed(f"The scores of seed {seed} cannot be written. They are: {scores}.")
+        raise
+    if not job.config.keep_readers:
+        return
+    try:
+        write_reader(job, trained.reader, run.reader)
+    except Exception as error:  # a full disk, or code that comes with a model: the scores do not need the reader
+        run.drop_reader()
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        content["recorded"]["reader_lost"] = reason
+        write_json(run.config_file, content)
+        failed(
+            f"The trained reader of seed {seed} could not be saved and is lost: {reason}. Its "
+            "scores and predictions are kept. To have the reader, mend the cause, remove the folder of this seed and "
+            "train it again."
         )
 
 
