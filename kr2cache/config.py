@@ -46,7 +46,7 @@ URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+")
 
 
 def local(path: Path, what: str) -> Path:
-    """``path``, unless it is a URL: as a path ``s3://bucket`` would be a folder ``s3:`` of the working folder.
+    """``path``, unless it is a URL: the path ``s3://bucket`` would be a folder ``s3:`` in the working folder.
 
     Args:
         what: What gives the path, such as an option. For the error.
@@ -80,7 +80,7 @@ class ExtractConfig:
     dtype: str = DEFAULT_DTYPE
     """On disk: float16, float32, bfloat16 or int8."""
     compute_dtype: ComputeDtype = DEFAULT_COMPUTE_DTYPE
-    """What the forward pass computes in; bfloat16 and float16 are autocast."""
+    """The dtype of the forward pass; bfloat16 and float16 use autocast."""
     device: str = "auto"
     """Where the model runs. It does not decide which cache fits."""
     tokens_per_batch: int | None = None
@@ -219,7 +219,7 @@ def deciding_training(training: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_text(config: ExtractConfig | TrainConfig) -> None:
-    """Names and folders are recorded beside the results, and what is recorded is UTF-8; folders are of this machine."""
+    """Names and folders must be UTF-8, because they are recorded with the results. Folders must be on this machine."""
     for one in fields(config):
         value = getattr(config, one.name)
         option = f"--{one.name.replace('_', '-')}"
@@ -247,10 +247,10 @@ def _positive(option: str, value: float | None) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Toml:
-    """``kr2cache.toml`` of the working folder; empty where there is none."""
+    """``kr2cache.toml`` of the working folder; empty if there is no such file."""
 
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    """Options by their long names, dashes turned to underscores."""
+    """Options by their long names, with underscores for dashes."""
     models: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
 
@@ -259,7 +259,7 @@ def parse_seeds(text: str) -> tuple[int, ...]:
     """``1,2,3``
 
     Raises:
-        ConfigError: For anything else.
+        ConfigError: If it is not a list of whole numbers.
     """
     try:
         return tuple(int(part) for part in text.split(","))
@@ -283,14 +283,14 @@ def load_toml(path: Path) -> dict[str, Any]:
 
 
 def read_toml(folder: Path, options: Mapping[str, type]) -> Toml:
-    """Read ``kr2cache.toml``; it only sets values, it runs nothing.
+    """Read ``kr2cache.toml``. The file only sets values; it cannot run code.
 
     Args:
         folder: Where to look.
         options: The long option names that ``[defaults]`` may give, without dashes in front, and their types.
 
     Raises:
-        ConfigError: If it is not TOML, or a section or value is not what it should be.
+        ConfigError: If it is not TOML, or a section or value has the wrong type.
         UnknownNameError: For a section or option that does not exist.
     """
     path = folder / TOML
@@ -322,16 +322,19 @@ KIND_NAMES: dict[type, str] = {
     bool: "true or false",
     Path: "a path in quotes",
 }
-"""What the types of options are called in messages."""
+"""Names of the types of options, for messages."""
 LIST_OF = {"seeds": "a list of whole numbers, such as [1, 2]", "layers": "text in quotes, or a list such as [0, 3]"}
-"""Options that take a list, and what they are in messages."""
+"""Options that take a list, and the name of their type for messages."""
 
 
 def typed(key: str, value: Any, kind: type, where: str) -> Any:
-    """``value`` as the option ``key`` takes it: lists as text, whole numbers as floats, text as paths.
+    """``value`` in the type of the option ``key``: a list becomes text, a whole number a float, text a path.
+
+    Args:
+        where: Where the value was read, for the error.
 
     Raises:
-        ConfigError: If it is of another type, or a URL for a path; ``where`` it stands is in the message.
+        ConfigError: If it has another type, or is a URL instead of a path.
     """
     if key in LIST_OF and isinstance(value, list):
         value = ",".join(map(str, value))

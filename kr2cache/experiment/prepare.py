@@ -1,6 +1,6 @@
 """Prepare a training: check the settings, read and tokenise the splits, find or make the caches.
 
-The result says what decides the scores of a run, so the folder of the run is known before the training starts.
+The result has everything that decides the scores of a run, so the folder of the run is known before training starts.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from kr2cache.training.runs import configuration_folder
 from kr2cache.training.train import Job
 
 PROCEDURE = 3
-"""Of training and scoring; raised when the same settings begin to mean something else, so that old runs are not taken
-for new. 3: F1 takes the whole tag for a chunk's type, as XTREME's does (``records.WHOLE_TAGS``). F1 chooses the epoch
-of a tagger, so its weights and its word accuracy can differ as well."""
+"""Number of the procedure of training and scoring. Raise it if the same settings give other results than before: then
+runs made before are not used. 3: F1 takes the whole tag for a chunk's type, as XTREME's does (``records.WHOLE_TAGS``).
+F1 chooses the epoch of a tagger, so its weights and its word accuracy can differ as well."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,7 +172,7 @@ def _left_out(checkpoint: TaskCheckpoint) -> list[str]:
 
 
 def _with_features(job: Job, resource: Resource) -> tuple[Job, dict[str, FeatureCache]]:
-    """The job with the resource's states of every split."""
+    """The job with the resource's states of every split, and the caches that they come from."""
     config = job.config
     _, reader_width = encoder_shape(job.checkpoint.config)
     caches = resource.caches(job.splits)
@@ -201,7 +201,7 @@ def _with_features(job: Job, resource: Resource) -> tuple[Job, dict[str, Feature
 
 
 def _deciding(job: Job, corpus: Corpus) -> dict[str, Any]:
-    """What decides the scores of a run, with any method."""
+    """What decides the scores of a run of any method."""
     config = job.config
     reader = model_digests(job.reader)
     return {
@@ -227,7 +227,7 @@ def _deciding(job: Job, corpus: Corpus) -> dict[str, Any]:
 
 
 def _resource_decides(job: Job, resource: Resource, caches: Mapping[str, FeatureCache]) -> dict[str, Any]:
-    """What else decides the scores of a run if there is a resource."""
+    """What also decides the scores of a run that has a resource."""
     assert job.fusion is not None, "a resource comes with a fusion"
     chosen = caches["train"].provenance["chosen"]
     has_trainable_weights = job.fusion.trainable and job.projection != "direct"

@@ -1,7 +1,7 @@
-"""The teacher of a distillation: its logits for the training split, kept or computed.
+"""The teacher of a distillation: its logits for the training split, from an earlier call or computed now.
 
 A teacher is a model, which is fine-tuned on the task first (a run like any other, seed 1), or the folder of a run. Its
-logits lie beside the resources' caches and serve every student and seed.
+logits are stored beside the resources' caches, for every student and seed.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ from kr2cache.training.kreader import KReader
 from kr2cache.training.runs import RunFolder, finished_seeds
 
 SEED = 1
-"""Of a teacher that is given by its model: one for all students."""
+"""The seed of a teacher that is given by its model. All students share this teacher."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Lesson:
-    """What a teacher says of the training split."""
+    """The logits of a teacher for the training split, and facts about them."""
 
     logits: TeacherLogits
     name: str
     fingerprint: str
-    """Of the teacher's run and the examples."""
+    """Digest of what decided the teacher's run, and of the examples."""
     computed: bool
-    """Now, not earlier."""
+    """Whether the logits were computed in this call."""
     recorded: dict[str, Any]
-    """Words (or examples) that teach, and those that either model has no token for."""
+    """Number of words (or examples) that have logits, and of words that one of the two models has no token for."""
 
     @property
     def notes(self) -> list[str]:
@@ -56,12 +56,12 @@ class Lesson:
         if not left_out:
             return []
         return [
-            f"{count_text(left_out, 'word')} of the training split teach nothing: the teacher or the student has no "
+            f"{count_text(left_out, 'word')} of the training split are not taught: the teacher or the student has no "
             "token for them (cut off at the maximal length, or no token at all)."
         ]
 
     def given_to(self, student: Prepared) -> Prepared:
-        """The student with its teacher."""
+        """The student with the logits of its teacher, and with the notes and facts about them."""
         config = student.job.config
         train = dataclasses.replace(student.job.splits["train"], teacher=self.logits)
         job = dataclasses.replace(student.job, splits={**student.job.splits, "train": train})
@@ -76,7 +76,7 @@ class Lesson:
 
 
 def teacher_config(config: TrainConfig) -> TrainConfig | None:
-    """The training that makes the teacher of a distillation; None where the teacher is the folder of a run.
+    """The training that makes the teacher of a distillation; None if the teacher is the folder of a run.
 
     Raises:
         ConfigError: For a folder that holds several runs.
@@ -91,19 +91,19 @@ def teacher_config(config: TrainConfig) -> TrainConfig | None:
 
 
 class Teacher:
-    """Finds what is there of a teacher: its logits, its reader, its run."""
+    """Finds the logits, the trained reader and the runs of a teacher, if they exist."""
 
     def __init__(self, student: Prepared, shared: Shared) -> None:
         """
         Raises:
             CacheError: For a run folder without a trained reader.
-            ConfigError: For a teacher of another task, or one that reads a resource itself.
+            ConfigError: For a teacher of another task, or a teacher that is not a plain model.
         """
         self.student = student
         config = student.job.config
         own = teacher_config(config)
         self.prepared: Prepared | None = None
-        """Where it has to be trained, or was by us."""
+        """The training that makes the teacher; None if the teacher is given as the folder of a run."""
         if own is None:
             run = RunFolder(Path(config.teacher or "").expanduser())
             self.runs = [run]
@@ -123,7 +123,7 @@ class Teacher:
         self.path = place / "logits.npz"
 
     def _of_run(self, run: RunFolder) -> dict[str, Any]:
-        """What decided this run."""
+        """What decided the scores of this run."""
         decides: dict[str, Any] = run.read_config()["config"]
         if decides["task"] != self.student.job.task.name:
             raise ConfigError(
@@ -139,13 +139,13 @@ class Teacher:
         return decides
 
     def kept(self) -> Lesson | None:
-        """The logits of an earlier call."""
+        """The stored logits of an earlier call, if there are any."""
         if not self.path.is_file():
             return None
         return self._lesson(TeacherLogits.load(self.path, self.fingerprint), computed=False)
 
     def from_reader(self) -> Lesson | None:
-        """By the trained reader that a run left.
+        """The logits by the trained reader that is kept with a run; None if there is no such reader.
 
         Raises:
             CacheError: If the teacher was given as a run and its reader is gone, or does not give the task's labels in
@@ -165,7 +165,7 @@ class Teacher:
         return None
 
     def from_trained(self, reader: KReader) -> Lesson:
-        """By this trained teacher; kept for later."""
+        """The logits by this trained teacher. They are stored for later calls."""
         job = self.student.job
         if self.prepared is not None:
             data, tokenizer = self.prepared.job.splits["train"], self.prepared.job.tokenizer
@@ -181,26 +181,26 @@ class Teacher:
         )
         try:
             logits.save(self.path, self.fingerprint)
-        except OSError as error:  # the student learns all the same, and the next one has them computed anew
-            note(f"The teacher's logits are not kept: {self.path} cannot be written ({error.strerror or error}).")
+        except OSError as error:  # the student can learn now; the next student computes them again
+            note(f"The teacher's logits are not stored: {self.path} cannot be written ({error.strerror or error}).")
         return self._lesson(logits, computed=True)
 
     def _spec(self, run: RunFolder) -> ModelSpec:
-        """The trained reader of this run."""
+        """The trained reader of this run, as a model."""
         return trained_spec(self.name, run.reader, self.student.job.config.models)
 
     def _lesson(self, logits: TeacherLogits, *, computed: bool) -> Lesson:
         train = self.student.job.splits["train"]
         if logits.ids != tuple(example.id for example in train.examples):
-            raise CacheError(f"{self.path} is of other examples.", "Remove it; it is made again.")
+            raise CacheError(f"{self.path} has the logits of other examples.", "Remove it; it will be made again.")
         total = sum(len(one) for one in logits.logits)
         taught = 0
         for i, one in enumerate(logits.logits):
-            there: NDArray[np.bool_] = np.isfinite(one[:, 0])
+            has_logits: NDArray[np.bool_] = np.isfinite(one[:, 0])
             if self.student.job.task.head == "token":
                 _, words = train.first_subwords[i]
-                there = there[words]
-            taught += int(there.sum())
+                has_logits = has_logits[words]
+            taught += int(has_logits.sum())
         return Lesson(
             logits=logits,
             name=self.name,

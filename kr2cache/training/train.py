@@ -39,9 +39,9 @@ class Job:
     """What every reader starts from."""
     tokenizer: PreTrainedTokenizerBase
     tokenizer_files: Mapping[str, bytes]
-    """What a kept reader's tokenizer is loaded from: file name to content. Empty where readers are not kept."""
+    """File name to content of the reader's tokenizer, saved with the reader. Empty if readers are not kept."""
     splits: dict[str, SplitData]
-    """``train``, and ``dev`` and ``test`` where they have gold labels."""
+    """``train``, and ``dev`` and ``test`` if they have gold labels."""
     config: TrainConfig
     fusion: Fusion | None = None
     projection: Projection = "none"
@@ -53,7 +53,7 @@ class Job:
         return self.checkpoint.spec
 
     def new_reader(self) -> KReader:
-        """A reader to train: the checkpoint, with what is new in it drawn from torch's current random state."""
+        """A reader to train: the checkpoint's weights; new weights are drawn from torch's current random state."""
         return KReader(
             self.checkpoint.task_model(),
             self.task.head,
@@ -181,14 +181,17 @@ def write_trained(job: Job, trained: Trained, run: RunFolder) -> None:
         run.write_predictions(split, rows)
     write_json(run.history_file, {"best_epoch": trained.best_epoch, "epochs": trained.history})
     if job.fusion is not None:
-        direct = job.projection == "direct"
-        weights = None if direct else [round(float(w), 7) for w in trained.reader.fusion_weights.detach().cpu()]
+        weights = (
+            None
+            if job.projection == "direct"
+            else [round(float(w), 7) for w in trained.reader.fusion_weights.detach().cpu()]
+        )
         write_json(
             run.fusion_file,
             {
                 "fusion": job.fusion.name,
                 "layers": list(job.fusion.layers),
-                "trainable": job.fusion.trainable and not direct,
+                "trainable": bool(trained.reader.fusion_parameters()),
                 "weights": weights,
                 "projection": job.projection,
             },

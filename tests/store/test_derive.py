@@ -286,7 +286,7 @@ def test_caches_that_cannot_be_written_are_trained_from(
         [
             ({}, "last4 is not stored beside its layers: --cache-dir"),
             ({"extract": False}, "is too large for memory"),
-            (kd, "The teacher's logits are not kept"),
+            (kd, "The teacher's logits are not stored"),
         ]
     ):
         with read_only(world.caches):

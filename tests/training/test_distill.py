@@ -189,7 +189,7 @@ def test_words_are_aligned_across_tokenizers_and_cut_off_ones_left_out(taught: W
     assert cut_off > 5
     assert lesson.recorded["words_taught"] == taught_words == int(torch.isfinite(batch["teacher_logits"][..., 0]).sum())
     assert lesson.recorded["words_left_out"] == cut_off
-    assert f"{cut_off} words of the training split teach nothing" in lesson.notes[0]
+    assert f"{cut_off} words of the training split are not taught" in lesson.notes[0]
 
 
 def test_weight_0_is_plain_fine_tuning_exactly(taught: World) -> None:
