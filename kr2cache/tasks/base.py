@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -76,20 +78,20 @@ class Task(ABC):
     """The parts of a file that are not examples, in words, for errors."""
 
     @abstractmethod
-    def read_file(self, path: Path, split: str) -> list[Example]:
-        """The examples of one file of the task's original format.
+    def file_examples(self, path: Path, split: str) -> Iterator[Example]:
+        """The examples of one file of the task's original format, one after the other.
 
         Raises:
-            DataError: If the file is malformed. The message names the file and the line.
+            DataError: If the file is malformed, or an id occurs twice. The message names the file and the line.
         """
 
     def read_unlabelled(self, path: Path, split: str) -> list[Example]:
         """The same for labelling: all rows, whether or not they have a gold label."""
-        return self.read_file(path, split)
+        return list(self.file_examples(path, split))
 
     @abstractmethod
-    def read_hub(self, hub_id: str, split: str) -> list[Example]:
-        """The examples of one split of a data set on the hub (or in its cache on this machine)."""
+    def hub_examples(self, hub_id: str, split: str) -> Iterator[Example]:
+        """The examples of one split of a data set on the hub (or in its cache on this machine), one after the other."""
 
     @property
     @abstractmethod
@@ -119,7 +121,14 @@ class Task(ABC):
     # Reading --------------------------------------------------------------------------------------------------------
 
     def read(self, split: str, data: str | None, limit: int | None = None) -> list[Example]:
-        """The examples of a split, in the data's order, ids checked for duplicates.
+        """The examples of a split, as ``examples`` gives them."""
+        return list(self.examples(split, data, limit))
+
+    def examples(self, split: str, data: str | None, limit: int | None = None) -> Iterator[Example]:
+        """The examples of a split, one after the other, in the data's order.
+
+        The whole split is read and checked, even if ``limit`` is smaller. Some faults, such as a duplicate id, are
+        found only at the end: do not use the examples before all of them have come.
 
         Args:
             split: ``train``, ``dev`` or ``test``.
@@ -131,14 +140,19 @@ class Task(ABC):
             DataError: If the split is malformed or empty.
         """
         folder = data_folder(data)
-        examples = self._read_folder(folder, split) if folder is not None else self.read_hub(self._hub_id(data), split)
-        if not examples:
+        count = 0
+        for example in (
+            self._folder_examples(folder, split) if folder is not None else self.hub_examples(self._hub_id(data), split)
+        ):
+            count += 1
+            if limit is None or count <= limit:
+                yield example
+        if not count:
             nothing_but = f", or hold nothing but {self.left_out}" if self.left_out else ""
             raise DataError(
                 f"The {split} split of {self.corpus(data)} holds no example.",
                 f"Check its files: they are empty{nothing_but}.",
             )
-        return examples[:limit]
 
     def corpus(self, data: str | None) -> str:
         """The name of the data: the folder's own name, or the hub id."""
@@ -192,45 +206,75 @@ class Task(ABC):
                 f"itself, unpacked, with names that end in {' or '.join(self.suffixes)}."
             )
 
-    def _read_folder(self, folder: Path, split: str) -> list[Example]:
+    def _folder_examples(self, folder: Path, split: str) -> Iterator[Example]:
         files = self._files(folder, split)
         self._say_unread(folder, split, files)
-        parts = {path.name: self.read_file(path, split) for path in files}
         if len(files) == 1 and files[0].parent == folder:
-            return parts[files[0].name]
-        _say_repeated(parts, f"{folder}, {split} split")
-        # XTREME joins all treebanks of a language, and sent_ids repeat between treebanks.
-        return [
-            Example(f"{name}/{one.id}", one.texts, one.label) for name, examples in parts.items() for one in examples
-        ]
-
-
-def _say_repeated(parts: Mapping[str, Sequence[Example]], what: str) -> None:
-    """Note how many examples have the same id and text in two files. A file may be a copy or a part of another."""
-    first: dict[tuple[str, tuple[tuple[str, ...], ...]], str] = {}
-    repeated: list[tuple[str, str, str]] = []
-    for name, examples in parts.items():
-        for one in examples:
-            other = first.setdefault((one.id, one.texts), name)
-            if other != name:
-                repeated.append((one.id, other, name))
-    if repeated:
-        one_id, other, name = repeated[0]
-        note(
-            f"{what}: {count_text(len(repeated), 'example')} with the same id and text in two files (first: {one_id!r} "
-            f"in {other} and {name}). If a file is a copy or part of another, remove one of them."
-        )
-
-
-def check_unique(ids: Sequence[str], places: Sequence[str]) -> None:
-    """Raise ``DataError`` for the first id that occurs twice, naming both places."""
-    seen: dict[str, str] = {}
-    for name, place in zip(ids, places, strict=True):
-        if name in seen:
-            raise DataError(
-                f"The id {name!r} occurs twice: {seen[name]} and {place}.", "Ids key the cache: make them unique."
+            yield from self.file_examples(files[0], split)
+            return
+        hashes = []
+        for path in files:
+            hashes.append(array("q"))
+            for one in self.file_examples(path, split):
+                hashes[-1].append(hash((one.id, one.texts)))
+                # XTREME joins all treebanks of a language, and sent_ids repeat between treebanks.
+                yield Example(f"{path.name}/{one.id}", one.texts, one.label)
+        if (repeated := _repeated(hashes)) is not None:
+            count, first, other, number = repeated
+            name = next(itertools.islice(self.file_examples(files[number], split), first, None)).id
+            note(
+                f"{folder}, {split} split: {count_text(count, 'example')} with the same id and text in two files "
+                f"(first: {name!r} in {files[other].name} and {files[number].name}). If a file is a copy or part of "
+                "another, remove one of them."
             )
-        seen[name] = place
+
+
+def _repeated(hashes: Sequence[array[int]]) -> tuple[int, int, int, int] | None:
+    """How many examples occur in an earlier file too: a file may be a copy or a part of another. None if none does.
+
+    Args:
+        hashes: For each file, one hash for each example.
+
+    Returns:
+        The count; for the first of them its place in its file, the earlier file, and its file.
+    """
+    values = np.concatenate([np.frombuffer(one, dtype=np.int64) for one in hashes])
+    files = np.repeat(np.arange(len(hashes)), [len(one) for one in hashes])
+    _, first, same = np.unique(values, return_index=True, return_inverse=True)
+    earlier = files[first[same]]
+    repeated = np.flatnonzero(earlier != files)
+    if not len(repeated):
+        return None
+    place, file = int(repeated[0]), int(files[repeated[0]])
+    return len(repeated), place - sum(map(len, hashes[:file])), int(earlier[place]), file
+
+
+class UniqueIds:
+    """Finds an id that occurs twice, with 8 bytes of memory for each id."""
+
+    def __init__(self) -> None:
+        self._hashes = array("q")
+
+    def add(self, name: str) -> None:
+        self._hashes.append(hash(name))
+
+    def check(self, again: Callable[[], Iterable[tuple[str, str]]]) -> None:
+        """Raise ``DataError`` for the first id that was added twice, naming both places.
+
+        Args:
+            again: Reads all ids again, in the same order, with their places. Called only if two hashes are equal.
+        """
+        hashes = np.sort(np.frombuffer(self._hashes, dtype=np.int64))
+        suspects = set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
+        seen: dict[str, str] = {}
+        for name, place in again() if suspects else ():
+            if hash(name) not in suspects:
+                continue
+            if name in seen:
+                raise DataError(
+                    f"The id {name!r} occurs twice: {seen[name]} and {place}.", "Ids key the cache: make them unique."
+                )
+            seen[name] = place
 
 
 def accuracy(right: NDArray[np.bool_] | int, total: int) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,14 +37,14 @@ class Piqa(RowTask):
         given = [line.strip() for line in file_lines(labels)]
         while given and not given[-1]:
             given.pop()
-        rows = list(json_rows(path, split))
-        if len(given) != len(rows):
-            raise DataError(
-                f"{labels} has {len(given)} labels, {path} has {len(rows)} rows: row {min(len(given), len(rows)) + 1} "
-                f"is in one of them only.",
-                "The two files are aligned line by line.",
-            )
-        for number, (row, label) in enumerate(zip(rows, given, strict=True), 1):
+        rows = json_rows(path, split)
+        for number, (row, label) in enumerate(itertools.zip_longest(rows, given), 1):
+            if row is None or label is None:
+                count = number - 1 if row is None else number + sum(1 for _ in rows)
+                raise DataError(
+                    f"{labels} has {len(given)} labels, {path} has {count} rows: row {number} is in one of them only.",
+                    "The two files are aligned line by line.",
+                )
             if label not in ("", "-1", *self.labels):
                 raise DataError(f"{labels}:{number}: the label is {label!r}.", "0 is sol1, 1 is sol2.")
             yield dataclasses.replace(row, values={**row.values, "label": label})

@@ -10,7 +10,7 @@ import contextlib
 import csv
 import json
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from kr2cache.errors import DataError, MissingSplitError, error_text
 from kr2cache.system import hub
 from kr2cache.system.console import note
 from kr2cache.system.utf8 import file_lines
-from kr2cache.tasks.base import Example, Task, accuracy, check_unique
+from kr2cache.tasks.base import Example, Task, UniqueIds, accuracy
 
 HUB_SPLITS = {"train": "train", "dev": "validation", "test": "test"}
 
@@ -106,28 +106,29 @@ class RowTask(Task):
     def default_data(self) -> str | None:
         return self.hub_data
 
-    def read_file(self, path: Path, split: str) -> list[Example]:
-        return self._examples(self.file_rows(path, split), str(path))
+    def file_examples(self, path: Path, split: str) -> Iterator[Example]:
+        return self._examples(lambda: self.file_rows(path, split), str(path))
 
     def read_unlabelled(self, path: Path, split: str) -> list[Example]:
-        return self._examples(self.file_rows(path, split), str(path), labels_matter=False)
+        return list(self._examples(lambda: self.file_rows(path, split), str(path), labels_matter=False))
 
     def file_rows(self, path: Path, split: str) -> Iterable[Row]:
         """The rows of one file, by its suffix."""
         return csv_rows(path, split) if path.suffix == ".csv" else json_rows(path, split)
 
-    def read_hub(self, hub_id: str, split: str) -> list[Example]:
+    def hub_examples(self, hub_id: str, split: str) -> Iterator[Example]:
         revision = self.hub_revision if hub_id == self.hub_data else None
         # Your own data set may lack the configurations of the official data set.
         configuration = self.hub_configuration if hub_id == self.hub_data else None
         table, what = load_hub(hub_id, configuration, split, revision=revision, suffix=self.suffixes[0])
         # Class labels are compared by name: data sets number the same labels differently.
         names = {column: kind.names for column, kind in table.features.items() if hasattr(kind, "names")}
-        rows = (
-            Row(values=_by_name(values, names), place=f"{what}, row {number}", split=split, number=number)
-            for number, values in enumerate(table)
-        )
-        return self._examples(rows, what)
+
+        def rows() -> Iterator[Row]:
+            for number, values in enumerate(table):
+                yield Row(values=_by_name(values, names), place=f"{what}, row {number}", split=split, number=number)
+
+        yield from self._examples(rows, what)
 
     def from_line(self, line: str, name: str) -> Example:
         fields = line.rstrip("\r\n").split("\t")
@@ -149,31 +150,43 @@ class RowTask(Task):
     def score(self, gold: Sequence[Any], predicted: Sequence[Any]) -> dict[str, float]:
         return {"accuracy": accuracy(sum(a == b for a, b in zip(gold, predicted, strict=True)), len(gold))}
 
-    def _examples(self, rows: Iterable[Row], what: str, *, labels_matter: bool = True) -> list[Example]:
-        examples: list[Example] = []
-        places: list[str] = []
-        total = 0
-        for row in rows:
+    def _examples(
+        self, rows: Callable[[], Iterable[Row]], what: str, *, labels_matter: bool = True
+    ) -> Iterator[Example]:
+        """
+        Args:
+            rows: Gives the rows from the first on. They are read again only to name the places of an id that occurs
+                twice.
+            what: The file or data set, for notes.
+            labels_matter: Whether rows without a gold label are left out.
+        """
+        total = count = unlabelled = 0
+        first_unlabelled = ""
+        ids = UniqueIds()
+        for row in rows():
             total += 1
             if labels_matter and self.has_no_gold(row):
                 continue
             example = self.example(row)
             self._check(example, row.place)
-            examples.append(example)
-            places.append(row.place)
-        check_unique([example.id for example in examples], places)
-        unlabelled = [place for example, place in zip(examples, places, strict=True) if example.label is None]
-        if labels_matter and 0 < len(unlabelled) < len(examples):
+            ids.add(example.id)
+            count += 1
+            if example.label is None:
+                unlabelled += 1
+                first_unlabelled = first_unlabelled or row.place
+            yield example
+        ids.check(
+            lambda: (
+                (self.example(row).id, row.place) for row in rows() if not (labels_matter and self.has_no_gold(row))
+            )
+        )
+        if labels_matter and 0 < unlabelled < count:
             raise DataError(
-                f"{unlabelled[0]}: no label, while {len(examples) - len(unlabelled)} of {len(examples)} rows have one.",
+                f"{first_unlabelled}: no label, while {count - unlabelled} of {count} rows have one.",
                 "Label the row, or take it out.",
             )
-        if total > len(examples):
-            note(
-                f"{what}: {total - len(examples):,} of {total:,} rows have no gold label ({self.no_gold}); they are "
-                "left out."
-            )
-        return examples
+        if total > count:
+            note(f"{what}: {total - count:,} of {total:,} rows have no gold label ({self.no_gold}); they are left out.")
 
     def _check(self, example: Example, place: str) -> None:
         if self.head == "choice" and len(example.texts) != len(self.labels):

@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from kr2cache.errors import DataError
 from kr2cache.system.console import note
 from kr2cache.system.utf8 import file_lines
-from kr2cache.tasks.base import Example, Task, accuracy, check_unique
+from kr2cache.tasks.base import Example, Task, UniqueIds, accuracy
 from kr2cache.tasks.rows import load_hub
 
 UPOS = (
@@ -44,6 +44,8 @@ PREFIXED = tuple(f"{tag[0]}-{tag}" for tag in UPOS)
 """The name of each tag for seqeval. Since version 1 it takes the first letter of a tag for its prefix and the rest
 for its type: CCONJ and SCONJ would be one type, and X would have none. With prefix and hyphen the whole tag is the
 type, as in 0.0.12."""
+SHARED = 2**16
+"""At most about so many forms are kept to be shared between sentences."""
 NO_TAG = "O"
 """The tag for seqeval of a word without a prediction: outside every chunk."""
 
@@ -72,26 +74,33 @@ class UdPos(Task):
     def default_data(self) -> str | None:
         return "google/xtreme" if self.language else None
 
-    def read_file(self, path: Path, split: str) -> list[Example]:
-        return self._read(path, split, keep_withheld=False)
+    def file_examples(self, path: Path, split: str) -> Iterator[Example]:
+        return self._examples(path, split, keep_withheld=False)
 
     def read_unlabelled(self, path: Path, split: str) -> list[Example]:
-        return self._read(path, split, keep_withheld=True)
+        return list(self._examples(path, split, keep_withheld=True))
 
-    def _read(self, path: Path, split: str, *, keep_withheld: bool) -> list[Example]:
-        examples: list[Example] = []
-        places: list[str] = []
-        sentences = read_conllu(path)
-        for number, (line, sentence_id, forms, tags) in enumerate(sentences):
-            if keep_withheld or not is_withheld(forms):
-                label = _labels(tags, path, line)
-                examples.append(Example(sentence_id or f"{split}-{number}", (tuple(forms),), label))
-                places.append(f"{path}:{line}")
-        check_unique([example.id for example in examples], places)
-        _say_withheld(len(sentences) - len(examples), len(sentences), str(path))
-        return examples
+    def _examples(self, path: Path, split: str, *, keep_withheld: bool) -> Iterator[Example]:
+        ids = UniqueIds()
+        total = withheld = 0
+        for line, sentence_id, forms, tags in read_conllu(path):
+            name = sentence_id or f"{split}-{total}"
+            total += 1
+            if not keep_withheld and is_withheld(forms):
+                withheld += 1
+                continue
+            ids.add(name)
+            yield Example(name, (tuple(forms),), _labels(tags, path, line))
+        ids.check(
+            lambda: (
+                (sentence_id or f"{split}-{number}", f"{path}:{line}")
+                for number, (line, sentence_id, forms, _) in enumerate(read_conllu(path))
+                if keep_withheld or not is_withheld(forms)
+            )
+        )
+        _say_withheld(withheld, total, str(path))
 
-    def read_hub(self, hub_id: str, split: str) -> list[Example]:
+    def hub_examples(self, hub_id: str, split: str) -> Iterator[Example]:
         configuration = f"udpos.{LANGUAGES[self.language]}" if self.language else None
         rows, what = load_hub(hub_id, configuration, split, suffix=self.suffixes[0])
         missing = {"tokens", "pos_tags"} - set(rows.column_names)
@@ -99,19 +108,19 @@ class UdPos(Task):
             raise DataError(f"{what} has no column {' and '.join(sorted(missing))}.", "Expected XTREME's columns.")
         tags = rows.features["pos_tags"].feature
         numbers = [_label_number(tag, f"{what}, labels") for tag in tags.names] if hasattr(tags, "names") else None
-        examples = []
+        withheld = 0
         for number, row in enumerate(rows):
             place = f"{what}, row {number}"
             marks = row["pos_tags"]
             words = tuple(str(word) for word in row["tokens"])
             if is_withheld(words):
+                withheld += 1
                 continue
             label = tuple(_label_number(tag, place) if numbers is None else numbers[tag] for tag in marks)
             if len(words) != len(label) or not words:
                 raise DataError(f"{place}: {len(words)} tokens, {len(label)} tags.", "Check the data set.")
-            examples.append(Example(f"{split}-{number}", (words,), label))
-        _say_withheld(len(rows) - len(examples), len(rows), what)
-        return examples
+            yield Example(f"{split}-{number}", (words,), label)
+        _say_withheld(withheld, len(rows), what)
 
     def from_line(self, line: str, name: str) -> Example:
         if len(columns := line.split("\t")) == 10 and columns[0].isdigit():
@@ -171,32 +180,26 @@ def _say_withheld(count: int, total: int, what: str) -> None:
         )
 
 
-def read_conllu(path: Path) -> list[tuple[int, str | None, list[str], list[str]]]:
-    """The sentences of a CoNLL-U file: (line of its first word, sent_id or None, forms, UPOS tags).
+def read_conllu(path: Path) -> Iterator[tuple[int, str | None, list[str], list[str]]]:
+    """Each sentence of a CoNLL-U file: (line of its first word, sent_id or None, forms, UPOS tags).
 
     Raises:
         DataError: For a line without its ten columns, an empty form, a sentence of empty nodes alone, or bytes that are
             not UTF-8; naming file and line.
     """
-    sentences: list[tuple[int, str | None, list[str], list[str]]] = []
     forms: list[str] = []
     tags: list[str] = []
     sentence_id: str | None = None
     first_line = 0
-    shared: dict[str, str] = {}  # each form is in memory only once
-
-    def finish() -> None:
-        nonlocal forms, tags, sentence_id, first_line
-        if first_line and not forms:
-            raise DataError(f"{path}:{first_line}: a sentence without a single word.", "Check the file.")
-        if forms:
-            sentences.append((first_line, sentence_id, forms, tags))
-        forms, tags, sentence_id, first_line = [], [], None, 0
-
+    shared: dict[str, str] = {}  # equal forms are one object in memory
     for number, whole_line in enumerate(file_lines(path), 1):
         line = whole_line.rstrip("\r\n")
         if not line.strip():
-            finish()
+            if first_line:
+                yield _sentence(path, first_line, sentence_id, forms, tags)
+            forms, tags, sentence_id, first_line = [], [], None, 0
+            if len(shared) > SHARED:
+                shared.clear()
         elif line.startswith("#"):
             key, equals, value = line[1:].partition("=")
             if equals and key.strip() == "sent_id":
@@ -228,8 +231,16 @@ def read_conllu(path: Path) -> list[tuple[int, str | None, list[str], list[str]]
                 raise DataError(
                     f"{path}:{number}: {columns[0]!r} is not an id of CoNLL-U (7, 4-5 or 8.1).", "Check the line."
                 )
-    finish()
-    return sentences
+    if first_line:
+        yield _sentence(path, first_line, sentence_id, forms, tags)
+
+
+def _sentence(
+    path: Path, first_line: int, sentence_id: str | None, forms: list[str], tags: list[str]
+) -> tuple[int, str | None, list[str], list[str]]:
+    if not forms:
+        raise DataError(f"{path}:{first_line}: a sentence without a single word.", "Check the file.")
+    return first_line, sentence_id, forms, tags
 
 
 def _is_range_or_empty_node(text: str) -> bool:
@@ -244,13 +255,19 @@ def _labels(tags: Sequence[str], path: Path, line: int) -> tuple[int, ...] | Non
     """Label numbers; None if the whole sentence is untagged (``_``), as in a blind test file."""
     if all(tag == "_" for tag in tags):
         return None
-    return tuple(
-        _label_number(tag, f"{os.fspath(path)}, sentence at line {line}, word {i}") for i, tag in enumerate(tags, 1)
-    )
+    try:
+        return tuple([LABEL_NUMBER[tag] for tag in tags])
+    except KeyError:
+        word, tag = next((i, tag) for i, tag in enumerate(tags, 1) if tag not in LABEL_NUMBER)
+        raise _unknown_tag(tag, f"{os.fspath(path)}, sentence at line {line}, word {word}") from None
 
 
 def _label_number(tag: str, place: str) -> int:
     number = LABEL_NUMBER.get(tag)
     if number is None:
-        raise DataError(f"{place}: unknown tag {tag!r}.", f"The UPOS tags are {' '.join(UPOS)}.")
+        raise _unknown_tag(tag, place)
     return number
+
+
+def _unknown_tag(tag: str, place: str) -> DataError:
+    return DataError(f"{place}: unknown tag {tag!r}.", f"The UPOS tags are {' '.join(UPOS)}.")

@@ -826,10 +826,10 @@ def test_a_folder_of_parquet_files_by_the_datasets_library_itself(
 ) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", workdir / "cache")
     hub_table("snli", [2, -1, 0]).to_parquet(workdir / "mine" / "train.parquet")
-    examples = find_task("snli").read_hub(str(workdir / "mine"), "train")
+    examples = list(find_task("snli").hub_examples(str(workdir / "mine"), "train"))
     assert parts(examples) == expected_from_hub("snli", [2, -1, 0], "train")
     with pytest.raises(MissingSplitError, match="has no dev split"):
-        find_task("snli").read_hub(str(workdir / "mine"), "dev")
+        list(find_task("snli").hub_examples(str(workdir / "mine"), "dev"))
 
 
 def test_a_split_that_the_hub_lacks_is_missing(hub_calls: dict[tuple[Any, ...], datasets.Dataset]) -> None:

@@ -678,4 +678,4 @@ def test_sentences_that_no_blank_line_parts_are_an_error(tmp_path: Path, ids: bo
     path = tmp_path / "train.conllu"
     path.write_text(text, "utf-8")
     with pytest.raises(DataError, match=rf"{path.name}:\d+: .*(middle of a sentence|word 1 where)"):
-        read_conllu(path)
+        list(read_conllu(path))
