@@ -273,6 +273,50 @@ def test_a_default_that_is_given_is_the_same_run(world: World) -> None:
     assert folders[3] != folders[0]
 
 
+DECIDING: dict[str, Any] = {
+    "method": "kreader",
+    "fusion": "all",
+    "projection": "direct",
+    "epochs": 3.0,
+    "batch_size": 8,
+    "learning_rate": 1e-4,
+    "fusion_learning_rate": 0.1,
+    "max_length": 16,
+    "resource_max_length": 16,
+    "limit": 5,
+    "dtype": "float32",
+    "compute_dtype": "bfloat16",
+    "training": {"warmup_steps": 3},
+}
+"""Fields of ``TrainConfig`` that can change the scores, each with a value that the fixture does not have."""
+NOT_DECIDING: dict[str, Any] = {
+    "seeds": (7, 8),
+    "device": "auto",
+    "run_dir": Path("elsewhere"),
+    "keep_readers": False,
+    "temporary_readers": True,
+    "extract": False,
+    "check_states": True,
+}
+CONTENT_DECIDES = {"task", "reader", "resource", "data", "cache_dir", "models"}
+"""These fields name things whose content decides, wherever it is: other tests change the content."""
+TEACHES = {"teacher", "temperature", "soft_weight"}
+"""These fields count for a distillation alone (``Lesson.given_to``)."""
+
+
+def test_every_setting_decides_a_run_or_does_not(world: World) -> None:
+    """A new field has to be put into one of these lists. If it decides and is not recorded, old runs pass for new."""
+    fields = {field.name for field in dataclasses.fields(TrainConfig)}
+    assert fields == {*DECIDING, *NOT_DECIDING, *CONTENT_DECIDES, *TEACHES}
+
+    def deciding(**changes: Any) -> dict[str, Any]:
+        return prepare(world.config(**{"fusion": "fuse"} | changes), Shared()).deciding
+
+    base = deciding()
+    assert [name for name, value in NOT_DECIDING.items() if deciding(**{name: value}) != base] == []
+    assert [name for name, value in DECIDING.items() if deciding(**{name: value}) == base] == []
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [
