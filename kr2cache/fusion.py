@@ -38,11 +38,11 @@ class Fusion:
 
     @property
     def stored(self) -> dict[str, Any]:
-        """As a cache that holds this fusion alone says so."""
+        """This fusion in the form in which the header of a fused cache records it."""
         return {"layers": list(self.layers), "weights": [float(w) for w in self.weights]}
 
     def is_stored_as(self, stored: dict[str, Any]) -> bool:
-        """Whether ``stored``, a fused cache's own word, is this fusion."""
+        """Whether ``stored``, from the header of a fused cache, is this fusion."""
         layers, weights = stored.get("layers"), stored.get("weights")
         return (
             not self.trainable
@@ -68,14 +68,15 @@ class Fusion:
 
 
 def check_fusion_name(name: str, model_layers: int | None = None) -> None:
-    """Raise ``UnknownNameError`` for a name that no model could make sense of; costs nothing, so it can come first.
+    """Raise ``UnknownNameError`` for a name that is not valid for any model. This needs no model, so it can be checked
+    first.
 
     Args:
-        model_layers: L + 1 of the resource, where it is known: the error then lists the fusions that it has.
+        model_layers: L + 1 of the resource, if known. The error then lists the fusions of this resource.
     """
     if FUSION_FORMS.fullmatch(name):
         return
-    # Of a resource that is not known, only what every one has is suggested.
+    # For an unknown resource, suggest only fusions that every resource has.
     several = range(model_layers or 1)
     known = ["fuse", "all", *(f"last{n + 1}" for n in several), *(f"layer{n}" for n in several)]
     last, layer = ("", "") if model_layers is None else (f" to {model_layers}", f" to {model_layers - 1}")
@@ -90,8 +91,8 @@ def parse_fusion(name: str, model_layers: int) -> Fusion:
     """The fusion called ``name`` for a model that has ``model_layers`` = L + 1 layers, embedding output included.
 
     Raises:
-        UnknownNameError: For a name that is none of the four forms.
-        ConfigError: For more layers than there are, or a layer the model does not have.
+        UnknownNameError: For a name in none of the four forms.
+        ConfigError: If the model has fewer layers than the name asks for.
     """
     check_fusion_name(name, model_layers)
     if name in ("fuse", "all"):
@@ -111,7 +112,7 @@ LAYERS_FORMS = re.compile(r"all|last[1-9][0-9]*|[0-9]+(\s*,\s*[0-9]+)*")
 
 
 def check_layers_form(text: str) -> None:
-    """Raise ``ConfigError`` for a ``--layers`` that no model could make sense of."""
+    """Raise ``ConfigError`` for a ``--layers`` that is not valid for any model."""
     if not LAYERS_FORMS.fullmatch(text):
         raise ConfigError(f"--layers {text!r} is not understood.", "Give all, lastN (last4) or a list such as 0,3,5.")
 
@@ -120,7 +121,7 @@ def parse_layers(text: str, model_layers: int) -> tuple[int, ...]:
     """The layers that ``--layers`` names: ``all``, ``lastN`` or a list such as ``0,3,5``; ascending, without repeats.
 
     Raises:
-        ConfigError: For anything else, or a layer the model does not have.
+        ConfigError: For anything else, or for a layer that the model does not have.
     """
     check_layers_form(text)
     if text == "all":

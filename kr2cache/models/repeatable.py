@@ -65,7 +65,7 @@ def _depends(encoder: PreTrainedModel, who: str, moved: str) -> UnsupportedModel
     if getattr(encoder.config, "attention_type", None) == "block_sparse":
         remedy = 'Set "attention_type": "original_full" in its config.json, or choose another model.'
     return UnsupportedModelError(
-        f"{who} ({encoder.config.model_type}) gives other states for a text when other texts ran before it ({moved}): "
+        f"{who} ({encoder.config.model_type}) computes other states for a text if other texts ran before it ({moved}): "
         "an interrupted or repaired cache would mix both.",
         remedy,
     )

@@ -159,7 +159,7 @@ def saved_sentence(runs: Sequence[Run]) -> str:
     once = sum(computed.values())
     left_out = f" {count_text(silent, 'run')} did not record this and {'is' if silent == 1 else 'are'} left out."
     return (
-        f"What the cache saved: training read the states of {count_text(read, 'sequence')}, the resources ran on "
+        f"Saved by the cache: training read the states of {count_text(read, 'sequence')}. The resources ran on "
         f"{once:,}: {max(0, read - once):,} forward passes saved.{left_out if silent else ''}"
     )
 

@@ -81,7 +81,7 @@ def _read_configuration(run_dir: Path, folder: Path, notes: list[str]) -> Config
         if (run.split, run.scores.keys()) != (other.split, other.scores.keys()):
             here, there = (f"{', '.join(sorted(one.scores))} on {one.split}" for one in (run, other))
             notes.append(
-                f"{_relative(path, run_dir)}: it has {here}, seed {other.seed} has {there}; the run is left out."
+                f"{_relative(path, run_dir)}: it has {here}, but seed {other.seed} has {there}; the run is left out."
             )
             continue
         found[run.seed], config, layers = run, seed_config, layers or seed_layers
@@ -98,7 +98,7 @@ def _read_run(folder: RunFolder, seed: int) -> tuple[Run, dict[str, Any], tuple[
     config = mapping(content.get("config"))
     missing = [name for name in ("method", "task") if name not in config]
     if missing:
-        raise CacheError(f"config.json lacks {' and '.join(missing)}, so it is of another version")
+        raise CacheError(f"config.json lacks {' and '.join(missing)}, so another version wrote it")
     metrics = _read_object(folder.metrics_file)
     split = next((name for name in ("test", "dev") if mapping(metrics.get(name))), None)
     if split is None:
@@ -129,13 +129,15 @@ def _read_sweep(path: Path, by_folder: Mapping[str, Configuration], notes: list[
     content = _read_object(path)
     rows, columns = ([str(name) for name in sequence(content.get(key))] for key in ("rows", "columns"))
     if not rows or not columns:
-        raise CacheError("it names no rows or no columns")
+        raise CacheError("it has no rows or no columns")
     title = str(content.get("title") or path.stem)
     cells: dict[tuple[str, str], SweepCell] = {}
     for entry in sequence(content.get("cells")):
         cell = _read_cell(mapping(entry), by_folder)
         if cell.row not in rows or cell.column not in columns:
-            notes.append(f"{title}: the cell {cell.row!r}, {cell.column!r} is in no row and column of it; left out.")
+            notes.append(
+                f"{title}: the cell {cell.row!r}, {cell.column!r} is in none of its rows and columns; it is left out."
+            )
             continue
         cells[cell.row, cell.column] = cell
     return Sweep(
@@ -164,7 +166,7 @@ def _read_cell(entry: Mapping[str, Any], by_folder: Mapping[str, Configuration])
 
 
 def _note_extra_seeds(found: Collected) -> None:
-    """Note finished seeds that no table shows: a sweep shows only the seeds that it asked for."""
+    """Note finished seeds that no table shows: a sweep shows only its own seeds."""
     asked: dict[str, set[int]] = {}
     for sweep in found.sweeps:
         for cell in sweep.cells.values():
@@ -182,7 +184,7 @@ def _note_older_scores(found: Collected) -> None:
     if older:
         found.notes.append(
             f'F1 of {count_text(len(older), "configuration")} is not XTREME\'s and is marked "{OLDER}": an older '
-            "version took CCONJ and SCONJ for one tag. Word accuracy is right, but that F1 chose the epoch. "
+            "version counted CCONJ and SCONJ as one tag. Word accuracy is right, but the older F1 chose the epoch. "
             f"Train them again to compare them. First: {older[0]}."
         )
 

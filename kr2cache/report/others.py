@@ -117,7 +117,7 @@ def _table(task: str, configurations: list[Configuration], outdated: Mapping[str
     splits = sorted({one.split for one in configurations})
     legend = (
         f"Mean ± sample standard deviation over seeds on {' or '.join(splits)}, in percent (counts: mean); bold: the "
-        "best of its column; run: the last digits of its folder."
+        "best of its column; run: the last digits of the folder's name."
     )
     if "state" in names:
         legend += " stale: a newer run with the same settings was trained on other data or models."
@@ -144,7 +144,7 @@ def _table(task: str, configurations: list[Configuration], outdated: Mapping[str
 
 
 def _descriptions(configurations: Sequence[Configuration], outdated: Mapping[str, str]) -> list[dict[str, str]]:
-    """What tells each configuration apart from the rest: column to text, the same columns for all of them."""
+    """The texts that distinguish the configurations: column to text, with the same columns for all configurations."""
     settings = differing_settings(configurations)
     has_helpers = any(one.helper for one in configurations)
     has_dates = any(one.folder in outdated for one in configurations)  # such rows can differ in their digits alone
@@ -162,7 +162,7 @@ def _descriptions(configurations: Sequence[Configuration], outdated: Mapping[str
 
 
 def _record(one: Configuration, metrics: Sequence[str], outdated: Mapping[str, str]) -> dict[str, Any]:
-    """One row of the table as data: all but its description."""
+    """One row of the table as data, without its description."""
     record: dict[str, Any] = {"split": one.split}
     for metric in metrics:
         values = one.values(metric)

@@ -19,7 +19,7 @@ Members = list[tuple[Configuration, tuple[int, ...]]]
 
 MOST_TICKS = 16
 BARS = 60
-"""At most so many bars in one plot, so that it fits on a page."""
+"""Maximum number of bars in one plot, so that it fits on a page."""
 LEGEND: Final = "outside lower center"
 _LINES = {"all": "average of all", "last": "average of the last ", "fuse": "trainable"}
 
@@ -87,7 +87,7 @@ def _draw_layers(title: str, group: Members, alone: Members) -> Plot:
         numbers = "; ".join(f"layer {layer}: {mean:.1f}" for layer, mean, _ in points)
         others = "".join(f"; {label}: {mean:.1f}" for label, mean in lines)
         return draw(
-            figure, title, "Mean over seeds, bars: one sample standard deviation.", f"{title}. {numbers}{others}."
+            figure, title, "Mean over seeds; bars show one sample standard deviation.", f"{title}. {numbers}{others}."
         )
 
 
@@ -111,7 +111,7 @@ def fusion_weights(task: str, configurations: Sequence[Configuration], names: di
             axes.set_xlabel("layer of the resource (0: word embeddings)")
             axes.set_ylabel("weight")
             figure.legend(loc=LEGEND, ncols=1 if len(chunk) < 3 else 2)
-            caption = "Mean over seeds, band: smallest to largest."
+            caption = "Mean over seeds; the band reaches from the smallest to the largest value."
             drawn.append(draw(figure, title, caption, f"{title}: {_listed(chunk, names)}."))
     return drawn
 
@@ -156,7 +156,7 @@ def _draw_bars(title: str, shown: Sequence[Configuration], names: dict[str, str]
     sizes = {one.folder: _mean(one, lambda run: run.cache_bytes) for one in shown}
     panels = [
         (values, label, text)
-        for values, label, text in ((seconds, "time of a run", seconds_text), (sizes, "caches it read", bytes_text))
+        for values, label, text in ((seconds, "time of a run", seconds_text), (sizes, "size of its caches", bytes_text))
         if any(values.values())
     ]
     with canvas(height=0.9 + 0.27 * len(shown)) as figure:
@@ -172,7 +172,7 @@ def _draw_bars(title: str, shown: Sequence[Configuration], names: dict[str, str]
             axes.grid(visible=False, axis="y")
         both[0].set_yticks(range(len(shown)), [names[one.folder] for one in shown])
         both[0].set_ylim(len(shown) - 0.4, -0.6)
-        caption = "Means over seeds. Runs that share a cache show the same bytes."
+        caption = "Means over seeds. Runs that share a cache show the same size."
         described = "; ".join(
             ": ".join(
                 (names[one.folder], ", ".join(text(v) for values, _, text in panels if (v := values[one.folder])))

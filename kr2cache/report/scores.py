@@ -183,7 +183,7 @@ def _differences(sweep: Sweep, comparisons: dict[tuple[str, str], Comparison]) -
         return tuple(map(Cell, (*place, one.baseline, difference, *tests, seeds, VERDICTS[one.noise])))
 
     tested = sum(one.p is not None for one in comparisons.values())
-    corrected = "none, no comparison has a verdict"
+    corrected = "none, because no comparison has a verdict"
     if tested:
         corrected = f"the larger of both, by Holm's method for {count_text(tested, 'comparison')}"
     return Table(
@@ -199,7 +199,7 @@ def _differences(sweep: Sweep, comparisons: dict[tuple[str, str], Comparison]) -
             "verdict",
         ),
         rows=tuple(row(place, one) for place, one in comparisons.items()),
-        legend=(f"Points: difference of the means over the seeds that both have. p corrected: {corrected}.",),
+        legend=(f"Points: difference of the means over the seeds that both rows have. p corrected: {corrected}.",),
         records=tuple(
             {
                 "row": place[0],
@@ -238,7 +238,7 @@ def _legend(sweep: Sweep, scores: dict[tuple[str, str], Score]) -> list[str]:
     if any(len(cell.done) < len(cell.seeds) for place, cell in sweep.cells.items() if place in scores):
         sentences.append("2/3: two of three seeds are finished.")
     if any(score.older for score in scores.values()):
-        sentences.append(f"{OLDER}: an F1 in which CCONJ and SCONJ are one tag, as an older version computed it.")
+        sentences.append(f"{OLDER}: an older version computed this F1 and counted CCONJ and SCONJ as one tag.")
     columns = [*sweep.columns, paper.MEAN]
     if any(paper.paper_number(sweep.paper, row, column) is not None for row in sweep.rows for column in columns):
         sentence = "Paper: the number that the paper prints, with its models and data."
@@ -258,7 +258,7 @@ def _marks_legend(
         tagging = any(one.configuration and one.configuration.metric == "f1" for one in sweep.cells.values())
         sentences = [
             f"The difference to {baselines} is tested over examples (paired permutation test, {RESAMPLES:,} sign flips"
-            f"{', for tagging on word accuracy while the table shows F1' if tagging else ''}) and over seeds (paired "
+            f"{'; for tagging on word accuracy, while the table shows F1' if tagging else ''}) and over seeds (paired "
             "t-test); the larger p is corrected for the number of comparisons (Holm).",
             f"No mark: p < {LEVEL}.",
         ]

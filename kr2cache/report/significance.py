@@ -108,7 +108,7 @@ class Comparer:
                     " and ".join(f"{one.folder} has {one.metric} on {one.split}" for one in (this, baseline))
                 )
             if len({one.older(one.metric) for one in (this, baseline)}) > 1:
-                raise CacheError("the F1 of one is older than that of the other")
+                raise CacheError("an older version computed the F1 of one of them differently")
         ours, theirs = (
             [fmean(of_seed) for of_seed in zip(*(one.values(one.metric, seeds) for one in side), strict=True)]
             for side in zip(*pairs, strict=True)
@@ -237,17 +237,17 @@ def judge(comparisons: Mapping[Place, Comparison]) -> dict[Place, Comparison]:
 def _judged(one: Comparison, p: float | None, level: float, comparisons: int) -> Comparison:
     reason = ""
     if len(one.seeds) < FEWEST_SEEDS:
-        reason = f"it takes {FEWEST_SEEDS} seeds that both rows have"
+        reason = f"both rows need {FEWEST_SEEDS} or more seeds in common"
     elif p is None:
         reason = "every seed has the same difference, so the spread between seeds is not known"
     elif p < LEVEL:
         return replace(one, p=p, noise=False)
     elif 2.0 ** (1 - one.changed) > level:
-        reason = "the two rows get too few examples right that the other gets wrong"
+        reason = "the two rows differ on too few examples"
     elif (spreads := detectable(len(one.seeds), level)) > MOST_SPREADS:
         reason = (
             f"with {len(one.seeds)} seeds and {count_text(comparisons, 'comparison')} the tests find only differences "
-            f"of {spreads:.0f} standard deviations of the seeds' differences; {_enough_seeds(level)} seeds would do"
+            f"of {spreads:.0f} standard deviations of the seeds' differences; {_enough_seeds(level)} seeds are enough"
         )
     return replace(one, p=p, noise=None if reason else True, reason=reason)
 

@@ -61,7 +61,7 @@ class Task(ABC):
     words: bool
     """Whether texts are lists of words (the tokenizer then aligns its tokens with them)."""
     template: str
-    """How an example becomes tokens, in one line; part of a cache's provenance."""
+    """In one line, which texts of an example become tokens, and in which order. Part of a cache's provenance."""
     metric: str
     """The metric that decides which epoch is best, and that tables show first."""
     counts: Mapping[str, str] = {}
@@ -69,11 +69,11 @@ class Task(ABC):
     suffixes: tuple[str, ...]
     """File suffixes: ``.conllu``."""
     labelled_by: str = "label"
-    """Where its files have the gold label, in words, for errors."""
+    """The place of the gold label in its files, in words, for errors."""
     releases: tuple[str, ...] = ()
     """File names of its official release, as patterns with ``{split}``."""
     parts: tuple[str, ...] = ()
-    """The same for a release that cuts one split into several files."""
+    """File names of a release that divides one split into several files, as patterns."""
     left_out: str = ""
     """The parts of a file that are not examples, in words, for errors."""
 
@@ -86,7 +86,7 @@ class Task(ABC):
         """
 
     def read_unlabelled(self, path: Path, split: str) -> list[Example]:
-        """The same for labelling: all rows, whether or not they have a gold label."""
+        """The examples that ``predict`` labels: those of all rows, with or without a gold label."""
         return list(self.file_examples(path, split))
 
     @abstractmethod
@@ -100,7 +100,7 @@ class Task(ABC):
 
     @abstractmethod
     def from_line(self, line: str, name: str) -> Example:
-        """One example from a plain line: words, or texts split by tabs.
+        """One example from a plain line: words, or texts with tabs between them.
 
         Args:
             name: The example's id; errors name it too.
@@ -133,7 +133,7 @@ class Task(ABC):
         Args:
             split: ``train``, ``dev`` or ``test``.
             data: A folder, or a hub id; None for the task's own hub data set.
-            limit: Only this many, from the first on.
+            limit: Only the first ``limit`` examples; None for all.
 
         Raises:
             MissingSplitError: If the data has no such split. The message names the files that were looked for.
@@ -148,10 +148,10 @@ class Task(ABC):
             if limit is None or count <= limit:
                 yield example
         if not count:
-            nothing_but = f", or hold nothing but {self.left_out}" if self.left_out else ""
+            only = f", or hold only {self.left_out}" if self.left_out else ""
             raise DataError(
                 f"The {split} split of {self.corpus(data)} holds no example.",
-                f"Check its files: they are empty{nothing_but}.",
+                f"Check its files: they are empty{only}.",
             )
 
     def corpus(self, data: str | None) -> str:
@@ -164,7 +164,7 @@ class Task(ABC):
         if hub_id is None:
             raise ConfigError(
                 f"Task {self.name!r} needs --data: a folder with train{self.suffixes[0]}, dev{self.suffixes[0]}, ...",
-                "Or write data under [defaults] in kr2cache.toml, or name a task that knows its data, such as udpos-de "
+                "Or write data under [defaults] in kr2cache.toml, or choose a task with its own data, such as udpos-de "
                 "(kr2cache tasks lists them).",
             )
         return hub_id
@@ -194,7 +194,7 @@ class Task(ABC):
             raise MissingSplitError(
                 f"{folder} has no {split} split: looked for {', '.join(self._names.looked_for(split))}, and a folder "
                 f"of that name; found {there}.",
-                "Check --data, and how its files are named.",
+                "Check --data and the names of its files.",
             )
         return files
 
@@ -272,7 +272,8 @@ class UniqueIds:
                 continue
             if name in seen:
                 raise DataError(
-                    f"The id {name!r} occurs twice: {seen[name]} and {place}.", "Ids key the cache: make them unique."
+                    f"The id {name!r} occurs twice: {seen[name]} and {place}.",
+                    "States are found by id: make the ids unique.",
                 )
             seen[name] = place
 

@@ -1,8 +1,8 @@
 """HellaSwag: which of four endings follows? Multiple choice (Zellers et al. 2019).
 
-As its authors feed it to BERT: where the context ends in the beginning of a sentence (``ctx_b``), that goes before
-each ending, so that the first segment is whole sentences; WikiHow's ``[header]``, ``[title]`` and ``[step]`` stay in
-the text.
+The texts are those that its authors give to BERT. If the context ends with the beginning of a sentence (``ctx_b``),
+this beginning is put before each ending. So the first segment has only whole sentences. WikiHow's marks ``[header]``,
+``[title]`` and ``[step]`` stay in the text.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from kr2cache.tasks.rows import Row, RowTask
 
 
 class HellaSwag(RowTask):
-    """Fields of the original JSON lines, the same on the hub."""
+    """The original JSON lines and the hub's rows have the same fields."""
 
     name = "hellaswag"
     about = "which of four endings follows? (multiple choice)"

@@ -14,8 +14,8 @@ from kr2cache.tasks.rows import Row, RowTask, json_rows
 
 
 class Piqa(RowTask):
-    """``goal``, ``sol1``, ``sol2`` in JSON lines; labels in the line-aligned ``SPLIT-labels.lst``, or a column of the
-    hub's rows."""
+    """The texts are ``goal``, ``sol1`` and ``sol2``. Line N of ``SPLIT-labels.lst`` is the label of row N of the JSON
+    lines. The hub's rows have a column ``label``."""
 
     name = "piqa"
     about = "which of two solutions reaches a goal? (multiple choice)"
@@ -26,7 +26,7 @@ class Piqa(RowTask):
     suffixes = (".jsonl",)
     labelled_by = "SPLIT-labels.lst"
     hub_data = "ybisk/piqa"
-    # The main branch is a script; the datasets library no longer runs scripts.
+    # The main branch holds a script, and the datasets library no longer runs scripts.
     hub_revision = "refs/convert/parquet"
 
     def file_rows(self, path: Path, split: str) -> Iterator[Row]:
@@ -43,7 +43,7 @@ class Piqa(RowTask):
                 count = number - 1 if row is None else number + sum(1 for _ in rows)
                 raise DataError(
                     f"{labels} has {len(given)} labels, {path} has {count} rows: row {number} is in one of them only.",
-                    "The two files are aligned line by line.",
+                    "Line N of the one file must belong to line N of the other.",
                 )
             if label not in ("", "-1", *self.labels):
                 raise DataError(f"{labels}:{number}: the label is {label!r}.", "0 is sol1, 1 is sol2.")

@@ -1,7 +1,7 @@
 """Tasks whose data is a table: JSON lines, CSV, or the rows of a data set on the hub.
 
-Such a task says how one row becomes an example; where rows come from, and that ids, labels and choices make sense, is
-the same for all of them. Every error names the file and the line, or the data set and the row.
+Each task says how one row becomes an example. The code here is the same for all of them: it reads the rows and checks
+ids, labels and choices. Every error names the file and the line, or the data set and the row.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class RowTask(Task):
     """The columns from which ``example`` reads its texts. A plain line has them in this order, split by tabs. A column
     that occurs several times here is a list."""
     no_gold = ""
-    """What ``has_no_gold`` looks for, in words."""
+    """How ``has_no_gold`` recognises a row without a gold label, in words."""
 
     @abstractmethod
     def example(self, row: Row) -> Example:
@@ -134,8 +134,8 @@ class RowTask(Task):
         fields = line.rstrip("\r\n").split("\t")
         if len(fields) != len(self.columns):
             raise DataError(
-                f"{name}: {len(fields)} fields where {self.name} takes {len(self.columns)}.",
-                f"Give, split by tabs: {', '.join(self.columns)}.",
+                f"{name}: {len(fields)} fields, but {self.name} needs {len(self.columns)}.",
+                f"Give these, with tabs between them: {', '.join(self.columns)}.",
             )
         values: dict[str, Any] = {}
         for column, field in zip(self.columns, fields, strict=True):
@@ -183,7 +183,7 @@ class RowTask(Task):
         if labels_matter and 0 < unlabelled < count:
             raise DataError(
                 f"{first_unlabelled}: no label, while {count - unlabelled} of {count} rows have one.",
-                "Label the row, or take it out.",
+                "Label the row, or remove it.",
             )
         if total > count:
             note(f"{what}: {total - count:,} of {total:,} rows have no gold label ({self.no_gold}); they are left out.")
@@ -191,22 +191,22 @@ class RowTask(Task):
     def _check(self, example: Example, place: str) -> None:
         if self.head == "choice" and len(example.texts) != len(self.labels):
             raise DataError(
-                f"{place}: {len(example.texts)} choices where {self.name} has {len(self.labels)}.", "Check the row."
+                f"{place}: {len(example.texts)} choices, but {self.name} has {len(self.labels)}.", "Check the row."
             )
         if any(not segment.strip() for text in example.texts for segment in text):
             raise DataError(f"{place}: a text is empty.", "Every text needs at least one word; check the row.")
         try:
             "".join(segment for text in example.texts for segment in text).encode("utf-8")
-        except UnicodeEncodeError as error:  # JSON can spell half a character, as "\\ud83d"
+        except UnicodeEncodeError as error:  # JSON can hold half a character, such as "\\ud83d"
             raise DataError(f"{place}: a text is not Unicode ({error.reason}).", "Check the row.") from error
 
 
 def _by_name(values: Mapping[str, Any], names: Mapping[str, Sequence[str]]) -> Mapping[str, Any]:
-    """A row of the hub, with class labels by name. Values that are no label number (-1, None) stay."""
+    """A row of the hub, with names in place of label numbers. Values that are no label number (-1, None) stay."""
     named = {
-        column: those[values[column]]
-        for column, those in names.items()
-        if values[column] is not None and 0 <= values[column] < len(those)
+        column: labels[values[column]]
+        for column, labels in names.items()
+        if values[column] is not None and 0 <= values[column] < len(labels)
     }
     return {**values, **named}
 
@@ -223,7 +223,7 @@ def json_rows(path: Path, split: str) -> Iterator[Row]:
         except ValueError as error:
             raise DataError(f"{place}: not JSON: {error}.", "Write one JSON object per line.") from error
         if not isinstance(values, dict):
-            raise DataError(f"{place}: {line.strip()[:40]!r} is no JSON object.", "Write one JSON object per line.")
+            raise DataError(f"{place}: {line.strip()[:40]!r} is not a JSON object.", "Write one JSON object per line.")
         yield Row(values=values, place=place, split=split, number=number)
         number += 1
 
@@ -244,7 +244,7 @@ def csv_rows(path: Path, split: str) -> Iterator[Row]:
                 continue
             if len(cells) != len(header):
                 raise DataError(
-                    f"{place}: {len(cells)} columns where the header has {len(header)}.", "Check the row's commas."
+                    f"{place}: {len(cells)} columns, but the header has {len(header)}.", "Check the row's commas."
                 )
             yield Row(values=dict(zip(header, cells, strict=True)), place=place, split=split, number=number)
             number += 1
@@ -255,14 +255,17 @@ def csv_rows(path: Path, split: str) -> Iterator[Row]:
 def load_hub(
     hub_id: str, configuration: str | None, split: str, *, suffix: str, revision: str | None = None
 ) -> tuple[Any, str]:
-    """(the split as a ``datasets.Dataset``, its name for errors), from the hub or its cache on this machine.
+    """Load a split from the hub, or from the hub's cache on this machine.
 
     Args:
-        suffix: Of the files that would serve instead, for the error.
+        suffix: Suffix of the files that a data folder would hold, for the error.
+
+    Returns:
+        The split as a ``datasets.Dataset``, and its name for errors.
 
     Raises:
         MissingSplitError: If the data set has no such split.
-        DataError: If it cannot be had.
+        DataError: If it cannot be loaded.
     """
     import datasets
 
@@ -277,12 +280,12 @@ def load_hub(
                 datasets.disable_progress_bars()
                 inside.callback(datasets.enable_progress_bars)
             return datasets.load_dataset(hub_id, configuration, split=HUB_SPLITS[split], revision=revision), what
-    except Exception as error:  # datasets and the hub's client raise a dozen unrelated classes
+    except Exception as error:  # datasets and the hub's client raise many unrelated classes
         reason = error_text(error)
         if reason.startswith("Unknown split"):
             raise MissingSplitError(f"{hub_id} has no {split} split: {reason}", "Check --split.") from error
         raise DataError(
             f"There is no folder {hub_id}, and the hub data set {what} cannot be loaded: {reason}",
-            "Without a network: load it once where there is one and copy the cache ($HF_HOME) here, or give --data "
-            f"a folder with train{suffix}, dev{suffix} and test{suffix}.",
+            "Without a network: load it once on a machine with a network and copy the cache ($HF_HOME) here, or give "
+            f"--data a folder with train{suffix}, dev{suffix} and test{suffix}.",
         ) from error

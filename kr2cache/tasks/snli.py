@@ -7,8 +7,8 @@ from kr2cache.tasks.rows import Row, RowTask
 
 
 class Snli(RowTask):
-    """``gold_label``, ``sentence1``, ``sentence2``, ``pairID`` of the original files; ``label``, ``premise``,
-    ``hypothesis`` of the hub's rows."""
+    """The original files have ``gold_label``, ``sentence1``, ``sentence2`` and ``pairID``. The hub's rows have
+    ``label``, ``premise`` and ``hypothesis``."""
 
     name = "snli"
     about = "does a premise entail a hypothesis? (pairs)"

@@ -9,7 +9,8 @@ ENDINGS = tuple(f"ending{number}" for number in range(4))
 
 
 class Swag(RowTask):
-    """Columns of the original CSV and of the hub's rows: ``sent1`` is the context, ``sent2`` begins every ending."""
+    """The original CSV and the hub's rows have the same columns: ``sent1`` is the context, every ending begins with
+    ``sent2``."""
 
     name = "swag"
     about = "which of four endings follows? (multiple choice)"
@@ -25,5 +26,5 @@ class Swag(RowTask):
         context, start = row.text("sent1"), row.get("sent2").strip()
         endings = [row.text(name) for name in ENDINGS]
         texts = tuple((context, f"{start} {ending}" if start else ending) for ending in endings)
-        # The original files carry the row's number in a column without a name.
+        # In the original files, a column without a name holds the number of the row.
         return Example(row.get("") or str(row.number), texts, row.label("label", self.labels))

@@ -1,13 +1,13 @@
 """Part-of-speech tagging with Universal Dependencies' UPOS tags: XTREME's ``udpos`` (the data of the paper's tables).
 
-Only lines whose id is a plain integer are words: ``4-5`` is a multiword token, ``8.1`` an empty node (with a real UPOS,
-so looking at the tag would let it through). The first subword of a word carries its label. The scores are XTREME's F1
-and word accuracy; a word without a token (cut off at the maximal length, or dropped by the tokenizer) counts as wrong
-in both.
+Only lines whose id is a plain integer are words: ``4-5`` is a multiword token, ``8.1`` an empty node. (An empty node
+has a real UPOS tag, so its tag does not tell that it is no word.) The first subword of a word carries its label. The
+scores are XTREME's F1 and word accuracy. A word without a token (cut off at the maximal length, or dropped by the
+tokenizer) counts as wrong in both.
 
 XTREME's F1 was computed by seqeval 0.0.12 on the raw tags. A chunk is a run of words of one tag, except that each word
 tagged SCONJ or SYM is a chunk of its own: their first letter, S, is IOBES's mark for a chunk of one word. A chunk is
-right if its tag, its first and its last word are.
+right if its tag, its first word and its last word are right.
 """
 
 from __future__ import annotations
@@ -125,12 +125,12 @@ class UdPos(Task):
     def from_line(self, line: str, name: str) -> Example:
         if len(columns := line.split("\t")) == 10 and columns[0].isdigit():
             raise DataError(
-                f"{name} has ten columns, split by tabs: it is CoNLL-U, not a sentence.",
-                "Give it as a file whose name ends in .conllu: --file new.conllu.",
+                f"{name} has ten columns with tabs between them: it is CoNLL-U, not a sentence.",
+                "Give a file whose name ends in .conllu: --file new.conllu.",
             )
         words = tuple(line.split())
         if not words:
-            raise DataError(f"{name}: no word in it.", "Give a sentence, its words split by spaces.")
+            raise DataError(f"{name}: it has no word.", "Give a sentence, with spaces between its words.")
         return Example(name, (words,), None)
 
     def score(self, gold: Sequence[Any], predicted: Sequence[Any]) -> dict[str, float]:
@@ -143,16 +143,16 @@ class UdPos(Task):
 
 
 def xtreme_f1(gold: Sequence[Sequence[int]], predicted: Sequence[Sequence[int | None]]) -> float:
-    """F1 over chunks as seqeval 0.0.12 finds them in raw tags, by today's seqeval.
+    """F1 over the chunks that seqeval 0.0.12 finds in raw tags. Today's seqeval computes it.
 
     Args:
-        gold: A label number a word, one sequence a sentence.
+        gold: One label number per word, one sequence per sentence.
         predicted: The same, None for a word without a prediction.
     """
     from seqeval.metrics import f1_score
 
     with warnings.catch_warnings():
-        # seqeval warns that N-NOUN is no IOB tag, and that there are no chunks if no word has a prediction.
+        # seqeval warns that N-NOUN is not an IOB tag. If no word has a prediction, it warns that there are no chunks.
         warnings.simplefilter("ignore")
         return float(
             f1_score(
@@ -184,8 +184,8 @@ def read_conllu(path: Path) -> Iterator[tuple[int, str | None, list[str], list[s
     """Each sentence of a CoNLL-U file: (line of its first word, sent_id or None, forms, UPOS tags).
 
     Raises:
-        DataError: For a line without its ten columns, an empty form, a sentence of empty nodes alone, or bytes that are
-            not UTF-8; naming file and line.
+        DataError: For a line without ten columns, an empty form, a sentence that has only empty nodes, or bytes that
+            are not UTF-8. The message names file and line.
     """
     forms: list[str] = []
     tags: list[str] = []
@@ -213,14 +213,14 @@ def read_conllu(path: Path) -> Iterator[tuple[int, str | None, list[str], list[s
             columns = line.split("\t")
             if len(columns) != 10:
                 raise DataError(
-                    f"{path}:{number}: {len(columns)} columns where CoNLL-U has 10, split by tabs: {line[:60]!r}",
+                    f"{path}:{number}: {len(columns)} columns, but CoNLL-U has 10, split by tabs: {line[:60]!r}",
                     "Check the line.",
                 )
             first_line = first_line or number
             if columns[0].isascii() and columns[0].isdigit():
                 if int(columns[0]) != len(forms) + 1:
                     raise DataError(
-                        f"{path}:{number}: word {columns[0]} where word {len(forms) + 1} should come.",
+                        f"{path}:{number}: word {columns[0]}, but word {len(forms) + 1} was expected.",
                         "Words are numbered from 1, and sentences end with a blank line.",
                     )
                 if not columns[1].strip():
@@ -229,7 +229,7 @@ def read_conllu(path: Path) -> Iterator[tuple[int, str | None, list[str], list[s
                 tags.append(shared.setdefault(columns[3], columns[3]))
             elif not _is_range_or_empty_node(columns[0]):
                 raise DataError(
-                    f"{path}:{number}: {columns[0]!r} is not an id of CoNLL-U (7, 4-5 or 8.1).", "Check the line."
+                    f"{path}:{number}: {columns[0]!r} is not a CoNLL-U id (such as 7, 4-5 or 8.1).", "Check the line."
                 )
     if first_line:
         yield _sentence(path, first_line, sentence_id, forms, tags)
@@ -239,7 +239,7 @@ def _sentence(
     path: Path, first_line: int, sentence_id: str | None, forms: list[str], tags: list[str]
 ) -> tuple[int, str | None, list[str], list[str]]:
     if not forms:
-        raise DataError(f"{path}:{first_line}: a sentence without a single word.", "Check the file.")
+        raise DataError(f"{path}:{first_line}: a sentence without words.", "Check the file.")
     return first_line, sentence_id, forms, tags
 
 

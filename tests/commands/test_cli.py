@@ -420,7 +420,7 @@ WRONG: dict[str, tuple[Callable[[Path], object], str, int, tuple[str, ...]]] = {
     "toml type": (write_toml(TOML.format(defaults="epochs = 'ten'")), TRAIN, 1, ("epochs", "'ten'", "a number")),
     "toml true for a number": (write_toml(TOML.format(defaults="limit = true")), TRAIN, 1, ("limit", "a whole number")),
     "toml model": (toml_with("[models.x]\npaht = 'y'\n"), EXTRACT, 1, ("models.x", "'paht'", "'path'")),
-    "toml model layers": (toml_with("[models.x]\npath = 'y'\nlayers = 0\n"), EXTRACT, 1, ("layers = 0", "from 1 on")),
+    "toml model layers": (toml_with("[models.x]\npath = 'y'\nlayers = 0\n"), EXTRACT, 1, ("layers = 0", "at least 1")),
     "run dir": (nothing, f"{TRAIN} --run-dir kr2cache.toml", 1, ("--run-dir", "kr2cache.toml is a file")),
     "run dir in no file system": (nothing, f"{TRAIN} --run-dir /proc/runs", 1, ("--run-dir", "is not writable")),
     "toml model type": (toml_with("[models.x]\npath = 3\n"), EXTRACT, 1, ("models.x", "path", "3")),

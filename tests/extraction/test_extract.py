@@ -669,7 +669,7 @@ def test_a_model_that_a_short_text_changes_is_refused(tmp_path: Path) -> None:
     with torch.no_grad():
         before, _, after = (model(input_ids=one).last_hidden_state for one in (ids, ids[:, :6], ids))
     assert (before - after).abs().max() > 0.1
-    with pytest.raises(UnsupportedModelError, match=r"'model' \(big_bird\).*when other texts ran before") as caught:
+    with pytest.raises(UnsupportedModelError, match=r"'model' \(big_bird\).*if other texts ran before") as caught:
         extracted(folder, tmp_path / "cache", [*TEXTS, LONG])
     assert '"attention_type": "original_full"' in caught.value.remedy
     assert not list(tmp_path.rglob("*.h5"))

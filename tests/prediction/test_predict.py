@@ -410,7 +410,7 @@ def test_a_resource_whose_states_depend_on_what_ran_before_is_refused(own: World
     tiny.save_model(own.resource, "big_bird", layers=4, block_size=16, num_random_blocks=1, initializer_range=0.4)
     places = {"run_dir": own.folder / "runs-2", "cache_dir": own.folder / "caches-2"}
     run = train(dataclasses.replace(own.config, resource=str(own.resource), **places)).runs[0].folder
-    with pytest.raises(UnsupportedModelError, match=r"'res' \(big_bird\).*when other texts ran before"):
+    with pytest.raises(UnsupportedModelError, match=r"'res' \(big_bird\).*if other texts ran before"):
         Predictor.load(run, device="cpu")
 
 
@@ -555,7 +555,7 @@ def test_an_example_of_another_task_is_refused(world: World, texts: tuple[tuple[
 
 def test_a_choice_too_few_is_refused(piqa: World) -> None:
     examples = [Example("odd", (("goal", "one"),), None), Example("even", (("a", "b"), ("a", "c"), ("a", "d")), None)]
-    with pytest.raises(DataError, match="piqa takes 2"):
+    with pytest.raises(DataError, match="piqa needs 2"):
         piqa.predictor()(examples)
 
 
@@ -596,7 +596,7 @@ def test_lines_have_as_many_texts_as_the_task(task: str, good: str, bad: str) ->
     (example,) = read_lines(find_task(task), [good + "\r\n"])
     assert example.id == "line-1"
     assert not any("\r" in segment for text in example.texts for segment in text)
-    with pytest.raises(DataError, match=rf"line-2: {len(bad.split(chr(9)))} fields where {task} takes"):
+    with pytest.raises(DataError, match=rf"line-2: {len(bad.split(chr(9)))} fields, but {task} needs"):
         read_lines(find_task(task), [good, bad])
     with pytest.raises(DataError, match="line-1"):
         read_lines(find_task(task), [good.rpartition("\t")[0] + "\t "])

@@ -60,11 +60,11 @@ def test_the_main_metric(
         ("metrics.json", '{"test": {"accuracy": "high"}}', "metrics.json: test accuracy is 'high', not a number"),
         ("config.json", None, "there is no config.json"),
         ("config.json", "[]", "config.json is not a JSON object"),
-        ("config.json", '{"config": {"task": "piqa"}}', "config.json lacks method, so it is of another version"),
+        ("config.json", '{"config": {"task": "piqa"}}', "config.json lacks method, so another version wrote it"),
         ("config.json", "{}", "config.json lacks method and task"),
         ("history.json", "\xff", "history.json cannot be read"),
-        ("metrics.json", '{"dev": {"accuracy": 0.5}}', "it has accuracy on dev, seed 1 has accuracy on test"),
-        ("metrics.json", '{"test": {"f1": 0.5}}', "it has f1 on test, seed 1 has accuracy on test"),
+        ("metrics.json", '{"dev": {"accuracy": 0.5}}', "it has accuracy on dev, but seed 1 has accuracy on test"),
+        ("metrics.json", '{"test": {"f1": 0.5}}', "it has f1 on test, but seed 1 has accuracy on test"),
     ],
 )
 def test_a_broken_run_becomes_a_note_and_the_others_stay(
@@ -112,7 +112,7 @@ def test_a_sweep_is_read_and_covers_its_folders(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "why"),
-    [("{", "broken.json cannot be read"), ("{}", "it names no rows or no columns")],
+    [("{", "broken.json cannot be read"), ("{}", "it has no rows or no columns")],
 )
 def test_a_broken_manifest_becomes_a_note(tmp_path: Path, content: str, why: str) -> None:
     make_run(tmp_path, FOLDER, 1, 0.5)
@@ -129,7 +129,7 @@ def test_a_cell_outside_the_table_becomes_a_note(tmp_path: Path) -> None:
     content = json.loads(path.read_text("utf-8"))
     content["cells"].append(cell("KReader", "SNLI", FOLDER, [1]))
     write(path, content)
-    assert "the cell 'KReader', 'SNLI' is in no row and column of it" in collect(tmp_path).notes[0]
+    assert "the cell 'KReader', 'SNLI' is in none of its rows and columns" in collect(tmp_path).notes[0]
 
 
 def test_nothing_to_report_says_why(tmp_path: Path) -> None:

@@ -137,7 +137,7 @@ def test_a_difference_that_could_be_noise_is_marked_and_the_legend_says_what_tha
         "KReader",
         "p < 0.05",
         "corrected for the number of comparisons (Holm)",
-        "word accuracy while the table shows F1",
+        "word accuracy, while the table shows F1",
     ):
         assert part in legend
 
@@ -153,8 +153,8 @@ def test_one_seed_has_no_deviation_and_no_verdict(tmp_path: Path) -> None:
         ("50.0", "", ""),
         ("90.0", "", "?"),
     ]
-    assert "?: no verdict: it takes 3 seeds that both rows have." in made.tables[0].legend[1]
-    assert made.tables[1].legend[0].endswith("p corrected: none, no comparison has a verdict.")
+    assert "?: no verdict: both rows need 3 or more seeds in common." in made.tables[0].legend[1]
+    assert made.tables[1].legend[0].endswith("p corrected: none, because no comparison has a verdict.")
 
 
 @pytest.mark.parametrize(("folder", "remarks"), [(KR2, ["", "2/3"]), (KREADER, ["2/3", ""])])
@@ -195,10 +195,10 @@ def test_an_older_f1_is_marked_and_compared_with_no_other(tmp_path: Path) -> Non
         ("80.1 ± 0.4", False, ""),
         ("81.4 ± 0.4 (older)", False, "?"),
     ]
-    assert "older: an F1 in which CCONJ and SCONJ are one tag" in table.legend[0]
+    assert "older: an older version computed this F1" in table.legend[0]
     assert [row["older"] for row in read_csv(made.folder / "small.csv")] == ["false", "true"]
     said = " ".join(made.notes)
-    assert "KR2 and KReader are not compared on De: the F1 of one is older" in said
+    assert "KR2 and KReader are not compared on De: an older version computed the F1" in said
     assert f"Train them again to compare them. First: {KR2}." in said
 
 
@@ -237,7 +237,7 @@ def test_with_two_seeds_no_difference_gets_a_verdict(tmp_path: Path) -> None:
     made = report(tmp_path, None)
     assert [one.mark for one in column(made.tables[0])] == ["", "?", "?", "?"]
     assert {row[-1].text for row in made.tables[1].rows} == {"no verdict"}
-    assert "it takes 3 seeds that both rows have" in made.tables[0].legend[1]
+    assert "both rows need 3 or more seeds in common" in made.tables[0].legend[1]
 
 
 def test_table_2_has_the_mean_over_its_columns(tmp_path: Path) -> None:
@@ -446,7 +446,7 @@ def test_plots_are_drawn_where_there_is_data(tmp_path: Path) -> None:
     assert "uniform over 2 layers" in plots["Learned fusion weights: udpos-de"].svg
     for text in ("training loss", "F1 on dev (%)", "epoch", "KR2 layer11"):
         assert text in plots["Training curves: udpos-de"].svg
-    for text in ("time of a run (s)", "caches it read (MB)", "2.5 MB", "1 min 40 s"):
+    for text in ("time of a run (s)", "size of its caches (MB)", "2.5 MB", "1 min 40 s"):
         assert text in plots["Time and disk: udpos-de"].svg
 
 
@@ -505,7 +505,7 @@ def test_many_bars_are_several_plots(tmp_path: Path) -> None:
         make_run(tmp_path, f"piqa/x-{number:02}", 1, 0.5, recorded=recorded)
     first, second = report(tmp_path, None).plots
     assert (first.title, second.title) == ("Time and disk: piqa (1 of 2)", "Time and disk: piqa (2 of 2)")
-    assert "caches it read" not in first.svg
+    assert "size of its caches" not in first.svg
     assert "time of a run" not in second.svg
 
 
@@ -540,10 +540,10 @@ def test_a_report_in_the_run_folder_is_no_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("recorded", "sentence"),
     [
-        ([RECORDED, RECORDED], "read the states of 600 sequences, the resources ran on 120: 480 forward passes saved."),
+        ([RECORDED, RECORDED], "read the states of 600 sequences. The resources ran on 120: 480 forward passes saved."),
         (
             [RECORDED, RECORDED | {"caches": {"train": {"fingerprint": "f1", "sequences": 900}}}],
-            "600 sequences, the resources ran on 930: 0 forward passes saved.",
+            "600 sequences. The resources ran on 930: 0 forward passes saved.",
         ),
         (
             [RECORDED, RECORDED | {"resource_sequences_read": None}],

@@ -110,7 +110,7 @@ def test_two_seeds_give_no_verdict_however_small_or_large_the_difference() -> No
     small, large = one(0.001, 0.02, 2, difference=-0.005), one(0.001, 0.2, 2, difference=-0.013)
     for made in judge({"small": small, "large": large, "one seed": one(0.001, None, 1)}).values():
         assert (made.noise, made.p) == (None, None)
-        assert made.reason == "it takes 3 seeds that both rows have"
+        assert made.reason == "both rows need 3 or more seeds in common"
 
 
 def test_no_verdict_where_the_tests_could_hardly_have_found_anything() -> None:
@@ -124,10 +124,10 @@ def test_no_verdict_where_the_tests_could_hardly_have_found_anything() -> None:
         power = float(np.mean(1 - t / np.sqrt(2 + t * t) < 0.005))  # the closed form of two degrees of freedom
         assert low <= power <= high
     assert "with 3 seeds and 10 comparisons the tests find only differences of 8 standard deviations" in ten.reason
-    assert "6 seeds would do" in ten.reason
+    assert "6 seeds are enough" in ten.reason
     assert judge({name: one(0.001, 0.2, 6) for name in "abcdefghij"})["a"].noise is True
     few = judge({"a": one(0.25, 0.01, changed=3)})["a"]
-    assert (few.noise, few.reason) == (None, "the two rows get too few examples right that the other gets wrong")
+    assert (few.noise, few.reason) == (None, "the two rows differ on too few examples")
     same = judge({"a": one(0.001, None)})["a"]
     assert same.noise is None
     assert "every seed has the same difference" in same.reason

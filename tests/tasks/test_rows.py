@@ -597,9 +597,9 @@ SWAG_LINES = table(swag_row(0), swag_row(1)).splitlines(keepends=True)
     ("name", "text", "message"),
     [
         # Choices
-        ("hellaswag", jsonl(hellaswag_row(0), hellaswag_row(1, endings=THREE)), r"jsonl:2: 3 choices where .* 4"),
-        ("hellaswag", jsonl(hellaswag_row(0, endings=[*THREE, "d", "e"])), r"jsonl:1: 5 choices where .* 4"),
-        ("hellaswag", jsonl(hellaswag_row(0, endings=[])), r"jsonl:1: 0 choices where .* 4"),
+        ("hellaswag", jsonl(hellaswag_row(0), hellaswag_row(1, endings=THREE)), r"jsonl:2: 3 choices, but .* 4"),
+        ("hellaswag", jsonl(hellaswag_row(0, endings=[*THREE, "d", "e"])), r"jsonl:1: 5 choices, but .* 4"),
+        ("hellaswag", jsonl(hellaswag_row(0, endings=[])), r"jsonl:1: 0 choices, but .* 4"),
         ("hellaswag", jsonl(hellaswag_row(0, endings="a, b, c, d")), r"jsonl:1: endings is .*not a list"),
         ("hellaswag", jsonl(hellaswag_row(0, endings=[*THREE, None])), r"jsonl:1: endings is .*not a list of"),
         ("hellaswag", jsonl(without(hellaswag_row(0), "endings")), r"jsonl:1: endings is .*not a list of texts"),
@@ -637,13 +637,13 @@ SWAG_LINES = table(swag_row(0), swag_row(1)).splitlines(keepends=True)
         # JSON
         ("snli", jsonl(snli_row(0)) + "{'sentence1': 1}\n", r"jsonl:2: not JSON"),
         ("piqa", jsonl(piqa_row(0))[:-3], r"jsonl:1: not JSON"),
-        ("snli", jsonl(snli_row(0)) + "\n\n[1, 2]\n", r"jsonl:4: .* is no JSON object"),
-        ("hellaswag", '"text"\n', r"jsonl:1: .* is no JSON object"),
-        ("piqa", "null\n", r"jsonl:1: .* is no JSON object"),
+        ("snli", jsonl(snli_row(0)) + "\n\n[1, 2]\n", r"jsonl:4: .* is not a JSON object"),
+        ("hellaswag", '"text"\n', r"jsonl:1: .* is not a JSON object"),
+        ("piqa", "null\n", r"jsonl:1: .* is not a JSON object"),
         # CSV
-        ("swag", SWAG_LINES[0] + SWAG_LINES[1] + SWAG_LINES[2].rstrip() + ",more,\n", r"csv:3: 14 columns where .* 12"),
-        ("swag", SWAG_LINES[0] + SWAG_LINES[1].rpartition(",")[0] + "\n", r"csv:2: 11 columns where .* 12"),
-        ("swag", SWAG_LINES[0] + "\n\n" + SWAG_LINES[1].rpartition(",")[0] + "\n", r"csv:4: 11 columns where .* 12"),
+        ("swag", SWAG_LINES[0] + SWAG_LINES[1] + SWAG_LINES[2].rstrip() + ",more,\n", r"csv:3: 14 columns, but .* 12"),
+        ("swag", SWAG_LINES[0] + SWAG_LINES[1].rpartition(",")[0] + "\n", r"csv:2: 11 columns, but .* 12"),
+        ("swag", SWAG_LINES[0] + "\n\n" + SWAG_LINES[1].rpartition(",")[0] + "\n", r"csv:4: 11 columns, but .* 12"),
         ("swag", table(swag_row(0, ending0="two\nlines"), swag_row(1, label="x")), r"csv:4: label is 'x'"),
         ("swag", SWAG_LINES[0] + SWAG_LINES[1] + '9,,,,"open,b\n', r"csv:3: not CSV"),
         ("swag", SWAG_LINES[0] + '9,,,,"a"b,' + "c," * 6 + "0\n", r"csv:2: not CSV"),
@@ -896,7 +896,7 @@ def test_a_line_becomes_an_unlabelled_example(
 @pytest.mark.parametrize(("name", "fields"), [("snli", 2), ("swag", 6), ("piqa", 3), ("hellaswag", 5)])
 def test_a_line_with_another_number_of_fields(name: str, fields: int) -> None:
     for count in {1, fields - 1, fields + 1}:
-        with pytest.raises(DataError, match=f"line-7: {count} fields where {name} takes {fields}") as caught:
+        with pytest.raises(DataError, match=f"line-7: {count} fields, but {name} needs {fields}") as caught:
             find_task(name).from_line("\t".join(["text"] * count) + "\n", "line-7")
         assert "tab" in caught.value.remedy
 
@@ -923,7 +923,7 @@ def test_a_line_of_bytes_that_are_no_text(name: str, fields: int) -> None:
 def test_a_line_of_words_for_tagging() -> None:
     task = find_task("udpos-de")
     assert task.from_line("  das  Haus .\n", "line-1") == Example("line-1", (("das", "Haus", "."),), None)
-    with pytest.raises(DataError, match="line-1: no word"):
+    with pytest.raises(DataError, match="line-1: it has no word"):
         task.from_line(" \n", "line-1")
 
 

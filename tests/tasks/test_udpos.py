@@ -234,15 +234,15 @@ def test_a_treebank_without_any_text_has_no_example(folder: Path) -> None:
     ("text", "message"),
     [
         (sentence("a", name="s1") + sentence("b") + sentence("c", name="s1"), r"'s1'.*conllu:2 and .*conllu:7"),
-        (sentence("a") + "1\tb\t_\tNOUN\n\n", r"train\.conllu:3: 4 columns where CoNLL-U has 10"),
+        (sentence("a") + "1\tb\t_\tNOUN\n\n", r"train\.conllu:3: 4 columns, but CoNLL-U has 10"),
         (sentence("a") + "1 b _ NOUN _ _ _ _ _ _\n\n", r"train\.conllu:3: 1 columns"),
         (sentence("a", "b").replace("\n", "\t_\n", 1), r"train\.conllu:1: 11 columns"),
         (sentence("a", "b") + sentence("c", tag="NOUNS"), r"train\.conllu.*line 4, word 1: unknown tag 'NOUNS'"),
         (word(1, "a") + word(2, "b", "_") + "\n", r"train\.conllu.*word 2: unknown tag '_'"),
-        (word("1a", "a") + "\n", r"train\.conllu:1: '1a' is not an id"),
-        (word("1-", "a") + "\n", r"train\.conllu:1: '1-' is not an id"),
+        (word("1a", "a") + "\n", r"train\.conllu:1: '1a' is not a CoNLL-U id"),
+        (word("1-", "a") + "\n", r"train\.conllu:1: '1-' is not a CoNLL-U id"),
         (word(1, "") + "\n", r"train\.conllu:1: word 1 has no form"),
-        (word("1.1", "a") + "\n" + sentence("b"), r"train\.conllu:1: a sentence without a single word"),
+        (word("1.1", "a") + "\n" + sentence("b"), r"train\.conllu:1: a sentence without words"),
         (sentence("a").encode() + sentence("größe").encode("latin-1"), r"train\.conllu:3: not UTF-8"),
         ("", r"train split of corpus holds no example"),
         ("\n\n# only a comment\n\n", r"train split of corpus holds no example"),
@@ -677,5 +677,5 @@ def test_sentences_that_no_blank_line_parts_are_an_error(tmp_path: Path, ids: bo
     text = tiny.conllu(tiny.sentences(3), prefix="s" if ids else None).replace("\n\n", "\n")
     path = tmp_path / "train.conllu"
     path.write_text(text, "utf-8")
-    with pytest.raises(DataError, match=rf"{path.name}:\d+: .*(middle of a sentence|word 1 where)"):
+    with pytest.raises(DataError, match=rf"{path.name}:\d+: .*(middle of a sentence|word 1, but)"):
         list(read_conllu(path))
