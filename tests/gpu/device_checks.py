@@ -1,4 +1,4 @@
-"""What has to hold on a device, each against an independent computation."""
+"""Checks of results on a device. Each compares with an independent computation."""
 
 from __future__ import annotations
 
@@ -40,37 +40,41 @@ from kr2cache.training.evaluate import example_logits
 from kr2cache.training.features import DeviceFeatures, ResourceFeatures
 
 ROUNDING = {"float32": 2e-5, "tf32": 1e-2, "bfloat16": 5e-2, "float16": 1e-2}
-"""Of a layer's largest state, by what is computed in: how far rounding may move it. On a CPU it moved the states of
-BERT-base's shape by 1.1e-6 (float32), 1.5e-2 (bfloat16) and 1.5e-3 (float16)."""
+"""Compute dtype to the largest allowed rounding error, relative to the largest state of the layer. On a CPU, with
+BERT-base's shape, the error was 1.1e-6 (float32), 1.5e-2 (bfloat16) and 1.5e-3 (float16)."""
 NO_KERNEL = ("No available kernel", "No viable backend")
-"""What torch says of a backend that this device, or this dtype, does not have."""
+"""Parts of torch's error for a backend that this device or this dtype does not have."""
 STORED = {"float16": np.float16, "float32": np.float32}
 
 
 @dataclass(frozen=True)
 class Seen:
-    """One thing that was looked at."""
+    """One result of a check."""
 
     what: str
     passed: bool | None
-    """None where it cannot be seen here; ``seen`` says why."""
+    """None if this machine cannot check it; ``seen`` gives the reason."""
     seen: str
     limit: str = ""
 
 
 def run_checks(scene: Scene) -> Iterator[tuple[str, Seen, float]]:
-    """(check, what it saw, seconds since the one before), one after the other; a check that breaks has failed."""
+    """Run all checks. A check that raises an error has failed.
+
+    Yields:
+        Title of the check, one of its results, and the seconds since the result before.
+    """
     for check in CHECKS:
         since = time.perf_counter()
         try:
             for seen in check(scene):
                 yield _title(check), seen, time.perf_counter() - since
                 since = time.perf_counter()
-        except Exception as error:  # whatever it is: the others should still be seen
+        except Exception as error:  # any error: the other checks should still run
             if not isinstance(error, AssertionError):
                 sys.excepthook(type(error), error, error.__traceback__)
-            said = str(error).strip().splitlines() or [""]
-            yield _title(check), Seen("it breaks", False, f"{type(error).__name__}: {said[-1]}"), 0.0
+            lines = str(error).strip().splitlines() or [""]
+            yield _title(check), Seen("error in the check", False, f"{type(error).__name__}: {lines[-1]}"), 0.0
 
 
 def _title(check: Callable[[Scene], Iterator[Seen]]) -> str:
@@ -81,11 +85,11 @@ def _title(check: Callable[[Scene], Iterator[Seen]]) -> str:
 
 
 def states(scene: Scene) -> Iterator[Seen]:
-    """All layers equal the CPU's, as transformers computes them."""
+    """All layers equal those of transformers on the CPU."""
     plan = scene.plan()
     batch = _mixed_batch(plan)
     expected = _reference(scene, plan, batch)
-    encoder = load_encoder(plan.spec).to(scene.device)  # type: ignore[arg-type]  # annotated for itself alone
+    encoder = load_encoder(plan.spec).to(scene.device)  # type: ignore[arg-type]  # transformers' annotation
     for name, limit in ROUNDING.items():
         compute_dtype = "float32" if name == "tf32" else name
         with matmul_precision("high" if name == "tf32" else "highest"):
@@ -98,7 +102,7 @@ def backends(scene: Scene) -> Iterator[Seen]:
     plan = scene.plan()
     lengths = plan.index.n_tokens
     length = int(np.bincount(lengths).argmax())
-    batch = np.flatnonzero(lengths == length)[:8]  # of equal lengths: flash attention takes no mask
+    batch = np.flatnonzero(lengths == length)[:8]  # of equal lengths, because flash attention takes no mask
     expected = _reference(scene, plan, batch)
     encoder = load_encoder(plan.spec).to(scene.device)  # type: ignore[arg-type]
     for backend in (SDPBackend.MATH, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION):
@@ -108,7 +112,7 @@ def backends(scene: Scene) -> Iterator[Seen]:
                 with sdpa_kernel(backend):
                     layers = hidden_states(encoder, plan.index, batch, pad_id=plan.pad_id, compute_dtype=compute_dtype)
             except RuntimeError as error:
-                if not any(said in str(error) for said in NO_KERNEL):
+                if not any(part in str(error) for part in NO_KERNEL):
                     raise
                 yield Seen(what, None, "not available here")
                 continue
@@ -116,7 +120,7 @@ def backends(scene: Scene) -> Iterator[Seen]:
 
 
 def packing(scene: Scene) -> Iterator[Seen]:
-    """Packed on the device is what NumPy cuts and rounds of the padded states, bit for bit."""
+    """States packed on the device equal those that NumPy cuts and rounds, bit for bit."""
     plan = scene.plan()
     batch = _mixed_batch(plan)
     encoder = load_encoder(plan.spec).to(scene.device)  # type: ignore[arg-type]
@@ -137,15 +141,22 @@ def packing(scene: Scene) -> Iterator[Seen]:
 
 
 def processes(scene: Scene) -> Iterator[Seen]:
-    """Three processes share the device; one is killed and goes on; a damaged cache is mended."""
+    """Three processes share the device: one is killed and continues. A damaged cache is repaired."""
     own = {split: scene.extract(split=split).cache for split in scene.scale.sentences}
     elsewhere = scene.folder / "processes"
     jobs = {split: start_extract(scene, split, elsewhere) for split in own}
     complete = kill_in_the_middle(jobs.pop("train"), elsewhere)
     for split, job in jobs.items():
-        yield _finished(f"{split} extracted beside others", job, own[split], elsewhere, split)
-    yield Seen("killed with SIGKILL in the middle", 0 < complete < 1, f"{complete:.1%} complete", "some, not all")
-    yield _finished("it goes on", start_extract(scene, "train", elsewhere), own["train"], elsewhere, "train")
+        yield _finished(f"{split} extracted beside other processes", job, own[split], elsewhere, split)
+    yield Seen(
+        "killed with SIGKILL in the middle",
+        0 < complete < 1,
+        f"{complete:.1%} complete",
+        "more than 0 %, less than 100 %",
+    )
+    yield _finished(
+        "the killed extraction continues", start_extract(scene, "train", elsewhere), own["train"], elsewhere, "train"
+    )
     train_cache = only_cache(elsewhere, "train")
     shard = next(train_cache.glob("*.h5"))
     cache = FeatureCache.open(train_cache)
@@ -164,7 +175,7 @@ def processes(scene: Scene) -> Iterator[Seen]:
 
 
 def memory(scene: Scene) -> Iterator[Seen]:
-    """What does not fit into the device's memory: the budget is halved, a training says what to change."""
+    """Too little device memory: an extraction halves its budget, a training gives advice."""
     if scene.device.type != "cuda":
         yield Seen(
             "a GPU's memory",
@@ -178,27 +189,27 @@ def memory(scene: Scene) -> Iterator[Seen]:
     room = sum(parameter.nbytes for parameter in encoder.parameters()) + 12_000 * states_bytes
     del encoder
     with _memory_limited(scene.device, room):
-        # Of 4,600 tokens and the same again in a second cache: the whole split in one batch does not fit.
+        # The whole split (4,600 tokens) does not fit as one batch.
         result = scene.extract(split="dev", tokens_per_batch=16_384, cache_dir=scene.folder / "scarce")
     cache = FeatureCache.open(result.cache)
     budget = FeatureCache.open(result.cache).batch_plan["tokens_per_batch"]
     yield Seen("the budget of 16,384 positions is halved", budget < 16_384, f"{budget:,}", "less")
     error = max(_relative(cache[name], whole[name]) for name in whole.ids)
-    yield Seen("and the states are the same", error < 2e-3, f"{error:.1e}", "2e-3")
+    yield Seen("with a halved budget, the states are the same", error < 2e-3, f"{error:.1e}", "2e-3")
     with _memory_limited(scene.device, 2**29):
         try:
             train(scene.training(batch_size=4_096, limit=4_096, method="kreader", run_dir=scene.folder / "scarce-runs"))
         except DeviceMemoryError as refused:
             yield Seen("a training that is too large is refused", True, str(refused).splitlines()[0])
         else:
-            yield Seen("a training that is too large is refused", False, "it went through")
+            yield Seen("a training that is too large is refused", False, "it was not refused")
 
 
 # Stage two -----------------------------------------------------------------------------------------------------------
 
 
 def features(scene: Scene) -> Iterator[Seen]:
-    """States that live on the device, those from the map and those from pinned memory are the same."""
+    """States on the device, from the mapped file and from pinned memory are the same."""
     ids, picks = None, np.random.default_rng(0)
     for dtype in ("float16", "int8"):
         cache = FeatureCache.open(scene.extract(split="dev", dtype=dtype).cache)
@@ -210,7 +221,7 @@ def features(scene: Scene) -> Iterator[Seen]:
             on_gpu = scene.device.type == "cuda"
             pinned = ResourceFeatures(cache, ids, fusion, keep_layers=False, pinned=on_gpu)
             chosen = [picks.permutation(len(ids))[:16].tolist() for _ in range(20)]
-            # One after the other as fast as they come: no batch may lie where another is still copied from.
+            # In quick succession: no batch may overwrite memory from which another batch is still being copied.
             moved = [
                 torch.from_numpy(pinned.batch(numbers)[0]).to(scene.device, non_blocking=True) for numbers in chosen
             ]
@@ -224,7 +235,7 @@ def features(scene: Scene) -> Iterator[Seen]:
 
 
 def training(scene: Scene) -> Iterator[Seen]:
-    """Short trainings reach the CPU's losses."""
+    """Short trainings reach the same losses as on the CPU."""
     for method in ("kr2", "kreader", "kd"):
         settings: dict[str, Any] = {"method": method, "teacher": "reader" if method == "kd" else None}
         on_cpu = _losses(scene, "cpu", device="cpu", **settings)
@@ -237,7 +248,7 @@ def training(scene: Scene) -> Iterator[Seen]:
 
 
 def prediction(scene: Scene) -> Iterator[Seen]:
-    """Predict, which runs the resource, equals the cached path."""
+    """Predictions with the resource running equal predictions from cached states."""
     config = scene.training(run_dir=scene.folder / "predicted")
     run = train(config).runs[0]
     predictor = Predictor.load(run.folder, config.models, device=str(scene.device))
@@ -255,15 +266,15 @@ def prediction(scene: Scene) -> Iterator[Seen]:
 
 
 def given_back(scene: Scene) -> Iterator[Seen]:
-    """Memory of the device is given back."""
+    """Device memory is freed."""
     gc.collect()
     if scene.device.type != "cuda":
         yield Seen("a GPU's memory", None, "no GPU here")
         return
-    # cuBLAS keeps 32 MiB for every stream that it was used on, for good: nobody's states.
+    # cuBLAS keeps 32 MiB for every stream that used it. These hold no states.
     torch._C._cuda_clearCublasWorkspaces()
     left = torch.cuda.memory_allocated(scene.device)
-    yield Seen("what is left after all of this", left < 2**24, f"{left / 2**20:.1f} MiB", "16 MiB")
+    yield Seen("memory in use after all checks", left < 2**24, f"{left / 2**20:.1f} MiB", "16 MiB")
 
 
 CHECKS: tuple[Callable[[Scene], Iterator[Seen]], ...] = (
@@ -281,7 +292,7 @@ def _mixed_batch(plan: ExtractPlan) -> NDArray[np.intp]:
 
 
 def _reference(scene: Scene, plan: ExtractPlan, batch: NDArray[np.intp]) -> list[NDArray[np.float32]]:
-    """(L, T, D) of each sequence by itself, by transformers on the CPU in float32."""
+    """States by transformers on the CPU in float32, one sequence at a time: shape (L, T, D) each."""
     model = _on_cpu(scene.resource)
     first = plan.index.first_token
     found = []
@@ -319,7 +330,7 @@ def _relative(one: NDArray[Any], other: NDArray[Any]) -> float:
 
 
 def _rounded(rows: NDArray[np.float32], dtype: str) -> tuple[NDArray[Any], NDArray[np.float32] | None]:
-    """As the cache format has it, by NumPy alone."""
+    """Values and scales as in the cache format, computed only by NumPy."""
     if dtype in STORED:
         return rows.astype(STORED[dtype]), None
     if dtype == "bfloat16":  # to the nearest, ties to even
@@ -341,7 +352,7 @@ def matmul_precision(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _memory_limited(device: torch.device, room: int) -> Iterator[None]:
-    """So many bytes more than now are taken, as on a smaller GPU."""
+    """Inside the block, only ``room`` bytes more than now can be used, as on a smaller GPU."""
     gc.collect()
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(device).total_memory
@@ -353,7 +364,7 @@ def _memory_limited(device: torch.device, room: int) -> Iterator[None]:
 
 
 def _losses(scene: Scene, name: str, **settings: Any) -> list[float]:
-    """By epoch."""
+    """The training loss of each epoch."""
     result = train(scene.training(run_dir=scene.folder / f"runs-{name}", **settings))
     history = json.loads((result.runs[0].folder / "history.json").read_text("utf-8"))["epochs"]
     return [entry["loss"] for entry in history if "loss" in entry]
@@ -363,10 +374,10 @@ def _losses(scene: Scene, name: str, **settings: Any) -> list[float]:
 
 
 def _finished(what: str, job: subprocess.Popen[bytes], expected: Path, cache_dir: Path, split: str) -> Seen:
-    """Whether it ended well, and wrote the bytes of ``expected``."""
-    said = job.communicate(timeout=PATIENCE_S)[1].decode("utf-8", "replace").strip().splitlines()
+    """Whether the process succeeded and its cache has the bytes of ``expected``."""
+    lines = job.communicate(timeout=PATIENCE_S)[1].decode("utf-8", "replace").strip().splitlines()
     if job.returncode:
-        return Seen(what, False, f"exit code {job.returncode}: {said[-1] if said else 'nothing said'}", "exit code 0")
+        return Seen(what, False, f"exit code {job.returncode}: {lines[-1] if lines else 'no message'}", "exit code 0")
     same = same_bytes(expected, only_cache(cache_dir, split))
     return Seen(what, same, f"bytes {_alike(same)}", "the same")
 

@@ -1,4 +1,4 @@
-"""How fast it is there: ratios to what nobody can leave out, first; what they are ratios of beside them."""
+"""Speed on a device: each part as a ratio to its limit, the work that no program can avoid."""
 
 from __future__ import annotations
 
@@ -38,25 +38,25 @@ from kr2cache.training.features import DeviceFeatures, Features, ResourceFeature
 from kr2cache.training.train import Job
 
 TARGET = 1 / 0.8
-"""Stage one: of the slower one of its limits. On a GPU alone: small sizes say nothing."""
+"""Stage one: ratio to the slower of its two limits. Only used on a GPU: ratios of small sizes mean nothing."""
 COMPUTED_IN = ("float32", "tf32", "bfloat16")
 SAMPLE_EVERY_S = 0.005
 LARGEST = 5
-"""Items of a profile that are shown."""
+"""Number of profile items that are shown."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """One race, and what else was seen of it."""
+    """One race with its rates and notes."""
 
     race: Race
     rates: dict[str, float]
-    """By name with its unit."""
+    """Unit (``tokens/s``) to rate."""
     notes: tuple[str, ...] = ()
 
 
 def run_measurements(scene: Scene) -> Iterator[Measured]:
-    """All of them, one after the other."""
+    """Run all measurements."""
     for name in COMPUTED_IN:
         yield _stage_one(scene, name)
     job = training.prepared(_bench_config(scene), scene.folder / "measured-training")
@@ -69,7 +69,7 @@ def run_measurements(scene: Scene) -> Iterator[Measured]:
 
 
 def _bench_config(scene: Scene) -> BenchConfig:
-    # Trainable weights read every layer in every batch.
+    # With trainable fusion weights, every batch reads all layers.
     trained = scene.training(batch_size=32, limit=None, data=str(scene.measured), fusion="fuse")
     return BenchConfig(extraction=scene.plan().config, training=trained, repeats=1)
 
@@ -90,7 +90,7 @@ def _stage_one(scene: Scene, name: str) -> Measured:
         first = extract(plan).cache
         header = open_shard(next(first.glob("*.h5"))).header
         shutil.rmtree(first)
-        encoder = open_encoder(plan.spec)[0].to(scene.device)  # type: ignore[arg-type]  # annotated for itself
+        encoder = open_encoder(plan.spec)[0].to(scene.device)  # type: ignore[arg-type]  # transformers' annotation
         positions = int(header.batch_plan["tokens_per_batch"])
         batches = length_sorted_batches(plan.index.n_tokens, positions, padded=bool(header.batch_plan["padded"]))
 
@@ -115,7 +115,7 @@ def _stage_one(scene: Scene, name: str) -> Measured:
             "positions a batch",
             {
                 "forward pass alone, nothing stored": lambda: run_through(forwards()),
-                "as many bytes by pwrite, synced by a second thread": disk,
+                "the same number of bytes by pwrite, synced by a second thread": disk,
                 "kr2cache extract": ours,
             },
             repeats=1,
@@ -135,12 +135,12 @@ def _stage_one(scene: Scene, name: str) -> Measured:
 
 
 def _block(plan: ExtractPlan) -> bytes:
-    """About as much as a batch has."""
+    """Random bytes, about as many as the states of one batch have."""
     return np.random.default_rng(0).bytes(min(plan.state_bytes, 2**26))
 
 
 def _write(path: Path, block: bytes, size: int) -> None:
-    """``size`` bytes by one thread while another syncs, into space that is reserved as a shard's is."""
+    """Write ``size`` bytes while a second thread syncs. The space is reserved first, as for a shard."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
     written = threading.Event()
 
@@ -166,7 +166,7 @@ def _write(path: Path, block: bytes, size: int) -> None:
 
 
 class _Cold:
-    """Features of a cache that memory does not hold: its pages are dropped before every batch."""
+    """Features of a cache that is not in memory: its pages are dropped before every batch."""
 
     def __init__(self, features: ResourceFeatures) -> None:
         self.features = features
@@ -177,13 +177,13 @@ class _Cold:
     def batch(self, sequences: Sequence[int]) -> tuple[NDArray[np.floating], NDArray[np.int64]]:
         for shard in self.features.cache.folder.glob("*.h5"):
             drop_pages(shard)
-        # As for a cache larger than memory: the disk is asked for every batch again.
+        # For a cache larger than memory, every batch is requested from the disk again.
         self.features.cache.read_ahead(self.features._positions[list(sequences)], self.features._layers_read)
         return self.features.batch(sequences)
 
 
 def _placements(scene: Scene, job: Job) -> Iterator[tuple[str, Job]]:
-    """The same job with its states in each place."""
+    """The same job, with its states on the device, in the mapped file and on the disk."""
 
     def with_features(features: Features) -> Job:
         split = dataclasses.replace(job.splits["train"], features=features)
@@ -197,7 +197,7 @@ def _placements(scene: Scene, job: Job) -> Iterator[tuple[str, Job]]:
         with_features(mapped),
     )
     if hasattr(os, "posix_fadvise"):
-        yield "from the disk, as of a cache larger than memory", with_features(_Cold(mapped))
+        yield "from the disk, as for a cache larger than memory", with_features(_Cold(mapped))
 
 
 def _mapped(job: Job) -> ResourceFeatures:
@@ -210,7 +210,7 @@ def _mapped(job: Job) -> ResourceFeatures:
 
 
 def _reading(scene: Scene, job: Job) -> Iterator[Measured]:
-    """Random batches of 32, all layers of the fusion, to the device."""
+    """Move random batches of 32 sequences, with all layers of the fusion, to the device."""
     mapped = _mapped(job)
     draw = np.random.default_rng(0)
     number = len(mapped.n_tokens)
@@ -241,12 +241,13 @@ def _reading(scene: Scene, job: Job) -> Iterator[Measured]:
     yield Measured(raced, {"MB/s": size / raced.medians[raced.ours] / 1e6})
 
 
-# Looking on ----------------------------------------------------------------------------------------------------------
+# Observing -----------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def _sampled() -> Iterator[Callable[[], list[tuple[str, str]]]]:
-    """Where this process's threads are, looked at every few milliseconds; afterwards the largest items by thread."""
+    """Sample the code line of each thread every few milliseconds. The function that the block gets returns the most
+    frequent lines of each thread, with their share."""
     seen: dict[str, Counter[str]] = {}
     stop = threading.Event()
 
@@ -275,7 +276,7 @@ def _sampled() -> Iterator[Callable[[], list[tuple[str, str]]]]:
 
 
 def _place(frame: FrameType | None) -> str:
-    """The innermost line of the package."""
+    """The innermost frame that is in the package."""
     while frame is not None:
         path = Path(frame.f_code.co_filename)
         if "kr2cache" in path.parts[-3:-1]:
@@ -286,7 +287,7 @@ def _place(frame: FrameType | None) -> str:
 
 @contextlib.contextmanager
 def _utilisation(device: torch.device) -> Iterator[list[float]]:
-    """Per cent, as nvidia-smi says five times a second; empty without it."""
+    """GPU utilisation in percent, five values per second from nvidia-smi; empty without nvidia-smi."""
     busy: list[float] = []
     if device.type != "cuda" or shutil.which("nvidia-smi") is None:
         yield busy
@@ -297,12 +298,12 @@ def _utilisation(device: torch.device) -> Iterator[list[float]]:
         yield busy
     finally:
         process.terminate()
-        said, _ = process.communicate()
-        busy += [float(line) for line in said.split() if line.strip().isdigit()]
+        output, _ = process.communicate()
+        busy += [float(line) for line in output.split() if line.strip().isdigit()]
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
-    """The card and its driver, or the processor."""
+    """Properties of the card and its driver, or of the processor."""
     about: dict[str, Any] = {"device": str(device), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
     if device.type == "cuda":
         properties: Any = torch.cuda.get_device_properties(device)

@@ -1,4 +1,4 @@
-"""What the checks and measurements run on: a resource, a reader and a corpus, made in place. Nothing is fetched."""
+"""Resource, reader and corpora for the checks and measurements. They are made in place; nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from kr2cache.extraction.planning import ExtractPlan, plan_extraction
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scale:
-    """How large everything is."""
+    """Sizes of models, corpora and batches."""
 
     resource: Mapping[str, Any]
     """Settings of a BERT configuration."""
     reader_layers: int
     sentences: Mapping[str, int]
-    """By split."""
+    """Split to its number of sentences."""
     longest: int
-    """Words of the longest sentence."""
+    """Number of words of the longest sentence."""
     tokens_per_batch: int
-    """Of checks that need several batches."""
+    """For checks that need several batches."""
     measured: int
-    """Sentences of the corpus that is measured on."""
+    """Number of sentences of the corpus for measurements."""
     trained: int
-    """Sentences that a training in a check learns from."""
+    """Number of training sentences in checks of training."""
 
 
 FULL = Scale(
@@ -61,13 +61,14 @@ SMALL = Scale(
     measured=300,
     trained=32,
 )
-"""For a machine without one: the same code on a CPU."""
+"""For a CPU: the same code in small sizes."""
 INITIALIZER_RANGE = 0.03
-"""With BERT's own 0.02 attention of random weights is nearly uniform, and hides mistakes; 0.05 doubles the rounding."""
+"""With BERT's own value, 0.02, the attention of random weights is nearly uniform and hides mistakes. With 0.05,
+rounding errors are twice as large."""
 
 
 class Scene:
-    """A folder with models, corpora and caches, and the device that is looked at."""
+    """A folder with models, corpora and caches, and the device under test."""
 
     def __init__(self, folder: Path, device: torch.device, scale: Scale) -> None:
         self.folder = folder
@@ -90,7 +91,7 @@ class Scene:
 
     @functools.cached_property
     def measured(self) -> Path:
-        """A corpus to measure on."""
+        """The corpus for measurements."""
         return self._save_corpus("measured", {"train": self.scale.measured, "dev": 10})
 
     def _save_corpus(self, name: str, sentences: Mapping[str, int]) -> Path:
@@ -102,7 +103,7 @@ class Scene:
         return folder
 
     def plan(self, **settings: Any) -> ExtractPlan:
-        """Of the train split, on the device, unless ``settings`` of ExtractConfig say otherwise."""
+        """Plan an extraction, by default of the train split. ``settings`` are fields of ExtractConfig."""
         own: dict[str, Any] = {
             "resource": str(self.resource),
             "split": "train",
@@ -118,7 +119,7 @@ class Scene:
         return extract(self.plan(**settings))
 
     def training(self, **settings: Any) -> TrainConfig:
-        """A short training without dropout, whose random numbers differ between devices."""
+        """A short training. It has no dropout, because random numbers differ between devices."""
         own: dict[str, Any] = {
             "task": "udpos",
             "reader": "reader",

@@ -1,7 +1,7 @@
-"""Checks and measures kr2cache on this machine's GPU, or in small sizes on its CPU; exit code 1 where a check fails.
+"""Checks and measures kr2cache on this machine's GPU, or in small sizes on its CPU. Exit code 1 if a check fails.
 
 make gpu          checks, then measures
-make gpu-check    checks alone
+make gpu-check    only checks
 
 Wheels in .wheels (make gpu-wheels) are unpacked for this run; nothing is installed.
 """
@@ -46,13 +46,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _unpack_wheels(site: Path) -> None:
-    """For this process and those that it starts."""
+    """Install the wheels of ``.wheels`` into ``site``, for this process and the processes that it starts."""
     wheels = [str(path) for path in (ROOT / ".wheels").glob("*.whl")]
-    if wheels and sys.version_info[:2] == (3, 12):  # what they were collected for
+    if wheels and sys.version_info[:2] == (3, 12):  # the version that they were collected for
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile"]
         subprocess.run([*command, "--target", str(site), *wheels], check=True)
         sys.path.insert(0, str(site))
-    # A process started here finds what this one does.
+    # Processes that this one starts should find the same modules.
     os.environ["PYTHONPATH"] = os.pathsep.join([str(site), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
@@ -60,7 +60,7 @@ def _run(chosen: argparse.Namespace, folder: Path) -> int:
     versions = _versions()
     missing = [name for name in LIBRARIES if versions[name] is None]
     if missing:
-        print(f"Missing: {', '.join(missing)}. make gpu-wheels collects what a machine without a network lacks.")
+        print(f"Missing: {', '.join(missing)}. make gpu-wheels collects them for a machine without a network.")
         return 2
     import device_checks as checks
     import device_measure as measure
@@ -85,7 +85,7 @@ def _run(chosen: argparse.Namespace, folder: Path) -> int:
     scene = Scene(folder, device, FULL if device.type == "cuda" else SMALL)
 
     def save() -> None:
-        """What there is so far: a machine may be taken away before the end."""
+        """Write the report so far, in case the machine stops before the end."""
         report["seconds"] = round(time.perf_counter() - started, 1)
         if chosen.out:
             chosen.out.mkdir(parents=True, exist_ok=True)
@@ -96,7 +96,7 @@ def _run(chosen: argparse.Namespace, folder: Path) -> int:
     try:
         for check, seen, seconds in checks.run_checks(scene):
             report["checks"].append({"check": check, **vars(seen), "seconds": round(seconds, 2)})
-            mark = {True: "ok", False: "FAILED", None: "not seen"}[seen.passed]
+            mark = {True: "ok", False: "FAILED", None: "skipped"}[seen.passed]
             print(f"{time.perf_counter() - started:6.1f} s  {mark:8}  {check}: {seen.what}: {seen.seen}", flush=True)
         report["checks_seconds"] = round(time.perf_counter() - started, 1)
         failed = sum(entry["passed"] is False for entry in report["checks"])
@@ -107,13 +107,15 @@ def _run(chosen: argparse.Namespace, folder: Path) -> int:
                     {**measured.race.json(), "rates": measured.rates, "notes": list(measured.notes)}
                 )
                 one = measured.race
-                print(f"{time.perf_counter() - started:6.1f} s  {one.title}: {one.ratio:.2f} of the limit", flush=True)
+                print(
+                    f"{time.perf_counter() - started:6.1f} s  {one.title}: {one.ratio:.2f} times the limit", flush=True
+                )
                 save()
     finally:
         console.quiet = False
     print("\n" + as_markdown(report))
     if device.type == "cuda":
-        print(f"Left on the device: {torch.cuda.memory_allocated(device) / 2**20:.1f} MiB")
+        print(f"Memory in use on the device: {torch.cuda.memory_allocated(device) / 2**20:.1f} MiB")
     return 1 if failed else 0
 
 
@@ -128,17 +130,17 @@ def _versions() -> dict[str, str | None]:
 
 
 def _commit() -> str:
-    """Of the checkout, or what ``COMMIT`` says where only its files were copied."""
+    """``COMMIT`` from the environment (for a copy without ``.git``), else the checkout's commit."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
-        said = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     except OSError:
-        said = ""
-    return os.environ.get("COMMIT") or said or "unknown"
+        commit = ""
+    return os.environ.get("COMMIT") or commit or "unknown"
 
 
 def as_markdown(report: dict[str, Any]) -> str:
-    """One page: where it ran, what was checked, what was measured."""
+    """The report as one page: machine and versions, checks, measurements."""
     about = report["hardware"]
     card = about.get("card", f"no GPU ({platform.processor() or platform.machine()}, {about.get('capability')})")
     lines = [
@@ -151,18 +153,18 @@ def as_markdown(report: dict[str, Any]) -> str:
         "",
         f"## Checks, {report.get('checks_seconds', report['seconds'])} s",
         "",
-        "| check | what | seen | limit | |",
+        "| check | part | result | limit | |",
         "|---|---|---|---|---|",
     ]
     for entry in report["checks"]:
-        mark = {True: "ok", False: "**FAILED**", None: "not seen here"}[entry["passed"]]
+        mark = {True: "ok", False: "**FAILED**", None: "skipped"}[entry["passed"]]
         lines.append(f"| {entry['check']} | {entry['what']} | {entry['seen']} | {entry['limit']} | {mark} |")
     if report["measured"]:
         lines += [
             "",
             "## Measurements",
             "",
-            "| what | median | of the limit | target | rates |",
+            "| part | median | ratio to the limit | target | rates |",
             "|---|--:|--:|--:|---|",
         ]
     for entry in report["measured"]:

@@ -1,4 +1,4 @@
-"""What is prepared for a GPU runs here in small sizes, so that it cannot rot; and its checks can fail."""
+"""The checks and measurements for a GPU run on the CPU in small sizes, and each check can fail."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Collects as wheels what a GPU machine without a network lacks beside torch and transformers.
+"""Collects wheels of the libraries that a GPU machine may lack. It has no network, but has torch and transformers.
 
 python tests/gpu/wheels.py .wheels
 """
@@ -17,9 +17,10 @@ READY = (
     "datasets", "dill", "multiprocess", "pydantic", "pydantic_core", "annotated-types", "typing-inspection",
     "filelock", "h5py", "typer", "xxhash",
 )  # fmt: skip
-"""Have wheels. The last four are small: better today's version twice than an old one; typer needs pydantic."""
+"""Libraries with wheels. The last four are small and are included although the machine may have older versions.
+typer needs pydantic."""
 TO_BUILD = ("seqeval",)
-"""Have none."""
+"""Libraries without wheels."""
 PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in (17, 24, 27, 28, 31, 34)] + ["manylinux2014_x86_64"]
 MOST_BYTES = 40 * 10**6
 
@@ -40,7 +41,7 @@ def main(folder: Path) -> int:
     sizes = {path.name: path.stat().st_size for path in sorted(folder.glob("*.whl"))}
     for name, size in sizes.items():
         print(f"{size / 1e6:6.1f} MB  {name}")
-    print(f"{sum(sizes.values()) / 1e6:6.1f} MB in all, of at most {MOST_BYTES / 1e6:.0f}")
+    print(f"{sum(sizes.values()) / 1e6:6.1f} MB in total, of at most {MOST_BYTES / 1e6:.0f}")
     return 0 if len(sizes) == len(ready) + len(built) and sum(sizes.values()) <= MOST_BYTES else 1
 
 
