@@ -7,7 +7,7 @@ from typing import Any
 
 from kr2cache.errors import ConfigError
 from kr2cache.report.svg import GREY, PALETTE, canvas
-from kr2cache.system.locks import check_writable
+from kr2cache.system.disk import check_writable
 
 ROW = 0.2
 """Inches."""

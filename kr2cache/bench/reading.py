@@ -24,11 +24,11 @@ from safetensors.numpy import save_file
 
 from kr2cache.bench import BenchConfig, size_text
 from kr2cache.bench.race import Race, race
-from kr2cache.cache.create import create_shards
-from kr2cache.cache.format import SequenceIndex, ShardHeader, encode_ids, offsets
+from kr2cache.cache.create import create_shard
+from kr2cache.cache.format import SequenceIndex, ShardHeader, encode_ids, offsets, shard_name
 from kr2cache.cache.reader import FeatureCache
 from kr2cache.cache.shard import open_shard, shard_paths
-from kr2cache.cache.writer import CacheWriter, PackedStates
+from kr2cache.cache.writer import PackedStates, ShardWriter
 
 LAYERS, WIDTH, TOKENS = 13, 768, 34
 BATCH = 32
@@ -359,8 +359,10 @@ def _store(stored: Stored) -> None:
         name: stored.states[start:stop]
         for name, (start, stop) in zip(stored.names, pairwise(stored.first), strict=True)
     }
-    create_shards(stored.cache, header, index, 2**34)
-    with CacheWriter(stored.cache) as writer:
+    stored.cache.mkdir()
+    shard = stored.cache / shard_name(0, 1)
+    create_shard(shard, header, index, stored.cache)
+    with ShardWriter(shard) as writer:
         for i, part in enumerate(parts.values()):
             writer.write(PackedStates([i], part, None))
     with h5py.File(stored.apart, "w") as file:

@@ -23,6 +23,7 @@ from kr2cache.models.encode import length_sorted_batches
 from kr2cache.models.forward import cheaper_forward
 from kr2cache.models.load import open_encoder
 from kr2cache.models.states import hidden_states
+from kr2cache.store.sharing import SharedShards
 from kr2cache.system.device import choose_device
 
 TARGET = {"cpu": 1 / 0.97, "cuda": 1 / 0.8}
@@ -65,7 +66,9 @@ def run(config: BenchConfig, folder: Path) -> tuple[Race, ExtractPlan]:
 
     def ours() -> Path:
         path = folder / f"ours-{next(numbers)}"
-        fill(plan, encoder, path, header)
+        shards = SharedShards(path, header, plan.index)
+        shards.create(folder)
+        fill(plan, encoder, shards)
         return path
 
     def loop(rows: int) -> Path:

@@ -1,6 +1,6 @@
 """Make the shards of a cache: write all HDF5 metadata and the whole index, and reserve space for the states.
 
-A shard is built under a temporary name, synced, and then renamed. So every ``shard-*.h5`` on disk is valid HDF5 at any
+A shard is built in another folder, synced, and then renamed. So every ``shard-*.h5`` on disk is valid HDF5 at any
 moment. The writer later fills it in place.
 """
 
@@ -9,6 +9,8 @@ from __future__ import annotations
 import errno
 import os
 import struct
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -56,22 +58,22 @@ def shard_boundaries(n_tokens: NDArray[np.int32], token_bytes: int, shard_bytes:
     return [*cuts, len(n_tokens)]
 
 
-def create_shards(folder: Path, header: ShardHeader, index: SequenceIndex, shard_bytes: int) -> list[Path]:
-    """Make the shards of a cache, with space reserved and no sequence complete.
+@dataclass(frozen=True)
+class ShardPart:
+    """One shard of a cache, and which sequences it holds."""
 
-    Existing shards are kept. A shard that is damaged, or does not match ``header`` and ``index``, is made again; its
-    intact sequences are copied into the new file.
+    path: Path
+    start: int
+    """Position in the cache of its first sequence."""
+    stop: int
+    """Exclusive."""
 
-    Args:
-        shard_bytes: The largest size of a shard's states.
 
-    Returns:
-        The shards that were made again.
+def shard_parts(folder: Path, header: ShardHeader, index: SequenceIndex, shard_bytes: int) -> list[ShardPart]:
+    """The shards of a cache, whether they exist or not.
 
     Raises:
-        CacheError: If lengths of the index contradict each other; nothing is written.
-        DiskSpaceError: If the space cannot be reserved; the unfinished file is removed.
-        CacheVersionError: If a shard has another format version; it is not changed.
+        CacheError: If lengths of the index contradict each other.
     """
     tokens = int(index.n_tokens.sum(dtype=np.int64))
     empty = int((index.n_tokens < 1).sum())
@@ -81,23 +83,23 @@ def create_shards(folder: Path, header: ShardHeader, index: SequenceIndex, shard
             f"{len(index.word_index)} word numbers; {empty} sequences have no token.",
             "Give each sequence one token or more, and each token an id and a word number (-1 for special tokens).",
         )
-    folder.mkdir(parents=True, exist_ok=True)
     token_bytes = header.stored.row_bytes(header.width) * len(header.layers)
     cuts = shard_boundaries(index.n_tokens, token_bytes, shard_bytes)
-    paths = [folder / shard_name(number, len(cuts) - 1) for number in range(len(cuts) - 1)]
-    made_again = []
-    for path, start, stop in zip(paths, cuts[:-1], cuts[1:], strict=True):
-        part = index.part(start, stop)
-        if not path.exists():
-            create_shard(path, header, part)
-        elif not _is_shard_of(path, header, part):
-            create_shard(path, header, part, recover_from=path)
-            made_again.append(path)
-    return made_again
+    return [
+        ShardPart(folder / shard_name(number, len(cuts) - 1), start, stop)
+        for number, (start, stop) in enumerate(pairwise(cuts))
+    ]
 
 
-def _is_shard_of(path: Path, header: ShardHeader, index: SequenceIndex) -> bool:
-    """Whether the file is an intact shard of this cache that the writer can complete."""
+def is_shard_of(path: Path, header: ShardHeader, index: SequenceIndex) -> bool:
+    """Whether the file is an intact shard of this cache that the writer can complete.
+
+    Args:
+        index: The shard's sequences.
+
+    Raises:
+        CacheVersionError: For a shard of another version of the format.
+    """
     try:
         shard = open_shard(path)
         layers = len(header.layers)
@@ -109,14 +111,20 @@ def _is_shard_of(path: Path, header: ShardHeader, index: SequenceIndex) -> bool:
         return False
 
 
-def create_shard(path: Path, header: ShardHeader, index: SequenceIndex, recover_from: Path | None = None) -> None:
-    """Build one shard under a temporary name, reserve its space, sync it, and rename it.
+def create_shard(
+    path: Path, header: ShardHeader, index: SequenceIndex, build_in: Path, *, recover: bool = False
+) -> None:
+    """Build one shard, reserve its space, sync it, and give it its name. Nothing in it is complete.
 
     Args:
-        recover_from: A damaged shard. Its intact sequences are copied into the new shard before the new shard is
-            renamed.
+        index: The shard's sequences.
+        build_in: A folder of the same file system, in which no other process writes.
+        recover: Whether to copy the intact sequences of the existing file ``path`` into the new file.
+
+    Raises:
+        DiskSpaceError: If the space cannot be reserved; the unfinished file is removed.
     """
-    partial = path.with_name(path.name + ".partial")
+    partial = build_in / (path.name + ".partial")
     try:
         # Reserve before HDF5 builds the file, and again after: if the disk becomes full while HDF5 writes, HDF5 cannot
         # close the file and the process dies.
@@ -133,8 +141,8 @@ def create_shard(path: Path, header: ShardHeader, index: SequenceIndex, recover_
             size = os.fstat(descriptor).st_size
             write_whole(descriptor, fixed, size - len(fixed) - len(TAIL_MARK))
             reserve(descriptor, size)
-            if recover_from is not None:
-                _recover(recover_from, open_shard(partial), descriptor)
+            if recover:
+                _recover(path, open_shard(partial), descriptor)
             os.fsync(descriptor)
         finally:
             os.close(descriptor)

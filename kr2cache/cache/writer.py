@@ -1,6 +1,6 @@
-"""Fill the shards of a cache. A sequence is marked complete only after its bytes are safe on disk.
+"""Fill a shard of a cache. A sequence is marked complete only after its bytes are safe on disk.
 
-``create`` made the shards, so HDF5 is not needed here. States are written in place with ``pwrite``, synced, and then
+``create`` made the shard, so HDF5 is not needed here. States are written in place with ``pwrite``, synced, and then
 marked complete. (If the disk is full, ``pwrite`` raises an error; a memory map would cause a signal.) If the machine
 loses power between two steps, work is lost, but every marked sequence is complete.
 """
@@ -21,8 +21,8 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from kr2cache.cache.format import offsets, states_xxh3
-from kr2cache.cache.shard import Shard, open_shard, shard_paths
+from kr2cache.cache.format import states_xxh3
+from kr2cache.cache.shard import Shard, open_shard
 from kr2cache.errors import CacheError, ValueRangeError
 from kr2cache.system.disk import disk_error, sync, write_whole
 
@@ -106,8 +106,8 @@ class PackedStates:
     """(rows,) if rows have scales, else None."""
 
 
-class CacheWriter:
-    """Fills the shards of one cache.
+class ShardWriter:
+    """Fills one shard.
 
     Two threads work while the model computes. One thread checks, writes and hashes states. The other syncs and marks
     written sequences, so that the disk also works while states are hashed.
@@ -116,24 +116,27 @@ class CacheWriter:
     also true after an error in the block.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.shards = [open_shard(path) for path in shard_paths(folder)]
-        for shard in self.shards:
-            if not shard.completable:
-                raise _rewritten(shard)
-        self.boundaries = offsets(np.array([len(shard.ids) for shard in self.shards]))
-        """The first position of each shard, then the number of sequences in the cache."""
-        self.unfinished = ~np.concatenate([shard.complete for shard in self.shards])
-        """(n,) True for sequences that were incomplete when the shards were opened."""
+    def __init__(self, path: Path, first: int = 0) -> None:
+        """
+        Args:
+            path: The shard.
+            first: Position in the cache of its first sequence.
+        """
+        self.shard = open_shard(path)
+        if not self.shard.completable:
+            raise _rewritten(self.shard)
+        self.first = first
+        self.unfinished = ~self.shard.complete
+        """(n,) True for sequences of the shard that are neither complete nor passed to ``write``."""
         self.bytes_written = 0
-        self._files = [os.open(shard.path, os.O_RDWR) for shard in self.shards]
+        self._file = os.open(path, os.O_RDWR)
         # Ctrl-C inside a SimpleQueue leaves no lock held, so no thread can wait for ever.
         self._states: queue.SimpleQueue[PackedStates | None] = queue.SimpleQueue()
         self._room: queue.SimpleQueue[None] = queue.SimpleQueue()
         for _ in range(PENDING_BATCHES):
             self._room.put(None)
-        self._written: queue.SimpleQueue[tuple[int, int, int] | None] = queue.SimpleQueue()
-        """(shard, sequence in the shard, bytes written) of sequences that are not marked yet."""
+        self._written: queue.SimpleQueue[tuple[int, int] | None] = queue.SimpleQueue()
+        """(sequence in the shard, bytes written) of sequences that are not marked yet."""
         self._failure: BaseException | None = None
         self._writer = threading.Thread(target=self._write_all, name="cache-writer", daemon=True)
         self._syncer = threading.Thread(target=self._mark_all, name="cache-syncer", daemon=True)
@@ -149,20 +152,14 @@ class CacheWriter:
         for queued, thread in ((self._states, self._writer), (self._written, self._syncer)):
             queued.put(None)
             thread.join()
-        for descriptor in self._files:
-            os.close(descriptor)
+        os.close(self._file)
         if error is None:
             self._raise_failure()
-
-    def locate(self, i: int) -> tuple[int, int]:
-        """The number of the shard that holds sequence ``i``, and the sequence's position in the shard."""
-        number = int(np.searchsorted(self.boundaries, i, side="right")) - 1
-        return number, i - int(self.boundaries[number])
 
     def write(self, states: PackedStates) -> None:
         """Pass a batch to the writing thread. Returns at once unless ``PENDING_BATCHES`` batches are already waiting.
 
-        Sequences that were complete when the shards were opened are not written again.
+        Sequences that were complete when the shard was opened are not written again.
 
         Raises:
             DiskSpaceError: If an earlier batch did not fit on the disk.
@@ -171,6 +168,7 @@ class CacheWriter:
         self._raise_failure()
         self._room.get()
         self._states.put(states)
+        self.unfinished[np.asarray(states.sequences) - self.first] = False
 
     def _raise_failure(self) -> None:
         if self._failure is not None:
@@ -190,7 +188,7 @@ class CacheWriter:
 
     def _mark_all(self) -> None:
         _use_batch_scheduling()
-        unmarked: list[tuple[int, int]] = []
+        unmarked: list[int] = []
         unsynced, synced_at, more = 0, time.monotonic(), True
         while more:
             with contextlib.suppress(queue.Empty):
@@ -198,8 +196,8 @@ class CacheWriter:
                 written = self._written.get(timeout=patience)
                 more = written is not None
                 if written is not None:
-                    shard, i, size = written
-                    unmarked.append((shard, i))
+                    i, size = written
+                    unmarked.append(i)
                     unsynced += size
                     self.bytes_written += size
             is_due = unsynced > SYNC_EVERY_BYTES or time.monotonic() - synced_at > SYNC_EVERY_S
@@ -220,17 +218,15 @@ class CacheWriter:
         if not isinstance(error, OSError):
             return error
         try:
-            files = [shard.path.stat() for shard in self.shards]
-            missing = sum(max(0, file.st_size - file.st_blocks * 512) for file in files)
-            return disk_error(error, self.shards[0].path.parent, missing)
-        except OSError:  # the files do not exist any more
+            file = self.shard.path.stat()
+            return disk_error(error, self.shard.path, max(0, file.st_size - file.st_blocks * 512))
+        except OSError:  # the file does not exist any more
             return error
 
     def _write(self, states: PackedStates) -> None:
-        row = 0
+        shard, row = self.shard, 0
         for position in states.sequences:
-            number, i = self.locate(position)
-            shard, descriptor = self.shards[number], self._files[number]
+            i = position - self.first
             first, rows = int(shard.first_row[i]), int(shard.first_row[i + 1] - shard.first_row[i])
             raw, scale = states.raw[row : row + rows], None if states.scale is None else states.scale[row : row + rows]
             row += rows
@@ -238,22 +234,19 @@ class CacheWriter:
                 continue  # the model ran it again only as part of its batch; another process may be reading it
             if not shard.header.stored.all_finite(raw, scale):
                 raise _not_finite(shard, i, raw, scale)
-            size = self._pwrite(descriptor, raw, shard.array_offset("hidden") + first * shard.header.hidden_row_bytes)
+            size = self._pwrite(raw, shard.array_offset("hidden") + first * shard.header.hidden_row_bytes)
             if scale is not None:
-                size += self._pwrite(descriptor, scale, shard.array_offset("hidden_scale") + first * scale.itemsize)
+                size += self._pwrite(scale, shard.array_offset("hidden_scale") + first * scale.itemsize)
             digest = np.array([states_xxh3(raw, scale)], dtype="<u8")
-            size += self._pwrite(descriptor, digest, shard.array_offset("examples/xxh3") + i * digest.itemsize)
-            self._written.put((number, i, size))
+            size += self._pwrite(digest, shard.array_offset("examples/xxh3") + i * digest.itemsize)
+            self._written.put((i, size))
 
-    def _pwrite(self, descriptor: int, array: NDArray[Any], offset: int) -> int:
-        return write_whole(descriptor, array.data, offset)
+    def _pwrite(self, array: NDArray[Any], offset: int) -> int:
+        return write_whole(self._file, array.data, offset)
 
-    def _mark(self, unmarked: Sequence[tuple[int, int]]) -> None:
+    def _mark(self, unmarked: Sequence[int]) -> None:
         """Sync the states first, then write and sync the marks."""
-        touched = sorted({shard for shard, _ in unmarked})
-        for shard in touched:
-            sync(self._files[shard])
-        for shard, i in unmarked:
-            os.pwrite(self._files[shard], b"\x01", self.shards[shard].array_offset("examples/complete") + i)
-        for shard in touched:
-            sync(self._files[shard])
+        sync(self._file)
+        for i in unmarked:
+            os.pwrite(self._file, b"\x01", self.shard.array_offset("examples/complete") + i)
+        sync(self._file)

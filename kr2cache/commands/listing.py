@@ -16,7 +16,7 @@ from kr2cache.models.files import check_obtainable
 from kr2cache.models.registry import find_model, known_models
 from kr2cache.system.console import console
 from kr2cache.system.device import check_device_name
-from kr2cache.system.locks import check_writable
+from kr2cache.system.disk import check_writable
 from kr2cache.tasks import find_task
 
 

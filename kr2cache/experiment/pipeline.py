@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,8 +21,8 @@ from kr2cache.experiment.shared import Shared
 from kr2cache.experiment.teacher import SEED, Lesson, Teacher
 from kr2cache.methods import METHODS
 from kr2cache.system.allocator import objects_set_aside, return_free_memory
+from kr2cache.system.claims import Claim, claimed
 from kr2cache.system.console import console, count_text, done, note, seconds_text
-from kr2cache.system.locks import only_writer
 from kr2cache.system.process import process_unchanged
 from kr2cache.system.terminal import Column, print_table
 from kr2cache.tasks import COUNTS, Task
@@ -147,12 +146,12 @@ def _train_seeds(prepared: Prepared, keep: Callable[[Trained], None] | None = No
     writes = int(os.environ.get("RANK", "0")) == 0
     for seed in prepared.job.config.seeds:
         target = RunFolder.of_seed(folder, seed)
-        with only_writer(target.path) if writes else contextlib.nullcontext():
+        with claimed(target.path) if writes else contextlib.nullcontext() as claim:
             if target.is_finished:
                 runs.append(_finished_run(prepared, seed, target))
                 continue
             try:
-                run, trained = _new_run(prepared, seed, target, writes=writes)
+                run, trained = _new_run(prepared, seed, target, claim)
             except KeyboardInterrupt:
                 kept = f"Caches and {count_text(len(runs), 'finished run')} are kept"
                 raise InterruptedWorkError(
@@ -176,30 +175,27 @@ def _finished_run(prepared: Prepared, seed: int, target: RunFolder) -> Run:
     return Run(seed=seed, folder=target.path, metrics=target.read_metrics(), seconds=None)
 
 
-def _new_run(prepared: Prepared, seed: int, target: RunFolder, *, writes: bool) -> tuple[Run, Trained]:
+def _new_run(prepared: Prepared, seed: int, target: RunFolder, claim: Claim | None) -> tuple[Run, Trained]:
     """Train one seed and write its run. After an error no part of the run is left.
 
     Args:
-        writes: Whether this process writes the run.
+        claim: On ``target``; None if this process does not write the run.
     """
-    job, partial = prepared.job, target.partial
-    started, read_before = time.monotonic(), _sequences_read(job)
-    try:
-        if writes:
-            target.start()
-        trained = train_seed(job, seed, partial.path, f"{target.path.parent.name.rpartition('-')[0]} seed {seed}")
+    job, started, read_before = prepared.job, time.monotonic(), _sequences_read(prepared.job)
+    with contextlib.ExitStack() as until_done:
+        place = Path(until_done.enter_context(tempfile.TemporaryDirectory())) if claim is None else claim.folder
+        building = RunFolder(place / "run")
+        building.path.mkdir()
+        trained = train_seed(job, seed, building.path, f"{target.path.parent.name.rpartition('-')[0]} seed {seed}")
         seconds = time.monotonic() - started
-        if writes:
+        if claim is not None:
             recorded = prepared.recorded() | {
                 "seconds": round(seconds, 1),
                 "seconds_in_steps": round(trained.step_seconds, 1),
                 "resource_sequences_read": _sequences_read(job) - read_before,
             }
-            write_run(job, trained, partial, {"config": prepared.config_of(seed), "recorded": recorded})
-            target.finish()
-    except BaseException:
-        shutil.rmtree(partial.path, ignore_errors=True)
-        raise
+            write_run(job, trained, building, {"config": prepared.config_of(seed), "recorded": recorded})
+            building.publish(target)
     run = Run(
         seed=seed, folder=target.path, metrics=trained.metrics, seconds=seconds, step_seconds=trained.step_seconds
     )

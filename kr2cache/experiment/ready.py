@@ -21,7 +21,7 @@ from kr2cache.models.load import encoder_shape, load_config
 from kr2cache.models.registry import ModelSpec
 from kr2cache.store.stored import has_caches
 from kr2cache.system.console import waiting
-from kr2cache.system.locks import check_writable
+from kr2cache.system.disk import check_writable
 from kr2cache.training.arguments import training_arguments
 from kr2cache.training.checkpoint import TaskCheckpoint
 from kr2cache.training.kreader import check_admitted, projection_kind

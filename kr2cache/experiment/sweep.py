@@ -26,7 +26,7 @@ from kr2cache.experiment.shared import Shared
 from kr2cache.experiment.teacher import teacher_config
 from kr2cache.system.allocator import objects_set_aside
 from kr2cache.system.console import console, count_text, failed, heading, silent
-from kr2cache.system.locks import check_writable
+from kr2cache.system.disk import check_writable
 from kr2cache.training.runs import RunFolder, write_json
 
 MANIFESTS = "sweeps"

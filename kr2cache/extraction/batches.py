@@ -1,20 +1,18 @@
-"""Run the model over the planned batches, and hand their states to the writer."""
+"""Run the model over the planned batches of a shard, and hand their states to the writer."""
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
-from itertools import pairwise
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kr2cache.cache.reader import FeatureCache
-from kr2cache.cache.writer import CacheWriter
-from kr2cache.errors import DeviceMemoryError, InterruptedWorkError, ValueRangeError
+from kr2cache.cache.writer import ShardWriter
+from kr2cache.errors import DeviceMemoryError, ValueRangeError
 from kr2cache.extraction import budget, trial
 from kr2cache.extraction.packing import Packer
 from kr2cache.extraction.planning import ExtractPlan
@@ -24,7 +22,6 @@ from kr2cache.models.load import not_finite
 from kr2cache.system.allocator import return_free_memory
 from kr2cache.system.console import WorkProgress, bytes_text, count_text, note
 from kr2cache.system.device import freeing, is_out_of_memory
-from kr2cache.system.interrupt import interrupt_between_batches
 
 if TYPE_CHECKING:
     import torch
@@ -34,95 +31,107 @@ RETURN_MEMORY_EVERY_S = 10.0
 """Without this, the memory of 5,000 sentences grew from batch to batch."""
 
 
-def run_batches(
-    plan: ExtractPlan,
-    encoder: PreTrainedModel,
-    folder: Path,
-    batch_plan: dict[str, Any],
-    planned: NDArray[np.bool_],
-) -> int:
-    """Compute and write every planned batch that has an incomplete sequence.
+class BatchRunner:
+    """Runs the model over the planned batches of one shard after the other. ``with`` prepares the model."""
 
-    Args:
-        plan: The extraction.
-        encoder: On its device.
-        folder: The cache; its shards exist.
-        batch_plan: As its header records it.
-        planned: (n,) the sequences that the batch plan is for.
+    def __init__(
+        self,
+        plan: ExtractPlan,
+        encoder: PreTrainedModel,
+        batch_plan: dict[str, Any],
+        planned: NDArray[np.bool_],
+        progress: WorkProgress,
+    ) -> None:
+        """
+        Args:
+            plan: The extraction.
+            encoder: On its device.
+            batch_plan: As the header of the cache records it.
+            planned: (n,) the sequences that the batch plan is for.
+            progress: Advances by every sequence that runs.
+        """
+        self.plan = plan
+        self.encoder = encoder
+        self.batch_plan = batch_plan
+        self.planned = planned
+        self.progress = progress
+        self._pack = Packer(plan.index, plan.layers, plan.config.dtype, encoder.device)
+        self._tokens, self._seconds, self._bytes = 0, 0.0, 0
+        # The size of the whole plan decides, so that a continued extraction computes in the same way.
+        positions = plan.tokens if plan.config.compute_dtype == "float32" else 0
+        self._cheaper = cheaper_forward(encoder, positions)
 
-    Returns:
-        How many sequences ran.
+    def __enter__(self) -> Self:
+        self._cheaper.__enter__()
+        most, positions = self.plan.config.tokens_per_batch, int(self.batch_plan["tokens_per_batch"])
+        if most is not None and most < positions:
+            note(
+                f"From here on, batches have {most:,} positions instead of the planned {positions:,}: the last bits of "
+                "these states can differ from those of an uninterrupted run."
+            )
+        return self
 
-    Raises:
-        DeviceMemoryError: If a batch does not fit into the device's memory.
-        InterruptedWorkError: On Ctrl-C.
-        ValueRangeError: If the stored dtype cannot hold a state. Complete sequences are kept, as with every error.
-    """
-    pack = Packer(plan.index, plan.layers, plan.config.dtype, encoder.device)
-    most = plan.config.tokens_per_batch
-    computed = 0
-    with WorkProgress(f"{plan.spec.name} on {plan.config.task}/{plan.config.split}", "sequences") as progress:
+    def __exit__(self, *error: Any) -> None:
+        self._cheaper.__exit__(*error)
+
+    def run(self, writer: ShardWriter, check: Callable[[], None]) -> int:
+        """Compute and write every planned batch of a shard that has an incomplete sequence.
+
+        Args:
+            writer: Of the shard.
+            check: Called after every batch; it may raise.
+
+        Returns:
+            How many sequences ran.
+
+        Raises:
+            DeviceMemoryError: If a batch does not fit into the device's memory.
+        """
+        plan, computed, started = self.plan, 0, time.monotonic()
         try:
-            with (
-                interrupt_between_batches() as check_interrupt,
-                # The size of the whole plan decides, so that a continued extraction computes in the same way.
-                cheaper_forward(encoder, plan.tokens if plan.config.compute_dtype == "float32" else 0),
-                CacheWriter(folder) as writer,
-            ):
-                batches = list(_unfinished_batches(plan.index.n_tokens, writer, batch_plan, planned, most))
-                progress.total = sum(map(len, batches))
-                started, tokens, speed = time.monotonic(), 0, 0.0
-                for batch in batches:
-                    with _fitting(plan, batch, encoder.device, folder):
-                        for ready in pack(batch, trial.layers_of(plan, encoder, batch)):
-                            writer.write(ready)
-                    check_interrupt()
-                    return_free_memory(RETURN_MEMORY_EVERY_S)
-                    computed += len(batch)
-                    tokens += int(plan.index.n_tokens[batch].sum())
-                    speed = tokens / (time.monotonic() - started)
-                    progress.advance(len(batch), f"{speed:,.0f} tokens/s, {bytes_text(writer.bytes_written)} written")
-                for ready in pack.flush():
-                    writer.write(ready)
-            progress.advance(0, f"{speed:,.0f} tokens/s, {bytes_text(writer.bytes_written)} written")
-        except KeyboardInterrupt:
-            raise _interrupted(folder) from None
-        except ValueRangeError as error:
-            raise _by_weights(error, encoder, plan.spec.name) from None
-    return computed
+            for batch in self._unfinished_batches(writer):
+                with _fitting(plan, batch, self.encoder.device, writer.shard.path.parent):
+                    for ready in self._pack(batch, trial.layers_of(plan, self.encoder, batch)):
+                        writer.write(ready)
+                check()
+                return_free_memory(RETURN_MEMORY_EVERY_S)
+                computed += len(batch)
+                self._tokens += int(plan.index.n_tokens[batch].sum())
+                seconds = time.monotonic() - started
+                self.progress.advance(len(batch), self._speed(seconds, writer.bytes_written))
+            for ready in self._pack.flush():
+                writer.write(ready)
+        finally:
+            for _ in self._pack.flush():  # after an error: the next shard must not get a batch of this one
+                pass
+            self._seconds += time.monotonic() - started
+        return computed
 
+    def show_written(self, writer: ShardWriter) -> None:
+        """Show what the shard took, once its writer is done."""
+        self._bytes += writer.bytes_written
+        self.progress.advance(0, self._speed())
 
-def _unfinished_batches(
-    n_tokens: NDArray[np.int32],
-    writer: CacheWriter,
-    batch_plan: dict[str, Any],
-    planned: NDArray[np.bool_],
-    most: int | None,
-) -> Iterator[NDArray[np.intp]]:
-    """Each planned batch that has an incomplete sequence: (B,) sequences of one shard. The whole batch runs again,
-    because the last bits of a state depend on the batch it runs in.
+    def _speed(self, seconds: float = 0.0, written: int = 0) -> str:
+        """Of the shards before, and of ``seconds`` and ``written`` bytes of the present one."""
+        speed = self._tokens / max(1e-9, self._seconds + seconds)
+        return f"{speed:,.0f} tokens/s, {bytes_text(self._bytes + written)} written"
 
-    Args:
-        n_tokens: (n,)
-        writer: Knows where shards begin and which sequences are incomplete.
-        batch_plan: As the header records it.
-        planned: (n,) the sequences that the batch plan is for. Other sequences should have come from older caches; if
-            they are incomplete all the same, they get batches of their own.
-        most: At most this many positions in a batch, as the user asks. Planned batches with more are split.
-    """
-    positions, padded = int(batch_plan["tokens_per_batch"]), bool(batch_plan["padded"])
-    if most is not None and most < positions:
-        note(
-            f"From here on, batches have {most:,} positions instead of the planned {positions:,}: the last bits of "
-            "these states can differ from those of an uninterrupted run."
-        )
-    for start, stop in pairwise(writer.boundaries.tolist()):
-        incomplete, in_plan = writer.unfinished[start:stop], planned[start:stop]
-        for members in (np.flatnonzero(in_plan), np.flatnonzero(incomplete & ~in_plan)):
+    def _unfinished_batches(self, writer: ShardWriter) -> Iterator[NDArray[np.intp]]:
+        """Each planned batch of the shard that has an incomplete sequence: (B,) positions in the cache. The whole batch
+        runs again, because the last bits of a state depend on the batch it runs in.
+
+        Sequences that the batch plan is not for should have come from older caches. If they are incomplete all the
+        same, they get batches of their own. Planned batches larger than the user now allows are split.
+        """
+        n_tokens, start = self.plan.index.n_tokens, writer.first
+        positions, padded = int(self.batch_plan["tokens_per_batch"]), bool(self.batch_plan["padded"])
+        most = min(positions, self.plan.config.tokens_per_batch or positions)
+        in_plan = self.planned[start : start + len(writer.unfinished)]
+        for members in (np.flatnonzero(in_plan), np.flatnonzero(writer.unfinished & ~in_plan)):
             for batch in length_sorted_batches(n_tokens[start + members], positions, padded=padded):
-                whole = members[batch] + start
-                for part in budget.split_further(whole, n_tokens, min(positions, most or positions)):
-                    if incomplete[part - start].any():
+                for part in budget.split_further(members[batch] + start, n_tokens, most):
+                    if writer.unfinished[part - start].any():
                         yield part
 
 
@@ -145,15 +154,7 @@ def _fitting(plan: ExtractPlan, batch: NDArray[np.intp], device: torch.device, f
         ) from None
 
 
-def _interrupted(folder: Path) -> InterruptedWorkError:
-    cache = FeatureCache.open(folder)
-    return InterruptedWorkError(
-        f"Interrupted. {len(cache):,} of {count_text(len(cache.n_tokens), 'sequence')} are complete, kept in {folder}.",
-        "Run the same command again to continue.",
-    )
-
-
-def _by_weights(error: ValueRangeError, encoder: PreTrainedModel, name: str) -> ValueRangeError:
+def by_weights(error: ValueRangeError, encoder: PreTrainedModel, name: str) -> ValueRangeError:
     """``error``, or one that names the cause if weights of the model are not finite either."""
     damaged = not_finite(encoder)
     if not damaged:

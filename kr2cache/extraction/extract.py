@@ -16,22 +16,26 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kr2cache.cache.create import create_shards
 from kr2cache.cache.format import ShardHeader, ranges
 from kr2cache.cache.reader import FeatureCache
 from kr2cache.cache.shard import readable_headers
+from kr2cache.cache.writer import ShardWriter
 from kr2cache.config import ExtractConfig
-from kr2cache.errors import CacheError, CacheVersionError, DeviceMemoryError
+from kr2cache.errors import CacheError, CacheVersionError, DeviceMemoryError, InterruptedWorkError, ValueRangeError
 from kr2cache.extraction import budget, trial
-from kr2cache.extraction.batches import run_batches
+from kr2cache.extraction.batches import BatchRunner, by_weights
 from kr2cache.extraction.planning import ExtractPlan, check_disk, plan_extraction
 from kr2cache.models.digests import OpenedModel, open_model
 from kr2cache.models.load import describe_dropped
 from kr2cache.store import folders, provenance
+from kr2cache.store.copying import copy_states
+from kr2cache.store.sharing import CACHE, SharedShards
 from kr2cache.store.takeover import Donors, as_mask, find_donors
-from kr2cache.system.console import bytes_text, count_text, done, note, seconds_text, waiting
+from kr2cache.system.claims import claimed
+from kr2cache.system.console import WorkProgress, bytes_text, count_text, done, note, seconds_text, waiting
 from kr2cache.system.device import device_name
-from kr2cache.system.locks import check_writable, only_writer
+from kr2cache.system.disk import check_writable
+from kr2cache.system.interrupt import interrupt_between_batches
 from kr2cache.system.process import process_unchanged
 
 if TYPE_CHECKING:
@@ -88,9 +92,8 @@ def extract(settings: ExtractConfig | ExtractPlan, model: OpenedModel | None = N
     computed = taken_over = 0
     if not _is_finished(folder, fingerprint):
         check_writable(folder.parent, "--cache-dir")
-        with only_writer(folder):
-            if not _is_finished(folder, fingerprint):  # another process may have made it while this one waited
-                computed, taken_over = _make(plan, model, folder, found, fingerprint)
+        shards, donors = _begin(plan, model, folder, found, fingerprint)
+        computed, taken_over = fill(plan, model.encoder, shards, donors)
     return ExtractResult(
         cache=folder,
         sequences=len(plan.index),
@@ -102,62 +105,87 @@ def extract(settings: ExtractConfig | ExtractPlan, model: OpenedModel | None = N
     )
 
 
-def _make(
+def _begin(
     plan: ExtractPlan, model: OpenedModel, folder: Path, found: provenance.Found, fingerprint: str
-) -> tuple[int, int]:
-    """Begin or continue the cache: check the model, choose batches, find donors, fill.
+) -> tuple[SharedShards, Donors | None]:
+    """Begin or continue the cache: check the model, choose batches, find donors, make the shards. The first process to
+    come decides; the others go on with what its header says.
 
     Returns:
-        As ``fill``.
+        The shards, and the older caches to copy from if they are known.
     """
-    header = _existing_header(folder, fingerprint)
-    if header is not None:
-        with contextlib.suppress(DeviceMemoryError):  # the sequences that are missing may be shorter and fit
-            trial.check_history(plan, model.encoder)
-        return fill(plan, model.encoder, folder, header)
-    padded = trial.check_states(plan, model.encoder)
-    batch_plan = budget.plan_batches(plan, lambda batch: trial.layers_of(plan, model.encoder, batch), padded=padded)
-    header = _new_header(plan, model, found, fingerprint, batch_plan)
-    donors = find_donors(plan.config.cache_dir, folder, header, plan.index)
-    if donors.covered.any():
-        # The batch plan is for the other sequences: a continued extraction has to form the same batches.
-        computed = ranges(np.flatnonzero(~donors.covered).tolist())
-        header = replace(header, batch_plan={**batch_plan, "computed": computed})
-    return fill(plan, model.encoder, folder, header, donors)
+    with claimed(folder, CACHE) as claim:
+        donors = None
+        header = _existing_header(folder, fingerprint)
+        if header is not None:
+            with contextlib.suppress(DeviceMemoryError):  # the sequences that are missing may be shorter and fit
+                trial.check_history(plan, model.encoder)
+        else:
+            padded = trial.check_states(plan, model.encoder)
+            batch_plan = budget.plan_batches(
+                plan, lambda batch: trial.layers_of(plan, model.encoder, batch), padded=padded
+            )
+            header = _new_header(plan, model, found, fingerprint, batch_plan)
+            donors = find_donors(plan.config.cache_dir, folder, header, plan.index)
+            if donors.covered.any():
+                # The batch plan is for the other sequences: a continued extraction has to form the same batches.
+                computed = ranges(np.flatnonzero(~donors.covered).tolist())
+                header = replace(header, batch_plan={**batch_plan, "computed": computed})
+        shards = SharedShards(folder, header, plan.index)
+        for unfinished in folder.glob("*.partial"):  # earlier versions built shards beside the others
+            unfinished.unlink()
+        shards.create(claim.folder)
+    return shards, donors
 
 
 def fill(
-    plan: ExtractPlan, encoder: PreTrainedModel, folder: Path, header: ShardHeader, donors: Donors | None = None
+    plan: ExtractPlan, encoder: PreTrainedModel, shards: SharedShards, donors: Donors | None = None
 ) -> tuple[int, int]:
-    """Make everything that a cache lacks: shards, sequences that older caches hold, and sequences that the model has to
-    run on, in whole planned batches. The caller holds the lock of the cache.
+    """Fill the shards, together with every other process that does: copy the sequences that older caches hold, and run
+    the model on the others, in whole planned batches.
 
     Args:
         plan: The extraction.
         encoder: The plan's model.
-        folder: The cache.
-        header: Its header.
+        shards: They exist.
         donors: Older caches to copy from, if the caller knows them. They are only searched for if sequences are missing
             that the batch plan leaves to them.
 
     Returns:
-        How many sequences the model ran on, and how many were copied.
+        How many sequences the model ran on in this process, and how many it copied.
+
+    Raises:
+        DeviceMemoryError: If a batch does not fit into the device's memory.
+        InterruptedWorkError: On Ctrl-C.
+        ValueRangeError: If the stored dtype cannot hold a state. Complete sequences are kept, as with every error.
     """
     trial.move_to_device(plan, encoder)
-    for unfinished in folder.glob("*.partial"):
-        unfinished.unlink()
-    for path in create_shards(folder, header, plan.index, int(header.batch_plan["shard_bytes"])):
-        note(f"{path.name} was damaged: it is made again, and its sound sequences are kept.")
+    header, computed, taken_over = shards.header, 0, 0
     planned = as_mask(header.batch_plan.get("computed"), len(plan.index))
-    taken_over = 0
-    if not FeatureCache.open(folder).complete[~planned].all():
-        donors = donors or find_donors(plan.config.cache_dir, folder, header, plan.index)
-        taken_over = donors.fill(folder, header, ~planned)
-    if FeatureCache.open(folder).complete.all():
-        return 0, taken_over
-    # The number of threads changes the last bits of a state: continue with as many as the cache was begun with.
-    with _threads(header.provenance.get("recorded", {}).get("threads")):
-        computed = run_batches(plan, encoder, folder, header.batch_plan, planned)
+    with WorkProgress(f"{plan.spec.name} on {plan.config.task}/{plan.config.split}", "sequences") as progress:
+        progress.total = len(plan.index) - shards.complete_count()
+        try:
+            with (
+                interrupt_between_batches() as check_interrupt,
+                # The number of threads changes the last bits of a state: use as many as the cache was begun with.
+                _threads(header.provenance.get("recorded", {}).get("threads")),
+                BatchRunner(plan, encoder, header.batch_plan, planned, progress) as runner,
+            ):
+                for held in shards.unfinished(check_interrupt):
+                    with held, ShardWriter(held.part.path, held.part.start) as writer:
+                        inherited = held.part.start + np.flatnonzero(writer.unfinished)
+                        inherited = inherited[~planned[inherited]]
+                        if len(inherited):
+                            donors = donors or find_donors(plan.config.cache_dir, shards.folder, header, plan.index)
+                            states = donors.states(header, inherited.tolist())
+                            taken_over += copy_states(writer, states, progress, held.check)
+                        computed += runner.run(writer, held.check)
+                    runner.show_written(writer)
+        except KeyboardInterrupt:
+            raise _interrupted(shards) from None
+        except ValueRangeError as error:
+            raise by_weights(error, encoder, plan.spec.name) from None
+    FeatureCache.open(shards.folder)  # another program's file may lie there
     return computed, taken_over
 
 
@@ -230,6 +258,14 @@ def _threads(recorded: object) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def _interrupted(shards: SharedShards) -> InterruptedWorkError:
+    return InterruptedWorkError(
+        f"Interrupted. {shards.complete_count():,} of {count_text(len(shards.index), 'sequence')} are complete, kept "
+        f"in {shards.folder}.",
+        "Run the same command again to continue.",
+    )
 
 
 def describe_result(result: ExtractResult) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,10 @@ from kr2cache.models.encode import MissingWords, encode_examples
 from kr2cache.models.registry import ModelSpec, find_model, name_of_stored
 from kr2cache.models.tokenizers import load_tokenizer, pad_id
 from kr2cache.store import derive, folders, provenance
+from kr2cache.store.sharing import SharedShards, whole_cache
+from kr2cache.system.claims import Claim
 from kr2cache.system.console import count_text, done, note, seconds_text
-from kr2cache.system.locks import check_writable, only_writer
+from kr2cache.system.disk import check_writable
 from kr2cache.system.process import process_unchanged
 from kr2cache.tasks import Example, find_task
 
@@ -77,20 +79,21 @@ def repair(config: RepairConfig) -> RepairResult:
     """
     started = time.monotonic()
     check_writable(config.folder, "the cache")
-    with only_writer(config.folder):
+    mend: Callable[[], tuple[int, int]] = lambda: (0, 0)  # noqa: E731
+    with whole_cache(config.folder) as claim:
         found = check_cache(config.folder)
         damaged = found.damaged_ids + found.incomplete_ids
         rebuilt = [shard.path.name for shard in found.shards if shard.needs_rebuild]
         astray = bool(found.faults) or (found.intact and _contradicts_itself(config.folder))
-        computed = taken = 0
         if damaged or rebuilt or astray:
             whole_index = not astray and not any(s.unreadable or s.index_damaged for s in found.shards)
-            computed, taken = _mend(config, found, _header(found), whole_index=whole_index)
-        if found.damaged_ids:
-            note(
-                "Runs may have been trained on the damaged states; remove their folders to train them again. "
-                "train --check-states never reads a damaged state."
-            )
+            mend = _mend(config, found, _header(found), claim, whole_index=whole_index)
+    computed, taken = mend()  # other processes may help now
+    if found.damaged_ids:
+        note(
+            "Runs may have been trained on the damaged states; remove their folders to train them again. "
+            "train --check-states never reads a damaged state."
+        )
     return RepairResult(
         cache=config.folder,
         damaged=damaged,
@@ -126,14 +129,20 @@ def _header(found: CacheCheck) -> ShardHeader:
     )
 
 
-def _mend(config: RepairConfig, found: CacheCheck, header: ShardHeader, *, whole_index: bool) -> tuple[int, int]:
-    """(sequences computed, sequences copied). All checks come before the first mark is removed."""
+def _mend(
+    config: RepairConfig, found: CacheCheck, header: ShardHeader, claim: Claim, *, whole_index: bool
+) -> Callable[[], tuple[int, int]]:
+    """Remove the marks of damaged sequences, once every check has passed.
+
+    Returns:
+        A function that makes these sequences again: (sequences computed, sequences copied).
+    """
     chosen = provenance.chosen_of(header.provenance, config.folder)
     made = provenance.found_of(header.provenance, config.folder)
     if header.fusion is not None or "converted_from" in header.provenance.get("recorded", {}):
         source = derive.source_of(config.folder, header)
         _remove_marks(found)
-        return 0, derive.refill(config.folder, header, source)
+        return lambda: (0, derive.refill(config.folder, header, source))
     plan = _plan(config, chosen, made, header, whole_index)
     model = open_model(plan.spec)
     for name in ("weights", "config"):
@@ -147,7 +156,9 @@ def _mend(config: RepairConfig, found: CacheCheck, header: ShardHeader, *, whole
     with contextlib.suppress(DeviceMemoryError):  # the damaged sequences may be shorter and fit
         trial.check_history(plan, model.encoder)
     _remove_marks(found)
-    return fill(plan, model.encoder, config.folder, header)
+    shards = SharedShards(config.folder, header, plan.index)
+    shards.create(claim.folder)
+    return lambda: fill(plan, model.encoder, shards)
 
 
 def _remove_marks(found: CacheCheck) -> None:

@@ -5,8 +5,7 @@ Each sequence is compared with its checksum before it is copied, so damage does 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -14,9 +13,10 @@ from numpy.typing import NDArray
 
 from kr2cache.cache.format import ShardHeader
 from kr2cache.cache.reader import FeatureCache
-from kr2cache.cache.writer import CacheWriter, PackedStates
+from kr2cache.cache.writer import PackedStates, ShardWriter
 from kr2cache.errors import InterruptedWorkError
 from kr2cache.fusion import Fusion
+from kr2cache.store.sharing import SharedShards
 from kr2cache.system.console import WorkProgress, bytes_text
 from kr2cache.system.interrupt import interrupt_between_batches
 
@@ -57,33 +57,52 @@ def states_as_stored(header: ShardHeader, fusion: Fusion | None, sources: list[t
     return np.concatenate([raw for raw, _ in parts]), np.concatenate(scales) if scales else None
 
 
-def write_states(folder: Path, sequences: Iterable[tuple[int, Stored]], count: int, origin: str) -> int:
-    """Write sequences into the shards in ``folder``.
+def copy_states(
+    writer: ShardWriter, sequences: Iterable[tuple[int, Stored]], progress: WorkProgress, check: Callable[[], None]
+) -> int:
+    """Write sequences into the shard of ``writer``.
 
     Args:
-        folder: Where the shards are.
+        writer: Of the shard.
         sequences: (position in the cache, states as stored).
-        count: How many sequences to expect; the progress bar shows it.
-        origin: Where they come from, in words, for the progress bar.
+        progress: Advances by every sequence.
+        check: Called after every sequence; it may raise.
 
     Returns:
         How many sequences were written.
+    """
+    written = 0
+    for i, (raw, scale) in sequences:
+        writer.write(PackedStates([i], raw, scale))
+        check()
+        written += 1
+        progress.advance(1, f"{bytes_text(writer.bytes_written)} written")
+    return written
+
+
+def fill_from(shards: SharedShards, stored: Callable[[int], Stored], origin: str) -> int:
+    """Fill the shards of a cache with states that exist elsewhere.
+
+    Args:
+        shards: They exist.
+        stored: Gives the states of a sequence by its position in the cache.
+        origin: Where they come from, in words, for the progress bar.
+
+    Returns:
+        How many sequences this process wrote.
 
     Raises:
         InterruptedWorkError: On Ctrl-C; complete sequences are kept.
     """
-    if not count:
-        return 0
-    written = 0
-    with WorkProgress(f"{folder.name} {origin}", "sequences", count) as progress:
+    written, folder = 0, shards.folder
+    with WorkProgress(f"{folder.name} {origin}", "sequences") as progress:
+        progress.total = len(shards.index) - shards.complete_count()
         try:
-            with interrupt_between_batches() as check_interrupt, CacheWriter(folder) as writer:
-                for i, (raw, scale) in sequences:
-                    writer.write(PackedStates([i], raw, scale))
-                    check_interrupt()
-                    written += 1
-                    progress.advance(1, f"{bytes_text(writer.bytes_written)} written")
-            progress.advance(0, f"{bytes_text(writer.bytes_written)} written")
+            with interrupt_between_batches() as check_interrupt:
+                for held in shards.unfinished(check_interrupt):
+                    with held, ShardWriter(held.part.path, held.part.start) as writer:
+                        missing = (held.part.start + np.flatnonzero(writer.unfinished)).tolist()
+                        written += copy_states(writer, ((i, stored(i)) for i in missing), progress, held.check)
         except KeyboardInterrupt:
             raise InterruptedWorkError(
                 f"Interrupted. Complete sequences are kept in {folder}.",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,18 +12,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kr2cache.cache.create import create_shards
 from kr2cache.cache.dtypes import DTYPES
 from kr2cache.cache.format import SequenceIndex, ShardHeader
 from kr2cache.cache.reader import FeatureCache
 from kr2cache.errors import CacheError, ConfigError, DiskSpaceError, unknown_name
 from kr2cache.fusion import Fusion, parse_fusion, parse_layers
 from kr2cache.store import folders, provenance
-from kr2cache.store.copying import states_as_stored, write_states
+from kr2cache.store.copying import fill_from, states_as_stored
 from kr2cache.store.inventory import open_caches
+from kr2cache.store.sharing import CACHE, SharedShards
+from kr2cache.system.claims import claimed
 from kr2cache.system.console import bytes_text
-from kr2cache.system.disk import free_bytes
-from kr2cache.system.locks import check_writable, only_writer
+from kr2cache.system.disk import check_writable, free_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,24 +248,23 @@ def derive(plan: DerivePlan) -> DeriveResult:
     """
     started = time.monotonic()
     check_writable(plan.folder.parent, "--cache-dir")
-    with only_writer(plan.folder):
-        begun = any(plan.folder.glob("*.h5"))
-        if not begun and plan.state_bytes > free_bytes(plan.cache_dir):
-            raise DiskSpaceError(
-                f"The states take {bytes_text(plan.state_bytes)}, but {plan.cache_dir} has "
-                f"{bytes_text(free_bytes(plan.cache_dir))} free.",
-                "Free some space, or give another --cache-dir.",
-            )
-        create_shards(plan.folder, plan.header, plan.index, int(plan.header.batch_plan["shard_bytes"]))
-        missing = np.flatnonzero(~FeatureCache.open(plan.folder).complete)
-        _copy(plan.folder, plan.header, plan.fusion, plan.source, missing, plan.positions[missing])
+    shards = SharedShards(plan.folder, plan.header, plan.index)
+    if not any(plan.folder.glob("*.h5")) and plan.state_bytes > free_bytes(plan.cache_dir):
+        raise DiskSpaceError(
+            f"The states take {bytes_text(plan.state_bytes)}, but {plan.cache_dir} has "
+            f"{bytes_text(free_bytes(plan.cache_dir))} free.",
+            "Free some space, or give another --cache-dir.",
+        )
+    written = 0
+    if shards.complete_count() < len(plan.index):
+        written = _fill(shards, plan.fusion, plan.source, lambda i: int(plan.positions[i]))
     return DeriveResult(
         cache=plan.folder,
         sequences=len(plan.index),
         bytes=sum(path.stat().st_size for path in plan.folder.glob("*.h5")),
         source_bytes=plan.source.stored_bytes,
         seconds=time.monotonic() - started,
-        made=bool(len(missing)),
+        made=written > 0,
     )
 
 
@@ -295,8 +294,6 @@ def source_of(folder: Path, header: ShardHeader) -> FeatureCache:
 def refill(folder: Path, header: ShardHeader, source: FeatureCache) -> int:
     """Make damaged shards and incomplete sequences of a derived cache again from its source.
 
-    The caller holds the lock of the cache.
-
     Returns:
         How many sequences were copied.
 
@@ -304,30 +301,34 @@ def refill(folder: Path, header: ShardHeader, source: FeatureCache) -> int:
         CacheError: If the source is damaged too, or nothing records which of its sequences the cache held.
         ValueRangeError: If a state is not finite.
     """
-    create_shards(folder, header, _derived_index(folder, header, source), int(header.batch_plan["shard_bytes"]))
-    cache = FeatureCache.open(folder)
-    missing = np.flatnonzero(~cache.complete)
-    positions = source.positions(cache.all_ids[i] for i in missing.tolist())
+    index = _derived_index(folder, header, source)
     fusion = None
     if header.fusion is not None and source.fusion is None:
         fusion = Fusion(name="stored", layers=tuple(header.fusion["layers"]), trainable=False)
-    return _copy(folder, header, fusion, source, missing, positions)
+
+    def position(i: int) -> int:
+        return int(source.positions([index.ids[i].decode("utf-8")])[0])
+
+    return _fill(SharedShards(folder, header, index), fusion, source, position)
 
 
-def _copy(
-    folder: Path,
-    header: ShardHeader,
-    fusion: Fusion | None,
-    source: FeatureCache,
-    sequences: NDArray[np.intp],
-    positions: NDArray[np.int64],
-) -> int:
-    """Write ``sequences`` of the derived cache in ``folder`` from ``positions`` of its source, both (k,)."""
-    stored = (
-        (i, states_as_stored(header, fusion, [(source, position)]))
-        for i, position in zip(sequences.tolist(), positions.tolist(), strict=True)
+def _fill(shards: SharedShards, fusion: Fusion | None, source: FeatureCache, position: Callable[[int], int]) -> int:
+    """Fill a derived cache from its source.
+
+    Args:
+        position: The position in the source of a sequence of the derived cache.
+
+    Returns:
+        How many sequences were copied.
+    """
+    with claimed(shards.folder, CACHE) as claim:
+        shards.create(claim.folder)
+    header = shards.header
+    return fill_from(
+        shards,
+        lambda i: states_as_stored(header, fusion, [(source, position(i))]),
+        f"from {source.folder.name}",
     )
-    return write_states(folder, stored, len(sequences), f"from {source.folder.name}")
 
 
 def _derived_index(folder: Path, header: ShardHeader, source: FeatureCache) -> SequenceIndex:

@@ -15,8 +15,8 @@ from kr2cache.cache.reader import FeatureCache
 from kr2cache.config import local
 from kr2cache.errors import CacheError, ConfigError
 from kr2cache.store import folders, provenance
+from kr2cache.store.sharing import whole_cache
 from kr2cache.system.console import bytes_text, count_text, time_text
-from kr2cache.system.locks import only_writer
 
 _FOUND = {
     "weights": "other weights",
@@ -257,7 +257,7 @@ def remove(folder: Path) -> str:
         CacheError: If the folder holds no shard.
     """
     freed = removable_bytes(folder)
-    with only_writer(folder, wait=False):
+    with whole_cache(folder, wait=False):
         for path in list(_files(folder)):
             path.unlink()
         rest = [path.name for path in folder.iterdir()]

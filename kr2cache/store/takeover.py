@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from kr2cache.cache.format import SequenceIndex, ShardHeader
 from kr2cache.cache.reader import FeatureCache
 from kr2cache.errors import CacheError
 from kr2cache.store import provenance
-from kr2cache.store.copying import Stored, states_as_stored, write_states
+from kr2cache.store.copying import Stored, states_as_stored
 from kr2cache.store.inventory import open_caches
 
 
@@ -30,28 +30,20 @@ class Donors:
     covered: NDArray[np.bool_]
     """(n,) whether the donors hold all layers of the sequence."""
 
-    def fill(self, folder: Path, header: ShardHeader, wanted: NDArray[np.bool_]) -> int:
-        """Copy the wanted sequences that are not complete yet.
-
-        Damaged sequences are not copied: the model runs for them.
+    def states(self, header: ShardHeader, sequences: Iterable[int]) -> Iterator[tuple[int, Stored]]:
+        """The states of these sequences as the new cache stores them. What is not covered, or is damaged, is left out:
+        the model runs for it.
 
         Args:
-            folder: The new cache; its shards exist.
-            header: Its header.
-            wanted: (n,)
-
-        Returns:
-            How many sequences were copied.
+            header: The header of the new cache.
+            sequences: Positions in the new cache.
         """
-        missing = np.flatnonzero(wanted & self.covered & ~FeatureCache.open(folder).complete).tolist()
-
-        def stored() -> Iterator[tuple[int, Stored]]:
-            for i in missing:
-                sources = [(c, int(p[i])) for c, p in zip(self.caches, self.positions, strict=True) if p[i] >= 0]
-                with contextlib.suppress(CacheError):
-                    yield i, states_as_stored(header, None, sources)
-
-        return write_states(folder, stored(), len(missing), "taken over")
+        for i in sequences:
+            if not self.covered[i]:
+                continue
+            sources = [(c, int(p[i])) for c, p in zip(self.caches, self.positions, strict=True) if p[i] >= 0]
+            with contextlib.suppress(CacheError):
+                yield i, states_as_stored(header, None, sources)
 
 
 def find_donors(cache_dir: Path, folder: Path, header: ShardHeader, index: SequenceIndex) -> Donors:

@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import BinaryIO
 
-from kr2cache.errors import DiskSpaceError
+from kr2cache.errors import ConfigError, DiskSpaceError
 
 
 def free_bytes(path: Path) -> int:
@@ -19,6 +19,22 @@ def free_bytes(path: Path) -> int:
     while not path.exists():
         path = path.parent
     return shutil.disk_usage(path).free
+
+
+def check_writable(folder: Path, option: str) -> None:
+    """Raise ``ConfigError`` if ``folder`` cannot be made or written to. Leaves no file behind."""
+    there = folder.absolute()
+    while not there.exists():
+        there = there.parent
+    if not there.is_dir():
+        raise ConfigError(f"{option} {folder}: {there} is a file.", "Give a folder.")
+    try:  # permissions are not enough: root has them in /proc too
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return  # a full disk has its own error, and repair in place needs no space
+        reason = error.strerror or str(error)
+        raise ConfigError(f"{option} {folder}: {there} is not writable ({reason}).", "Give another folder.") from None
 
 
 MOUNTS = Path("/proc/self/mountinfo")

@@ -5,7 +5,8 @@
                                                                 fusion.json (the weights w)  reader/ (the trained model)
 
 The eight digits come from a hash over everything that can change the result, so an existing folder holds exactly the
-run that is asked for. The folder of an incomplete run is called ``seed-1.partial``.
+run that is asked for. A run is built in the folder of the claim on it (``system.claims``) and renamed when it is
+complete.
 """
 
 from __future__ import annotations
@@ -77,20 +78,9 @@ class RunFolder:
     def is_finished(self) -> bool:
         return self.metrics_file.is_file()
 
-    @property
-    def partial(self) -> RunFolder:
-        """Where the run is written until it is complete."""
-        return RunFolder(self.path.with_name(self.path.name + ".partial"))
-
-    def start(self) -> RunFolder:
-        """Make an empty ``partial`` folder and return it."""
-        shutil.rmtree(self.partial.path, ignore_errors=True)
-        self.partial.path.mkdir(parents=True)
-        return self.partial
-
-    def finish(self) -> None:
-        """The run in ``partial`` is complete: give it its name."""
-        self.partial.path.rename(self.path)
+    def publish(self, target: RunFolder) -> None:
+        """The run is complete: give it its place."""
+        self.path.rename(target.path)
 
     # Reading ---------------------------------------------------------------------------------------------------------
 

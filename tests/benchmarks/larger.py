@@ -1,9 +1,9 @@
-"""Read random batches of a cache that is larger than the memory.
+"""Read random batches of a cache that is larger than the memory there is.
 
 python tests/benchmarks/larger.py --folder /somewhere/with/10/GB     (Linux, as root)
 
-Makes the same states twice: as a cache, and as HDF5 with one data set per sequence. Reads both in a control group whose
-memory holds a quarter of the cache. So most states are no longer in memory when they are read again.
+Makes the same states twice, as a cache and as an HDF5 data set a sequence, and reads each in a control group whose
+memory holds a quarter of it: what was read before is mostly gone when it is asked for again.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ from scale import LAYERS, WIDTH, described
 
 from kr2cache.bench.reading import drop_pages
 from kr2cache.cache import rows
-from kr2cache.cache.create import create_shards
+from kr2cache.cache.create import create_shard
+from kr2cache.cache.format import shard_name
 from kr2cache.cache.reader import FeatureCache
-from kr2cache.cache.writer import CacheWriter, PackedStates
+from kr2cache.cache.writer import PackedStates, ShardWriter
 from kr2cache.system.memory import total_memory
 
 BATCH = 32
@@ -38,12 +39,14 @@ CONTROL_GROUPS = Path("/sys/fs/cgroup")
 
 
 def make(cache: Path, apart: Path, sequences: int) -> None:
-    """Write the same random states as a cache and as one data set per sequence."""
+    """The same random states, as a cache and as a data set a sequence."""
     draw = np.random.default_rng(0)
     header, index = described(sequences)
     names = names_of(sequences)
-    create_shards(cache, header, index, 2**40)
-    with CacheWriter(cache) as writer, h5py.File(apart, "w") as file:
+    cache.mkdir()
+    shard = cache / shard_name(0, 1)
+    create_shard(shard, header, index, cache)
+    with ShardWriter(shard) as writer, h5py.File(apart, "w") as file:
         for i, (name, length) in enumerate(zip(names, index.n_tokens.tolist(), strict=True)):
             states = draw.standard_normal((LAYERS * length, WIDTH), dtype=np.float32).astype(np.float16)
             writer.write(PackedStates([i], states, None))
@@ -56,37 +59,35 @@ def names_of(sequences: int) -> list[str]:
 
 @contextlib.contextmanager
 def control_group() -> Iterator[Path]:
-    """Make a control group (version 1 or 2) and give the file that sets its memory limit."""
+    """A file that sets the memory of a new group, of either version."""
     version_1 = (CONTROL_GROUPS / "memory" / "memory.limit_in_bytes").exists()
     folder = (CONTROL_GROUPS / "memory" if version_1 else CONTROL_GROUPS) / f"kr2cache-{os.getpid()}"
     limit_file = folder / ("memory.limit_in_bytes" if version_1 else "memory.max")
     folder.mkdir()
     try:
         if not limit_file.exists():
-            sys.exit(f"{limit_file} does not exist: {CONTROL_GROUPS}/cgroup.subtree_control must contain 'memory'.")
+            sys.exit(f"{limit_file} is not there: {CONTROL_GROUPS}/cgroup.subtree_control has to hold memory.")
         yield limit_file
     finally:
         folder.rmdir()
 
 
 def read(cache: Path, apart: Path, sequences: int) -> None:
-    """Time the ways of reading in turn and print their medians."""
+    """Each way in turn, so many seconds; says their medians."""
     open_cache, draw, names = FeatureCache.open(cache), np.random.default_rng(1), names_of(sequences)
     file = h5py.File(apart, "r")
     if not open_cache._rows.is_large:
-        sys.exit(
-            f"{open_cache.stored_bytes:,} bytes do not count as larger than the memory of {total_memory():,} bytes."
-        )
+        sys.exit(f"{open_cache.stored_bytes:,} bytes do not count as more than fits in {total_memory():,} of memory.")
     ways: dict[str, Callable[[list[str]], object]] = {
         "kr2cache, FeatureCache.batch": open_cache.batch,
-        "the same, without read-ahead": functools.partial(_by_page_faults, open_cache),
-        "h5py, a data set per sequence": functools.partial(_apart, file),
+        "the same, not asked for ahead": functools.partial(_by_page_faults, open_cache),
+        "h5py, a data set each": functools.partial(_apart, file),
     }
     seconds_per_byte: dict[str, list[float]] = {name: [] for name in ways}
     from_disk: dict[str, list[float]] = {name: [] for name in ways}
 
     def turn(way: Callable[[list[str]], object]) -> tuple[float, float]:
-        """Seconds and bytes from the disk, each per requested byte."""
+        """Seconds, and bytes from the disk, for each byte that was asked for."""
         asked, before, started = 0, _read_from_disk(), time.perf_counter()
         while time.perf_counter() - started < TURN_S:
             picks = draw.integers(0, sequences, BATCH)
@@ -96,13 +97,13 @@ def read(cache: Path, apart: Path, sequences: int) -> None:
 
     for _ in range(TURNS):
         for name, way in ways.items():
-            turn(way)  # replaces the pages that another way left in memory
+            turn(way)  # what another left in memory goes
             took, read_bytes = turn(way)
             seconds_per_byte[name].append(took)
             from_disk[name].append(read_bytes)
     best = statistics.median(seconds_per_byte["kr2cache, FeatureCache.batch"])
     print(f"memory {total_memory() / 2**20:,.0f} MiB, cache {open_cache.stored_bytes / 2**20:,.0f} MiB")
-    print(f"{'':32}{'times as long':>15}{'MB per second':>15}{'bytes from disk per requested byte':>40}")
+    print(f"{'':32}{'times as long':>15}{'MB a second':>15}{'read from disk, of what was asked for':>40}")
     for name, times in seconds_per_byte.items():
         median = statistics.median(times)
         print(f"{name:32}{median / best:15.2f}{1e-6 / median:15,.0f}{statistics.median(from_disk[name]):40.2f}")
@@ -122,7 +123,7 @@ def _apart(file: h5py.File, names: list[str]) -> None:
 
 
 def _read_from_disk() -> int:
-    """Bytes that this process read from the disk."""
+    """Bytes, by this process."""
     lines = Path("/proc/self/io").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes"))
 
@@ -139,7 +140,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name, control_group() as limit_file:
         folder = Path(name)
         make(folder / "cache", folder / "apart.h5", arguments.sequences)
-        for path in folder.rglob("*.h5"):  # otherwise these pages count for the group that wrote them
+        for path in folder.rglob("*.h5"):  # pages that another group made stay that group's
             drop_pages(path)
         command = [sys.executable, __file__, "--inside", str(folder), "--sequences", str(arguments.sequences)]
         limit_file.write_text(str(FeatureCache.open(folder / "cache").stored_bytes // 4))

@@ -1,4 +1,4 @@
-"""Where does the time of a sweep go? Profiles training steps, evaluation and the work between them.
+"""Where the time of a sweep goes: training steps, evaluation, and what is between them, by the five largest items.
 
 python tests/benchmarks/profile_steps.py --data FOLDER --task udpos-en --limit 600
 """
@@ -29,12 +29,11 @@ PARTS = {
     "finding caches, reading and tokenising": "prepare.py:prepare",
     "collecting garbage": "gc.collect",
 }
-"""Item to its function: FILE:NAME, or part of the name of a built-in. Forward passes of an evaluation
-count in both items."""
+"""By a function, named FILE:NAME, or a part of a built-in's name. Forward passes of evaluation count in both."""
 
 
 def cumulative(stats: pstats.Stats, function: str) -> float:
-    """Seconds in all functions with this name, including the functions that they call."""
+    """Seconds in all functions of that name."""
     total = 0.0
     for (path, _, name), (_, _, _, seconds, _) in stats.stats.items():  # type: ignore[attr-defined]
         inside = f"{Path(path).name}:{name}" == function if ".py:" in function else function in name
@@ -65,7 +64,7 @@ def main() -> None:
             run_dir=Path(folder) / "runs",
             keep_readers=False,
         )
-        train(TrainConfig(**{**vars(base), "seeds": (9,), "epochs": 0.01}))  # makes the caches and does lazy imports
+        train(TrainConfig(**{**vars(base), "seeds": (9,), "epochs": 0.01}))  # makes the caches, and loads what is lazy
         shared, profile = Shared(), cProfile.Profile()
         started = time.perf_counter()
         profile.enable()

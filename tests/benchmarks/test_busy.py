@@ -1,4 +1,4 @@
-"""The parts of the benchmark run: programs that keep cores busy, and a timed training."""
+"""The benchmark runs: programs that keep cores busy, and a training that is timed."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from kr2cache.errors import DiskSpaceError
 folder, limit, created = Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "created"
 truth = tiny_cache.make((40, 60, 50), width=64)
 if created:
-    create.create_shards(folder, truth.header, truth.index, 2**30)
+    tiny_cache.create_shards(folder, truth.header, truth.index, 2**30)
 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 try:
     tiny_cache.store(folder, truth)

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from processes import LIMITED, run_python, traced
 
-from kr2cache.cache.create import create_shard, create_shards, shard_boundaries
+from kr2cache.cache.create import create_shard, shard_boundaries
 from kr2cache.cache.reader import FeatureCache
 from kr2cache.errors import CacheError, DiskSpaceError
 
@@ -51,7 +51,7 @@ def test_lengths_that_disagree_are_seen_before_anything_is_written(tmp_path: Pat
         with pytest.raises(
             CacheError, match=r"cache is not made: the index has (9|10) tokens, (8|9) token ids and (9|10)"
         ):
-            create_shards(tmp_path / "cache", truth.header, dataclasses.replace(index, **change), 2**30)
+            tiny_cache.create_shards(tmp_path / "cache", truth.header, dataclasses.replace(index, **change), 2**30)
         assert list(tmp_path.iterdir()) == []
 
 
@@ -59,7 +59,7 @@ def test_a_shard_gets_its_name_only_when_all_of_it_is_on_disk(tmp_path: Path, mo
     calls = traced(monkeypatch, "posix_fallocate", "fsync", "rename", "open")
     truth = tiny_cache.make()
     path = tmp_path / "shard-00000-of-00001.h5"
-    create_shard(path, truth.header, truth.index)
+    create_shard(path, truth.header, truth.index, path.parent)
     assert [name for name, *_ in calls[-6:]] == ["open", "posix_fallocate", "fsync", "rename", "open", "fsync"]
     assert [name for name, *_ in calls].count("rename") == 1
     synced, folder = calls[-6], calls[-2]
@@ -70,7 +70,7 @@ def test_a_shard_gets_its_name_only_when_all_of_it_is_on_disk(tmp_path: Path, mo
 
 def test_the_space_of_a_shard_is_reserved(tmp_path: Path) -> None:
     truth = tiny_cache.make((400,), width=1024)  # 2.4 MB, nothing of it written
-    create_shards(tmp_path / "cache", truth.header, truth.index, 2**30)
+    tiny_cache.create_shards(tmp_path / "cache", truth.header, truth.index, 2**30)
     (path,) = tiny_cache.shards(tmp_path / "cache")
     assert path.stat().st_blocks * 512 >= path.stat().st_size > 1200 * 1024 * 2
 
@@ -108,7 +108,7 @@ def test_creating_again_touches_no_shard_that_is_there(tmp_path: Path) -> None:
     truth = tiny_cache.make()
     folder = tiny_cache.store(tmp_path / "cache", truth, shard_bytes=60, positions=[1, 2])
     before = tiny_cache.folder_bytes(folder)
-    assert create_shards(folder, truth.header, truth.index, 60) == [], "nothing was made again"
+    assert tiny_cache.create_shards(folder, truth.header, truth.index, 60) == [], "nothing was made again"
     assert tiny_cache.folder_bytes(folder) == before
 
 
@@ -136,7 +136,7 @@ def test_no_space_to_reserve_is_a_disk_space_error(
     with monkeypatch.context() as patch:
         patch.setattr(os, "posix_fallocate", full)
         with pytest.raises(DiskSpaceError, match=r"No space left for .*shard-00000-of-00001\.h5"):
-            create_shards(tmp_path / "cache", truth.header, truth.index, 2**30)
+            tiny_cache.create_shards(tmp_path / "cache", truth.header, truth.index, 2**30)
     assert list((tmp_path / "cache").iterdir()) == []
     tiny_cache.store(tmp_path / "cache", truth)
     assert tiny_cache.marked_sequences(tmp_path / "cache", truth) == [0, 1, 2, 3]
@@ -155,7 +155,7 @@ def test_shards_that_fitted_before_the_disk_was_full_are_kept(tmp_path: Path, mo
     with monkeypatch.context() as patch:
         patch.setattr(os, "posix_fallocate", fills_up)
         with pytest.raises(DiskSpaceError):
-            create_shards(folder, truth.header, truth.index, 60)
+            tiny_cache.create_shards(folder, truth.header, truth.index, 60)
     (first,) = folder.iterdir()
     inode = first.stat().st_ino
     with pytest.raises(CacheError, match="should hold 00004 shards, but holds 1"):

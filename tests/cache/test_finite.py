@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import tiny_cache
 
-from kr2cache.cache.create import create_shards
 from kr2cache.cache.dtypes import DTYPES
 from kr2cache.cache.reader import FeatureCache
 from kr2cache.errors import ValueRangeError
@@ -74,7 +73,7 @@ def test_it_is_named_and_what_came_before_is_kept(tmp_path: Path, dtype: str, va
 def test_what_is_complete_already_is_not_looked_at_again(tmp_path: Path) -> None:
     truth = tiny_cache.make((3, 1))
     folder = tmp_path / "cache"
-    create_shards(folder, truth.header, truth.index, 2**30)
+    tiny_cache.create_shards(folder, truth.header, truth.index, 2**30)
     tiny_cache.write(folder, truth)
     truth.raw[0][0, 0, 0] = np.nan
     tiny_cache.write(folder, truth, at_once=2)

@@ -27,7 +27,6 @@ from numpy.typing import NDArray
 from kr2cache import FeatureCache
 from kr2cache.cache import rows
 from kr2cache.cache.dtypes import DTYPES, StoredDtype
-from kr2cache.cache.writer import CacheWriter
 from kr2cache.errors import CacheError, ConfigError, SequenceNotFoundError
 
 IDS = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1, max_size=12)
@@ -240,7 +239,7 @@ def test_opening_leaves_no_hdf5_handle(folder: Path, dtype: str) -> None:
 def test_a_cache_can_be_read_while_it_is_written(folder: Path) -> None:
     truth = tiny_cache.make()
     tiny_cache.store(folder, truth, positions=[0])
-    with CacheWriter(folder) as out:
+    with tiny_cache.FolderWriter(folder) as out:
         for batch in tiny_cache.batches(truth, out, [2, 3]):
             out.write(batch)
         cache = FeatureCache.open(folder)

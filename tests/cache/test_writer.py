@@ -21,9 +21,7 @@ from hypothesis import strategies as st
 from processes import LIMITED, run_python, traced
 
 from kr2cache.cache import writer as writer_module
-from kr2cache.cache.create import create_shards
 from kr2cache.cache.reader import FeatureCache
-from kr2cache.cache.writer import CacheWriter
 from kr2cache.errors import CacheError, DiskSpaceError, KR2CacheError
 
 HERE = Path(__file__).parent
@@ -48,7 +46,7 @@ def dying_pwrite(descriptor, data, offset):
     return pwrite(descriptor, data, offset)
 
 truth = tiny_cache.make((3, 1, 5, 2, 4, 6), dtype=sys.argv[4], width=5)
-create.create_shards(Path(sys.argv[2]), truth.header, truth.index, 400)
+tiny_cache.create_shards(Path(sys.argv[2]), truth.header, truth.index, 400)
 os.pwrite = dying_pwrite
 writer.SYNC_EVERY_S = 0.0
 tiny_cache.store(Path(sys.argv[2]), truth, shard_bytes=400, positions=(4, 2, 5, 0, 3, 1))
@@ -93,8 +91,8 @@ def test_a_writer_killed_from_outside_leaves_only_right_sequences(tmp_path: Path
         "import tiny_cache\nfrom kr2cache.cache import create, writer\n"
         "writer.SYNC_EVERY_S = 0.01\n"
         "truth = tiny_cache.make((5,) * 300, width=64)\n"
-        "create.create_shards(Path(sys.argv[2]), truth.header, truth.index, 2**20)\n"
-        "with writer.CacheWriter(Path(sys.argv[2])) as out:\n"
+        "tiny_cache.create_shards(Path(sys.argv[2]), truth.header, truth.index, 2**20)\n"
+        "with tiny_cache.FolderWriter(Path(sys.argv[2])) as out:\n"
         "    for number, batch in enumerate(tiny_cache.batches(truth, out, range(300))):\n"
         "        out.write(batch)\n"
         "        time.sleep(0.002)\n"
@@ -121,14 +119,14 @@ def test_a_sequence_is_marked_only_after_its_bytes_were_synced(
 ) -> None:
     truth = tiny_cache.make((3, 1, 5, 2), dtype=dtype)
     folder = tmp_path / "cache"
-    create_shards(folder, truth.header, truth.index, 60)
+    tiny_cache.create_shards(folder, truth.header, truth.index, 60)
     assert len(tiny_cache.shards(folder)) > 1
     mark_at = {path.name: tiny_cache.byte_offset(path, "examples/complete") for path in tiny_cache.shards(folder)}
     checksum_at = {path.name: tiny_cache.byte_offset(path, "examples/xxh3") for path in tiny_cache.shards(folder)}
     count = len(truth.ids)
     monkeypatch.setattr(writer_module, "SYNC_EVERY_S", sync_every_s)
     names: dict[int, str] = {}
-    with CacheWriter(folder) as out:
+    with tiny_cache.FolderWriter(folder) as out:
         for entry in Path("/proc/self/fd").iterdir():
             target = entry.resolve()
             if target.parent == folder.resolve() and target.suffix == ".h5" and os.access(entry, os.W_OK):
@@ -162,7 +160,7 @@ def test_a_sync_that_failed_once_is_not_taken_back_by_one_that_works(
     """After a failed fdatasync the kernel has dropped the pages; the next one says nothing of them."""
     truth = tiny_cache.make()
     folder = tmp_path / "cache"
-    create_shards(folder, truth.header, truth.index, 2**30)
+    tiny_cache.create_shards(folder, truth.header, truth.index, 2**30)
     monkeypatch.setattr(writer_module, "SYNC_EVERY_S", 0.0)
     real, failing, go_on = os.fdatasync, threading.Event(), threading.Event()
 
@@ -174,12 +172,12 @@ def test_a_sync_that_failed_once_is_not_taken_back_by_one_that_works(
         real(descriptor)
 
     monkeypatch.setattr(os, "fdatasync", fdatasync)
-    with pytest.raises(OSError, match="Input/output error"), CacheWriter(folder) as out:
+    with pytest.raises(OSError, match="Input/output error"), tiny_cache.FolderWriter(folder) as out:
         first, second = tiny_cache.batches(truth, out, [0, 1])
         out.write(first)
         assert failing.wait(10)
         out.write(second)  # the sync that fails may lose this as well
-        while out._states.qsize() or not out._written.qsize():
+        while out.shards[0]._states.qsize() or not out.shards[0]._written.qsize():
             time.sleep(0.001)
         go_on.set()
     assert tiny_cache.marked_sequences(folder, truth) == []
@@ -205,7 +203,7 @@ def test_a_full_disk_stops_the_writer_and_keeps_what_came_before(
 ) -> None:
     truth = tiny_cache.make((3, 1, 5, 2))
     folder = tmp_path / "cache"
-    create_shards(folder, truth.header, truth.index, 2**30)
+    tiny_cache.create_shards(folder, truth.header, truth.index, 2**30)
     (path,) = tiny_cache.shards(folder)
     third = tiny_cache.byte_offset(path, "hidden") + (3 + 1) * 3 * 8
     real = os.pwrite
@@ -227,7 +225,7 @@ def test_a_full_disk_is_said_in_our_words_however_soon_it_is_asked_for(
 ) -> None:
     """While the writer's thread finds the words, the model's thread hands over the next batch."""
     truth = tiny_cache.make((3, 1, 5, 2))
-    create_shards(tmp_path, truth.header, truth.index, 2**30)
+    tiny_cache.create_shards(tmp_path, truth.header, truth.index, 2**30)
     explain, asked = writer_module.disk_error, threading.Event()
 
     def full(*_: object) -> int:
@@ -240,7 +238,7 @@ def test_a_full_disk_is_said_in_our_words_however_soon_it_is_asked_for(
 
     monkeypatch.setattr(os, "pwrite", full)
     monkeypatch.setattr(writer_module, "disk_error", slowly)
-    with pytest.raises(DiskSpaceError, match="what is complete is kept"), CacheWriter(tmp_path) as writer:
+    with pytest.raises(DiskSpaceError, match="what is complete is kept"), tiny_cache.FolderWriter(tmp_path) as writer:
         for batch in tiny_cache.batches(truth, writer, range(4)):
             writer.write(batch)
             assert asked.wait(10)
@@ -260,22 +258,22 @@ def test_a_write_that_the_system_cuts_short_is_finished(tmp_path: Path, monkeypa
 def test_an_error_of_the_caller_keeps_what_was_handed_over_and_is_not_hidden(tmp_path: Path) -> None:
     truth = tiny_cache.make()
     folder = tmp_path / "cache"
-    create_shards(folder, truth.header, truth.index, 2**30)
-    with pytest.raises(ZeroDivisionError), CacheWriter(folder) as out:
+    tiny_cache.create_shards(folder, truth.header, truth.index, 2**30)
+    with pytest.raises(ZeroDivisionError), tiny_cache.FolderWriter(folder) as out:
         for batch in tiny_cache.batches(truth, out, [3, 0]):
             out.write(batch)
         raise ZeroDivisionError
     assert tiny_cache.marked_sequences(folder, truth) == [0, 3]
-    with CacheWriter(folder) as out:
-        assert out.unfinished.tolist() == [False, True, True, False]
+    with tiny_cache.FolderWriter(folder) as out:
+        assert out.shards[0].unfinished.tolist() == [False, True, True, False]
 
 
 def test_the_writer_counts_its_bytes_and_leaves_no_thread_or_file_open(tmp_path: Path) -> None:
     truth = tiny_cache.make(dtype="int8")
     folder = tmp_path / "cache"
-    create_shards(folder, truth.header, truth.index, 60)
+    tiny_cache.create_shards(folder, truth.header, truth.index, 60)
     threads, files = threading.active_count(), len(list(Path("/proc/self/fd").iterdir()))
-    with CacheWriter(folder) as out:
+    with tiny_cache.FolderWriter(folder) as out:
         for batch in tiny_cache.batches(truth, out, range(4)):
             out.write(batch)
     assert out.bytes_written == 3 * 11 * (4 + 4) + 4 * 8  # values and scales of 11 tokens, 4 checksums
@@ -285,7 +283,7 @@ def test_the_writer_counts_its_bytes_and_leaves_no_thread_or_file_open(tmp_path:
 @pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="Linux alone has it")
 def test_the_writing_thread_takes_no_core_from_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     truth = tiny_cache.make()
-    create_shards(tmp_path / "cache", truth.header, truth.index, 60)
+    tiny_cache.create_shards(tmp_path / "cache", truth.header, truth.index, 60)
     before = os.sched_getscheduler(0)
     policies = []
     whole = writer_module.write_whole
@@ -295,7 +293,7 @@ def test_the_writing_thread_takes_no_core_from_the_model(tmp_path: Path, monkeyp
         return whole(*arguments)
 
     monkeypatch.setattr(writer_module, "write_whole", write_whole)
-    with CacheWriter(tmp_path / "cache") as out:
+    with tiny_cache.FolderWriter(tmp_path / "cache") as out:
         for batch in tiny_cache.batches(truth, out, range(4)):
             out.write(batch)
     assert set(policies) == {os.SCHED_BATCH if before == os.SCHED_OTHER else before}
@@ -323,7 +321,7 @@ def test_a_file_that_another_tool_rewrote_is_not_written_in_place(tmp_path: Path
         file.create_dataset("hidden", data=states, chunks=(5, 4), compression="gzip")
     before = path.read_bytes()
     with pytest.raises(CacheError, match=f"{path.name} was rewritten by another tool"):
-        CacheWriter(folder)
+        tiny_cache.FolderWriter(folder)
     assert path.read_bytes() == before
 
 
@@ -350,7 +348,7 @@ def test_memory_is_bounded_when_the_disk_is_slower_than_the_model(
 ) -> None:
     truth = tiny_cache.make((1,) * 20)
     folder = tmp_path / "cache"
-    create_shards(folder, truth.header, truth.index, 2**30)
+    tiny_cache.create_shards(folder, truth.header, truth.index, 2**30)
     go_on, real = threading.Event(), os.pwrite
 
     def stuck(descriptor: int, data: bytes, offset: int) -> int:
@@ -359,7 +357,7 @@ def test_memory_is_bounded_when_the_disk_is_slower_than_the_model(
 
     monkeypatch.setattr(os, "pwrite", stuck)
     handed_over: list[int] = []
-    with CacheWriter(folder) as out:
+    with tiny_cache.FolderWriter(folder) as out:
 
         def hand_over() -> None:
             for number, batch in enumerate(tiny_cache.batches(truth, out, range(20))):
@@ -381,4 +379,4 @@ def test_a_folder_that_may_not_be_written_is_named(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     truth = tiny_cache.make()
     with pytest.raises((KR2CacheError, PermissionError), match="cache"):
-        create_shards(tmp_path / "cache", truth.header, truth.index, 2**30)
+        tiny_cache.create_shards(tmp_path / "cache", truth.header, truth.index, 2**30)

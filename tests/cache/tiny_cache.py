@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,9 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from kr2cache.cache.create import create_shards
+from kr2cache.cache.create import create_shard, is_shard_of, shard_parts
 from kr2cache.cache.format import SequenceIndex, ShardHeader, encode_ids, text_xxh3
-from kr2cache.cache.writer import CacheWriter, PackedStates
+from kr2cache.cache.writer import PackedStates, ShardWriter
 
 DTYPES = ("float16", "float32", "bfloat16", "int8")
 STORED = {"float16": "<f2", "float32": "<f4", "bfloat16": "<u2", "int8": "|i1"}
@@ -117,21 +118,67 @@ def make(
     )
 
 
+def create_shards(folder: Path, header: ShardHeader, index: SequenceIndex, shard_bytes: int) -> list[Path]:
+    """Make the shards that do not exist, and those that are damaged. Returns those that were damaged."""
+    damaged = []
+    parts = shard_parts(folder, header, index, shard_bytes)
+    folder.mkdir(parents=True, exist_ok=True)
+    for part in parts:
+        own = index.part(part.start, part.stop)
+        if not part.path.exists():
+            create_shard(part.path, header, own, folder)
+        elif not is_shard_of(part.path, header, own):
+            create_shard(part.path, header, own, folder, recover=True)
+            damaged.append(part.path)
+    return damaged
+
+
+class FolderWriter:
+    """A ``ShardWriter`` for every shard of a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.shards = []
+        first = 0
+        for path in shards(folder):
+            self.shards.append(ShardWriter(path, first))
+            first += len(self.shards[-1].unfinished)
+        self._open = contextlib.ExitStack()
+
+    def __enter__(self) -> FolderWriter:
+        for shard in self.shards:
+            self._open.enter_context(shard)
+        return self
+
+    def __exit__(self, *error: Any) -> bool:
+        return bool(self._open.__exit__(*error))
+
+    def of(self, i: int) -> ShardWriter:
+        """The writer of the shard that holds this sequence."""
+        return next(shard for shard in reversed(self.shards) if shard.first <= i)
+
+    def write(self, states: PackedStates) -> None:
+        self.of(states.sequences[0]).write(states)
+
+    @property
+    def bytes_written(self) -> int:
+        return sum(shard.bytes_written for shard in self.shards)
+
+
 def write(folder: Path, truth: Truth, positions: Iterable[int] | None = None, *, at_once: int = 1) -> None:
     """Write these sequences (None: all), in this order, neighbours in one shard ``at_once`` together."""
     order = list(range(len(truth.ids)) if positions is None else positions)
-    with CacheWriter(folder) as writer:
+    with FolderWriter(folder) as writer:
         for batch in batches(truth, writer, order, at_once):
             writer.write(batch)
 
 
-def batches(truth: Truth, writer: CacheWriter, order: Sequence[int], at_once: int = 1) -> Iterable[PackedStates]:
+def batches(truth: Truth, writer: FolderWriter, order: Sequence[int], at_once: int = 1) -> Iterable[PackedStates]:
     """The sequences ``order`` as the writer wants them."""
     rest = list(order)
     while rest:
-        shard, _ = writer.locate(rest[0])
+        shard = writer.of(rest[0])
         taken = 0
-        while taken < min(at_once, len(rest)) and writer.locate(rest[taken])[0] == shard:
+        while taken < min(at_once, len(rest)) and writer.of(rest[taken]) is shard:
             taken += 1
         batch, rest = rest[:taken], rest[taken:]
         yield PackedStates(

@@ -8,10 +8,8 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +23,8 @@ from kr2cache import FeatureCache
 from kr2cache.cli import run
 from kr2cache.errors import BusyError
 from kr2cache.store import inventory
-from kr2cache.system import locks
-from kr2cache.system.locks import only_writer
+from kr2cache.store.sharing import whole_cache
+from kr2cache.system import claims
 
 
 def command(line: str) -> int:
@@ -265,8 +263,8 @@ def test_remove_takes_nothing_that_is_not_the_caches_own(place: World, capsys: p
 
 def test_what_is_being_written_is_not_removed(place: World, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = folder_of("dev")
-    monkeypatch.setattr(locks, "PATIENCE_S", 0.05)
-    with only_writer(folder), pytest.raises(BusyError, match=rf"is being written by process {os.getpid()} of .* since"):
+    monkeypatch.setattr(claims, "PATIENCE_S", 0.05)
+    with whole_cache(folder), pytest.raises(BusyError, match=rf"is being written by process {os.getpid()} of .* since"):
         inventory.remove(folder)
     assert len(FeatureCache.open(folder)) == 5
 
@@ -351,7 +349,7 @@ def test_a_cache_on_another_disk_stays_a_cache_of_its_folder(caches: Path, capsy
     place.symlink_to(moved)
     code, document, _ = answer(f"slice {NAME} --layers 1", capsys)
     assert (code, Path(document["cache"]).parent.resolve()) == (0, place.parent)
-    with only_writer(moved), pytest.raises(BusyError, match="is being written"):
+    with whole_cache(moved), pytest.raises(BusyError, match="is being written"):
         inventory.remove(place)
     code, document, _ = answer(f"slice {moved} --layers 1", capsys)
     assert (code, document["error"]["type"]) == (1, "ConfigError")
@@ -391,56 +389,3 @@ def test_no_name_is_no_cache(caches: Path, capsys: pytest.CaptureFixture[str]) -
         code, document, _ = answer(f"info {name}", capsys)
         assert (code, document["error"]["type"]) == (1, "ConfigError"), document
         assert "There is no cache" in document["error"]["message"]
-
-
-# Locks ----------------------------------------------------------------------------------------------------------------
-
-HOLDER = """
-import sys, time
-from pathlib import Path
-from kr2cache.system.locks import only_writer
-with only_writer(Path(sys.argv[1])):
-    print("held", flush=True)
-    time.sleep(float(sys.argv[2]))
-"""
-
-
-def holder(folder: Path, seconds: float) -> subprocess.Popen[str]:
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(folder), str(seconds)], stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "held\n"
-    return process
-
-
-def test_the_second_writer_says_who_holds_it_and_waits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = tmp_path / "cache"
-    with holder(folder, 2.0) as process, only_writer(folder):
-        assert process.poll() is not None or process.wait(5) == 0, "it waited until the other was done"
-    captured = capsys.readouterr()
-    shown = captured.out + captured.err
-    assert re.search(
-        rf"{folder} is being written by process {process.pid} of \S+ on \S+ since [-0-9]+ [:0-9]+ UTC", shown
-    )
-    assert "waiting for it" in shown
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_the_lock_of_a_killed_process_is_taken_over(tmp_path: Path) -> None:
-    folder = tmp_path / "cache"
-    with holder(folder, 60.0) as process:
-        process.send_signal(signal.SIGKILL)
-    assert (tmp_path / "cache.lock").is_file()
-    started = time.monotonic()
-    with only_writer(folder):
-        assert time.monotonic() - started < 2
-        assert json.loads((tmp_path / "cache.lock").read_text())["pid"] == os.getpid()
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"pid": 1}', '{"pid": "x", "since": "yesterday"}', "\x00"])
-def test_a_lock_that_says_nothing_of_use_is_another_process(tmp_path: Path, content: str) -> None:
-    path = tmp_path / "cache.lock"
-    path.write_text(content)
-    assert locks._holder(path) == "another process"

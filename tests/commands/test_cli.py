@@ -624,7 +624,7 @@ def test_ctrl_c_in_training_keeps_the_caches_and_no_half_run(place: Path) -> Non
     runs = place / "runs" / "udpos-de"
     code, out, err = interrupt(
         f"{TRAIN} --seeds 1,2 --epochs 100000 --limit 2 --json",
-        lambda: any(time.time() - path.stat().st_mtime > 1 for path in runs.glob("*/seed-1.partial")),
+        lambda: any(time.time() - path.stat().st_mtime > 1 for path in runs.glob("*/.seed-1.claims/*/run")),
     )
     assert code == 130, (out, err)
     error = json.loads(out)["error"]

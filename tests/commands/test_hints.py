@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from world import World
 
-from kr2cache.cache.writer import CacheWriter
+from kr2cache.cache.writer import ShardWriter
 from kr2cache.cli import run
 from kr2cache.commands.hints import more_advice
 from kr2cache.errors import ValueRangeError
@@ -45,7 +45,7 @@ def test_a_state_too_large_names_what_train_can_do(
     def too_large(*_: Any) -> None:
         raise ValueRangeError("70,000 is too large.", "float16 ends at 65,504: --dtype bfloat16 holds larger values.")
 
-    monkeypatch.setattr(CacheWriter, "write", too_large)
+    monkeypatch.setattr(ShardWriter, "write", too_large)
     settings = f"--task udpos --data {world.data} --cache-dir {world.caches} --resource {world.resource}"
     assert failure(f"extract {settings}", capsys)["remedy"].endswith("larger values.")
     line = f"train {settings} --reader {world.folder / 'models' / 'reader'} --run-dir {world.folder / 'runs'}"

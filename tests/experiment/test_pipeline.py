@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,7 @@ from kr2cache.experiment.prepare import prepare
 from kr2cache.experiment.shared import Shared
 from kr2cache.prediction.predict import Predictor
 from kr2cache.report import report
+from kr2cache.system.claims import try_claim
 from kr2cache.tasks.udpos import UPOS, UdPos
 from kr2cache.training.kreader import KReader
 from kr2cache.training.runs import mean_and_std
@@ -247,8 +250,12 @@ def test_another_fusion_does_not_run_the_resource_again(world: World) -> None:
 def test_an_interrupted_run_is_no_run(world: World) -> None:
     result = world.train()
     folder = result.runs[0].folder
-    folder.rename(folder.with_name("seed-1.partial"))
-    (folder.with_name("seed-1.partial") / "left-over").write_text("")
+    if (child := os.fork()) == 0:  # a training that is killed before it gives the run its name
+        claim = try_claim(folder, "all")
+        assert claim is not None
+        folder.rename(claim.folder / "run")
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
     again = world.train()
     assert again.runs[0].seconds is not None
     assert again.runs[0].metrics == result.runs[0].metrics

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
 
 from kr2cache.cache.reader import FeatureCache
-from kr2cache.cache.writer import CacheWriter
+from kr2cache.cache.writer import ShardWriter
 from kr2cache.config import ExtractConfig
 from kr2cache.errors import (
     ConfigError,
@@ -45,7 +45,7 @@ from kr2cache.models.encode import length_sorted_batches
 from kr2cache.models.load import load_encoder
 from kr2cache.models.registry import ModelSpec, find_model
 from kr2cache.models.repeatable import check_repeatable
-from kr2cache.system import locks
+from kr2cache.system import claims
 from kr2cache.tasks import Example
 
 LIVELY = {"initializer_range": 0.4}
@@ -547,7 +547,7 @@ def test_one_extraction_at_a_time_the_second_waits_and_finds_it_done(
         return original(*arguments, **settings)
 
     monkeypatch.setattr(trial, "hidden_states", started_twice)
-    monkeypatch.setattr(locks, "PATIENCE_S", 0.05)
+    monkeypatch.setattr(claims, "PATIENCE_S", 0.05)
     first = extract.extract(plan)
     second.join(timeout=60)
     assert first.computed == len(TEXTS)
@@ -646,7 +646,7 @@ def test_a_disk_that_fills_up_meanwhile_is_said(lively: Path, tmp_path: Path, mo
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(CacheWriter, "_pwrite", lambda self, descriptor, array, offset: full(descriptor, array, offset))
+        patch.setattr(ShardWriter, "_pwrite", lambda self, array, offset: full(0, array, offset))
         with pytest.raises(DiskSpaceError, match="No space left"):
             extracted(lively, tmp_path)
     assert extract.extract(plan_of(lively, tmp_path)).computed == len(TEXTS)

@@ -28,7 +28,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 LIBRARIES = (
     "torch", "transformers", "accelerate", "huggingface-hub", "datasets", "tokenizers", "safetensors", "h5py", "numpy",
-    "scipy", "scikit-learn", "seqeval", "filelock", "jinja2", "matplotlib", "rich", "typer", "xxhash",
+    "scipy", "scikit-learn", "seqeval", "jinja2", "matplotlib", "rich", "typer", "xxhash",
 )  # fmt: skip
 
 

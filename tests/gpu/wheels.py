@@ -15,7 +15,7 @@ WHEELS = ROOT / ".wheels"
 PYTHON = "3.12"
 READY = (
     "datasets", "dill", "multiprocess", "pydantic", "pydantic_core", "annotated-types", "typing-inspection",
-    "filelock", "h5py", "typer", "xxhash",
+    "h5py", "typer", "xxhash",
 )  # fmt: skip
 """Libraries with wheels. The last four are small and are included although the machine may have older versions.
 typer needs pydantic."""

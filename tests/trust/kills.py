@@ -44,8 +44,8 @@ from kr2cache.cache import create, writer
 from kr2cache.cache.reader import FeatureCache
 from kr2cache.config import ExtractConfig
 from kr2cache.errors import CacheError
-from kr2cache.extraction import extract, planning
-from kr2cache.store import takeover
+from kr2cache.extraction import batches, extract, planning
+from kr2cache.store import sharing
 from kr2cache.system.console import console
 from kr2cache.tasks import Example
 
@@ -205,9 +205,9 @@ def tell_phases(now: mmap.mmap) -> None:
 
         setattr(owner, name, told)
 
-    during(extract, "create_shards", Phase.SHARDS, Phase.AGAIN)
-    during(takeover.Donors, "fill", Phase.TAKING, Phase.AGAIN)
-    during(extract, "run_batches", Phase.WRITING, Phase.END)
+    during(sharing.SharedShards, "create", Phase.SHARDS, Phase.AGAIN)
+    during(extract, "copy_states", Phase.TAKING, Phase.AGAIN)
+    during(batches.BatchRunner, "run", Phase.WRITING, Phase.END)
 
 
 def slow_down(pause: float) -> None:

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "cache"))
 import numpy as np
 import tiny_cache
 
-from kr2cache.cache import create, writer
+from kr2cache.cache import writer
 from kr2cache.cache.reader import FeatureCache
 from kr2cache.errors import CacheError
 
@@ -69,10 +69,10 @@ def write_caches(root: Path, deadline: float) -> int:
     writer.SYNC_EVERY_S = 0.02
     for number in itertools.count():
         truth, folder = truth_of(number), folder_of(root, number)
-        create.create_shards(folder, truth.header, truth.index, SHARD_BYTES)
+        tiny_cache.create_shards(folder, truth.header, truth.index, SHARD_BYTES)
         order = list(range(SEQUENCES))
         random.Random(number).shuffle(order)
-        with writer.CacheWriter(folder) as out:
+        with tiny_cache.FolderWriter(folder) as out:
             for batch in tiny_cache.batches(truth, out, order):
                 out.write(batch)
                 time.sleep(FILLING_S / SEQUENCES)

@@ -29,9 +29,10 @@ import tiny
 
 from kr2cache import cli
 from kr2cache.cache import writer
-from kr2cache.cache.writer import CacheWriter
+from kr2cache.cache.writer import ShardWriter
 from kr2cache.errors import DiskSpaceError
 from kr2cache.extraction import extract
+from kr2cache.store import sharing
 
 ONE_SHARD = kills.Case("float16", 60, {"dtype": "float16"})
 SMALL_SHARDS = kills.Case("int8 in small shards", 60, {"dtype": "int8", "shard_gb": 40_000 / 2**30})
@@ -175,7 +176,7 @@ def test_a_disk_that_fills_while_states_are_written_to_a_sparse_file(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "posix_fallocate", no_fallocate)
         with patch.context() as fills:
-            after(fills, extract, "create_shards", lambda: disk.fill(int(left * victim.plan.state_bytes)))
+            after(fills, sharing.SharedShards, "create", lambda: disk.fill(int(left * victim.plan.state_bytes)))
             code, said = extraction(victim, disk.folder, log)
         assert code == 1, f"ended with {code}: {said}"
         cache = victim.place(disk.folder)
@@ -209,8 +210,8 @@ def test_a_limit_of_the_process_in_the_middle_of_a_file(
     with monkeypatch.context() as patch:
         patch.setattr(os, "posix_fallocate", no_fallocate)
         patch.setattr(writer, "SYNC_EVERY_S", 0.0)
-        after(patch, CacheWriter, "_mark", marked_some.set)
-        after(patch, CacheWriter, "_pwrite", limit_files)
+        after(patch, ShardWriter, "_mark", marked_some.set)
+        after(patch, ShardWriter, "_pwrite", limit_files)
         code, said = extraction(victim, tmp_path / "cache", log)
     assert code == 1, f"ended with {code}: {said}"
     assert "DiskSpaceError: No space left for" in said

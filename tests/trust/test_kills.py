@@ -14,7 +14,7 @@ import kills
 import pytest
 import tiny
 
-from kr2cache.cache.writer import CacheWriter, PackedStates
+from kr2cache.cache.writer import PackedStates, ShardWriter
 
 FLOAT16, TAKEN_OVER = kills.CASES[0], kills.CASES[-1]
 
@@ -126,15 +126,15 @@ def test_a_missing_shard_is_an_excuse(killed: tuple[kills.Whole, dict[str, bytes
 
 @pytest.mark.long
 def test_a_writer_that_marks_before_it_writes_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = CacheWriter._write
+    original = ShardWriter._write
 
-    def too_early(self: CacheWriter, states: PackedStates) -> None:
-        for number, i in map(self.locate, states.sequences):
-            os.pwrite(self._files[number], b"\x01", self.shards[number].array_offset("examples/complete") + i)
+    def too_early(self: ShardWriter, states: PackedStates) -> None:
+        for position in states.sequences:
+            os.pwrite(self._file, b"\x01", self.shard.array_offset("examples/complete") + position - self.first)
         time.sleep(0.02)  # long enough to be killed in, however busy the machine
         original(self, states)
 
-    monkeypatch.setattr(CacheWriter, "_write", too_early)
+    monkeypatch.setattr(ShardWriter, "_write", too_early)
     report = kills.run(8, tmp_path, seed=1, cases=(FLOAT16,))
     assert report.wrong
     assert report.different, "what was marked too early is never written"
@@ -149,7 +149,7 @@ def test_an_extraction_that_fails_by_itself_is_found(
     def fail(*_: Any) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(CacheWriter, "_write", fail)
+    monkeypatch.setattr(ShardWriter, "_write", fail)
     victim.kill_until_done(report, 0, random.Random(0))
     assert report.kills == 0
     assert "ZeroDivisionError" in report.failed[0]

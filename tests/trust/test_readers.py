@@ -14,7 +14,7 @@ import tiny_cache
 
 from kr2cache.cache.reader import FeatureCache
 from kr2cache.cache.shard import open_shard
-from kr2cache.cache.writer import CacheWriter, PackedStates, unmark
+from kr2cache.cache.writer import PackedStates, ShardWriter, unmark
 
 
 @pytest.mark.long
@@ -62,11 +62,11 @@ def test_a_writer_that_marks_before_it_writes_is_found(tmp_path: Path, monkeypat
     seen.read_some(FeatureCache.open(folder), truth, draw)
     assert (seen.examples, seen.wrong) == (16, 0)
 
-    def marks_alone(self: CacheWriter, states: PackedStates) -> None:
-        for number, i in map(self.locate, states.sequences):
-            self._written.put((number, i, 0))
+    def marks_alone(self: ShardWriter, states: PackedStates) -> None:
+        for position in states.sequences:
+            self._written.put((position - self.first, 0))
 
-    monkeypatch.setattr(CacheWriter, "_write", marks_alone)
+    monkeypatch.setattr(ShardWriter, "_write", marks_alone)
     tiny_cache.write(folder, truth, range(100, readers.SEQUENCES))
     seen.read_some(FeatureCache.open(folder), truth, draw, count=200)
     assert seen.wrong > 100

@@ -1,0 +1,197 @@
+"""The shards of a cache are units of work: any number of processes, on any number of machines, fill them together.
+
+Each process claims a shard that is not complete and that no other process holds, fills it, lets it go, and takes the
+next. The shard of a process that died is taken over. If its process may still be alive, the shard is replaced by a copy
+of what is complete in it: what a late process writes then goes to a file that nobody reads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+from kr2cache.cache.create import ShardPart, create_shard, is_shard_of, shard_parts
+from kr2cache.cache.format import SequenceIndex, ShardHeader
+from kr2cache.cache.shard import open_shard
+from kr2cache.errors import CacheError, CacheVersionError
+from kr2cache.system.claims import Claim, claimed, held_units, holder, try_claim, wait_for_claim
+from kr2cache.system.console import note
+
+CACHE = "cache"
+"""The unit that a process holds while it decides what the shards of a cache are."""
+LOOK_EVERY_S = 0.5
+"""A process that waits for other processes looks this often."""
+
+
+class LostClaimError(Exception):
+    """Another process took the shard over."""
+
+
+@dataclass
+class HeldShard:
+    """A shard that this process may fill. Leave its ``with`` block to let it go."""
+
+    part: ShardPart
+    claim: Claim
+    check_interrupt: Callable[[], object]
+
+    def check(self) -> None:
+        """Call it after every batch. It raises KeyboardInterrupt if Ctrl-C was pressed; and if another process took the
+        shard over, it ends the ``with`` block.
+        """
+        if not self.claim.is_held:
+            raise LostClaimError
+        self.check_interrupt()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        # An error after the claim is lost (a missing file, for example) is no failure: another process does the work.
+        lost = isinstance(error, Exception) and not self.claim.is_held
+        self.claim.release()
+        if lost:
+            note(f"{self.part.path.name} was taken over by another process: this one was silent for too long.")
+        return lost
+
+
+class SharedShards:
+    """The shards of one cache."""
+
+    def __init__(self, folder: Path, header: ShardHeader, index: SequenceIndex) -> None:
+        """
+        Raises:
+            CacheError: If lengths of the index contradict each other.
+        """
+        self.folder = folder
+        self.header = header
+        self.index = index
+        self.parts = shard_parts(folder, header, index, int(header.batch_plan["shard_bytes"]))
+        self._marks: dict[ShardPart, int] = {}
+        """Where the marks of a shard lie in its file. Also a file that replaces the shard has them there."""
+
+    def create(self, build_in: Path) -> None:
+        """Make the shards that do not exist, space reserved and nothing complete.
+
+        Args:
+            build_in: The folder of the claim on ``CACHE``.
+
+        Raises:
+            DiskSpaceError: If the space cannot be reserved; the unfinished file is removed.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for part in self.parts:
+            if not part.path.exists():
+                create_shard(part.path, self.header, self.index.part(part.start, part.stop), build_in)
+
+    def complete_count(self) -> int:
+        """How many sequences are complete now."""
+        return sum(map(self._complete_in, self.parts))
+
+    def unfinished(self, check_interrupt: Callable[[], object]) -> Iterator[HeldShard]:
+        """Claim one unfinished shard after the other, until all are complete. A damaged shard is made again first, with
+        the intact sequences that are in it. If other processes hold all shards that are left, wait.
+
+        Args:
+            check_interrupt: Raises KeyboardInterrupt if Ctrl-C was pressed.
+
+        Raises:
+            DiskSpaceError: If there is no space to make a damaged shard again.
+            CacheVersionError: For a shard of another version of the format; it is left as it is.
+        """
+        # Processes that are at work have looked at every shard already.
+        unseen = set() if held_units(self.folder) - {CACHE} else set(self.parts)
+        left, said = list(self.parts), False
+        while left:
+            held_by_others = []
+            for part in left:
+                if part not in unseen and self._is_complete(part):
+                    continue
+                claim = try_claim(self.folder, part.path.name)
+                if claim is None:
+                    held_by_others.append(part)
+                    continue
+                unseen.discard(part)
+                held = HeldShard(part, claim, check_interrupt)
+                with contextlib.ExitStack() as until_handed_over:
+                    until_handed_over.enter_context(held)
+                    self._restore(held)
+                    if self._is_complete(part):
+                        continue
+                    until_handed_over.pop_all()
+                    yield held
+                if not self._is_complete(part):
+                    held_by_others.append(part)
+            left = held_by_others
+            if left and all(not self._is_complete(part) for part in left):
+                if not said:
+                    name = left[0].path.name
+                    note(f"{name} is being written by {holder(self.folder, name)}; waiting for it.")
+                    said = True
+                check_interrupt()
+                time.sleep(LOOK_EVERY_S)
+
+    def _restore(self, held: HeldShard) -> None:
+        """Make the shard intact, and see that no earlier holder can write to it."""
+        part, claim = held.part, held.claim
+        index = self.index.part(part.start, part.stop)
+        if not part.path.exists():
+            raise CacheError(f"{part.path} was removed.", "Run the same command again.")
+        intact = is_shard_of(part.path, self.header, index)
+        if not intact or claim.earlier_may_live:
+            create_shard(part.path, self.header, index, claim.folder, recover=True)
+            self._marks.pop(part, None)
+        claim.fenced()
+        if not intact:
+            note(f"{part.path.name} was damaged: it is made again, and its intact sequences are kept.")
+
+    def _is_complete(self, part: ShardPart) -> bool:
+        return self._complete_in(part) == part.stop - part.start
+
+    def _complete_in(self, part: ShardPart) -> int:
+        """How many sequences of a shard are complete; 0 if it cannot be read or belongs to another cache."""
+        try:
+            if part not in self._marks:
+                shard = open_shard(part.path)
+                if shard.header != self.header or len(shard.ids) != part.stop - part.start or not shard.completable:
+                    return 0
+                self._marks[part] = shard.array_offset("examples/complete")
+            descriptor = os.open(part.path, os.O_RDONLY)
+            try:
+                marks = os.pread(descriptor, part.stop - part.start, self._marks[part])
+            finally:
+                os.close(descriptor)
+        except CacheVersionError:
+            raise
+        except (OSError, CacheError):
+            return 0
+        return int(np.count_nonzero(np.frombuffer(marks, dtype=np.uint8)))
+
+
+@contextlib.contextmanager
+def whole_cache(folder: Path, *, wait: bool = True) -> Iterator[Claim]:
+    """Hold all of a cache: no other process writes to it inside the block. Yields the claim on ``CACHE``.
+
+    Args:
+        folder: The cache.
+        wait: Whether to wait for other processes.
+
+    Raises:
+        BusyError: If another process writes to the cache and ``wait`` is False.
+    """
+    with contextlib.ExitStack() as held:
+        claim = held.enter_context(claimed(folder, CACHE, wait=wait))
+        names = {path.name for path in folder.glob("shard-*.h5")} | held_units(folder)
+        for name in sorted(names - {CACHE}):
+            held.enter_context(wait_for_claim(folder, name, wait=wait))
+        yield claim

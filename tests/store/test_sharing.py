@@ -1,0 +1,218 @@
+"""Processes that fill the shards of one cache together."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "cache"))
+import tiny_cache
+
+from kr2cache import FeatureCache
+from kr2cache.cache.writer import PackedStates, ShardWriter
+from kr2cache.errors import BusyError, CacheError
+from kr2cache.store import sharing
+from kr2cache.store.sharing import CACHE, SharedShards, whole_cache
+from kr2cache.system import claims
+from kr2cache.system.claims import claimed, try_claim
+
+SHARD_BYTES = 150
+TRUTH = tiny_cache.make((3, 1, 5, 2, 4, 6, 2, 3), dtype="int8", width=5)
+TRUTH = dataclasses.replace(TRUTH, header=dataclasses.replace(TRUTH.header, batch_plan={"shard_bytes": SHARD_BYTES}))
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A holder is silent after half a second."""
+    monkeypatch.setattr(claims, "HEARTBEAT_S", 0.05)
+    monkeypatch.setattr(claims, "TIMEOUT_S", 0.5)
+    monkeypatch.setattr(claims, "PATIENCE_S", 0.05)
+    monkeypatch.setattr(sharing, "LOOK_EVERY_S", 0.02)
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> SharedShards:
+    made = SharedShards(tmp_path / "cache", TRUTH.header, TRUTH.index)
+    with claimed(made.folder, CACHE) as claim:
+        made.create(claim.folder)
+    assert len(made.parts) > 3
+    return made
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The files of the cache that one process makes."""
+    return tiny_cache.folder_bytes(tiny_cache.store(tmp_path_factory.mktemp("whole"), TRUTH, shard_bytes=SHARD_BYTES))
+
+
+def states(i: int, truth: tiny_cache.Truth = TRUTH) -> PackedStates:
+    assert truth.scale is not None
+    return PackedStates([i], truth.raw[i].reshape(-1, truth.header.width), truth.scale[i].reshape(-1))
+
+
+def fill(shards: SharedShards, *, pause: float = 0.0) -> list[int]:
+    """Fill what is free; the sequences that were written."""
+    written = []
+    for held in shards.unfinished(lambda: None):
+        with held, ShardWriter(held.part.path, held.part.start) as writer:
+            for i in (held.part.start + np.flatnonzero(writer.unfinished)).tolist():
+                writer.write(states(i))
+                written.append(i)
+                time.sleep(pause)
+                held.check()
+    return written
+
+
+def in_child(work: Callable[[], object]) -> int:
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            work()
+            code = 0
+        finally:
+            os._exit(code)
+    return child
+
+
+def test_one_process_makes_what_the_writer_makes(shards: SharedShards, whole: dict[str, bytes]) -> None:
+    assert fill(shards) == list(range(8))
+    assert tiny_cache.folder_bytes(shards.folder) == whole
+    assert [path.name for path in shards.folder.parent.iterdir()] == ["cache"], "no claim is left"
+    assert fill(shards) == []
+    assert shards.complete_count() == 8
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_several_processes_write_each_sequence_once(
+    shards: SharedShards, whole: dict[str, bytes], processes: int, tmp_path: Path
+) -> None:
+    def work(number: int) -> Callable[[], object]:
+        return lambda: (tmp_path / f"wrote-{number}").write_text(json.dumps(fill(shards, pause=0.05)))
+
+    children = [in_child(work(number)) for number in range(processes)]
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0] * processes
+    wrote = [json.loads((tmp_path / f"wrote-{number}").read_text()) for number in range(processes)]
+    assert sorted(itertools.chain(*wrote)) == list(range(8))
+    assert sum(map(bool, wrote)) > 1, "they shared the work"
+    assert tiny_cache.folder_bytes(shards.folder) == whole
+
+
+def test_the_shard_of_a_killed_process_goes_on_in_place(shards: SharedShards, whole: dict[str, bytes]) -> None:
+    child = in_child(lambda: fill(shards, pause=60))
+    part = shards.parts[0]
+    while not claims.held_units(shards.folder):
+        time.sleep(0.01)
+    time.sleep(0.3)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    inode = part.path.stat().st_ino
+    assert fill(shards) == list(range(8)), "nothing was marked yet"
+    assert part.path.stat().st_ino == inode
+    assert tiny_cache.folder_bytes(shards.folder) == whole
+
+
+def test_what_a_stopped_process_writes_later_harms_nothing(
+    shards: SharedShards, whole: dict[str, bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It has the shard open, other states in its hands (as from another GPU), and goes on after its claim was taken."""
+    part = shards.parts[0]
+    other = tiny_cache.make((3, 1, 5, 2, 4, 6, 2, 3), dtype="int8", width=5, seed=5)
+    stop_here, wrote = tmp_path / "stop here", tmp_path / "wrote"
+
+    def late() -> None:
+        with next(shards.unfinished(lambda: None)) as held, ShardWriter(held.part.path, held.part.start) as writer:
+            stop_here.touch()
+            while stop_here.exists():
+                time.sleep(0.005)
+            writer.write(states(0, other))
+            writer.write(states(1, other))
+        wrote.touch()
+
+    child = in_child(late)
+    while not stop_here.exists():
+        time.sleep(0.01)
+    os.kill(child, signal.SIGSTOP)
+    inode = part.path.stat().st_ino
+    assert sorted(fill(shards)) == list(range(8))
+    assert part.path.stat().st_ino != inode, "a copy, which the late process does not have open"
+    stop_here.unlink()
+    os.kill(child, signal.SIGCONT)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert wrote.exists()
+    assert tiny_cache.folder_bytes(shards.folder) == whole
+    assert FeatureCache.open(shards.folder).complete.all()
+    assert [path.name for path in shards.folder.parent.glob(".*")] == []
+
+
+def test_what_was_complete_in_the_shard_of_a_stopped_process_is_kept(
+    shards: SharedShards, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ShardWriter(shards.parts[0].path) as writer:
+        writer.write(states(0))
+    claim = try_claim(shards.folder, shards.parts[0].path.name)
+    assert claim is not None
+    monkeypatch.setattr(claims.Owner, "ended", property(lambda self: self.attempt == 1))
+    monkeypatch.setattr(claims, "TIMEOUT_S", -1.0)
+    claim._done.set()
+    assert fill(shards) == list(range(1, 8))
+    assert tiny_cache.folder_bytes(shards.folder) == whole
+
+
+def test_a_damaged_shard_is_made_again_with_what_is_intact(
+    shards: SharedShards, whole: dict[str, bytes], capsys: pytest.CaptureFixture[str]
+) -> None:
+    fill(shards)
+    path = shards.parts[1].path
+    path.write_bytes(b"\x00" * 100 + path.read_bytes()[100:])
+    again = SharedShards(shards.folder, TRUTH.header, TRUTH.index)
+    assert fill(again) == [], "its sequences were intact"
+    assert f"{path.name} was damaged" in capsys.readouterr().out
+    assert tiny_cache.folder_bytes(shards.folder) == whole
+
+
+def test_a_shard_that_is_removed_meanwhile_is_said(shards: SharedShards) -> None:
+    shards.parts[2].path.unlink()
+    with pytest.raises(CacheError, match=r"shard-00002.* was removed"):
+        fill(shards)
+
+
+def test_who_wants_the_whole_cache_waits_for_every_shard(shards: SharedShards) -> None:
+    claim = try_claim(shards.folder, shards.parts[3].path.name)
+    assert claim is not None
+    with pytest.raises(BusyError, match="is being written by"), whole_cache(shards.folder, wait=False):
+        pass
+    claim.release()
+    with whole_cache(shards.folder, wait=False):
+        for unit in (CACHE, *(part.path.name for part in shards.parts)):
+            assert try_claim(shards.folder, unit) is None
+
+
+def test_who_waits_for_others_listens_to_ctrl_c(shards: SharedShards) -> None:
+    held: list[Any] = [try_claim(shards.folder, part.path.name) for part in shards.parts]
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        next(shards.unfinished(interrupt))
+    for claim in held:
+        claim.release()
+
+
+def test_a_copied_cache_folder_has_no_claims(shards: SharedShards, tmp_path: Path) -> None:
+    with whole_cache(shards.folder):
+        shutil.copytree(shards.folder, tmp_path / "copy")
+    assert not any(path.is_dir() for path in (tmp_path / "copy").iterdir())
