@@ -168,6 +168,70 @@ class SequenceIndex:
         return (self.n_tokens, self.text_xxh3, self.input_id, self.word_index)
 
 
+class GrowingIndex:
+    """A ``SequenceIndex`` that grows part by part, in little more memory than the result takes."""
+
+    def __init__(self) -> None:
+        self._ids: list[NDArray[np.bytes_]] = []
+        self._n_tokens = _GrowingArray(np.int32)
+        self._text_xxh3 = _GrowingArray(np.uint64)
+        self._input_id = _GrowingArray(np.int32)
+        self._word_index = _GrowingArray(np.int32)
+        self._segment_id = _GrowingArray(np.int8)
+
+    def add(self, part: SequenceIndex) -> None:
+        """Append sequences. Tokens without segment ids count as segment 0."""
+        self._ids.append(part.ids)
+        self._n_tokens.add(part.n_tokens)
+        self._text_xxh3.add(part.text_xxh3)
+        if part.segment_id is not None:
+            self._segment_id.fill_to(self._input_id.size)
+            self._segment_id.add(part.segment_id)
+        self._input_id.add(part.input_id)
+        self._word_index.add(part.word_index)
+
+    def finish(self) -> SequenceIndex:
+        """The whole index. Nothing can be added afterwards."""
+        if self._segment_id.size:
+            self._segment_id.fill_to(self._input_id.size)
+        width = max((part.dtype.itemsize for part in self._ids), default=1)
+        return SequenceIndex(
+            ids=np.concatenate([np.empty(0, dtype=f"S{width}"), *self._ids]),
+            n_tokens=self._n_tokens.finish(),
+            text_xxh3=self._text_xxh3.finish(),
+            input_id=self._input_id.finish(),
+            word_index=self._word_index.finish(),
+            segment_id=self._segment_id.finish() if self._segment_id.size else None,
+        )
+
+
+class _GrowingArray:
+    """A NumPy array with room for more. The system moves its pages when it grows; it does not copy them."""
+
+    def __init__(self, dtype: type[np.generic]) -> None:
+        self._values = np.empty(0, dtype=dtype)
+        self.size = 0
+
+    def _room(self, size: int) -> None:
+        if size > len(self._values):
+            self._values.resize(max(size, len(self._values) + len(self._values) // 8, 1024), refcheck=False)
+
+    def add(self, more: NDArray[Any]) -> None:
+        self._room(self.size + len(more))
+        self._values[self.size : self.size + len(more)] = more
+        self.size += len(more)
+
+    def fill_to(self, size: int) -> None:
+        """Append zeros up to ``size``."""
+        self._room(size)
+        self._values[self.size : size] = 0
+        self.size = size
+
+    def finish(self) -> NDArray[Any]:
+        self._values.resize(self.size, refcheck=False)
+        return self._values
+
+
 def offsets(lengths: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
     """The sums ``[0, l0, l0+l1, ...]`` of ``lengths``, shape (len(lengths) + 1,)."""
     result = np.zeros(len(lengths) + 1, dtype=np.int64)

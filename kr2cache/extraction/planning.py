@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
@@ -17,9 +17,10 @@ from kr2cache.errors import ConfigError, DiskSpaceError
 from kr2cache.extraction.checks import check_extraction
 from kr2cache.fusion import parse_layers
 from kr2cache.models import tokenizers
-from kr2cache.models.encode import MissingWords, check_token_ids, encode_examples, missing_words
+from kr2cache.models.encode import MissingWords, check_token_ids
 from kr2cache.models.load import encoder_shape, load_config, max_positions, vocabulary
 from kr2cache.models.registry import ModelSpec
+from kr2cache.models.tokenise import tokenise
 from kr2cache.models.tokenizers import load_tokenizer
 from kr2cache.store import folders, provenance
 from kr2cache.system.console import bytes_text, console, count_text, note, ranges_text
@@ -83,7 +84,7 @@ class ExtractPlan:
         }
 
 
-def plan_extraction(config: ExtractConfig, examples: Sequence[Example] | None = None) -> ExtractPlan:
+def plan_extraction(config: ExtractConfig, examples: Iterable[Example] | None = None) -> ExtractPlan:
     """Check the settings, read the split and tokenise it. No weights are loaded.
 
     Args:
@@ -93,28 +94,26 @@ def plan_extraction(config: ExtractConfig, examples: Sequence[Example] | None = 
     checked = check_extraction(config)
     spec, task = checked.spec, checked.task
     choose_device(config.device)
-    if examples is None:
-        examples = task.read(config.split, config.data, config.limit)
     model_config = load_config(spec)
     model_layers, width = encoder_shape(model_config)
     layers = parse_layers(config.layers, model_layers)
     check_length(config.max_length, "--max-length", spec, model_config)
     tokenizer = load_tokenizer(spec, words=task.words)
-    index = encode_examples(tokenizer, examples, task, config.max_length)
-    check_token_ids(index, vocabulary(model_config), repr(spec.name))
+    if examples is None:
+        examples = task.examples(config.split, config.data, config.limit)
+    tokenised = tokenise(spec, tokenizer, examples, task, config.max_length)
+    check_token_ids(tokenised.index, vocabulary(model_config), repr(spec.name))
     return ExtractPlan(
         config=config,
         spec=spec,
-        index=index,
+        index=tokenised.index,
         layers=layers,
         model_layers=model_layers,
         width=width,
         pad_id=tokenizers.pad_id(tokenizer),
         template=task.template,
         corpus=task.corpus(config.data),
-        missing_words=missing_words(index, [example.texts[0] for example in examples], config.max_length, tokenizer)
-        if task.words
-        else MissingWords(0, 0),
+        missing_words=tokenised.missing_words,
     )
 
 
