@@ -241,7 +241,10 @@ def _new_header(
         provenance={
             "chosen": asdict(plan.chosen),
             "found": asdict(found),
-            "recorded": provenance.recorded(device_name(model.encoder.device), torch.get_num_threads(), origin),
+            "recorded": {
+                **provenance.recorded(device_name(model.encoder.device), torch.get_num_threads(), origin),
+                **plan.recorded,
+            },
         },
         batch_plan=batch_plan,
     )

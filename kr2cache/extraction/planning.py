@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
@@ -20,13 +20,16 @@ from kr2cache.models import tokenizers
 from kr2cache.models.encode import MissingWords, check_token_ids
 from kr2cache.models.load import encoder_shape, load_config, max_positions, vocabulary
 from kr2cache.models.registry import ModelSpec
-from kr2cache.models.tokenise import tokenise
+from kr2cache.models.tokenise import Tokenised, tokenise, tokenise_first
 from kr2cache.models.tokenizers import load_tokenizer
-from kr2cache.store import folders, provenance
+from kr2cache.store import folders, plans, provenance
 from kr2cache.system.console import bytes_text, console, count_text, note, ranges_text
 from kr2cache.system.device import choose_device
 from kr2cache.system.disk import free_bytes
-from kr2cache.tasks import Example, find_task
+from kr2cache.tasks import Example, Task, find_task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -47,6 +50,8 @@ class ExtractPlan:
     corpus: str
     missing_words: MissingWords
     """For a task on words: how many words get no states."""
+    recorded: Mapping[str, Any] = field(default_factory=dict)
+    """What the cache records of the plan itself (``store.plans``)."""
 
     @property
     def tokens(self) -> int:
@@ -99,9 +104,7 @@ def plan_extraction(config: ExtractConfig, examples: Iterable[Example] | None = 
     layers = parse_layers(config.layers, model_layers)
     check_length(config.max_length, "--max-length", spec, model_config)
     tokenizer = load_tokenizer(spec, words=task.words)
-    if examples is None:
-        examples = task.examples(config.split, config.data, config.limit)
-    tokenised = tokenise(spec, tokenizer, examples, task, config.max_length)
+    tokenised, recorded = _tokenised(config, spec, task, tokenizer, examples)
     check_token_ids(tokenised.index, vocabulary(model_config), repr(spec.name))
     return ExtractPlan(
         config=config,
@@ -114,6 +117,7 @@ def plan_extraction(config: ExtractConfig, examples: Iterable[Example] | None = 
         template=task.template,
         corpus=task.corpus(config.data),
         missing_words=tokenised.missing_words,
+        recorded=recorded,
     )
 
 
@@ -125,6 +129,44 @@ def check_length(length: int, option: str, spec: ModelSpec, model_config: Pretra
             f"The maximal length {length} is more than the {longest} positions of {spec.name!r}.",
             f"Give {option} {longest} or less.",
         )
+
+
+def _tokenised(
+    config: ExtractConfig,
+    spec: ModelSpec,
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Iterable[Example] | None,
+) -> tuple[Tokenised, Mapping[str, Any]]:
+    """The tokens of the split, from a cache that was planned from the same source if there is one; and the fields that
+    the new cache records of it.
+    """
+    if examples is not None:  # they were read at some other time: the files may be others now
+        return tokenise(spec, tokenizer, examples, task, config.max_length), {}
+    source = plans.source_of(
+        task,
+        config.split,
+        config.data,
+        limit=config.limit,
+        max_length=config.max_length,
+        tokenizer=tokenizer,
+    )
+
+    def read() -> Iterator[Example]:
+        return task.examples(config.split, config.data, config.limit)
+
+    if source is None:
+        return tokenise(spec, tokenizer, read(), task, config.max_length), {}
+    found = plans.stored_index(
+        config.cache_dir,
+        task.name,
+        config.split,
+        source.key,
+        lambda: tokenise_first(tokenizer, read(), task, config.max_length),
+    )
+    if found is None:
+        found = tokenise(spec, tokenizer, read(), task, config.max_length)
+    return found, source.recorded(found)
 
 
 def check_disk(plan: ExtractPlan) -> None:

@@ -102,6 +102,14 @@ def tokenise(
     return Tokenised(index=index.finish(), missing_words=MissingWords(cut_off, no_token))
 
 
+def tokenise_first(
+    tokenizer: PreTrainedTokenizerBase, examples: Iterable[Example], task: Task, max_length: int
+) -> Tokenised:
+    """The sequences of the first ``TEXTS_AT_ONCE`` examples; no more are read."""
+    encoder = Encoder(tokenizer=tokenizer, words=task.words, max_length=max_length)
+    return encoder(next(_parts(examples), Part(ids=[], texts=[])))
+
+
 def _parts(examples: Iterable[Example]) -> Iterator[Part]:
     """Parts of ``TEXTS_AT_ONCE`` examples; the last one may be smaller."""
     iterator = iter(examples)

@@ -182,6 +182,20 @@ class Task(ABC):
         else:
             self._files(folder, split)
 
+    def source_files(self, split: str, data: str | None) -> dict[str, Path] | None:
+        """All files that decide the examples of a split, by their path below the folder. None if they are not known,
+        as for a data set of the hub.
+        """
+        folder = data_folder(data)
+        if folder is None:
+            return None
+        files = [file for path in self._files(folder, split) for file in (path, *self.beside(path))]
+        return {path.relative_to(folder).as_posix(): path for path in files}
+
+    def beside(self, path: Path) -> list[Path]:
+        """The files that ``file_examples`` reads together with ``path``, if they are there: labels, for example."""
+        return []
+
     @property
     def _names(self) -> Names:
         return Names(suffixes=self.suffixes, releases=self.releases, parts=self.parts)

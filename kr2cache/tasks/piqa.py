@@ -29,11 +29,15 @@ class Piqa(RowTask):
     # The main branch holds a script, and the datasets library no longer runs scripts.
     hub_revision = "refs/convert/parquet"
 
-    def file_rows(self, path: Path, split: str) -> Iterator[Row]:
+    def beside(self, path: Path) -> list[Path]:
         labels = path.with_name(f"{path.stem}-labels.lst")
-        if not labels.is_file():
+        return [labels] if labels.is_file() else []
+
+    def file_rows(self, path: Path, split: str) -> Iterator[Row]:
+        if not (found := self.beside(path)):
             yield from json_rows(path, split)
             return
+        (labels,) = found
         given = [line.strip() for line in file_lines(labels)]
         while given and not given[-1]:
             given.pop()

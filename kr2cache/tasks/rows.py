@@ -112,6 +112,12 @@ class RowTask(Task):
     def read_unlabelled(self, path: Path, split: str) -> list[Example]:
         return list(self._examples(lambda: self.file_rows(path, split), str(path), labels_matter=False))
 
+    def source_files(self, split: str, data: str | None) -> dict[str, Path] | None:
+        own = type(self)
+        if own.file_rows is not RowTask.file_rows and own.beside is RowTask.beside:
+            return None  # it may read other files
+        return super().source_files(split, data)
+
     def file_rows(self, path: Path, split: str) -> Iterable[Row]:
         """The rows of one file, by its suffix."""
         return csv_rows(path, split) if path.suffix == ".csv" else json_rows(path, split)
