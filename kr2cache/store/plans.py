@@ -30,7 +30,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xxhash
 
-import kr2cache
 from kr2cache.cache.format import SequenceIndex, canonical_json
 from kr2cache.cache.reader import FeatureCache
 from kr2cache.cache.shard import readable_headers
@@ -207,7 +206,7 @@ def _is_ours(kind: type[Task]) -> bool:
 
 
 def _package() -> Path:
-    return Path(inspect.getfile(kr2cache)).resolve().parent
+    return Path(__file__).resolve().parents[1]
 
 
 @functools.cache
