@@ -355,10 +355,7 @@ def _store(stored: Stored) -> None:
         input_id=np.zeros(tokens, dtype=np.int32),
         word_index=np.zeros(tokens, dtype=np.int32),
     )
-    parts = {
-        name: stored.states[start:stop]
-        for name, (start, stop) in zip(stored.names, pairwise(stored.first), strict=True)
-    }
+    parts = {name: stored.states[a:b] for name, (a, b) in zip(stored.names, pairwise(stored.first), strict=True)}
     stored.cache.mkdir()
     shard = stored.cache / shard_name(0, 1)
     create_shard(shard, header, index, stored.cache)

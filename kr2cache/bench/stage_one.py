@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from kr2cache.bench import BenchConfig, size_text
 from kr2cache.bench.race import Race, alternately, race, run_through
 from kr2cache.cache.shard import open_shard
-from kr2cache.extraction.extract import extract, fill
+from kr2cache.extraction.extract import extract, fill_shards
 from kr2cache.extraction.planning import ExtractPlan, plan_extraction
 from kr2cache.models.encode import length_sorted_batches
 from kr2cache.models.forward import cheaper_forward
@@ -68,7 +68,7 @@ def run(config: BenchConfig, folder: Path) -> tuple[Race, ExtractPlan]:
         path = folder / f"ours-{next(numbers)}"
         shards = SharedShards(path, header, plan.index)
         shards.create(folder)
-        fill(plan, encoder, shards)
+        fill_shards(plan, encoder, shards)
         return path
 
     def loop(rows: int) -> Path:

@@ -115,12 +115,8 @@ def info_cli(cache: Cache, cache_dir: CacheDir = None, as_json: Json = False) ->
     opened = FeatureCache.open(folder)
     about, seen = entry(folder), portrait(opened)
     if as_json:
-        numbers = {
-            "lengths": {"edges": seen.lengths[0], "counts": seen.lengths[1]},
-            "norms": seen.norms,
-            "largest": seen.largest,
-            "sampled": seen.sampled,
-        }
+        lengths = {"edges": seen.lengths[0], "counts": seen.lengths[1]}
+        numbers = {"lengths": lengths, "norms": seen.norms, "largest": seen.largest, "sampled": seen.sampled}
         print_json({**about.json(), "provenance": opened.provenance, "batch_plan": opened.batch_plan, **numbers})
         return
     if about.problem is not None:

@@ -93,7 +93,7 @@ def tasks_cli(as_json: Json = False) -> None:
     rows = [["udpos-LANG", "part-of-speech tagging", f1, "google/xtreme", "train.conllu, ..."]]
     for task in tasks:
         if not task.name.startswith("udpos-"):
-            metric = "accuracy" if task.metric == "accuracy" else f1
+            metric = f1 if task.words else task.metric
             rows.append([task.name, task.about, metric, task.default_data or "-", f"train{task.suffixes[0]}, ..."])
     print_table("Tasks", columns, rows)
     console.print(f"LANG: {', '.join(f'{code} ({name})' for code, name in sorted(LANGUAGES.items()))}")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from itertools import compress
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,6 +18,10 @@ from kr2cache.errors import ConfigError
 from kr2cache.system.console import console, count_text, note, to_stderr
 from kr2cache.system.device import check_device_name
 from kr2cache.training.runs import RunFolder
+
+if TYPE_CHECKING:
+    from kr2cache.prediction.predict import Predicted, Predictor
+    from kr2cache.tasks import Example
 
 
 def predict_cli(
@@ -66,11 +71,7 @@ def predict_cli(
         examples = read_file(task, file)
     predicted = predictor(examples)
     metrics = score(task, examples, predicted)
-    without = [isinstance(one.predicted, list) and None in one.predicted for one in predicted]
-    if partly := list(compress(examples, without)):
-        missing = predictor.missing_words(partly)
-        reasons = missing.reasons(predictor.max_length, "--max-length of train")
-        note(f"{count_text(missing.total, 'word')} without a label, shown as _: {reasons}.")
+    _note_missing_words(predictor, examples, predicted)
     if as_json:
         print_json({"task": task.name, "predictions": [one.json() for one in predicted], "metrics": metrics})
         return
@@ -83,3 +84,11 @@ def predict_cli(
         console.print(
             "compared with the gold labels: " + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         )
+
+
+def _note_missing_words(predictor: Predictor, examples: Sequence[Example], predicted: Sequence[Predicted]) -> None:
+    without = [isinstance(one.predicted, list) and None in one.predicted for one in predicted]
+    if partly := list(compress(examples, without)):
+        missing = predictor.missing_words(partly)
+        reasons = missing.reasons(predictor.max_length, "--max-length of train")
+        note(f"{count_text(missing.total, 'word')} without a label, shown as _: {reasons}.")

@@ -113,7 +113,7 @@ class BatchRunner:
         self.progress.advance(0, self._speed())
 
     def _speed(self, seconds: float = 0.0, written: int = 0) -> str:
-        """Of the shards before, and of ``seconds`` and ``written`` bytes of the present one."""
+        """The speed over all shards so far. ``seconds`` and ``written`` are what the current shard has taken."""
         speed = self._tokens / max(1e-9, self._seconds + seconds)
         return f"{speed:,.0f} tokens/s, {bytes_text(self._bytes + written)} written"
 

@@ -18,7 +18,6 @@ import numpy as np
 
 from kr2cache.cache.format import ShardHeader, ranges
 from kr2cache.cache.reader import FeatureCache
-from kr2cache.cache.shard import readable_headers
 from kr2cache.cache.writer import ShardWriter
 from kr2cache.config import ExtractConfig
 from kr2cache.errors import CacheError, CacheVersionError, DeviceMemoryError, InterruptedWorkError, ValueRangeError
@@ -28,9 +27,8 @@ from kr2cache.extraction.planning import ExtractPlan, check_disk, plan_extractio
 from kr2cache.models.digests import OpenedModel, open_model
 from kr2cache.models.load import describe_dropped
 from kr2cache.store import folders, provenance
-from kr2cache.store.copying import copy_states
-from kr2cache.store.sharing import CACHE, SharedShards
-from kr2cache.store.takeover import Donors, as_mask, find_donors
+from kr2cache.store.sharing import CACHE, SharedShards, existing_header
+from kr2cache.store.takeover import Donors, OlderCaches, as_mask, find_donors
 from kr2cache.system.claims import claimed
 from kr2cache.system.console import WorkProgress, bytes_text, count_text, done, note, seconds_text, waiting
 from kr2cache.system.device import device_name
@@ -92,8 +90,8 @@ def extract(settings: ExtractConfig | ExtractPlan, model: OpenedModel | None = N
     computed = taken_over = 0
     if not _is_finished(folder, fingerprint):
         check_writable(folder.parent, "--cache-dir")
-        shards, donors = _begin(plan, model, folder, found, fingerprint)
-        computed, taken_over = fill(plan, model.encoder, shards, donors)
+        shards, donors = _make_shards(plan, model, folder, found, fingerprint)
+        computed, taken_over = fill_shards(plan, model.encoder, shards, donors)
     return ExtractResult(
         cache=folder,
         sequences=len(plan.index),
@@ -105,18 +103,18 @@ def extract(settings: ExtractConfig | ExtractPlan, model: OpenedModel | None = N
     )
 
 
-def _begin(
+def _make_shards(
     plan: ExtractPlan, model: OpenedModel, folder: Path, found: provenance.Found, fingerprint: str
 ) -> tuple[SharedShards, Donors | None]:
-    """Begin or continue the cache: check the model, choose batches, find donors, make the shards. The first process to
-    come decides; the others go on with what its header says.
+    """Check the model, plan the batches, find older caches to copy from, and make the shards. If another process has
+    done this before, its shards decide, and the missing ones are made.
 
     Returns:
-        The shards, and the older caches to copy from if they are known.
+        The shards, and the older caches if they were searched for.
     """
     with claimed(folder, CACHE) as claim:
         donors = None
-        header = _existing_header(folder, fingerprint)
+        header = existing_header(folder, fingerprint)
         if header is not None:
             with contextlib.suppress(DeviceMemoryError):  # the sequences that are missing may be shorter and fit
                 trial.check_history(plan, model.encoder)
@@ -138,7 +136,7 @@ def _begin(
     return shards, donors
 
 
-def fill(
+def fill_shards(
     plan: ExtractPlan, encoder: PreTrainedModel, shards: SharedShards, donors: Donors | None = None
 ) -> tuple[int, int]:
     """Fill the shards, together with every other process that does: copy the sequences that older caches hold, and run
@@ -148,8 +146,8 @@ def fill(
         plan: The extraction.
         encoder: The plan's model.
         shards: They exist.
-        donors: Older caches to copy from, if the caller knows them. They are only searched for if sequences are missing
-            that the batch plan leaves to them.
+        donors: Older caches to copy from. None if they were not searched for: then that happens as soon as a missing
+            sequence is not in the batch plan.
 
     Returns:
         How many sequences the model ran on in this process, and how many it copied.
@@ -162,6 +160,7 @@ def fill(
     trial.move_to_device(plan, encoder)
     header, computed, taken_over = shards.header, 0, 0
     planned = as_mask(header.batch_plan.get("computed"), len(plan.index))
+    older = OlderCaches(plan.config.cache_dir, shards, ~planned, donors)
     with WorkProgress(f"{plan.spec.name} on {plan.config.task}/{plan.config.split}", "sequences") as progress:
         progress.total = len(plan.index) - shards.complete_count()
         try:
@@ -173,12 +172,7 @@ def fill(
             ):
                 for held in shards.unfinished(check_interrupt):
                     with held, ShardWriter(held.part.path, held.part.start) as writer:
-                        inherited = held.part.start + np.flatnonzero(writer.unfinished)
-                        inherited = inherited[~planned[inherited]]
-                        if len(inherited):
-                            donors = donors or find_donors(plan.config.cache_dir, shards.folder, header, plan.index)
-                            states = donors.states(header, inherited.tolist())
-                            taken_over += copy_states(writer, states, progress, held.check)
+                        taken_over += older.copy_into(writer, progress, held.check)
                         computed += runner.run(writer, held.check)
                     runner.show_written(writer)
         except KeyboardInterrupt:
@@ -205,15 +199,6 @@ def _is_finished(folder: Path, fingerprint: str) -> bool:
             "Move it away.",
         )
     return bool(cache.complete.all())
-
-
-def _existing_header(folder: Path, fingerprint: str) -> ShardHeader | None:
-    """The header from any shard in ``folder``, also a damaged one; None if there is none."""
-    for path in sorted(folder.glob("*.h5")):
-        for header in readable_headers(path):
-            if header.fingerprint == fingerprint:
-                return header
-    return None
 
 
 def _new_header(

@@ -22,7 +22,7 @@ from kr2cache.cache.writer import unmark
 from kr2cache.config import ExtractConfig
 from kr2cache.errors import CacheError, CacheMismatchError, ConfigError, DeviceMemoryError, UnknownNameError
 from kr2cache.extraction import trial
-from kr2cache.extraction.extract import fill
+from kr2cache.extraction.extract import fill_shards
 from kr2cache.extraction.planning import ExtractPlan
 from kr2cache.models.digests import open_model
 from kr2cache.models.encode import MissingWords, encode_examples
@@ -158,7 +158,7 @@ def _mend(
     _remove_marks(found)
     shards = SharedShards(config.folder, header, plan.index)
     shards.create(claim.folder)
-    return lambda: fill(plan, model.encoder, shards)
+    return lambda: fill_shards(plan, model.encoder, shards)
 
 
 def _remove_marks(found: CacheCheck) -> None:

@@ -20,7 +20,7 @@ from kr2cache.fusion import Fusion, parse_fusion, parse_layers
 from kr2cache.store import folders, provenance
 from kr2cache.store.copying import fill_from, states_as_stored
 from kr2cache.store.inventory import open_caches
-from kr2cache.store.sharing import CACHE, SharedShards
+from kr2cache.store.sharing import CACHE, SharedShards, existing_header
 from kr2cache.system.claims import claimed
 from kr2cache.system.console import bytes_text
 from kr2cache.system.disk import check_writable, free_bytes
@@ -248,7 +248,9 @@ def derive(plan: DerivePlan) -> DeriveResult:
     """
     started = time.monotonic()
     check_writable(plan.folder.parent, "--cache-dir")
-    shards = SharedShards(plan.folder, plan.header, plan.index)
+    # A slice that exists keeps its header: an earlier format version stays as it is.
+    header = existing_header(plan.folder, plan.header.fingerprint) or plan.header
+    shards = SharedShards(plan.folder, header, plan.index)
     if not any(plan.folder.glob("*.h5")) and plan.state_bytes > free_bytes(plan.cache_dir):
         raise DiskSpaceError(
             f"The states take {bytes_text(plan.state_bytes)}, but {plan.cache_dir} has "

@@ -66,8 +66,8 @@ class Source:
             return False
 
     def recorded(self, made: Tokenised) -> dict[str, Any]:
-        """The recorded fields of a cache with the index ``made``; empty if the data may be other data than the key
-        says, or if a cache cannot hold all of the index.
+        """The recorded fields of a cache with the index ``made``. Empty if a data file changed after the key was
+        computed, or if there are segment ids, which a cache does not store.
         """
         if made.index.segment_id is not None or not self.unchanged:
             return {}

@@ -20,7 +20,7 @@ import numpy as np
 
 from kr2cache.cache.create import ShardPart, create_shard, is_shard_of, shard_parts
 from kr2cache.cache.format import SequenceIndex, ShardHeader
-from kr2cache.cache.shard import open_shard
+from kr2cache.cache.shard import open_shard, readable_headers
 from kr2cache.errors import CacheError, CacheVersionError
 from kr2cache.system.claims import Claim, claimed, held_units, holder, try_claim, wait_for_claim
 from kr2cache.system.console import note
@@ -176,6 +176,15 @@ class SharedShards:
         except (OSError, CacheError):
             return 0
         return int(np.count_nonzero(np.frombuffer(marks, dtype=np.uint8)))
+
+
+def existing_header(folder: Path, fingerprint: str) -> ShardHeader | None:
+    """The header from any shard in ``folder``, also a damaged one; None if there is none."""
+    for path in sorted(folder.glob("*.h5")):
+        for header in readable_headers(path):
+            if header.fingerprint == fingerprint:
+                return header
+    return None
 
 
 @contextlib.contextmanager

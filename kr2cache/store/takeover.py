@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,10 +14,13 @@ from numpy.typing import NDArray
 
 from kr2cache.cache.format import SequenceIndex, ShardHeader
 from kr2cache.cache.reader import FeatureCache
+from kr2cache.cache.writer import ShardWriter
 from kr2cache.errors import CacheError
 from kr2cache.store import provenance
-from kr2cache.store.copying import Stored, states_as_stored
+from kr2cache.store.copying import Stored, copy_states, states_as_stored
 from kr2cache.store.inventory import open_caches
+from kr2cache.store.sharing import SharedShards
+from kr2cache.system.console import WorkProgress
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,37 @@ class Donors:
             sources = [(c, int(p[i])) for c, p in zip(self.caches, self.positions, strict=True) if p[i] >= 0]
             with contextlib.suppress(CacheError):
                 yield i, states_as_stored(header, None, sources)
+
+
+class OlderCaches:
+    """Copies the sequences that the batch plan of a new cache leaves to older caches."""
+
+    def __init__(self, cache_dir: Path, shards: SharedShards, wanted: NDArray[np.bool_], donors: Donors | None) -> None:
+        """
+        Args:
+            cache_dir: Where to look for older caches.
+            shards: Of the new cache.
+            wanted: (n,) the sequences that are not in the batch plan.
+            donors: The older caches, if they were searched for already.
+        """
+        self._cache_dir = cache_dir
+        self._shards = shards
+        self._wanted = wanted
+        self._donors = donors
+
+    def copy_into(self, writer: ShardWriter, progress: WorkProgress, check: Callable[[], None]) -> int:
+        """Copy what is wanted into the shard of ``writer``; arguments as for ``copy_states``.
+
+        Returns:
+            How many sequences were copied.
+        """
+        shards = self._shards
+        missing = writer.first + np.flatnonzero(writer.unfinished)
+        missing = missing[self._wanted[missing]]
+        if not len(missing):
+            return 0
+        self._donors = self._donors or find_donors(self._cache_dir, shards.folder, shards.header, shards.index)
+        return copy_states(writer, self._donors.states(shards.header, missing.tolist()), progress, check)
 
 
 def find_donors(cache_dir: Path, folder: Path, header: ShardHeader, index: SequenceIndex) -> Donors:

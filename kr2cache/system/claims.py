@@ -62,7 +62,7 @@ class Owner:
 
     pid: int
     machine: str
-    """The machine since its start, and its space of process numbers: equal only if ``pid`` means the same process."""
+    """Identifies the machine, its last boot and its PID namespace. ``pid`` can be compared only if these are equal."""
     started: int
     """When the process started, in the system's units; 0 if unknown. Numbers of ended processes are used again."""
     host: str

@@ -55,8 +55,8 @@ def check_admitted(config: PretrainedConfig, who: str) -> None:
     """Raise ``UnsupportedModelError`` for an architecture that cannot take appended states."""
     if config.model_type not in ADMITTED:
         raise UnsupportedModelError(
-            f"{who} is a {config.model_type} model, which cannot be a KReader of method kr2: it does not pass the "
-            "tests that appended states are masked, padded and batched correctly.",
+            f"{who} is a {config.model_type} model, which cannot be a KReader of method kr2: kr2cache has not "
+            "shown that this architecture handles appended states correctly (masks, padding, batches).",
             f"These architectures pass: {', '.join(ADMITTED)}. To train it without a resource: --method kreader.",
         )
     width = getattr(config, "embedding_size", config.hidden_size)

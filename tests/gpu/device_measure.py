@@ -28,11 +28,12 @@ from kr2cache.bench.race import Race, race, run_through
 from kr2cache.bench.reading import drop_pages
 from kr2cache.cache.reader import FeatureCache
 from kr2cache.cache.shard import open_shard
-from kr2cache.extraction.extract import extract, fill
+from kr2cache.extraction.extract import extract, fill_shards
 from kr2cache.extraction.planning import ExtractPlan
 from kr2cache.models.encode import length_sorted_batches
 from kr2cache.models.load import open_encoder
 from kr2cache.models.states import hidden_states
+from kr2cache.store.sharing import SharedShards
 from kr2cache.system.device import choose_device
 from kr2cache.training.features import DeviceFeatures, Features, ResourceFeatures
 from kr2cache.training.train import Job
@@ -101,7 +102,9 @@ def _stage_one(scene: Scene, name: str) -> Measured:
 
         def ours() -> Path:
             path = scene.folder / f"ours-{name}-{next(numbers)}"
-            fill(plan, encoder, path, header)
+            shards = SharedShards(path, header, plan.index)
+            shards.create(scene.folder)
+            fill_shards(plan, encoder, shards)
             return path
 
         def disk() -> Path:

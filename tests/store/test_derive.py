@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,15 @@ def test_numpy_rounds_as_the_extraction_does(world: World, dtype: str) -> None:
         for ours, theirs in zip(converted.stored(position), direct.stored(position), strict=True):
             if ours is not None and theirs is not None:
                 np.testing.assert_array_equal(ours, theirs, strict=True)
+
+
+def test_a_slice_of_an_earlier_format_version_stays_as_it_is(world: World) -> None:
+    """The header of a new slice would have the present version, which is no reason to make the old slice again."""
+    plan = derive.plan_slice(FeatureCache.open(world.extract().cache), layers="2")
+    made = derive.derive(plan)
+    before = {path.name: path.read_bytes() for path in made.cache.iterdir()}
+    assert not derive.derive(replace(plan, header=replace(plan.header, format_version=2))).made
+    assert {path.name: path.read_bytes() for path in made.cache.iterdir()} == before
 
 
 def test_what_cannot_be_sliced_is_said(world: World) -> None:
