@@ -66,6 +66,10 @@ class BusyError(KR2CacheError):
     """Another process is writing to the same folder."""
 
 
+class WorkerLostError(KR2CacheError):
+    """Worker processes died again and again."""
+
+
 class SequenceNotFoundError(KR2CacheError, KeyError):
     """An id that is not in the cache, or whose states are not complete yet."""
 

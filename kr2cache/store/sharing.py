@@ -23,7 +23,7 @@ from kr2cache.cache.format import SequenceIndex, ShardHeader
 from kr2cache.cache.shard import open_shard, readable_headers
 from kr2cache.errors import CacheError, CacheVersionError
 from kr2cache.system.claims import Claim, claimed, held_units, holder, try_claim, wait_for_claim
-from kr2cache.system.console import note
+from kr2cache.system.console import note, note_waiting
 
 CACHE = "cache"
 """The unit that a process holds while it decides what the shards of a cache are."""
@@ -136,7 +136,7 @@ class SharedShards:
             if left and all(not self._is_complete(part) for part in left):
                 if not said:
                     name = left[0].path.name
-                    note(f"{name} is being written by {holder(self.folder, name)}; waiting for it.")
+                    note_waiting(f"{name} is being written by {holder(self.folder, name)}; waiting for it.")
                     said = True
                 check_interrupt()
                 time.sleep(LOOK_EVERY_S)

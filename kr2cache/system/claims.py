@@ -42,7 +42,7 @@ from types import TracebackType
 from typing import Self
 
 from kr2cache.errors import BusyError
-from kr2cache.system.console import note, seconds_text
+from kr2cache.system.console import note_waiting, seconds_text
 
 HEARTBEAT_S = 5.0
 """A holder touches its claim this often."""
@@ -228,7 +228,7 @@ def wait_for_claim(place: Path, unit: str, *, wait: bool = True) -> Claim:
             held = f"{place} is being written by {holder(place, unit)}"
             if not wait:
                 raise BusyError(f"{held}.", "Wait until it is done, or stop it.")
-            note(f"{held}; waiting for it.")
+            note_waiting(f"{held}; waiting for it.")
             said = True
         time.sleep(pause)
         pause = min(2 * pause, POLL_S)

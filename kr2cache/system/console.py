@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any, Self
@@ -24,9 +25,22 @@ console = Console(highlight=False, width=None if sys.stderr.isatty() and sys.std
 """All output for people. With ``--json`` it goes to standard error."""
 
 
+_driver: list[Callable[[str], object]] = []
+"""Where the notes of a worker go; empty in other processes."""
+
+
 def note(text: str) -> None:
     """Print something to know. rich markup in it is not interpreted."""
-    console.print(Text.assemble(("! ", "yellow"), text), soft_wrap=True)
+    if _driver:
+        _driver[-1](text)
+    else:
+        console.print(Text.assemble(("! ", "yellow"), text), soft_wrap=True)
+
+
+def note_waiting(text: str) -> None:
+    """Print that this process waits for another one. A worker does not: its driver shows the progress of all."""
+    if not _driver:
+        note(text)
 
 
 def done(text: str) -> None:
@@ -95,6 +109,24 @@ def silent() -> Iterator[None]:
         yield
     finally:
         console.quiet = before
+
+
+@contextlib.contextmanager
+def as_worker(say: Callable[[str], object]) -> Iterator[None]:
+    """Inside the block this process works for a driver: notes and warnings go to ``say``, and nothing else is printed,
+    also no progress.
+    """
+
+    def say_warning(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+        say(f"{category.__name__}: {message}")
+
+    _driver.append(say)
+    try:
+        with silent(), warnings.catch_warnings():
+            warnings.showwarning = say_warning
+            yield
+    finally:
+        _driver.pop()
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import re
 from typing import TYPE_CHECKING
 
@@ -42,6 +43,15 @@ def choose_device(name: str) -> torch.device:
     if not available.get(device.type, False):
         raise ConfigError(f"--device {name}: there is no such device on this machine.", "Give --device auto or cpu.")
     return device
+
+
+def visible_gpus() -> list[str]:
+    """The NVIDIA GPUs that this process may use, each in the form of ``CUDA_VISIBLE_DEVICES``."""
+    import torch
+
+    count = torch.cuda.device_count()
+    named = [one for one in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if one]
+    return named[:count] if named else list(map(str, range(count)))
 
 
 def wait_for_gpu() -> None:

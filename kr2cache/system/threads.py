@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 SPINS = 1_000
 """A waiting thread checks this often before it sleeps: for up to 50 microseconds. libgomp's default, 300,000, takes
@@ -30,3 +31,8 @@ def waiting() -> str:
     """How the threads of this process wait, in words."""
     said = [f"{name}={os.environ[name]}" for name in CHOSEN if os.environ.get(name)]
     return ", ".join(said) or "as their library has it"
+
+
+def cores() -> int:
+    """How many CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1

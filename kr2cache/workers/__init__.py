@@ -1,0 +1,75 @@
+"""Workers: processes that do one piece of work together.
+
+What they share out among themselves is their own business: each takes what no other has claimed
+(``kr2cache.system.claims``). An engine starts them, tells the user what they say, replaces one that died, and lets no
+process stay behind.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from kr2cache.errors import ConfigError, unknown_name
+
+A = TypeVar("A")
+R = TypeVar("R")
+
+ENGINES = {"local": "kr2cache.workers.local", "ray": "kr2cache.workers.ray"}
+"""Name to module: ``local`` starts processes on this machine, ``ray`` actors on a Ray cluster."""
+
+
+def check_engine(engine: str) -> None:
+    """Check that an engine exists and is installed.
+
+    Raises:
+        UnknownNameError: If there is no such engine.
+        ConfigError: If Ray is not installed.
+    """
+    if engine not in ENGINES:
+        raise unknown_name("engine", engine, ENGINES)
+    if engine == "ray" and importlib.util.find_spec("ray") is None:
+        raise ConfigError(
+            "--engine ray: Ray is not installed.",
+            "pip install 'kr2cache[ray]', or give --engine local for this machine.",
+        )
+
+
+def run_workers(
+    engine: str,
+    count: int,
+    work: Callable[[A], R],
+    argument: A,
+    *,
+    watch: Callable[[], None],
+    gpus_per_worker: float | None = None,
+) -> list[R]:
+    """Start workers that each call ``work(argument)``, and wait for them.
+
+    What a worker notes reaches the user once, also if every worker says it. A worker that dies is replaced, a few times
+    at most. On an error or on Ctrl-C the workers are asked to finish what they are at (SIGINT), and are awaited; a
+    second Ctrl-C ends them at once.
+
+    Args:
+        engine: A name in ``ENGINES``.
+        count: How many workers.
+        work: A function at the top level of a module, so that a worker can import it.
+        argument: Can be pickled. Arrays in it are in memory once, for all workers of a machine.
+        watch: Called here every half second and once at the end, to show progress. What it raises ends the work.
+        gpus_per_worker: For Ray: GPUs of each worker, also a part of one; None for one where there are GPUs.
+
+    Returns:
+        What each worker returned.
+
+    Raises:
+        ConfigError: If the engine is not installed.
+        WorkerLostError: If workers die again and again.
+        KeyboardInterrupt: On Ctrl-C.
+        Exception: What a worker raised, once. The traceback of an unforeseen error is in its ``__notes__``.
+    """
+    check_engine(engine)
+    module: Any = importlib.import_module(ENGINES[engine])
+    results: list[R] = module.run(count, work, argument, watch=watch, gpus_per_worker=gpus_per_worker)
+    return results

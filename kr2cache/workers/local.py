@@ -1,0 +1,234 @@
+"""Workers as processes of this machine.
+
+They are new interpreters: a fork of a process that has used torch can hang, and ``multiprocessing`` would import the
+user's script again. Each has a session of its own, so that Ctrl-C reaches the driver alone, which then asks them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection, wait
+from types import TracebackType
+from typing import IO, Any, Self
+
+from rich.text import Text
+
+from kr2cache.errors import WorkerLostError
+from kr2cache.system.console import console, count_text, note
+from kr2cache.system.device import visible_gpus
+from kr2cache.system.interrupt import interrupt_between_batches
+from kr2cache.system.threads import cores
+from kr2cache.workers.outcome import Outcome
+
+WATCH_EVERY_S = 0.5
+MOST_REPLACED = 3
+"""So many workers are replaced in one run."""
+EXIT_S = 10.0
+"""A worker that has sent its outcome has so much time to end."""
+ALIGNMENT = 64
+"""Bytes; arrays of a job begin at multiples of it."""
+
+
+def run(
+    count: int,
+    work: Callable[[Any], Any],
+    argument: Any,
+    *,
+    watch: Callable[[], None],
+    gpus_per_worker: float | None = None,
+) -> list[Any]:
+    """As ``run_workers``. ``gpus_per_worker`` has no meaning here: each worker sees one GPU."""
+    with (
+        interrupt_between_batches() as check_interrupt,
+        tempfile.TemporaryFile() as job,  # it has no name: nothing is left of it, however the driver ends
+        _Crew(count, job, _write_job(job, (work, argument))) as crew,
+    ):
+        try:
+            crew.start()
+            while crew.working:
+                crew.listen(WATCH_EVERY_S)
+                check_interrupt()
+                watch()
+        except BaseException:
+            crew.stop()
+            raise
+        return [crew.results[place] for place in sorted(crew.results)]
+
+
+class _Worker:
+    """A process, and the socket that connects it with the driver."""
+
+    def __init__(
+        self, place: int, line: Connection[Any, Any], process: subprocess.Popen[str], relay: threading.Thread
+    ) -> None:
+        self.place = place
+        self.line = line
+        self.process = process
+        self.relay = relay
+        """Shows what the process prints."""
+
+
+class _Crew:
+    """The workers of one run. Leaving its ``with`` block ends those that are left."""
+
+    def __init__(self, count: int, job: IO[bytes], spans: list[tuple[int, int]]) -> None:
+        self.results: dict[int, Any] = {}
+        self.working: list[_Worker] = []
+        self._count = count
+        self._ended: list[_Worker] = []
+        self._replaced = 0
+        self._said: set[str] = set()
+        self._gpus = visible_gpus()
+        self._job = job
+        self._spans = spans
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for worker in self.working:
+            worker.process.kill()
+        for worker in [*self.working, *self._ended]:
+            worker.line.close()
+            try:
+                worker.process.wait(EXIT_S)
+            except subprocess.TimeoutExpired:
+                worker.process.kill()
+                worker.process.wait()
+            worker.relay.join(EXIT_S)
+
+    def start(self) -> None:
+        for place in range(self._count):
+            self._hire(place)
+
+    def listen(self, seconds: float) -> None:
+        """Hear what the workers say, for so many seconds or until all are done.
+
+        Raises:
+            WorkerLostError: If too many workers died.
+            BaseException: What a worker raised.
+        """
+        end = time.monotonic() + seconds
+        while self.working and (left := end - time.monotonic()) > 0:
+            for worker, said in self._heard(left):
+                if isinstance(said, str):
+                    self._note(said)
+                elif said is None:
+                    self._replace(worker)
+                elif said.error is not None:
+                    raise said.error
+                else:
+                    self.results[worker.place] = said.value
+
+    def stop(self) -> None:
+        """Ask the workers to finish what they are at, and wait until they did. Their errors do not count any more."""
+        for worker in self.working:
+            worker.process.send_signal(signal.SIGINT)
+        while self.working:
+            for _, said in self._heard(None):
+                if isinstance(said, str):
+                    self._note(said)
+
+    def _heard(self, seconds: float | None) -> list[tuple[_Worker, str | Outcome | None]]:
+        """Who said what: a note, an outcome, or None if a worker ended without one. Who ended works no more."""
+        ready = wait([worker.line for worker in self.working], seconds)
+        heard: list[tuple[_Worker, str | Outcome | None]] = []
+        for worker in [one for one in self.working if one.line in ready]:
+            said: str | Outcome | None = None
+            with contextlib.suppress(EOFError, OSError):
+                said = worker.line.recv()
+            if not isinstance(said, str):
+                self.working.remove(worker)
+                self._ended.append(worker)
+            heard.append((worker, said))
+        return heard
+
+    def _replace(self, lost: _Worker) -> None:
+        code = lost.process.wait()
+        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        what = f"Worker process {lost.process.pid} {how}"
+        if self._replaced == MOST_REPLACED:
+            raise WorkerLostError(
+                f"{what}, and so did {count_text(self._replaced, 'other')} before. What they completed is kept.",
+                "If memory was too small (the system then sends SIGKILL), give fewer --workers. Run the same command "
+                "again to continue.",
+            )
+        self._replaced += 1
+        note(f"{what}; another one takes its place.")
+        self._hire(lost.place)
+
+    def _hire(self, place: int) -> None:
+        line, theirs = Pipe()
+        with theirs:
+            numbers = (theirs.fileno(), self._job.fileno())
+            process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "kr2cache.workers.process", *map(str, numbers), str(os.getpid())],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                env=self._environment(place),
+                pass_fds=numbers,
+                start_new_session=True,
+            )
+        relay = threading.Thread(target=self._relay, args=(process.stdout,), daemon=True)
+        self.working.append(_Worker(place, line, process, relay))
+        relay.start()
+        with contextlib.suppress(OSError):  # it ended already: ``listen`` finds out
+            line.send(self._spans)
+
+    def _environment(self, place: int) -> dict[str, str]:
+        environment = dict(os.environ)
+        # What this process can import, a worker can.
+        environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)  # noqa: PTH109
+        if not environment.get("OMP_NUM_THREADS"):
+            environment["OMP_NUM_THREADS"] = str(max(1, cores() // self._count))
+        if self._gpus:
+            environment["CUDA_VISIBLE_DEVICES"] = self._gpus[place % len(self._gpus)]
+        return environment
+
+    def _note(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            note(text)
+
+    def _relay(self, output: IO[str] | None) -> None:
+        """Show what libraries print in a worker, each line once."""
+        assert output is not None
+        with output:
+            for line in output:
+                text = line.rstrip()
+                if text and text not in self._said:
+                    self._said.add(text)
+                    console.print(Text(text), soft_wrap=True)
+
+
+def _write_job(file: IO[bytes], job: tuple[Callable[[Any], Any], Any]) -> list[tuple[int, int]]:
+    """Pickle a job, its arrays apart, so that workers can map them.
+
+    Returns:
+        Start and end in the file: of the pickle, then of each array.
+    """
+    arrays: list[pickle.PickleBuffer] = []
+    head = pickle.dumps(job, protocol=5, buffer_callback=arrays.append)
+    spans = []
+    for part in (memoryview(head), *(array.raw() for array in arrays)):
+        start = -(-file.tell() // ALIGNMENT) * ALIGNMENT
+        file.seek(start)
+        file.write(part)
+        spans.append((start, start + part.nbytes))
+    file.flush()
+    return spans
