@@ -29,6 +29,7 @@ EXAMPLE_FILES = ("kr2cache/tasks/reviews.py", "kr2cache.toml")
 """Named as what a user may write."""
 CACHE, RUN = re.compile(r"\.kr2cache/[\w./-]+-[0-9a-f]{8}"), re.compile(r"runs/[\w./-]+/seed-1")
 OLD_CACHE, OLD_RUN = "caches/udpos/train/res-949d8033", "runs/udpos/kr2-reader-res-last2-1ea417a2/seed-1"
+OLD_DEV_CACHE = "caches/udpos/dev/res-48a41ba1"
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -112,7 +113,7 @@ def test_python_in_the_readmes_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     ran: dict[str, dict[str, Any]] = {}
     for page in PAGES:
         for block in blocks(page, "python"):
-            code = RUN.sub(OLD_RUN, CACHE.sub(OLD_CACHE, block))
+            code = RUN.sub(OLD_RUN, CACHE.sub(lambda name: OLD_DEV_CACHE if "/dev/" in name[0] else OLD_CACHE, block))
             names: dict[str, Any] = {"__name__": "readme"}
             exec(compile(code, name_of(page), "exec"), names)
             ran.setdefault(name_of(page), {}).update(names)
@@ -122,6 +123,8 @@ def test_python_in_the_readmes_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     reading = ran["kr2cache/cache/README.md"]
     layers, tokens, width = reading["states"].shape
     assert (layers, width) == (len(reading["cache"].layers), reading["cache"].width)
+    assert reading["both"].folders == (Path(OLD_CACHE), Path(OLD_DEV_CACHE))
+    assert (reading["both"].ids[0], reading["both"].ids[-1], len(reading["pair"])) == ("train-1", "dev-2", 2)
     assert reading["batch"][0].shape == (2, tokens, width)
     labelled = both_stages["labelled"]
     assert len(labelled[0].predicted) == len(("Das", "ist", "ein", "Haus", "."))

@@ -94,15 +94,17 @@ class IdIndex:
             place += 1
         return -1
 
-    def duplicate(self) -> str | None:
-        """An id that occurs more than once, or None."""
+    def duplicate(self) -> tuple[int, int] | None:
+        """The first two positions of an id that occurs more than once, or None."""
         if self._dictionary is not None and len(self._dictionary) == len(self.ids):
             return None
         hashes, order = self._sorted_hashes
         for k in np.flatnonzero(hashes[1:] == hashes[:-1]).tolist():
             end = int(np.searchsorted(hashes, hashes[k], side="right"))
-            if (self.ids[order[k + 1 : end]] == self.ids[order[k]]).any():
-                return self.name(int(order[k]))
+            others = order[k + 1 : end]
+            if len(same := others[self.ids[others] == self.ids[order[k]]]):
+                first, second = sorted([int(order[k]), *same.tolist()])[:2]
+                return first, second
         return None
 
     @cached_property

@@ -4,6 +4,8 @@
 >>> cache["train-s1"].shape                                                     # doctest: +SKIP
 (13, 21, 768)
 
+Several folders with parts of one corpus can be opened as one cache. Positions count through all folders.
+
 Shape letters: L layers, T tokens of one sequence, D width. A cache holds no HDF5 handle, so it can be forked. It can
 also be pickled to a spawned worker, which maps the files again.
 """
@@ -21,25 +23,26 @@ from numpy.typing import NDArray
 from kr2cache.cache.batch import PackedBatch, output_rows
 from kr2cache.cache.format import SequenceIndex, states_xxh3
 from kr2cache.cache.ids import IdIndex
+from kr2cache.cache.parts import Parts, id_twice, open_parts
 from kr2cache.cache.rows import StoredRows
-from kr2cache.cache.shard import Shard, open_shard, shard_paths
-from kr2cache.errors import CacheError, ConfigError, SequenceNotFoundError
+from kr2cache.errors import CacheError, SequenceNotFoundError
 from kr2cache.system.memory import aligned_empty
 
 
 class FeatureCache:
-    """The stored states of one resource on one split, by sequence id.
+    """The stored states of one resource on one split, or on several parts of a corpus, by sequence id.
 
     Only complete sequences are shown. A cache can be read while it is being written; it shows the sequences that were
     complete when it was opened.
     """
 
-    def __init__(self, folder: Path, shards: Sequence[Shard]) -> None:
-        self.folder = folder
-        self._shards = list(shards)
-        self._stored = shards[0].header.stored
+    def __init__(self, parts: Parts) -> None:
+        shards = parts.shards
+        self._parts = parts
+        self._header = parts.header
+        self._stored = self._header.stored
         self._rows = StoredRows(shards)
-        self._every_layer = self._rows.every_layer
+        self._every_layer = parts.every_place
         self._index = IdIndex(_joined([shard.ids for shard in shards]))
         self._is_unique = False
         self.n_tokens: NDArray[np.int32] = _joined([shard.n_tokens for shard in shards])
@@ -54,69 +57,85 @@ class FeatureCache:
         self._checked = np.zeros(len(self.n_tokens), dtype=bool)
 
     @classmethod
-    def open(cls, folder: str | Path) -> FeatureCache:
+    def open(cls, folder: str | Path | Sequence[str | Path]) -> FeatureCache:
         """Open a cache folder: check every shard's header, sizes and offsets, then map it.
 
         To compare each sequence with its checksum as well, set ``check_on_read``.
 
+        Args:
+            folder: One folder, or several with parts of one corpus, which are then read as one cache, in this order.
+                Model, layers, dtype and settings are the same in all. Ids are unique over all.
+
         Raises:
-            CacheError: If a shard is missing, damaged or cut off, or belongs to another version or another cache.
+            CacheError: If a shard is missing, damaged or cut off, or belongs to another version or another cache; or if
+                a folder does not fit the first one.
+            ConfigError: If no folder is given, or one is given twice.
         """
-        folder = Path(folder)
-        shards = [open_shard(path) for path in shard_paths(folder)]
-        first = shards[0].header
-        for shard in shards[1:]:
-            if shard.header != first:
-                raise CacheError(
-                    f"{shard.path} belongs to another cache than {shards[0].path.name} (fingerprint "
-                    f"{shard.header.fingerprint[:8]}, not {first.fingerprint[:8]}).",
-                    "Keep the shards of one cache in a folder of their own.",
-                )
-        return cls(folder, shards)
+        return cls(open_parts(folder))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (_reopen, (self.folder, self.fingerprint, self.check_on_read))
+        return (_reopen, (self.folders, self.fingerprint, self.check_on_read))
 
     # Metadata -----------------------------------------------------------------------------------------------------
 
     @property
+    def folders(self) -> tuple[Path, ...]:
+        """The folders that were opened as this cache."""
+        return self._parts.folders
+
+    @property
+    def folder(self) -> Path:
+        """The only folder.
+
+        Raises:
+            ConfigError: If several folders were opened as one.
+        """
+        return self.folders[self._parts.only("folder")]
+
+    @property
     def layers(self) -> tuple[int, ...]:
         """The stored layer numbers; 0 = embedding output."""
-        return self._shards[0].header.layers
+        return self._header.layers
 
     @property
     def model_layers(self) -> int:
         """The number of the model's layers, embeddings included, whether stored or not."""
-        return self._shards[0].header.model_layers
+        return self._header.model_layers
 
     @property
     def width(self) -> int:
         """D, the width of the states."""
-        return self._shards[0].header.width
+        return self._header.width
 
     @property
     def dtype(self) -> str:
         """The stored dtype: float16, float32, bfloat16 or int8."""
-        return self._shards[0].header.dtype
+        return self._header.dtype
 
     @property
     def fusion(self) -> dict[str, Any] | None:
         """``{"layers", "weights"}`` if one fused layer is stored, else None."""
-        return self._shards[0].header.fusion
+        return self._header.fusion
 
     @property
     def fingerprint(self) -> str:
-        return self._shards[0].header.fingerprint
+        """The hash of everything that decides the states; of several folders, the hash of their fingerprints."""
+        return self._parts.fingerprint
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """The record of how the cache was made: chosen, found and recorded fields."""
-        return self._shards[0].header.provenance
+        """The record of how the cache was made: chosen, found and recorded fields; of several folders, those that are
+        equal in all."""
+        return self._parts.provenance
 
     @property
     def batch_plan(self) -> dict[str, Any]:
-        """How the sequences were grouped into batches for the forward passes."""
-        return self._shards[0].header.batch_plan
+        """How the sequences were grouped into batches for the forward passes.
+
+        Raises:
+            ConfigError: If several folders were opened as one.
+        """
+        return self._parts.headers[self._parts.only("batch plan")].batch_plan
 
     @property
     def mapped(self) -> bool:
@@ -166,11 +185,12 @@ class FeatureCache:
     def _check_unique(self) -> None:
         if self._is_unique:
             return
-        if (name := self._index.duplicate()) is not None:
-            raise CacheError(
-                f"{self.folder} holds the id {name!r} twice.", "Extract again: ids must be unique within a cache."
-            )
+        if (twice := self._index.duplicate()) is not None:
+            raise id_twice(self._index.name(twice[0]), *map(self._folder_of, twice))
         self._is_unique = True
+
+    def _folder_of(self, position: int) -> Path:
+        return self._parts.shards[self._rows.span(position, 0, 0)[0]].path.parent
 
     def positions(self, ids: Iterable[str]) -> NDArray[np.int64]:
         """The positions of these sequences, which must be complete.
@@ -189,16 +209,16 @@ class FeatureCache:
         name, position = next((n, p) for n, p in zip(names, found, strict=True) if p < 0 or not self.complete[p])
         if position < 0:
             raise SequenceNotFoundError(
-                f"No sequence {name!r} in {self.folder}.", f"It holds {self._index.name(0)!r} and so on."
+                f"No sequence {name!r} in {self._parts.name}.", f"It holds {self._index.name(0)!r} and so on."
             )
         raise SequenceNotFoundError(
-            f"The states of {name!r} in {self.folder} are not written yet.",
+            f"The states of {name!r} in {self._folder_of(position)} are not written yet.",
             "Run the same kr2cache extract command again: it continues where it stopped.",
         )
 
     def tokens(self) -> SequenceIndex:
         """Token ids and word alignment of all sequences, by position. Each call reads them from the files."""
-        parts = [shard.tokens() for shard in self._shards]
+        parts = [shard.tokens() for shard in self._parts.shards]
         return SequenceIndex(
             ids=self._index.ids,
             n_tokens=self.n_tokens,
@@ -241,7 +261,7 @@ class FeatureCache:
             CacheError: With ``check_on_read``, if the stored bytes do not match their checksum.
         """
         self._check_once(position)
-        return self._states(position, self._stored_positions(layers))
+        return self._states(position, self._parts.places(layers))
 
     def _states(self, position: int, stored: list[int]) -> NDArray[np.floating]:
         lowest, highest = min(stored), max(stored)
@@ -270,7 +290,7 @@ class FeatureCache:
         Raises:
             ConfigError: For a layer that is not stored.
         """
-        self._prefetch(positions.tolist(), self._stored_positions(layers))
+        self._prefetch(positions.tolist(), self._parts.places(layers))
 
     def _prefetch(self, positions: list[int], stored: list[int]) -> None:
         if self.check_on_read and not all(map(self._checked.item, positions)):
@@ -289,10 +309,11 @@ class FeatureCache:
         """
         raw, scale = self.stored(position)
         if states_xxh3(raw, scale) != int(self._xxh3[position]):
+            folder = self._folder_of(position)
             raise CacheError(
-                f"The states of {self._index.name(position)!r} in {self.folder} do not match their checksum: they were "
+                f"The states of {self._index.name(position)!r} in {folder} do not match their checksum: they were "
                 "damaged after they were written.",
-                f"kr2cache cache repair {self.folder}",
+                f"kr2cache cache repair {folder}",
             )
 
     def _check_once(self, position: int) -> None:
@@ -302,7 +323,7 @@ class FeatureCache:
 
     @cached_property
     def _xxh3(self) -> NDArray[np.uint64]:
-        return np.concatenate([shard.read("examples/xxh3") for shard in self._shards])
+        return np.concatenate([shard.read("examples/xxh3") for shard in self._parts.shards])
 
     def buffer(self, sequences: int, layers: Sequence[int] | None = None) -> NDArray[np.floating]:
         """Uninitialised memory for ``batch(..., out=...)``, large enough for any batch of ``sequences`` sequences.
@@ -314,7 +335,7 @@ class FeatureCache:
         Returns:
             Shape (rows, D), with the alignment of the file. Only rows that batches fill take up memory.
         """
-        rows = sequences * int(self.n_tokens.max()) * len(self._stored_positions(layers))
+        rows = sequences * int(self.n_tokens.max()) * len(self._parts.places(layers))
         return aligned_empty((rows, self.width), self.states_dtype)
 
     def batch(
@@ -335,7 +356,7 @@ class FeatureCache:
             CacheError: With ``check_on_read``, if the stored bytes do not match their checksum.
         """
         positions = self._positions(ids)
-        stored = self._stored_positions(layers)
+        stored = self._parts.places(layers)
         n_tokens = list(map(self.n_tokens.item, positions))
         rows = sum(n_tokens) * len(stored)
         if out is None:
@@ -354,35 +375,19 @@ class FeatureCache:
             packed[i][...] = self._states(position, stored)
         return packed
 
-    def _stored_positions(self, layers: Sequence[int] | None) -> list[int]:
-        if layers is None:
-            return self._every_layer
-        if self.fusion is not None:
-            raise ConfigError(
-                f"{self.folder} holds one fusion of layers {', '.join(map(str, self.fusion['layers']))}, no layers.",
-                "Read it without layer numbers, or use the cache that it was made from.",
-            )
-        missing = sorted(set(layers) - set(self.layers))
-        if missing or not layers:
-            raise ConfigError(
-                f"{self.folder} does not hold layer {', '.join(map(str, missing)) or '(none asked for)'}; "
-                f"it holds {', '.join(map(str, self.layers))}.",
-                "Extract again with --layers all.",
-            )
-        return [self.layers.index(layer) for layer in layers]
-
     def __repr__(self) -> str:
         return (
-            f"FeatureCache({str(self.folder)!r}: {len(self):,} of {len(self.n_tokens):,} sequences, layers "
+            f"FeatureCache({self._parts.name!r}: {len(self):,} of {len(self.n_tokens):,} sequences, layers "
             f"{', '.join(map(str, self.layers))}, width {self.width}, {self.dtype})"
         )
 
 
-def _reopen(folder: Path, fingerprint: str, check_on_read: bool) -> FeatureCache:
-    cache = FeatureCache.open(folder)
+def _reopen(folders: tuple[Path, ...], fingerprint: str, check_on_read: bool) -> FeatureCache:
+    cache = FeatureCache.open(folders)
     cache.check_on_read = check_on_read
     if cache.fingerprint != fingerprint:
-        raise CacheError(f"{folder} was replaced by another cache since it was opened.", "Start the run again.")
+        replaced = "was replaced by another cache" if len(folders) == 1 else "are not the same caches any more"
+        raise CacheError(f"{cache._parts.name} {replaced} since it was opened.", "Start the run again.")
     return cache
 
 

@@ -68,7 +68,7 @@ def test_ids_of_equal_hash_are_told_apart(monkeypatch: pytest.MonkeyPatch, asked
     wanted = [random.Random(i).choice([*names, "t"]) for i in range(asked)]
     assert index.find(wanted) == [names.index(name) if name in names else -1 for name in wanted]
     assert index.duplicate() is None
-    assert IdIndex(encode_ids([*names, "s31"])).duplicate() == "s31"
+    assert IdIndex(encode_ids([*names, "s31"])).duplicate() == (31, 50)
 
 
 @pytest.mark.parametrize("least", [0, 2**63, 2**64 - 500])
@@ -91,5 +91,5 @@ def test_a_number_is_no_id(more: int) -> None:
 
 
 def test_an_id_that_is_there_twice_is_named() -> None:
-    assert IdIndex(encode_ids([*map(str, range(100)), "17"])).duplicate() == "17"
+    assert IdIndex(encode_ids([*map(str, range(100)), "17"])).duplicate() == (17, 100)
     assert IdIndex(encode_ids(["a"])).duplicate() is None
