@@ -17,7 +17,7 @@ from kr2cache.extraction.checks import check_extraction
 from kr2cache.models.files import model_folder
 from kr2cache.models.registry import known_models
 from kr2cache.system.console import waiting
-from kr2cache.tasks import split_name
+from kr2cache.tasks import find_task, split_name
 
 
 @takes(ExtractConfig, EXTRACT)
@@ -38,7 +38,9 @@ def extract_cli(
         from kr2cache.extraction.extract import describe_result, extract
         from kr2cache.extraction.planning import describe, plan_extraction
     with waiting(f"Reading and tokenising {config.task}/{config.split}"):
-        plan = plan_extraction(config)
+        # A dry run writes nothing, not even a plan for other processes.
+        unshared = find_task(config.task).examples(config.split, config.data, config.limit) if dry_run else None
+        plan = plan_extraction(config, unshared)
     describe(plan)
     if dry_run:
         _show_dry_run(plan, as_json)

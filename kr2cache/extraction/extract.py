@@ -26,7 +26,7 @@ from kr2cache.extraction.batches import BatchRunner, by_weights
 from kr2cache.extraction.planning import ExtractPlan, check_disk, plan_extraction
 from kr2cache.models.digests import OpenedModel, open_model
 from kr2cache.models.load import describe_dropped
-from kr2cache.store import folders, provenance
+from kr2cache.store import folders, plans, provenance
 from kr2cache.store.sharing import CACHE, SharedShards, existing_header
 from kr2cache.store.takeover import Donors, OlderCaches, as_mask, find_donors
 from kr2cache.system.claims import claimed
@@ -133,6 +133,8 @@ def _make_shards(
         for unfinished in folder.glob("*.partial"):  # earlier versions built shards beside the others
             unfinished.unlink()
         shards.create(claim.folder)
+    if plan.recorded:
+        plans.forget(plan.config.cache_dir, plan.config.task, plan.config.split, plan.recorded[plans.FIELD]["key"])
     return shards, donors
 
 

@@ -94,7 +94,8 @@ def plan_extraction(config: ExtractConfig, examples: Iterable[Example] | None = 
 
     Args:
         config: The settings.
-        examples: The examples of the split, if the caller has read them already.
+        examples: The examples of the split, if the caller reads them. Without them, the plan of a large split is shared
+            with other processes by way of the cache directory (``store.plans``).
     """
     checked = check_extraction(config)
     spec, task = checked.spec, checked.task
@@ -157,16 +158,11 @@ def _tokenised(
 
     if source is None:
         return tokenise(spec, tokenizer, read(), task, config.max_length), {}
-    found = plans.stored_index(
-        config.cache_dir,
-        task.name,
-        config.split,
-        source.key,
-        lambda: tokenise_first(tokenizer, read(), task, config.max_length),
+    shared = plans.Plans(cache_dir=config.cache_dir, task=task.name, split=config.split, source=source)
+    return shared.find_or_make(
+        first=lambda: tokenise_first(tokenizer, read(), task, config.max_length),
+        make=lambda: tokenise(spec, tokenizer, read(), task, config.max_length),
     )
-    if found is None:
-        found = tokenise(spec, tokenizer, read(), task, config.max_length)
-    return found, source.recorded(found)
 
 
 def check_disk(plan: ExtractPlan) -> None:

@@ -1,5 +1,8 @@
 """A large split is read and tokenised once: caches record what their index was made from, and later plans take it.
 
+Processes that start together share a plan too: the first one tokenises, the others wait for it. Until a cache holds the
+index, it lies in ``CACHE_DIR/TASK/SPLIT/plan-KEY.npz``.
+
 The key is a digest of everything that decides the index: the bytes and names of the data files, the task with its
 settings, the tokenizer as it was loaded, and the code that reads and tokenises. A cache with an equal key holds the
 same index, whatever its layers and dtype. Before it is taken, its first sequences are tokenised again and compared.
@@ -15,13 +18,15 @@ There is no key, and the split is read and tokenised as always, for
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import inspect
 import json
 import os
 import platform
-from collections.abc import Callable, Iterable, Mapping
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -37,6 +42,7 @@ from kr2cache.errors import CacheError
 from kr2cache.models.encode import MissingWords
 from kr2cache.models.tokenise import Tokenised
 from kr2cache.store import folders, provenance
+from kr2cache.system.claims import Claim, wait_for_claim
 from kr2cache.tasks import Task
 
 if TYPE_CHECKING:
@@ -109,7 +115,102 @@ def source_of(
     return Source(key=key, stamps=stamps, files=tuple(files.values()))
 
 
-def stored_index(cache_dir: Path, task: str, split: str, key: str, first: Callable[[], Tokenised]) -> Tokenised | None:
+@dataclass(frozen=True, kw_only=True)
+class Plans:
+    """The plans of one source in one cache directory."""
+
+    cache_dir: Path
+    task: str
+    split: str
+    source: Source
+
+    def find_or_make(
+        self, first: Callable[[], Tokenised], make: Callable[[], Tokenised]
+    ) -> tuple[Tokenised, dict[str, Any]]:
+        """The index of the source; and the fields that a new cache records of it.
+
+        Args:
+            first: Tokenises the first sequences now. A stored index whose first sequences are others is not taken.
+            make: Reads and tokenises all. Not called if another process did so.
+        """
+        found = self._find(first)
+        if found is None:
+            with self._alone() as claim:
+                found = self._find(first)
+                if found is None:
+                    found = make()
+                    if claim is not None and self.source.recorded(found):
+                        self._save(found, claim)
+        return found, self.source.recorded(found)
+
+    def _find(self, first: Callable[[], Tokenised]) -> Tokenised | None:
+        found = stored_index(self.cache_dir, self.task, self.split, self.source.key)
+        if found is not None:
+            forget(self.cache_dir, self.task, self.split, self.source.key)
+        else:
+            found = _load(plan_file(self.cache_dir, self.task, self.split, self.source.key))
+        return found if found is not None and _begins_with(found.index, first().index) else None
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[Claim | None]:
+        """No other process plans from this source inside the block. None where nothing can be written."""
+        claim = None
+        with contextlib.suppress(OSError):
+            claim = wait_for_claim(plan_file(self.cache_dir, self.task, self.split, self.source.key), "plan")
+            claim.fenced()  # a plan is published by a rename out of the claim's folder
+        try:
+            yield claim
+        finally:
+            if claim is not None:
+                claim.release()
+
+    def _save(self, made: Tokenised, claim: Claim) -> None:
+        """Keep the index for the other processes. A disk without space for it is no failure."""
+        index = made.index
+        unfinished = claim.folder / "plan.npz"
+        try:
+            np.savez(
+                unfinished,
+                **{name: getattr(index, name) for name in _STORED},
+                missing_words=np.array(made.missing_words, dtype=np.int64),
+                digest=np.array(_digest(index)),
+            )
+            unfinished.rename(plan_file(self.cache_dir, self.task, self.split, self.source.key))
+        except OSError:
+            unfinished.unlink(missing_ok=True)
+
+
+_STORED = ("ids", "n_tokens", "text_xxh3", "input_id", "word_index")
+"""The arrays of an index that are kept. Segment ids are not: such an index is not shared."""
+
+
+def plan_file(cache_dir: Path, task: str, split: str, key: str) -> Path:
+    """Where the index lies until a cache holds it."""
+    return folders.split_folder(cache_dir, task, split) / f"plan-{key[:16]}.npz"
+
+
+def forget(cache_dir: Path, task: str, split: str, key: str) -> None:
+    """Remove the plan of a source: a cache holds its index now."""
+    with contextlib.suppress(OSError):
+        plan_file(cache_dir, task, split, key).unlink(missing_ok=True)
+
+
+def _load(path: Path) -> Tokenised | None:
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+            index = SequenceIndex(**{name: stored[name] for name in _STORED})
+            cut_off, no_token = stored["missing_words"].tolist()
+            is_intact = str(stored["digest"]) == _digest(index)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # there is none, or it is damaged
+        return None
+    return Tokenised(index=index, missing_words=MissingWords(cut_off, no_token)) if is_intact else None
+
+
+def _digest(index: SequenceIndex) -> str:
+    return provenance.texts_digest(index) + provenance.tokens_digest(index)
+
+
+def stored_index(cache_dir: Path, task: str, split: str, key: str) -> Tokenised | None:
     """The index of a cache that was planned from the same source; None if there is none.
 
     Args:
@@ -117,7 +218,6 @@ def stored_index(cache_dir: Path, task: str, split: str, key: str, first: Callab
         task: The task's name.
         split: The split.
         key: ``Source.key``
-        first: Tokenises the first sequences now. A cache whose first sequences are others is not taken.
     """
     for folder in folders.matching(cache_dir, task=task, split=split):
         shard = min(folder.glob("*.h5"), default=None)
@@ -133,7 +233,7 @@ def stored_index(cache_dir: Path, task: str, split: str, key: str, first: Callab
             continue
         whole = (provenance.texts_digest(index), provenance.tokens_digest(index), len(index))
         is_whole = not made.segments and whole == (made.texts, made.tokens, made.sequences)
-        if missing is not None and is_whole and _begins_with(index, first().index):
+        if missing is not None and is_whole:
             return Tokenised(index=index, missing_words=missing)
     return None
 
@@ -152,8 +252,7 @@ def _begins_with(index: SequenceIndex, first: SequenceIndex) -> bool:
     if len(first) > len(index) or first.segment_id is not None:
         return False
     part = index.part(0, len(first))
-    names = ("ids", "n_tokens", "text_xxh3", "input_id", "word_index")
-    return all(np.array_equal(getattr(part, name), getattr(first, name)) for name in names)
+    return all(np.array_equal(getattr(part, name), getattr(first, name)) for name in _STORED)
 
 
 def _stamps(files: Iterable[Path]) -> tuple[tuple[Any, ...], ...]:

@@ -25,6 +25,9 @@ from kr2cache.cache.reader import FeatureCache
 from kr2cache.errors import CacheError
 from kr2cache.version import __version__
 
+AT_ONCE = 2**16
+"""Sequences whose ids are Python objects at the same time."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Chosen:
@@ -82,8 +85,11 @@ def found(index: SequenceIndex, weights: str, config: str, template: str) -> Fou
 def texts_digest(index: SequenceIndex) -> str:
     """XXH3-128 of all ids and text hashes, in order."""
     digest = xxhash.xxh3_128()
-    for name, text in zip(index.ids.tolist(), index.text_xxh3.tolist(), strict=True):
-        digest.update(name + b"\0" + text.to_bytes(8, "little"))
+    for start in range(0, len(index), AT_ONCE):  # Python's objects for all of them would take far more than the index
+        ids, texts = (array[start : start + AT_ONCE].tolist() for array in (index.ids, index.text_xxh3))
+        digest.update(
+            b"".join(name + b"\0" + text.to_bytes(8, "little") for name, text in zip(ids, texts, strict=True))
+        )
     return digest.hexdigest()
 
 

@@ -22,21 +22,24 @@ from kr2cache.system.console import bytes_text
 from kr2cache.tasks import Example, find_task
 
 CHILD = """
-import json, os, sys, time
+import itertools, json, os, sys, time
+from pathlib import Path
 import h5py, numpy, torch, transformers, kr2cache.extraction.extract
 from kr2cache.config import ExtractConfig
 from kr2cache.extraction.planning import plan_extraction
 from kr2cache.store import provenance
+from kr2cache.tasks import find_task
 
 def memory(name):
     lines = open("/proc/self/status").read().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name + ":"))
 
 if __name__ == "__main__":
-    settings = json.loads(sys.argv[1])
-    plan_extraction(ExtractConfig(**{**settings, "limit": 10}))
+    config = ExtractConfig(**json.loads(sys.argv[1]), cache_dir=Path(sys.argv[2]))
+    first = itertools.islice(find_task(config.task).examples("train", config.data), 10)
+    plan_extraction(config, list(first))  # imports and loads
     before, started = memory("VmRSS"), time.perf_counter()
-    plan = plan_extraction(ExtractConfig(**settings))
+    plan = plan_extraction(config)
     planned = time.perf_counter() - started
     peak = memory("VmHWM") - before
     provenance.found(plan.index, "", "", plan.template)
@@ -80,7 +83,7 @@ def measure(settings: dict[str, Any], processes: int | None = None) -> dict[str,
         script.write_text(CHILD, "utf-8")
         cores = sorted(os.sched_getaffinity(0))[:processes]
         child = subprocess.run(
-            [sys.executable, str(script), json.dumps({**settings, "cache_dir": str(Path(folder) / "caches")})],
+            [sys.executable, str(script), json.dumps(settings), str(Path(folder) / "caches")],
             capture_output=True,
             text=True,
             check=False,

@@ -5,23 +5,28 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import tiny
-from world import World, change_the_tokenizer
+import xxhash
+from world import World, change_the_tokenizer, read_only
 
+from kr2cache.cache.format import SequenceIndex
 from kr2cache.cache.reader import FeatureCache
+from kr2cache.cli import run
 from kr2cache.config import ExtractConfig
 from kr2cache.extraction import planning
 from kr2cache.extraction.extract import extract
 from kr2cache.extraction.planning import ExtractPlan, plan_extraction
 from kr2cache.models.registry import find_model
 from kr2cache.models.tokenizers import load_tokenizer
-from kr2cache.store import plans
+from kr2cache.store import plans, provenance
 from kr2cache.tasks import base, find_task
 from kr2cache.tasks.piqa import Piqa
 from kr2cache.tasks.udpos import UdPos
@@ -96,6 +101,104 @@ def test_several_shards_and_an_unfinished_cache_serve(world: World, counted: lis
     shards[-1].unlink()
     same_index(plan_extraction(config), first)
     assert len(counted) == 2, "a shard is missing"
+
+
+def plan_files(world: World) -> list[Path]:
+    return sorted(world.caches.rglob("plan-*"))
+
+
+def test_before_there_is_a_cache_the_plan_is_in_a_file(world: World, counted: list[str]) -> None:
+    first = plan_extraction(settings(world))
+    assert len(plan_files(world)) == 1
+    second = plan_extraction(settings(world, layers="last4"))
+    assert len(counted) == 1
+    same_index(second, first)
+    assert second.recorded == first.recorded
+    extract(second)
+    assert plan_files(world) == [], "a cache holds it now"
+    same_index(plan_extraction(settings(world)), first)
+    assert len(counted) == 1
+    assert [path.name for path in (world.caches / "udpos" / "train").iterdir() if "claims" in path.name] == []
+
+
+def test_a_plan_that_a_cache_holds_is_removed(world: World, counted: list[str]) -> None:
+    plan = plan_extraction(settings(world))
+    (path,) = plan_files(world)
+    kept = path.read_bytes()
+    extract(plan)
+    path.write_bytes(kept)
+    plan_extraction(settings(world))
+    assert plan_files(world) == []
+
+
+def test_processes_that_start_together_tokenise_once(
+    world: World, counted: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = planning.tokenise
+
+    def slowly(*arguments: Any) -> Any:
+        time.sleep(0.5)
+        return real(*arguments)
+
+    monkeypatch.setattr(planning, "tokenise", slowly)
+    with ThreadPoolExecutor(4) as threads:
+        made = list(threads.map(lambda _: plan_extraction(settings(world)), range(4)))
+    assert len(counted) == 1
+    for one in made[1:]:
+        same_index(one, made[0])
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed", "other first"])
+def test_a_damaged_plan_is_made_again(
+    damage: str, world: World, counted: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if damage == "changed":  # behind the first sequences
+        monkeypatch.setattr(plans, "_begins_with", lambda *_: True)
+    first = plan_extraction(settings(world))
+    (path,) = plan_files(world)
+    raw = path.read_bytes()
+    if damage == "cut":
+        path.write_bytes(raw[: len(raw) // 2])
+    else:
+        with np.load(path) as stored:
+            arrays = dict(stored)
+        arrays["input_id"][-1 if damage == "changed" else 1] += 1
+        if damage == "other first":
+            index = dataclasses.replace(first.index, input_id=arrays["input_id"])
+            arrays["digest"] = np.array(plans._digest(index))
+        np.savez(path, **arrays)
+    same_index(plan_extraction(settings(world)), first)
+    assert len(counted) == 2
+
+
+def test_where_nothing_can_be_written_the_plan_is_not_shared(world: World, counted: list[str]) -> None:
+    world.caches.mkdir()
+    with read_only(world.caches):
+        plan = plan_extraction(settings(world))
+    assert len(plan.index) == 12
+    assert list(world.caches.iterdir()) == []
+
+
+def test_a_dry_run_writes_nothing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(world.folder)
+    options = ["--resource", str(world.resource), "--task", "udpos", "--data", str(world.data)]
+    assert run(["extract", *options, "--cache-dir", str(world.caches), "--dry-run", "--json"]) == 0
+    assert not world.caches.exists()
+
+
+def test_the_digest_of_ids_and_texts_is_that_of_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    index = SequenceIndex(
+        ids=np.array([b"a", b"longer", b"c"]),
+        n_tokens=np.ones(3, dtype=np.int32),
+        text_xxh3=np.array([1, 2**64 - 1, 3], dtype=np.uint64),
+        input_id=np.ones(3, dtype=np.int32),
+        word_index=np.ones(3, dtype=np.int32),
+    )
+    expected = xxhash.xxh3_128()
+    for name, text in ((b"a", 1), (b"longer", 2**64 - 1), (b"c", 3)):
+        expected.update(name + b"\0" + text.to_bytes(8, "little"))
+    monkeypatch.setattr(provenance, "AT_ONCE", 2)
+    assert provenance.texts_digest(index) == expected.hexdigest()
 
 
 def touch_text(world: World) -> None:
