@@ -3,7 +3,7 @@
 python tests/benchmarks/planning.py --resource MODEL --data FOLDER --task udpos-en --sentences 100000 --processes 1 2
 
 The sentences of the training split are repeated with new ids until there are enough. Each measurement is a process of
-its own. Its processes are counted with it: the peak is that of the largest, and of all of them together.
+its own. The peak is what this process takes more than before; each helper takes 0.4 GB of its own for the libraries.
 """
 
 from __future__ import annotations
@@ -43,10 +43,14 @@ if __name__ == "__main__":
     planned = time.perf_counter() - started
     peak = memory("VmHWM") - before
     provenance.found(plan.index, "", "", plan.template)
+    digests = time.perf_counter() - started - planned
     index = plan.index
+    started = time.perf_counter()
+    plan_extraction(config)  # as a second process does; data of 16 MB or more is not tokenised again
+    again = time.perf_counter() - started
     arrays = (index.ids, index.n_tokens, index.text_xxh3, index.input_id, index.word_index, index.segment_id)
     print(json.dumps({"sequences": len(index), "tokens": plan.tokens, "missing": plan.missing_words.total,
-        "plan_s": planned, "digests_s": time.perf_counter() - started - planned,
+        "plan_s": planned, "again_s": again, "digests_s": digests,
         "index_bytes": sum(array.nbytes for array in arrays if array is not None), "peak_bytes": peak,
         "digest": provenance.texts_digest(index) + provenance.tokens_digest(index)}))
 """
@@ -119,7 +123,7 @@ def main() -> None:
                     f"{sentences:,} sentences, {result['tokens']:,} tokens, {processes} cores: planned in "
                     f"{result['plan_s']:.1f} s ({result['plan_s'] / first['plan_s']:.2f} of the first), peak "
                     f"{bytes_text(result['peak_bytes'])} more, index {bytes_text(result['index_bytes'])}, digests "
-                    f"{result['digests_s']:.2f} s"
+                    f"{result['digests_s']:.2f} s, planned again in {result['again_s']:.1f} s"
                 )
 
 
