@@ -1,9 +1,9 @@
-"""A training alone, and beside programs that keep the cores busy: what does it cost how threads wait for each other?
+"""How fast is a training alone, and beside programs that keep the cores busy? Compares ways in which threads wait.
 
 python tests/benchmarks/busy.py --reader minilm-3 --task udpos-de --data data/everyday --epochs 3 --repeats 3
 
-Each training is a process of its own. The settings take turns, so that a noisy machine is noisy for all of them; read
-the medians. "ours" is what the command line chooses; libgomp's own number of spins is 300,000.
+Each training runs in its own process. The settings take turns, so that noise of the machine affects all of them.
+Compare the medians. "ours" is the setting of the command line; libgomp's default is 300,000 spins.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ SETTINGS: dict[str, dict[str, str]] = {
 SPIN = """
 import os
 parent = os.getppid()
-while os.getppid() == parent:  # also when this script is killed
+while os.getppid() == parent:  # ends also if this script is killed
     sum(range(1_000_000))
 """
 DECIDING = ("GOMP_", "OMP_", "KMP_", "MKL_")
-"""Beginnings of variables that are taken from the environment before a setting is laid over it."""
+"""Prefixes of variables that are removed from the environment before a setting is added."""
 
 
 @contextlib.contextmanager
 def spinning(count: int) -> Iterator[list[subprocess.Popen[bytes]]]:
-    """Inside the block so many programs compute."""
+    """Inside the block, ``count`` programs keep cores busy."""
     busy = [subprocess.Popen([sys.executable, "-c", SPIN]) for _ in range(count)]
     try:
         yield busy
@@ -49,7 +49,7 @@ def spinning(count: int) -> Iterator[list[subprocess.Popen[bytes]]]:
 
 
 def training_seconds(setting: dict[str, str], options: list[str]) -> float:
-    """Of one training, without starting the program and loading the model."""
+    """Seconds of one training, without program start and model loading."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(DECIDING)} | setting
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     with tempfile.TemporaryDirectory() as folder:
@@ -70,7 +70,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--epochs", default="3")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--spinners", type=int, default=os.cpu_count(), help="busy programs; as many as cores")
+    parser.add_argument(
+        "--spinners", type=int, default=os.cpu_count(), help="number of busy programs (default: number of cores)"
+    )
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     chosen = parser.parse_args(arguments)
     options = ["--reader", chosen.reader, "--task", chosen.task, "--data", str(chosen.data.absolute())]
@@ -84,7 +86,7 @@ def main(arguments: list[str] | None = None) -> None:
                     seconds.setdefault((name, spinners), []).append(training_seconds(SETTINGS[name], options))
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
     print(f"{os.cpu_count()} cores, load {load:.1f} at the end")
-    print(f"{'busy programs beside it':24}", *(f"{spinners:>8}" for spinners in conditions))
+    print(f"{'number of busy programs':24}", *(f"{spinners:>8}" for spinners in conditions))
     for name in chosen.settings:
         medians = (statistics.median(seconds[name, spinners]) for spinners in conditions)
         print(f"{name:24}", *(f"{median:6.1f} s" for median in medians))

@@ -1,8 +1,8 @@
-"""What checking costs: ``verify`` against reading the same file, and reading with and without ``check_on_read``.
+"""Time of checking: ``verify`` and reading the same file; reading batches with and without ``check_on_read``.
 
     python tests/benchmarks/checks.py CACHE
 
-Everything from the page cache, medians of five.
+All files are in the page cache. Values are medians of five.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ BATCH = 32
 
 
 def median_s(work: Callable[[], object]) -> float:
-    """Seconds of ``work``, median of ``REPEATS`` after one that warms up."""
+    """Median seconds of ``REPEATS`` calls of ``work``, after one call to warm up."""
     work()
     seconds = []
     for _ in range(REPEATS):
@@ -36,7 +36,7 @@ def median_s(work: Callable[[], object]) -> float:
 
 
 def read_files(folder: Path) -> None:
-    """Plain reading, in one thread, in blocks as large as those of ``verify``."""
+    """Read the files in one thread, in blocks of the same size as ``verify``."""
     buffer = bytearray(32 * 2**20)
     for path in sorted(folder.glob("*.h5")):
         with path.open("rb", buffering=0) as file:
@@ -50,7 +50,7 @@ def hash_sequences(cache: FeatureCache) -> None:
 
 
 def read_batches(folder: Path, *, check: bool) -> None:
-    """Every sequence once, in random batches, copied out of the map."""
+    """Copy every sequence once out of the mapped file, in random batches."""
     cache = FeatureCache.open(folder)
     cache.check_on_read = check
     order = np.random.default_rng(0).permutation(cache.ids).tolist()
@@ -59,7 +59,7 @@ def read_batches(folder: Path, *, check: bool) -> None:
 
 
 def measure(folder: Path) -> dict[str, float]:
-    """Seconds, and the ratios that matter."""
+    """Name to seconds or ratio."""
     cache = FeatureCache.open(folder)
     plain = median_s(lambda: read_files(folder))
     verify = median_s(lambda: check_cache(folder))

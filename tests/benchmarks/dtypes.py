@@ -1,10 +1,10 @@
-"""What storing states as float16, bfloat16 or int8 costs in exactness and in a tagging score.
+"""How exact are states stored as float16, bfloat16 or int8, and how do they change a tagging score?
 
     python tests/benchmarks/dtypes.py --data DATA --resource minilm --reader minilm-3 --limit 600
 
-Every dtype is stored once and read back. The error of a state is the norm of its difference from the float32 state over
-the norm of that one; the worst value is relative to the largest magnitude of its state. Then KReaders are trained on
-each cache (method kr2, fusion last4), the same seeds each, and scored on the test split.
+Each dtype gets a cache, which is read back. The error of a state is the norm of its difference from the float32 state,
+divided by the norm of the float32 state. The error of a value is relative to the largest magnitude in its state.
+KReaders are then trained on each cache (method kr2, fusion last4) with the same seeds, and scored on the test split.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from kr2cache.training.runs import mean_and_std
 
 
 def errors(exact: FeatureCache, rounded: FeatureCache) -> dict[str, float]:
-    """Mean and largest relative error of a state, and the largest of a value."""
+    """Mean and largest relative error of a state, and largest relative error of a value."""
     relative, worst = [], 0.0
     for name in exact.ids:
         states, others = exact[name].astype(np.float64), rounded[name].astype(np.float64)
@@ -43,7 +43,7 @@ def errors(exact: FeatureCache, rounded: FeatureCache) -> dict[str, float]:
 def measure(
     data: str, task: str, resource: str, reader: str, limit: int, seeds: tuple[int, ...]
 ) -> list[dict[str, object]]:
-    """One row a dtype."""
+    """One row for each dtype."""
     rows: list[dict[str, object]] = []
     with tempfile.TemporaryDirectory() as folder:
         exact: FeatureCache | None = None
@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--resource", default="minilm")
     parser.add_argument("--reader", default="minilm-3")
     parser.add_argument("--limit", type=int, default=600)
-    parser.add_argument("--seeds", default="1,2,3", help="empty: errors alone")
+    parser.add_argument("--seeds", default="1,2,3", help="empty: only errors, no training")
     arguments = parser.parse_args()
     console.quiet = True
     seeds = tuple(int(seed) for seed in arguments.seeds.split(",") if seed)

@@ -1,5 +1,5 @@
-"""What could make stage one's forward pass cheaper: every try beside the plain pass, bit by bit in alternation. In
-groups, since one that fills the caches or the heap slows its neighbours.
+"""Ways to make stage one's forward pass cheaper. Each alternates with the plain pass in short slices. They run in
+groups, because a way that fills the processor's caches or the heap slows the others.
 
 python tests/benchmarks/forward.py --data FOLDER --task udpos-de [--compile]
 """
@@ -26,8 +26,8 @@ from kr2cache.models.load import open_encoder
 from kr2cache.models.states import hidden_states
 from kr2cache.system.allocator import keep_free_memory
 
-BITS = 10
-"""Into how many bits of like many positions a pass is cut, whatever its batches are."""
+SLICES = 10
+"""A pass is divided into this number of slices with about the same number of tokens."""
 
 
 @dataclass
@@ -40,25 +40,25 @@ class Try:
     compute_dtype: str = "float32"
     threads: int = field(default_factory=torch.get_num_threads)
 
-    def bits(self, plan: ExtractPlan) -> Iterator[None]:
-        """One pass, which stops ``BITS`` times."""
-        seen, bit = 0, 0
+    def slices(self, plan: ExtractPlan) -> Iterator[None]:
+        """One pass, with a pause after each of ``SLICES`` slices."""
+        seen, number = 0, 0
         for batch in length_sorted_batches(plan.index.n_tokens, self.positions_per_batch):
-            while bit <= BITS * seen / plan.tokens:
-                bit += 1
+            while number <= SLICES * seen / plan.tokens:
+                number += 1
                 yield
             hidden_states(self.model, plan.index, batch, pad_id=plan.pad_id, compute_dtype=self.compute_dtype)  # type: ignore[arg-type]
             seen += int(plan.index.n_tokens[batch].sum())
 
 
 def in_turns(tries: list[Try], plan: ExtractPlan) -> dict[str, float]:
-    """Seconds of one pass of each."""
-    running = {one.name: one.bits(plan) for one in tries}
+    """Name to the seconds of one pass."""
+    running = {one.name: one.slices(plan) for one in tries}
     spent = dict.fromkeys(running, 0.0)
     threads = torch.get_num_threads()
-    for bit in range(BITS + 1):
+    for turn in range(SLICES + 1):
         for place in range(len(tries)):
-            one = tries[(place + bit) % len(tries)]
+            one = tries[(place + turn) % len(tries)]
             torch.set_num_threads(one.threads)
             started = time.perf_counter()
             next(running[one.name], None)
@@ -73,14 +73,14 @@ def main() -> None:
     parser.add_argument("--task", required=True)
     parser.add_argument("--resource", default="minilm")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--compile", action="store_true", help="torch.compile too, which needs a C++ compiler")
+    parser.add_argument("--compile", action="store_true", help="also torch.compile, which needs a C++ compiler")
     arguments = parser.parse_args()
     config = ExtractConfig(
         resource=arguments.resource, split="test", task=arguments.task, data=arguments.data, device="cpu"
     )
     plan = plan_extraction(config)
     if plan.tokens < forward.WORTHWHILE:
-        parser.error(f"{plan.tokens:,} tokens are too few: nothing is cheaper below {forward.WORTHWHILE:,}.")
+        parser.error(f"{plan.tokens:,} tokens are too few: the cheaper ways need at least {forward.WORTHWHILE:,}.")
     encoder, _ = open_encoder(plan.spec)
     keep_free_memory()  # as the command line does
     with contextlib.ExitStack() as inside:
@@ -96,17 +96,17 @@ def main() -> None:
 
         packed, in_place = changed(pack=True, in_place=False), changed(pack=False, in_place=True)
         both = changed(pack=True, in_place=True)
-        plain = Try("plain, 1,024 positions a batch", encoder)
+        plain = Try("plain, 1,024 positions per batch", encoder)
         groups = [
             [
                 plain,
-                Try("in place (with AVX2 as kept)", in_place),
+                Try("in place (used with AVX2)", in_place),
                 Try("oneDNN, weights prepacked, GELU inside", packed),
-                Try("prepacked and in place (with AVX-512 as kept)", both),
+                Try("prepacked and in place (used with AVX-512)", both),
             ],
             [
                 plain,
-                Try("plain, 512 positions a batch", encoder, 512),
+                Try("plain, 512 positions per batch", encoder, 512),
                 Try("plain, 2,048", encoder, 2_048),
                 Try("plain, 4,096", encoder, 4_096),
                 Try("prepacked and in place, 512", both, 512),
@@ -124,7 +124,7 @@ def main() -> None:
             _say(group, plan, arguments.repeats)
     batches = length_sorted_batches(plan.index.n_tokens, 1_024)
     positions = sum(len(batch) * int(plan.index.n_tokens[batch].max()) for batch in batches)
-    print(f"padding: {100 * (1 - plan.tokens / positions):.1f} % of positions; more than that no packing could save")
+    print(f"padding: {100 * (1 - plan.tokens / positions):.1f} % of positions; packing sequences could not save more")
 
 
 def _say(tries: list[Try], plan: ExtractPlan, repeats: int) -> None:

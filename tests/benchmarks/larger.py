@@ -1,9 +1,9 @@
-"""Read random batches of a cache that is larger than the memory there is.
+"""Read random batches of a cache that is larger than the memory.
 
 python tests/benchmarks/larger.py --folder /somewhere/with/10/GB     (Linux, as root)
 
-Makes the same states twice, as a cache and as an HDF5 data set a sequence, and reads each in a control group whose
-memory holds a quarter of it: what was read before is mostly gone when it is asked for again.
+Makes the same states twice: as a cache, and as HDF5 with one data set per sequence. Reads both in a control group whose
+memory holds a quarter of the cache. So most states are no longer in memory when they are read again.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ CONTROL_GROUPS = Path("/sys/fs/cgroup")
 
 
 def make(cache: Path, apart: Path, sequences: int) -> None:
-    """The same random states, as a cache and as a data set a sequence."""
+    """Write the same random states as a cache and as one data set per sequence."""
     draw = np.random.default_rng(0)
     header, index = described(sequences)
     names = names_of(sequences)
@@ -59,35 +59,37 @@ def names_of(sequences: int) -> list[str]:
 
 @contextlib.contextmanager
 def control_group() -> Iterator[Path]:
-    """A file that sets the memory of a new group, of either version."""
+    """Make a control group (version 1 or 2) and give the file that sets its memory limit."""
     version_1 = (CONTROL_GROUPS / "memory" / "memory.limit_in_bytes").exists()
     folder = (CONTROL_GROUPS / "memory" if version_1 else CONTROL_GROUPS) / f"kr2cache-{os.getpid()}"
     limit_file = folder / ("memory.limit_in_bytes" if version_1 else "memory.max")
     folder.mkdir()
     try:
         if not limit_file.exists():
-            sys.exit(f"{limit_file} is not there: {CONTROL_GROUPS}/cgroup.subtree_control has to hold memory.")
+            sys.exit(f"{limit_file} does not exist: {CONTROL_GROUPS}/cgroup.subtree_control must contain 'memory'.")
         yield limit_file
     finally:
         folder.rmdir()
 
 
 def read(cache: Path, apart: Path, sequences: int) -> None:
-    """Each way in turn, so many seconds; says their medians."""
+    """Time the ways of reading in turn and print their medians."""
     open_cache, draw, names = FeatureCache.open(cache), np.random.default_rng(1), names_of(sequences)
     file = h5py.File(apart, "r")
     if not open_cache._rows.is_large:
-        sys.exit(f"{open_cache.stored_bytes:,} bytes do not count as more than fits in {total_memory():,} of memory.")
+        sys.exit(
+            f"{open_cache.stored_bytes:,} bytes do not count as larger than the memory of {total_memory():,} bytes."
+        )
     ways: dict[str, Callable[[list[str]], object]] = {
         "kr2cache, FeatureCache.batch": open_cache.batch,
-        "the same, not asked for ahead": functools.partial(_by_page_faults, open_cache),
-        "h5py, a data set each": functools.partial(_apart, file),
+        "the same, without read-ahead": functools.partial(_by_page_faults, open_cache),
+        "h5py, a data set per sequence": functools.partial(_apart, file),
     }
     seconds_per_byte: dict[str, list[float]] = {name: [] for name in ways}
     from_disk: dict[str, list[float]] = {name: [] for name in ways}
 
     def turn(way: Callable[[list[str]], object]) -> tuple[float, float]:
-        """Seconds, and bytes from the disk, for each byte that was asked for."""
+        """Seconds and bytes from the disk, each per requested byte."""
         asked, before, started = 0, _read_from_disk(), time.perf_counter()
         while time.perf_counter() - started < TURN_S:
             picks = draw.integers(0, sequences, BATCH)
@@ -97,13 +99,13 @@ def read(cache: Path, apart: Path, sequences: int) -> None:
 
     for _ in range(TURNS):
         for name, way in ways.items():
-            turn(way)  # what another left in memory goes
+            turn(way)  # replaces the pages that another way left in memory
             took, read_bytes = turn(way)
             seconds_per_byte[name].append(took)
             from_disk[name].append(read_bytes)
     best = statistics.median(seconds_per_byte["kr2cache, FeatureCache.batch"])
     print(f"memory {total_memory() / 2**20:,.0f} MiB, cache {open_cache.stored_bytes / 2**20:,.0f} MiB")
-    print(f"{'':32}{'times as long':>15}{'MB a second':>15}{'read from disk, of what was asked for':>40}")
+    print(f"{'':32}{'times as long':>15}{'MB per second':>15}{'bytes from disk per requested byte':>40}")
     for name, times in seconds_per_byte.items():
         median = statistics.median(times)
         print(f"{name:32}{median / best:15.2f}{1e-6 / median:15,.0f}{statistics.median(from_disk[name]):40.2f}")
@@ -123,7 +125,7 @@ def _apart(file: h5py.File, names: list[str]) -> None:
 
 
 def _read_from_disk() -> int:
-    """Bytes, by this process."""
+    """Bytes that this process read from the disk."""
     lines = Path("/proc/self/io").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes"))
 
@@ -140,7 +142,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name, control_group() as limit_file:
         folder = Path(name)
         make(folder / "cache", folder / "apart.h5", arguments.sequences)
-        for path in folder.rglob("*.h5"):  # pages that another group made stay that group's
+        for path in folder.rglob("*.h5"):  # otherwise these pages count for the group that wrote them
             drop_pages(path)
         command = [sys.executable, __file__, "--inside", str(folder), "--sequences", str(arguments.sequences)]
         limit_file.write_text(str(FeatureCache.open(folder / "cache").stored_bytes // 4))

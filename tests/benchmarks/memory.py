@@ -1,4 +1,4 @@
-"""Does stage one's memory grow with the data?  Peak resident memory of one extraction, each in a process of its own.
+"""Does stage one's memory grow with the data? Peak resident memory of extractions, each in its own process.
 
 python tests/benchmarks/memory.py --resource MODEL --data FOLDER --task udpos-en --limit 2000 --limit 12544
 """
@@ -45,7 +45,9 @@ def main() -> None:
     parser.add_argument("--resource", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--task", required=True)
-    parser.add_argument("--limit", type=int, action="append", required=True, help="sentences; give it several times")
+    parser.add_argument(
+        "--limit", type=int, action="append", required=True, help="number of sentences; may be given several times"
+    )
     arguments = parser.parse_args()
     first = 0.0
     for limit in arguments.limit:

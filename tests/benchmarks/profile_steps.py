@@ -1,4 +1,4 @@
-"""Where the time of a sweep goes: training steps, evaluation, and what is between them, by the five largest items.
+"""Where does the time of a sweep go? Profiles training steps, evaluation and the work between them.
 
 python tests/benchmarks/profile_steps.py --data FOLDER --task udpos-en --limit 600
 """
@@ -29,11 +29,12 @@ PARTS = {
     "finding caches, reading and tokenising": "prepare.py:prepare",
     "collecting garbage": "gc.collect",
 }
-"""By a function, named FILE:NAME, or a part of a built-in's name. Forward passes of evaluation count in both."""
+"""Item to its function: FILE:NAME, or part of the name of a built-in. Forward passes of an evaluation
+count in both items."""
 
 
 def cumulative(stats: pstats.Stats, function: str) -> float:
-    """Seconds in all functions of that name."""
+    """Seconds in all functions with this name, including the functions that they call."""
     total = 0.0
     for (path, _, name), (_, _, _, seconds, _) in stats.stats.items():  # type: ignore[attr-defined]
         inside = f"{Path(path).name}:{name}" == function if ".py:" in function else function in name
@@ -64,7 +65,7 @@ def main() -> None:
             run_dir=Path(folder) / "runs",
             keep_readers=False,
         )
-        train(TrainConfig(**{**vars(base), "seeds": (9,), "epochs": 0.01}))  # makes the caches, and loads what is lazy
+        train(TrainConfig(**{**vars(base), "seeds": (9,), "epochs": 0.01}))  # makes the caches and does lazy imports
         shared, profile = Shared(), cProfile.Profile()
         started = time.perf_counter()
         profile.enable()

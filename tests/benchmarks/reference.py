@@ -1,7 +1,8 @@
-"""KR2's equations 1 to 3 in plain PyTorch, to hold scores against: no line of kr2cache, no cache, no Trainer.
+"""KR2's equations 1 to 3 in plain PyTorch, to compare scores: without code of kr2cache, cache or Trainer.
 
-Part-of-speech tagging, word accuracy on the test split. Head and order of examples are drawn as transformers draws
-them, so that without dropout, whose draws go by position, a seed here is the same seed of ``kr2cache train``.
+Part-of-speech tagging, word accuracy on the test split. The head and the order of examples use random numbers as
+transformers does. So without dropout, a seed gives the same training as this seed of ``kr2cache train``. (With dropout
+it does not, because the random numbers depend on the positions in a batch.)
 
 python tests/benchmarks/reference.py --data FOLDER --reader FOLDER [--resource FOLDER] --limit 600 --epochs 3
 """
@@ -30,13 +31,13 @@ from transformers import (
 TAGS = ("ADJ", "ADP", "ADV", "AUX", "CCONJ", "DET", "INTJ", "NOUN", "NUM", "PART", "PRON", "PROPN", "PUNCT", "SCONJ")
 TAGS += ("SYM", "VERB", "X")
 LAST = 4
-"""Layers whose average is H^_res, eq. 1."""
+"""H^_res (eq. 1) is the average of this number of last layers."""
 
 Sentence = tuple[list[str], list[int]]
 
 
 def read(path: Path, limit: int | None) -> list[Sentence]:
-    """Words and tags of the first sentences of a CoNLL-U file."""
+    """Words and tag numbers of the first ``limit`` sentences of a CoNLL-U file."""
     with path.open(encoding="utf-8") as file:
         parsed = islice(conllu.parse_incr(file), limit)
         rows = [[token for token in sentence if isinstance(token["id"], int)] for sentence in parsed]
@@ -44,13 +45,13 @@ def read(path: Path, limit: int | None) -> list[Sentence]:
 
 
 def encode(tokenizer: Any, words: list[str], max_length: int) -> tuple[Tensor, list[int | None]]:
-    """Token ids, and the word of each token."""
+    """Token ids, and for each token the number of its word, or None."""
     encoded = tokenizer(words, is_split_into_words=True, truncation=True, max_length=max_length)
     return torch.tensor(encoded["input_ids"]), encoded.word_ids()
 
 
 def first_subwords(word_of_token: list[int | None]) -> dict[int, int]:
-    """Word to the place of its first token."""
+    """Number of a word to the position of its first token."""
     places: dict[int, int] = {}
     for place, word in enumerate(word_of_token):
         if word is not None:
@@ -59,7 +60,7 @@ def first_subwords(word_of_token: list[int | None]) -> dict[int, int]:
 
 
 def resource_states(folder: Path, sentences: Sequence[Sentence], max_length: int) -> list[Tensor]:
-    """H^_res of each sentence, run alone: (l2, h2), the average of the last layers."""
+    """H^_res of each sentence, shape (l2, h2): the average of the last layers. Each sentence is run alone."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
     states = []
@@ -72,7 +73,7 @@ def resource_states(folder: Path, sentences: Sequence[Sentence], max_length: int
 
 
 class Reader:
-    """The Hugging Face tagger, with G^0 = H^_res (h1 = h2) behind its embeddings where there is a resource."""
+    """The Hugging Face tagger. If there is a resource, G^0 = H^_res (h1 = h2) is appended to its embeddings."""
 
     def __init__(self, folder: Path, dropout: float | None) -> None:
         config = AutoConfig.from_pretrained(folder, num_labels=len(TAGS))
@@ -86,7 +87,7 @@ class Reader:
         return embeddings if self.appended is None else torch.cat([embeddings, self.appended], dim=1)  # eq. 3
 
     def logits(self, tokens: list[Tensor], states: list[Tensor] | None) -> Tensor:
-        """(B, l1, tags)"""
+        """Shape (B, l1, number of tags)."""
         ids = pad_sequence(tokens, batch_first=True, padding_value=self.model.config.pad_token_id)
         mask = pad_sequence([torch.ones(len(one)) for one in tokens], batch_first=True)
         if states is not None:
@@ -117,7 +118,7 @@ def train_tagger(
         dropout: None for the checkpoint's own.
 
     Returns:
-        The trained model, and its word accuracy: words right of all words, those cut off are wrong.
+        The trained model, and its word accuracy: the fraction of right words. Words that are cut off are wrong.
     """
     train, test = (read(data / f"{split}.conllu", limit) for split in ("train", "test"))
     tokenizer = AutoTokenizer.from_pretrained(reader)
@@ -163,8 +164,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with train.conllu and test.conllu")
     parser.add_argument("--reader", type=Path, required=True, help="folder of the model that is trained")
-    parser.add_argument("--resource", type=Path, help="folder of the frozen model; left out, the reader alone")
-    parser.add_argument("--limit", type=int, help="sentences of each split")
+    parser.add_argument("--resource", type=Path, help="folder of the frozen model; by default, the reader alone")
+    parser.add_argument("--limit", type=int, help="number of sentences of each split")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--learning-rate", type=float, default=2e-5)
     parser.add_argument("--dropout", type=float, help="instead of the checkpoint's own")

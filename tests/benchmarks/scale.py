@@ -1,4 +1,4 @@
-"""A cache of millions of sequences, simulated: its files are sparse, its index is real.
+"""Simulates a cache of millions of sequences: its files are sparse, its index is real.
 
 python tests/benchmarks/scale.py --sequences 5000000 --folder /somewhere/with/few/GB
 """
@@ -21,9 +21,9 @@ from kr2cache.cache.shard import open_shard, shard_paths
 from kr2cache.system.console import bytes_text
 
 LAYERS, WIDTH = 13, 768
-"""BERT-base."""
+"""Layers (L + 1) and width of BERT-base."""
 MEAN_TOKENS = 27
-"""Of an SNLI pair, special tokens included."""
+"""Mean number of tokens of an SNLI pair, including special tokens."""
 SHARD_BYTES = 16 * 2**30
 
 CHILD = """
@@ -62,7 +62,7 @@ print(json.dumps({"sequences": n, "open_s": opened, "first_lookup_s": first, "lo
 
 
 def described(sequences: int) -> tuple[ShardHeader, SequenceIndex]:
-    """Of a cache of BERT-base's shape, float16, with lengths drawn as SNLI's."""
+    """Header and index of a float16 cache with BERT-base's shape and random lengths like SNLI's."""
     lengths = np.clip(np.random.default_rng(0).poisson(MEAN_TOKENS, sequences), 5, 128).astype(np.int32)
     tokens = int(lengths.sum(dtype=np.int64))
     index = SequenceIndex(
@@ -85,9 +85,9 @@ def described(sequences: int) -> tuple[ShardHeader, SequenceIndex]:
 
 
 def make(folder: Path, sequences: int) -> None:
-    """The shards, every sequence marked complete, no state ever written."""
+    """Make the shards. Every sequence is marked complete, but no states are written."""
     header, index = described(sequences)
-    create.reserve = lambda *_: False  # the files stay sparse: terabytes are not there to be reserved
+    create.reserve = lambda *_: False  # files stay sparse: the disk has no terabytes to reserve
     create.free_bytes = lambda *_: 2**60
     folder.mkdir()
     for part in create.shard_parts(folder, header, index, SHARD_BYTES):
@@ -102,7 +102,7 @@ def make(folder: Path, sequences: int) -> None:
 
 
 def measure(folder: Path) -> dict[str, float]:
-    """Opening, looking up and sampling, in a process of its own."""
+    """Times of opening, looking up and sampling, measured in a new process."""
     child = subprocess.run([sys.executable, "-c", CHILD, str(folder)], capture_output=True, text=True, check=True)
     result: dict[str, float] = json.loads(child.stdout)
     return result
@@ -110,7 +110,7 @@ def measure(folder: Path) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sequences", type=int, action="append", required=True, help="give it several times")
+    parser.add_argument("--sequences", type=int, action="append", required=True, help="may be given several times")
     parser.add_argument("--folder", type=Path, default=None)
     arguments = parser.parse_args()
     for sequences in arguments.sequences:
@@ -123,7 +123,7 @@ def main() -> None:
             on_disk = sum(512 * path.stat().st_blocks for path in files)
             print(
                 f"{sequences:,} sequences, {len(files)} shards, {bytes_text(size)}, "
-                f"{bytes_text(on_disk)} of it on disk, made in {made:.0f} s"
+                f"{bytes_text(on_disk)} on disk, made in {made:.0f} s"
             )
             for name, value in measure(Path(folder)).items():
                 print(f"  {name:20} {value:,.4g}")

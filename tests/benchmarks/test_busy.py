@@ -1,4 +1,4 @@
-"""The benchmark runs: programs that keep cores busy, and a training that is timed."""
+"""The parts of the benchmark run: programs that keep cores busy, and a timed training."""
 
 from __future__ import annotations
 

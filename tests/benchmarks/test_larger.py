@@ -1,4 +1,4 @@
-"""The ways of reading are timed, and give the same states."""
+"""All ways of reading run, and they give the same states."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def test_every_way_is_timed(
     _, _, *lines = capsys.readouterr().out.splitlines()
     assert [line[:30].strip() for line in lines] == [
         "kr2cache, FeatureCache.batch",
-        "the same, not asked for ahead",
-        "h5py, a data set each",
+        "the same, without read-ahead",
+        "h5py, a data set per sequence",
     ]
     for line in lines:
         ratio, speed, _ = (float(word.replace(",", "")) for word in line[32:].split())

@@ -1,4 +1,4 @@
-"""The benchmark runs, and what it measures holds in small: five times the sentences, the same memory."""
+"""The benchmark runs: also in small sizes, five times the sentences need the same memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A whole training, beside KR2's equations in plain PyTorch: the same seed is the same run."""
+"""A whole training gives the same result as KR2's equations in plain PyTorch with the same seed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from kr2cache.tasks.udpos import UPOS
 
 @pytest.mark.parametrize("method", ["kreader", "kr2"])
 def test_a_training_is_the_one_of_the_plain_loop(world: World, method: str) -> None:
-    """Weights and score; without dropout, whose draws go by position, and without dev: the last epoch counts."""
+    """Weights and score are the same. There is no dropout, whose random numbers depend on positions, and no dev split,
+    so that the last epoch is scored."""
     assert tuple(TAGS) == UPOS
     reader = tiny.save_model(world.folder / "models" / "same-width", "bert", seed=7, initializer_range=0.2)
     (world.data / "dev.conllu").unlink()
@@ -39,7 +40,7 @@ def test_a_training_is_the_one_of_the_plain_loop(world: World, method: str) -> N
     assert set(ours) <= set(plain)
     moved = load_file(reader / "model.safetensors")
     for name, tensor in ours.items():
-        # A key's bias moves no attention: its gradient is zero but for rounding, which Adam makes steps of.
+        # The bias of keys does not change attention. Its gradient is only rounding, which Adam turns into steps.
         if not name.endswith("key.bias"):
             assert float((tensor - plain[name]).abs().mean()) < 1e-5, name
     name = "encoder.layer.1.output.dense.weight"

@@ -1,4 +1,4 @@
-"""The simulation runs, and its cache is one that FeatureCache opens."""
+"""The simulation runs, and FeatureCache opens its cache."""
 
 from __future__ import annotations
 
