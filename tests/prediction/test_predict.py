@@ -555,7 +555,7 @@ def test_an_example_of_another_task_is_refused(world: World, texts: tuple[tuple[
 
 def test_a_choice_too_few_is_refused(piqa: World) -> None:
     examples = [Example("odd", (("goal", "one"),), None), Example("even", (("a", "b"), ("a", "c"), ("a", "d")), None)]
-    with pytest.raises(DataError, match="piqa needs 2"):
+    with pytest.raises(DataError, match="piqa takes 2"):
         piqa.predictor()(examples)
 
 
