@@ -45,7 +45,7 @@ from kr2cache.cache.reader import FeatureCache
 from kr2cache.config import ExtractConfig
 from kr2cache.errors import CacheError
 from kr2cache.extraction import batches, extract, planning
-from kr2cache.store import sharing
+from kr2cache.store import sharing, takeover
 from kr2cache.system.console import console
 from kr2cache.tasks import Example
 
@@ -206,7 +206,7 @@ def tell_phases(now: mmap.mmap) -> None:
         setattr(owner, name, told)
 
     during(sharing.SharedShards, "create", Phase.SHARDS, Phase.AGAIN)
-    during(extract, "copy_states", Phase.TAKING, Phase.AGAIN)
+    during(takeover.OlderCaches, "copy_into", Phase.TAKING, Phase.AGAIN)
     during(batches.BatchRunner, "run", Phase.WRITING, Phase.END)
 
 
