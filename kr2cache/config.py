@@ -85,11 +85,18 @@ class ExtractConfig:
     """Where the model runs. It does not decide which cache fits."""
     tokens_per_batch: int | None = None
     """Positions in one forward pass, padding included; None for the device's default. Recorded, never compared."""
-    shard_gb: float = 16.0
-    """Maximum GiB of states in one shard."""
+    shard_gb: float | None = None
+    """Maximum GiB of states in one shard; None for 16, or less if processes share the shards. A cache that was begun
+    keeps its shards."""
     limit: int | None = None
     """Use only the first ``limit`` examples of the split."""
     cache_dir: Path = field(default_factory=default_cache_dir)
+    workers: int = 1
+    """Processes that share the work."""
+    engine: str = "local"
+    """What starts the workers: a name in ``kr2cache.workers.ENGINES``."""
+    gpus_per_worker: float | None = None
+    """For the engine ray: GPUs of each worker; None for one where there are GPUs."""
     models: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """``[models]`` of ``kr2cache.toml``."""
 
@@ -99,6 +106,8 @@ class ExtractConfig:
         _positive("--tokens-per-batch", self.tokens_per_batch)
         _positive("--limit", self.limit)
         _positive("--shard-gb", self.shard_gb)
+        _positive("--workers", self.workers)
+        _positive("--gpus-per-worker", self.gpus_per_worker)
 
 
 @dataclass(frozen=True, kw_only=True)

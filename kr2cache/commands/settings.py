@@ -46,9 +46,14 @@ EXTRACT = {
     "tokens_per_batch": Setting(
         "Maximum number of positions in one forward pass.", default="1024 on CPU, 16384 on CUDA"
     ),
-    "shard_gb": Setting("Maximum GiB of states in one file."),
+    "shard_gb": Setting("Maximum GiB of states in one file.", default="16; less if several processes share the work"),
     "limit": LIMIT,
     "cache_dir": CACHE_DIR,
+    "workers": Setting("Processes that share the work. They divide the CPU cores, or take one GPU each."),
+    "engine": Setting("What starts the workers: local (on this machine) or ray (on a Ray cluster)."),
+    "gpus_per_worker": Setting(
+        "For --engine ray: GPUs of each worker, also a part of one.", default="1 if there are GPUs"
+    ),
 }
 """Options of ``extract``, in the order of its ``--help``."""
 

@@ -9,12 +9,13 @@ import dataclasses
 
 from kr2cache.cache.dtypes import DTYPES
 from kr2cache.config import COMPUTE_DTYPES, ExtractConfig
-from kr2cache.errors import unknown_name
+from kr2cache.errors import ConfigError, unknown_name
 from kr2cache.fusion import check_layers_form, parse_layers
 from kr2cache.models.files import check_obtainable, layers_in_config
 from kr2cache.models.registry import ModelSpec, find_model
 from kr2cache.system.device import check_device_name
 from kr2cache.tasks import Task, find_task
+from kr2cache.workers import check_engine
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,7 @@ def check_extraction(config: ExtractConfig) -> Extraction:
     if config.compute_dtype not in COMPUTE_DTYPES:
         raise unknown_name("compute dtype", config.compute_dtype, COMPUTE_DTYPES)
     check_device_name(config.device)
+    check_workers(config)
     check_layers_form(config.layers)
     task = find_task(config.task)
     spec = find_model(config.resource, config.models)
@@ -44,3 +46,18 @@ def check_extraction(config: ExtractConfig) -> Extraction:
     if (model_layers := layers_in_config(spec)) is not None:
         parse_layers(config.layers, model_layers)
     return Extraction(spec=spec, task=task)
+
+
+def check_workers(config: ExtractConfig) -> None:
+    """Check the settings that concern workers.
+
+    Raises:
+        UnknownNameError: If there is no such engine.
+        ConfigError: If the engine is not installed, or one GPU is named for several workers.
+    """
+    check_engine(config.engine)
+    if config.workers > 1 and config.device.startswith("cuda:"):
+        raise ConfigError(
+            f"--device {config.device} is one GPU, but --workers {config.workers} take one GPU each.",
+            "Give --device cuda; CUDA_VISIBLE_DEVICES says which GPUs they use.",
+        )

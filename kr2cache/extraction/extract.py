@@ -8,6 +8,7 @@ bytes.
 from __future__ import annotations
 
 import contextlib
+import platform
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -20,10 +21,11 @@ from kr2cache.cache.format import ShardHeader, ranges
 from kr2cache.cache.reader import FeatureCache
 from kr2cache.cache.writer import ShardWriter
 from kr2cache.config import ExtractConfig
-from kr2cache.errors import CacheError, CacheVersionError, DeviceMemoryError, InterruptedWorkError, ValueRangeError
+from kr2cache.errors import CacheError, CacheMismatchError, CacheVersionError, DeviceMemoryError, ValueRangeError
 from kr2cache.extraction import budget, trial
 from kr2cache.extraction.batches import BatchRunner, by_weights
 from kr2cache.extraction.planning import ExtractPlan, check_disk, plan_extraction
+from kr2cache.extraction.together import Filled, Share, fill_with_workers, interrupted
 from kr2cache.models.digests import OpenedModel, open_model
 from kr2cache.models.load import describe_dropped
 from kr2cache.store import folders, plans, provenance
@@ -74,6 +76,7 @@ def extract(settings: ExtractConfig | ExtractPlan, model: OpenedModel | None = N
         DeviceMemoryError: If the model or a batch does not fit into the device's memory.
         InterruptedWorkError: On Ctrl-C.
         ValueRangeError: If the stored dtype cannot hold a state. Complete sequences are kept, as with every error.
+        WorkerLostError: If ``workers`` die again and again.
     """
     started = time.monotonic()
     plan = settings if isinstance(settings, ExtractPlan) else plan_extraction(settings)
@@ -87,20 +90,45 @@ def extract(settings: ExtractConfig | ExtractPlan, model: OpenedModel | None = N
     fingerprint = provenance.fingerprint(plan.chosen, found)
     config = plan.config
     folder = folders.cache_folder(config.cache_dir, config.task, config.split, plan.spec.name, fingerprint)
-    computed = taken_over = 0
+    filled = Filled()
     if not _is_finished(folder, fingerprint):
         check_writable(folder.parent, "--cache-dir")
-        shards, donors = _make_shards(plan, model, folder, found, fingerprint)
-        computed, taken_over = fill_shards(plan, model.encoder, shards, donors)
+        if config.engine == "local" and config.workers == 1:
+            shards, donors = _make_shards(plan, model, folder, found, fingerprint)
+            filled = fill_shards(plan, model.encoder, shards, donors)
+        else:
+            del model  # each worker loads its own
+            filled = fill_with_workers(Share(plan, folder, fingerprint), _work)
     return ExtractResult(
         cache=folder,
         sequences=len(plan.index),
         tokens=plan.tokens,
         bytes=sum(path.stat().st_size for path in folder.glob("*.h5")),
         seconds=time.monotonic() - started,
-        computed=computed,
-        taken_over=taken_over,
+        computed=filled.computed,
+        taken_over=filled.taken_over,
     )
+
+
+def _work(share: Share) -> Filled:
+    """What one worker does: fill shards until none is left.
+
+    Raises:
+        CacheMismatchError: If the model of this worker makes another cache than the driver's.
+    """
+    plan, folder, fingerprint = share.plan, share.folder, share.fingerprint
+    if _is_finished(folder, fingerprint):  # this worker comes in place of one that died
+        return Filled()
+    model = open_model(plan.spec)
+    found = provenance.found(plan.index, model.digests.weights, model.digests.config, plan.template)
+    if provenance.fingerprint(plan.chosen, found) != fingerprint:
+        raise CacheMismatchError(
+            f"{plan.spec.name} is another model for a worker (on {platform.node()}) than where the work was started: "
+            "its weights or its configuration differ.",
+            "Give all machines the same files of the model, and the same version of transformers.",
+        )
+    shards, donors = _make_shards(plan, model, folder, found, fingerprint)
+    return fill_shards(plan, model.encoder, shards, donors)
 
 
 def _make_shards(
@@ -140,7 +168,7 @@ def _make_shards(
 
 def fill_shards(
     plan: ExtractPlan, encoder: PreTrainedModel, shards: SharedShards, donors: Donors | None = None
-) -> tuple[int, int]:
+) -> Filled:
     """Fill the shards, together with every other process that does: copy the sequences that older caches hold, and run
     the model on the others, in whole planned batches.
 
@@ -152,7 +180,7 @@ def fill_shards(
             sequence is not in the batch plan.
 
     Returns:
-        How many sequences the model ran on in this process, and how many it copied.
+        What this process did.
 
     Raises:
         DeviceMemoryError: If a batch does not fit into the device's memory.
@@ -178,11 +206,11 @@ def fill_shards(
                         computed += runner.run(writer, held.check)
                     runner.show_written(writer)
         except KeyboardInterrupt:
-            raise _interrupted(shards) from None
+            raise interrupted(shards.folder, shards.complete_count(), len(shards.index)) from None
         except ValueRangeError as error:
             raise by_weights(error, encoder, plan.spec.name) from None
     FeatureCache.open(shards.folder)  # another program's file may lie there
-    return computed, taken_over
+    return Filled(computed, taken_over)
 
 
 def _is_finished(folder: Path, fingerprint: str) -> bool:
@@ -248,14 +276,6 @@ def _threads(recorded: object) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _interrupted(shards: SharedShards) -> InterruptedWorkError:
-    return InterruptedWorkError(
-        f"Interrupted. {shards.complete_count():,} of {count_text(len(shards.index), 'sequence')} are complete, kept "
-        f"in {shards.folder}.",
-        "Run the same command again to continue.",
-    )
 
 
 def describe_result(result: ExtractResult) -> None:

@@ -88,8 +88,9 @@ def test_the_types_and_defaults_of_options_come_from_the_fields() -> None:
     }
     texts = {name: default_text(TrainConfig, name) for name in ("seeds", "learning_rate", "batch_size", "teacher")}
     assert texts == {"seeds": "1,2,3", "learning_rate": "2e-5", "batch_size": "32", "teacher": ""}
-    assert default_text(ExtractConfig, "shard_gb") == "16"
-    assert OPTIONS.keys() - TRAIN_OPTIONS.keys() == {"split", "layers", "tokens-per-batch", "shard-gb"}
+    assert default_text(ExtractConfig, "max_length") == "128"
+    own = {"split", "layers", "tokens-per-batch", "shard-gb", "workers", "engine", "gpus-per-worker"}
+    assert OPTIONS.keys() - TRAIN_OPTIONS.keys() == own
     assert OPTIONS["check-states"] is bool
 
 

@@ -1,0 +1,243 @@
+"""One extraction by several workers: real processes, killed and interrupted too."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import h5py
+import pytest
+import tiny
+import tiny_cache
+import torch
+from safetensors.torch import load_file, save_file
+
+from kr2cache.cache.reader import FeatureCache
+from kr2cache.cli import run
+from kr2cache.config import ExtractConfig
+from kr2cache.extraction import budget, extract, together
+from kr2cache.extraction.planning import ExtractPlan, plan_extraction
+
+SENTENCES = 1500
+SHARDS = {"shard_gb": 100_000 / 2**30, "tokens_per_batch": 64}
+"""Many small batches in about sixty shards."""
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save_corpus(tmp_path_factory.mktemp("together"), train=SENTENCES, dev=5, test=0)
+
+
+@pytest.fixture
+def config(bert: Path, texts: Path, tmp_path: Path) -> ExtractConfig:
+    return ExtractConfig(
+        resource=str(bert), split="train", task="udpos", data=str(texts), device="cpu", cache_dir=tmp_path, **SHARDS
+    )
+
+
+@pytest.fixture(scope="module")
+def by_one(bert: Path, texts: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The files that one process makes."""
+    config = ExtractConfig(
+        resource=str(bert),
+        split="train",
+        task="udpos",
+        data=str(texts),
+        device="cpu",
+        cache_dir=tmp_path_factory.mktemp("one"),
+        **SHARDS,
+    )
+    made = tiny_cache.folder_bytes(extract.extract(config).cache)
+    assert 20 < len(made) < 100
+    return made
+
+
+def until(there: Callable[[], Any], seconds: float = 60.0) -> Any:
+    end = time.monotonic() + seconds
+    while not (found := there()):
+        assert time.monotonic() < end, "it takes too long"
+        time.sleep(0.01)
+    return found
+
+
+def stat(pid: int) -> list[str]:
+    """State, parent and more of a process; empty if it is gone."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return []
+
+
+def children(pid: int) -> list[int]:
+    numbers = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdecimal()]
+    return [number for number in numbers if stat(number)[1:2] == [str(pid)]]
+
+
+def command(config: ExtractConfig) -> list[str]:
+    shown = {**dataclasses.asdict(config), "models": None}
+    return [f"--{name.replace('_', '-')}={value}" for name, value in shown.items() if value is not None]
+
+
+def start(config: ExtractConfig) -> subprocess.Popen[str]:
+    """``kr2cache extract``, as a shell starts it."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "kr2cache.cli", "extract", *command(config)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def complete(caches: Path) -> int:
+    """How many sequences are complete, in shards that are there."""
+    count = 0
+    for path in caches.glob("*/*/[!.]*/*.h5"):
+        with contextlib.suppress(OSError), h5py.File(path, locking=False) as file:
+            count += int(file["examples/complete"][:].sum())
+    return count
+
+
+def at_work(driver: subprocess.Popen[str], caches: Path) -> list[int]:
+    """The workers, once they have begun to write."""
+    until(lambda: complete(caches) or driver.poll() is not None)
+    assert driver.poll() is None
+    return children(driver.pid)
+
+
+def cache_of(caches: Path) -> Path:
+    [folder] = {path.parent for path in caches.rglob("*.h5")}
+    return folder
+
+
+@pytest.mark.parametrize("workers", [2, pytest.param(4, marks=pytest.mark.long)])
+def test_workers_give_the_bytes_of_one_process(
+    workers: int, config: ExtractConfig, by_one: dict[str, bytes], capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = extract.extract(dataclasses.replace(config, workers=workers))
+    assert tiny_cache.folder_bytes(result.cache) == by_one
+    assert (result.sequences, result.computed, result.taken_over) == (SENTENCES, SENTENCES, 0)
+    shown = capsys.readouterr().out
+    assert f"{SENTENCES}/{SENTENCES} sequences {workers} workers" in shown
+    assert "waiting for it" not in shown
+    assert not list(result.cache.parent.glob(".*")), "claims are let go"
+
+
+def test_a_complete_cache_needs_no_worker(
+    config: ExtractConfig, by_one: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = dataclasses.replace(config, split="dev")
+    extract.extract(config)
+    monkeypatch.delattr(together, "run_workers")
+    assert extract.extract(dataclasses.replace(config, workers=2)).computed == 0
+
+
+def test_workers_go_on_with_the_shards_that_one_process_began(
+    config: ExtractConfig, by_one: dict[str, bytes], capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = extract.extract(config).cache
+    (cache / sorted(by_one)[3]).write_bytes(b"")
+    result = extract.extract(dataclasses.replace(config, workers=2, shard_gb=None))
+    assert tiny_cache.folder_bytes(cache) == by_one
+    assert 0 < result.computed < SENTENCES / 4
+    assert capsys.readouterr().out.count("was damaged") == 1
+
+
+def test_a_worker_that_is_killed_is_replaced_and_nothing_is_lost(
+    config: ExtractConfig, by_one: dict[str, bytes], tmp_path: Path
+) -> None:
+    driver = start(dataclasses.replace(config, workers=2))
+    os.kill(at_work(driver, tmp_path)[0], signal.SIGKILL)
+    shown, _ = driver.communicate(timeout=120)
+    assert driver.returncode == 0, shown
+    assert shown.count("was ended by SIGKILL; another one takes its place.") == 1
+    assert tiny_cache.folder_bytes(cache_of(tmp_path)) == by_one
+
+
+def test_ctrl_c_leaves_no_process_and_no_claim(config: ExtractConfig, by_one: dict[str, bytes], tmp_path: Path) -> None:
+    driver = start(dataclasses.replace(config, workers=2))
+    workers = at_work(driver, tmp_path)
+    assert len(workers) == 2
+    os.killpg(driver.pid, signal.SIGINT)  # as a terminal does
+    shown, _ = driver.communicate(timeout=60)
+    assert driver.returncode == 130
+    assert not any(map(stat, workers))
+    cache = cache_of(tmp_path)
+    assert not list(cache.parent.glob(".*"))
+    done = int(FeatureCache.open(cache).complete.sum())
+    assert 0 < done < SENTENCES
+    assert f"Interrupted. {done:,} of {SENTENCES:,} sequences are complete, kept in {cache}." in shown
+    assert "Traceback" not in shown
+    assert extract.extract(config).computed <= SENTENCES - done + 2 * 64
+    assert tiny_cache.folder_bytes(cache) == by_one
+
+
+def test_an_error_that_every_worker_meets_is_said_once(config: ExtractConfig, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(config.resource, tmp_path / "model"))
+    weights = load_file(model / "model.safetensors")
+    weights["encoder.layer.2.output.dense.bias"][:] = torch.nan
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    driver = start(dataclasses.replace(config, workers=2, resource=str(model), cache_dir=tmp_path / "cache"))
+    shown, _ = driver.communicate(timeout=120)
+    assert driver.returncode == 1
+    assert shown.count("ValueRangeError") == 1
+    assert shown.count("holds numbers that are not finite (nan or inf)") == 1
+    assert "Traceback" not in shown
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--workers", "0"], "--workers 0 makes no sense."),
+        (["--workers", "2", "--device", "cuda:1"], "--device cuda:1 is one GPU, but --workers 2 take one GPU each."),
+        (["--engine", "slurm"], "Unknown engine 'slurm'."),
+        (["--engine", "ray", "--gpus-per-worker", "0"], "--gpus-per-worker 0.0 makes no sense."),
+    ],
+)
+def test_wrong_settings_of_workers_are_refused(
+    options: list[str], message: str, bert: Path, workdir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["extract", "--resource", str(bert), "--task", "udpos", *options]) == 1
+    assert message in capsys.readouterr().err
+
+
+GB = 2**30
+
+
+@pytest.mark.parametrize(
+    ("settings", "slurm", "expected"),
+    [
+        ({}, {}, 16 * GB),
+        ({"workers": 4}, {}, 5 * GB),  # 160 GB in 32 shards
+        ({"workers": 4, "shard_gb": 2.0}, {}, 2 * GB),
+        ({"workers": 1000}, {}, 32 * 2**20),
+        ({"workers": 1000, "tokens_per_batch": 2**20}, {}, 4 * 2**20 * 160),  # four batches
+        ({}, {"SLURM_NTASKS": "4"}, 5 * GB),
+        ({}, {"SLURM_NTASKS": "1", "SLURM_ARRAY_TASK_COUNT": "2"}, 10 * GB),
+        ({}, {"SLURM_NTASKS": "2", "SLURM_ARRAY_TASK_COUNT": "2"}, 5 * GB),
+        ({"workers": 2}, {"SLURM_NTASKS": "64"}, 10 * GB),
+        ({}, {"SLURM_NTASKS": "many"}, 16 * GB),
+    ],
+)
+def test_the_size_of_shards_follows_from_the_number_of_processes(
+    settings: dict[str, Any],
+    slurm: dict[str, str],
+    expected: int,
+    config: ExtractConfig,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in slurm.items():
+        monkeypatch.setenv(name, value)
+    plan = plan_extraction(dataclasses.replace(config, **{"split": "dev", "shard_gb": None, **settings}))
+    assert plan.token_bytes == 160
+    monkeypatch.setattr(ExtractPlan, "tokens", property(lambda self: GB))
+    made = budget.plan_batches(plan, lambda batch: (), padded=True)
+    assert made["shard_bytes"] == expected
