@@ -207,7 +207,8 @@ def tell_phases(now: mmap.mmap) -> None:
 
     during(sharing.SharedShards, "create", Phase.SHARDS, Phase.AGAIN)
     during(takeover.OlderCaches, "copy_into", Phase.TAKING, Phase.AGAIN)
-    during(batches.BatchRunner, "run", Phase.WRITING, Phase.END)
+    during(batches.BatchRunner, "run", Phase.WRITING, Phase.WRITING)
+    during(writer.ShardWriter, "__exit__", Phase.WRITING, Phase.END)
 
 
 def slow_down(pause: float) -> None:
