@@ -12,7 +12,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -116,16 +116,18 @@ class ShardWriter:
     also true after an error in the block.
     """
 
-    def __init__(self, path: Path, first: int = 0) -> None:
+    def __init__(self, path: Path, first: int = 0, check: Callable[[], object] = lambda: None) -> None:
         """
         Args:
             path: The shard.
             first: Position in the cache of its first sequence.
+            check: Called before a batch is written and before it is marked. What it raises ends the writing.
         """
         self.shard = open_shard(path)
         if not self.shard.completable:
             raise _rewritten(self.shard)
         self.first = first
+        self._check = check
         self.unfinished = ~self.shard.complete
         """(n,) True for sequences of the shard that are neither complete nor passed to ``write``."""
         self.bytes_written = 0
@@ -225,6 +227,7 @@ class ShardWriter:
 
     def _write(self, states: PackedStates) -> None:
         shard, row = self.shard, 0
+        self._check()
         for position in states.sequences:
             i = position - self.first
             first, rows = int(shard.first_row[i]), int(shard.first_row[i + 1] - shard.first_row[i])
@@ -247,6 +250,7 @@ class ShardWriter:
     def _mark(self, unmarked: Sequence[int]) -> None:
         """Sync the states first, then write and sync the marks."""
         sync(self._file)
+        self._check()
         for i in unmarked:
             os.pwrite(self._file, b"\x01", self.shard.array_offset("examples/complete") + i)
         sync(self._file)

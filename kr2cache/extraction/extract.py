@@ -19,7 +19,6 @@ import numpy as np
 
 from kr2cache.cache.format import ShardHeader, ranges
 from kr2cache.cache.reader import FeatureCache
-from kr2cache.cache.writer import ShardWriter
 from kr2cache.config import ExtractConfig
 from kr2cache.errors import CacheError, CacheMismatchError, CacheVersionError, DeviceMemoryError, ValueRangeError
 from kr2cache.extraction import budget, trial
@@ -201,7 +200,7 @@ def fill_shards(
                 BatchRunner(plan, encoder, header.batch_plan, planned, progress) as runner,
             ):
                 for held in shards.unfinished(check_interrupt):
-                    with held, ShardWriter(held.part.path, held.part.start) as writer:
+                    with held, held.writer() as writer:
                         taken_over += older.copy_into(writer, progress, held.check)
                         computed += runner.run(writer, held.check)
                     runner.show_written(writer)

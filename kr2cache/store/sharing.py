@@ -21,6 +21,7 @@ import numpy as np
 from kr2cache.cache.create import ShardPart, create_shard, is_shard_of, shard_parts
 from kr2cache.cache.format import SequenceIndex, ShardHeader
 from kr2cache.cache.shard import open_shard, readable_headers
+from kr2cache.cache.writer import ShardWriter
 from kr2cache.errors import CacheError, CacheVersionError
 from kr2cache.system.claims import Claim, claimed, held_units, holder, try_claim, wait_for_claim
 from kr2cache.system.console import note, note_waiting
@@ -47,9 +48,20 @@ class HeldShard:
         """Call it after every batch. It raises KeyboardInterrupt if Ctrl-C was pressed; and if another process took the
         shard over, it ends the ``with`` block.
         """
+        self._check_held()
+        self.check_interrupt()
+
+    @contextlib.contextmanager
+    def writer(self) -> Iterator[ShardWriter]:
+        """A writer of the shard. It writes nothing once another process took the shard over."""
+        with ShardWriter(self.part.path, self.part.start, self._check_held) as writer:
+            # Only now: if this process was stopped before the file was opened, it may be the file of another process.
+            self._check_held()
+            yield writer
+
+    def _check_held(self) -> None:
         if not self.claim.is_held:
             raise LostClaimError
-        self.check_interrupt()
 
     def __enter__(self) -> Self:
         return self

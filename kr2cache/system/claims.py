@@ -4,9 +4,12 @@ A claim is a folder that is made exclusively (``mkdir``). Locks on files are not
 do nothing. The claims on a file or folder lie beside it:
 
     .NAME.claims/UNIT.ATTEMPT.TOKEN/    the claim of one holder; no other claim ever has this path
-        alive                           touched every ``HEARTBEAT_S``
-        owner.json                      who holds it: for messages, and to see that a process of this machine ended
-    .NAME.claims/UNIT.next/             exists only while the holder of a unit changes
+        owner.json                      who made it: for messages, and to see that a process of this machine ended
+        alive                           touched every ``HEARTBEAT_S``; without it, the folder is only a wish
+
+A process first makes its wish and then looks who else is there. Of two processes, the one that looks later sees the
+other, so never two get the unit. Every path belongs to one process for ever: a process that was stopped between two
+steps finds that its own folder is gone, and can harm no other.
 
 A process takes over the claim of a holder that ended, or that showed no sign of life for ``TIMEOUT_S``. A silent holder
 may be alive: stopped, or cut off from the file system. When it goes on, it must not do harm:
@@ -21,74 +24,40 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import getpass
 import json
 import os
 import re
-import shlex
 import shutil
-import socket
-import sys
-import tempfile
 import threading
 import time
 import uuid
+import weakref
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
-from functools import cache
+from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from kr2cache.errors import BusyError
-from kr2cache.system.console import note_waiting, seconds_text
+from kr2cache.errors import BusyError, ConfigError
+from kr2cache.system.console import note_waiting
+from kr2cache.system.disk import disk_error
+from kr2cache.system.owners import Owner, this_process
 
 HEARTBEAT_S = 5.0
 """A holder touches its claim this often."""
 TIMEOUT_S = 90.0
 """A holder counts as silent after this time. Network file systems show changes of other machines up to 60 s late."""
+ABANDONED_S = 3600.0
+"""A claim that nobody touched in this time before the present process started is silent at once."""
+DECIDE_S = 1.0
+"""A process waits so long for another one that wishes for the same unit at the same moment."""
 PATIENCE_S = 0.5
 """Seconds before the user is told that the process waits."""
 POLL_S = 0.2
 """A waiting process looks this often."""
 REMOVED = "removed-"
 """How the name of a claim begins while it is being removed."""
-
-
-@dataclass(frozen=True)
-class Owner:
-    """Who holds a claim, as its file says."""
-
-    pid: int
-    machine: str
-    """Identifies the machine, its last boot and its PID namespace. ``pid`` can be compared only if these are equal."""
-    started: int
-    """When the process started, in the system's units; 0 if unknown. Numbers of ended processes are used again."""
-    host: str
-    user: str
-    since: str
-    command: str
-    attempt: int
-    earlier_may_live: bool
-    """Whether an earlier holder may be alive, with files open that were not replaced yet."""
-    released: bool = False
-    """True if nobody holds it: the claim only remembers ``earlier_may_live``."""
-
-    @property
-    def ended(self) -> bool:
-        """Whether nobody holds the claim any more, for sure."""
-        return self.released or (self.machine == _machine() and _started(self.pid) != self.started)
-
-    @property
-    def text(self) -> str:
-        """``process 4711 of ada on node7 since 2026-11-28 14:02:11 UTC (3 min 10 s ago; kr2cache extract ...)``"""
-        since = datetime.fromisoformat(self.since)
-        ago = seconds_text(max(0.0, (datetime.now(UTC) - since).total_seconds()))
-        return (
-            f"process {self.pid} of {self.user} on {self.host} since {since:%Y-%m-%d %H:%M:%S} UTC ({ago} ago; "
-            f"{self.command})"
-        )
 
 
 class Claim:
@@ -100,8 +69,9 @@ class Claim:
         self.owner = owner
         self._done = threading.Event()
         self._lost = threading.Event()
-        self._pulse = threading.Thread(target=self._beat, name="claim", daemon=True)
-        self._pulse.start()
+        # The thread does not keep the claim in memory: a claim that Ctrl-C let nobody release becomes silent.
+        weakref.finalize(self, self._done.set).atexit = False
+        threading.Thread(target=_beat, args=(folder, self._done, self._lost), name="claim", daemon=True).start()
 
     @property
     def earlier_may_live(self) -> bool:
@@ -112,29 +82,30 @@ class Claim:
         """Say that from now on no earlier holder can change the files of this unit."""
         if self.earlier_may_live:
             self.owner = replace(self.owner, earlier_may_live=False)
-            _sign(self.folder, self.owner)
+            with contextlib.suppress(OSError):  # the next holder makes a copy too many
+                _sign(self.folder, self.owner)
 
     @property
     def is_held(self) -> bool:
         """False once another process has taken this claim over. What this process writes then is of no effect."""
         if not self._lost.is_set():
-            self._touch()
+            _touch(self.folder, self._lost)
         return not self._lost.is_set()
 
     def release(self) -> None:
         """Let the unit go. A claim that another process has taken over stays as it is."""
         self._done.set()
+        if os.getpid() != self.owner.pid:  # a forked process has a copy of this object, not the claim
+            return
         if self.earlier_may_live:  # nobody fenced it: the next holder has to know
-            _sign(self.folder, replace(self.owner, released=True))
+            with contextlib.suppress(OSError):
+                _sign(self.folder, replace(self.owner, released=True))
             return
         with contextlib.suppress(OSError):
             _remove(self.folder)
-        folder = self.folder.parent
-        for name in _names(folder):
-            if name.startswith(REMOVED):  # its holder ended before it was gone
-                shutil.rmtree(folder / name, ignore_errors=True)
+        _clear(self.folder.parent)
         with contextlib.suppress(OSError):  # other units are claimed
-            folder.rmdir()
+            self.folder.parent.rmdir()
 
     def __enter__(self) -> Self:
         return self
@@ -144,17 +115,19 @@ class Claim:
     ) -> None:
         self.release()
 
-    def _beat(self) -> None:
-        while not self._done.wait(HEARTBEAT_S) and not self._lost.is_set():
-            self._touch()
 
-    def _touch(self) -> None:
-        try:
-            os.utime(self.folder / "alive")
-        except OSError as error:
-            # Other errors may pass; if they do not, the time-out decides.
-            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE):
-                self._lost.set()
+def _beat(folder: Path, done: threading.Event, lost: threading.Event) -> None:
+    while not done.wait(HEARTBEAT_S) and not lost.is_set():
+        _touch(folder, lost)
+
+
+def _touch(folder: Path, lost: threading.Event) -> None:
+    try:
+        os.utime(folder / "alive")
+    except OSError as error:
+        # Other errors may pass; if they do not, the time-out decides.
+        if _is_gone(error):
+            lost.set()
 
 
 def try_claim(place: Path, unit: str) -> Claim | None:
@@ -166,49 +139,97 @@ def try_claim(place: Path, unit: str) -> Claim | None:
 
     Returns:
         The claim; None if another process holds the unit.
+
+    Raises:
+        DiskSpaceError: If the disk is full.
+        ConfigError: If the folder of ``place`` is not writable.
     """
-    folder = claims_folder(place)
-    while True:
-        if not all(map(_is_free, _claims_in(folder, unit))):
+    folder, wish = claims_folder(place), None
+    try:
+        earlier = _claims_in(folder, unit)
+        if not all(map(_is_free, earlier)):
             return None
-        folder.mkdir(parents=True, exist_ok=True)
-        following = folder / f"{unit}.next"
+        attempt = 1 + max((int(claim.name.split(".")[-2]) for claim in earlier), default=0)
+        wish = folder / f"{unit}.{attempt}.{uuid.uuid4().hex[:12]}"
+        owner = this_process(attempt, earlier_may_live=_may_live(earlier))
+        _make(wish, owner)
+        return _decide(wish, unit, owner)
+    except BaseException as error:
+        if wish is not None:
+            with contextlib.suppress(OSError):
+                _remove(wish)
+        if not isinstance(error, OSError):
+            raise
+        if _is_gone(error):  # this process was stopped for so long that another one took its wish away
+            return None
+        raise _explained(error, place) from error
+
+
+def _make(wish: Path, owner: Owner) -> None:
+    while True:
+        wish.parent.mkdir(parents=True, exist_ok=True)
         try:
-            following.mkdir()
+            wish.mkdir()
+            break
         except FileNotFoundError:  # the last claim was released meanwhile, and its folder with it
             continue
-        except FileExistsError:
-            if not _is_free(following):
-                return None
-            with contextlib.suppress(OSError):  # its maker ended in the middle: it counts as a holder that ended
-                following.rename(_new_claim(folder, unit, 1))
-            continue
-        return _exchange(folder, unit, following)
-
-
-def _exchange(folder: Path, unit: str, following: Path) -> Claim | None:
-    """Make the claim. While ``following`` exists, no other process changes the holder."""
-    earlier = _claims_in(folder, unit)  # again: it may have changed before ``following`` was made
-    if not all(map(_is_free, earlier)):
-        _remove(following)
-        return None
-    owners = [_owner(claim) for claim in earlier]
-    may_live = any(owner is None or not owner.ended or owner.earlier_may_live for owner in owners)
-    attempt = 1 + max(map(_attempt, earlier), default=0)
-    owner = _this_process(attempt, earlier_may_live=may_live)
-    own = _new_claim(folder, unit, attempt)
     try:
-        (following / "alive").touch()
-        _sign(following, owner)
-        for claim in earlier:
-            with contextlib.suppress(FileNotFoundError):  # released meanwhile
-                _remove(claim)
-        following.rename(own)
-    except FileNotFoundError:  # this process was stopped for so long that another one took ``following`` away
-        return None
-    if _owner(own) != owner:  # for the same reason, it was the folder of another process
-        _sign(own, owner)
-    return Claim(own, owner)
+        _sign(wish, owner)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):  # then the time-out alone tells that this process ended
+            raise
+
+
+def _decide(wish: Path, unit: str, owner: Owner) -> Claim | None:
+    """Turn a wish into a claim, unless another process has the unit. Of several wishes the smallest is granted; the
+    others go away.
+    """
+    until, pause = time.monotonic() + DECIDE_S, 0.001
+    while True:
+        others = _claims_in(wish.parent, unit)
+        if wish not in others:
+            return None
+        others.remove(wish)
+        rivals = [claim for claim in others if not _is_free(claim)]
+        if not rivals:
+            break
+        # A larger wish may have looked before this one was there: wait until it is a claim, or gone.
+        if time.monotonic() > until or any(not _is_wish(rival) or _token(rival) < _token(wish) for rival in rivals):
+            _remove(wish)
+            return None
+        time.sleep(pause)
+        pause = min(2 * pause, POLL_S)
+    if _may_live(others) and not owner.earlier_may_live:
+        owner = replace(owner, earlier_may_live=True)
+        _sign(wish, owner)  # before the claims that say so are gone
+    for claim in others:
+        with contextlib.suppress(FileNotFoundError):  # released meanwhile
+            _remove(claim)
+    if others:
+        _clear(wish.parent)  # no late holder publishes from what an ended process left
+    (wish / "alive").touch()
+    return Claim(wish, owner)
+
+
+def _may_live(claims: list[Path]) -> bool:
+    """Whether the holder of one of these claims, or an earlier one, may be alive and have files open."""
+    return any(
+        (owner := _owner(claim)) is None or owner.earlier_may_live or not (_is_wish(claim) or owner.ended)
+        for claim in claims
+    )
+
+
+def _explained(error: OSError, place: Path) -> Exception:
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return ConfigError(
+            f"{place} cannot be written: {error.filename} is not writable ({error.strerror}).",
+            "Change its permissions, or give another folder.",
+        )
+    return disk_error(error, claims_folder(place), 4096)
+
+
+def _is_gone(error: OSError) -> bool:
+    return error.errno in (errno.ENOENT, errno.ESTALE)
 
 
 def wait_for_claim(place: Path, unit: str, *, wait: bool = True) -> Claim:
@@ -272,15 +293,11 @@ def held_units(place: Path) -> set[str]:
     return {match[1] for name in _names(folder) if (match := _NAME.fullmatch(name)) and not _is_free(folder / name)}
 
 
-_NAME = re.compile(r"(.+)\.(\d+)\.[0-9a-f]{12}")
-
-
-def _new_claim(folder: Path, unit: str, attempt: int) -> Path:
-    return folder / f"{unit}.{attempt}.{uuid.uuid4().hex[:12]}"
+_NAME = re.compile(r"(.+)\.(\d+)\.([0-9a-f]{12})")
 
 
 def _claims_in(folder: Path, unit: str) -> list[Path]:
-    """The claims on a unit, in order. More than one can be there after a process ended in ``_exchange``."""
+    """The claims on a unit, also wishes, in order."""
     matches = [match for name in _names(folder) if (match := _NAME.fullmatch(name)) and match[1] == unit]
     return [folder / match[0] for match in sorted(matches, key=lambda match: int(match[2]))]
 
@@ -288,12 +305,18 @@ def _claims_in(folder: Path, unit: str) -> list[Path]:
 def _names(folder: Path) -> list[str]:
     try:
         return [path.name for path in folder.iterdir()]
-    except (FileNotFoundError, NotADirectoryError):
-        return []
+    except OSError as error:
+        if _is_gone(error):
+            return []
+        raise
 
 
-def _attempt(claim: Path) -> int:
-    return int(claim.name.split(".")[-2])
+def _is_wish(claim: Path) -> bool:
+    return not (claim / "alive").exists()
+
+
+def _token(claim: Path) -> str:
+    return claim.name.split(".")[-1]
 
 
 def _is_free(claim: Path) -> bool:
@@ -302,32 +325,63 @@ def _is_free(claim: Path) -> bool:
     return (owner is not None and owner.ended) or _is_silent(claim)
 
 
+@dataclass
+class _Watch:
+    """What this process saw of a claim."""
+
+    touched: int
+    """Its time of the last touch, ns."""
+    looked: float
+    """When this process looked last, by its own clock."""
+    unchanged: float = 0.0
+    """For how many seconds it saw no touch."""
+
+
+_watches: dict[Path, _Watch] = {}
+_BEGAN = time.time()
+
+
 def _is_silent(claim: Path) -> bool:
-    """Whether nobody has touched the claim for ``TIMEOUT_S``, by the clock of the file system."""
+    """Whether nobody touched the claim for ``TIMEOUT_S`` while this process looked on, by the clock of this process:
+    clocks of other machines and of file systems differ. If all processes were stopped and go on, the time between is
+    not counted: the holder would have had no chance to touch it.
+    """
     try:
         try:
             # Opening a file is what makes a network file system ask the server.
             with (claim / "alive").open("rb") as file:
-                touched = os.fstat(file.fileno()).st_mtime
-        except FileNotFoundError:  # its maker has not come so far, or it is being removed
-            touched = claim.stat().st_mtime
-        with tempfile.TemporaryFile(dir=claim.parent) as file:
-            return os.fstat(file.fileno()).st_mtime - touched > TIMEOUT_S
-    except FileNotFoundError:
-        return False  # it is gone: look again
+                touched = os.fstat(file.fileno()).st_mtime_ns
+        except FileNotFoundError:  # a wish
+            touched = claim.stat().st_mtime_ns
+    except OSError as error:
+        if not _is_gone(error):
+            raise
+        _watches.pop(claim, None)
+        return False  # look again
+    if touched / 1e9 < _BEGAN - ABANDONED_S:
+        return True
+    now, watch = time.monotonic(), _watches.get(claim)
+    if watch is None or watch.touched != touched:
+        for old in [claim for claim, watch in _watches.items() if now - watch.looked > 10 * TIMEOUT_S]:
+            _watches.pop(old, None)
+        watch = _watches[claim] = _Watch(touched, now)
+    watch.unchanged += min(now - watch.looked, 2 * HEARTBEAT_S)
+    watch.looked = now
+    return watch.unchanged > TIMEOUT_S
 
 
 def _owner(claim: Path) -> Owner | None:
     try:
-        return Owner(**json.loads((claim / "owner.json").read_text(encoding="utf-8")))
+        owner = Owner(**json.loads((claim / "owner.json").read_text(encoding="utf-8")))
+        datetime.fromisoformat(owner.since)
     except (OSError, ValueError, TypeError):
         return None
+    return owner if isinstance(owner.pid, int) and isinstance(owner.started, int) else None
 
 
 def _sign(claim: Path, owner: Owner) -> None:
-    with contextlib.suppress(OSError):  # a full disk: then the time-out alone tells that this process ended
-        (claim / "owner.new").write_text(json.dumps(asdict(owner)), encoding="utf-8")
-        (claim / "owner.new").rename(claim / "owner.json")
+    (claim / "owner.new").write_text(json.dumps(asdict(owner)), encoding="utf-8")
+    (claim / "owner.new").rename(claim / "owner.json")
 
 
 def _remove(claim: Path) -> None:
@@ -337,48 +391,8 @@ def _remove(claim: Path) -> None:
     shutil.rmtree(gone, ignore_errors=True)
 
 
-def _this_process(attempt: int, *, earlier_may_live: bool) -> Owner:
-    user = "?"
-    with contextlib.suppress(OSError, KeyError, ImportError):
-        user = getpass.getuser()
-    return Owner(
-        pid=os.getpid(),
-        machine=_machine(),
-        started=_started(os.getpid()),
-        host=socket.gethostname(),
-        user=user,
-        since=datetime.now(UTC).isoformat(timespec="seconds"),
-        command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])[:200],
-        attempt=attempt,
-        earlier_may_live=earlier_may_live,
-    )
-
-
-@cache
-def _machine() -> str:
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text("utf-8").strip()
-        return f"{boot}:{Path('/proc/self/ns/pid').stat().st_ino}"
-    except OSError:
-        return f"{socket.gethostname()}:{uuid.getnode():x}"
-
-
-def _started(pid: int) -> int:
-    """When a process of this machine started, in the system's units. 0 if it runs but the time is unknown; -1 if it has
-    ended.
-    """
-    try:
-        # The name in brackets may hold spaces and brackets.
-        fields = Path(f"/proc/{pid}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()
-        return -1 if fields[0] in "ZX" else int(fields[19])
-    except (OSError, ValueError, IndexError):
-        pass
-    if Path("/proc/self/stat").exists():
-        return -1
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return -1
-    except OSError:
-        pass
-    return 0
+def _clear(folder: Path) -> None:
+    """Remove what processes left that ended while they removed a claim."""
+    for name in _names(folder):
+        if name.startswith(REMOVED):
+            shutil.rmtree(folder / name, ignore_errors=True)

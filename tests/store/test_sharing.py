@@ -66,7 +66,7 @@ def fill(shards: SharedShards, *, pause: float = 0.0) -> list[int]:
     """Fill what is free; the sequences that were written."""
     written = []
     for held in shards.unfinished(lambda: None):
-        with held, ShardWriter(held.part.path, held.part.start) as writer:
+        with held, held.writer() as writer:
             for i in (held.part.start + np.flatnonzero(writer.unfinished)).tolist():
                 writer.write(states(i))
                 written.append(i)
@@ -133,7 +133,7 @@ def test_what_a_stopped_process_writes_later_harms_nothing(
     stop_here, wrote = tmp_path / "stop here", tmp_path / "wrote"
 
     def late() -> None:
-        with next(shards.unfinished(lambda: None)) as held, ShardWriter(held.part.path, held.part.start) as writer:
+        with next(shards.unfinished(lambda: None)) as held, held.writer() as writer:
             stop_here.touch()
             while stop_here.exists():
                 time.sleep(0.005)
@@ -155,6 +155,47 @@ def test_what_a_stopped_process_writes_later_harms_nothing(
     assert tiny_cache.folder_bytes(shards.folder) == whole
     assert FeatureCache.open(shards.folder).complete.all()
     assert [path.name for path in shards.folder.parent.glob(".*")] == []
+
+
+@pytest.mark.parametrize("stopped", ["before it opens the shard", "before it marks"])
+def test_a_process_that_is_late_never_writes_to_the_file_of_another(
+    shards: SharedShards, whole: dict[str, bytes], tmp_path: Path, stopped: str
+) -> None:
+    """It has other states (as from another GPU), and goes on while the shard is another process's, and unfinished."""
+    other = tiny_cache.make((3, 1, 5, 2, 4, 6, 2, 3), dtype="int8", width=5, seed=5)
+    stop_here = tmp_path / "stop here"
+
+    def wait() -> None:
+        stop_here.touch()
+        while stop_here.exists():
+            time.sleep(0.005)
+
+    def late() -> None:
+        with next(shards.unfinished(lambda: None)) as held:
+            if stopped == "before it opens the shard":
+                wait()
+            with held.writer() as writer:
+                writer.write(states(0, other))
+                if stopped == "before it marks":
+                    wait()
+
+    child = in_child(late)
+    while not stop_here.exists():
+        time.sleep(0.01)
+    os.kill(child, signal.SIGSTOP)
+    if stopped == "before it marks":  # no process can know of it
+        shutil.rmtree(claims.claims_folder(shards.folder))
+    else:
+        claims.wait_for_claim(shards.folder, shards.parts[0].path.name).release()
+    held = next(shards.unfinished(lambda: None))
+    assert held.part == shards.parts[0]
+    with held, held.writer():
+        stop_here.unlink()
+        os.kill(child, signal.SIGCONT)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert shards.complete_count() == 0
+    assert sorted(fill(shards)) == list(range(8))
+    assert tiny_cache.folder_bytes(shards.folder) == whole
 
 
 def test_what_was_complete_in_the_shard_of_a_stopped_process_is_kept(

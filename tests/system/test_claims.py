@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import signal
@@ -15,14 +16,17 @@ from pathlib import Path
 
 import pytest
 
-from kr2cache.errors import BusyError
-from kr2cache.system import claims
-from kr2cache.system.claims import Claim, claimed, claims_folder, try_claim, wait_for_claim
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import mounts
+
+from kr2cache.errors import BusyError, ConfigError, DiskSpaceError
+from kr2cache.system import claims, owners
+from kr2cache.system.claims import Claim, claimed, try_claim, wait_for_claim
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from kr2cache.system import claims
+from kr2cache.system import claims, owners
 claims.HEARTBEAT_S = 0.05
 claims.TIMEOUT_S = 0.5
 claim = claims.try_claim(Path(sys.argv[1]), "unit")
@@ -32,6 +36,10 @@ while sys.stdin.readline():
     (claim.folder / "late").write_text("late") if claim.is_held else print("lost", flush=True)
 claim.release()
 """
+
+
+NO_NUMBER = """{"pid": "x", "machine": "", "started": [], "host": "", "user": "", "since": "2026-01-01", "command": "",
+"attempt": 1, "earlier_may_live": false}"""
 
 
 class Holder:
@@ -192,7 +200,7 @@ def test_that_a_holder_may_be_alive_is_not_forgotten_before_it_is_fenced(tmp_pat
 def test_the_claim_of_another_machine_is_free_once_it_is_silent(
     tmp_path: Path, other: Holder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(claims, "_machine", lambda: "another")
+    monkeypatch.setattr(owners, "_machine", lambda: "another")
     other.kill()
     place = tmp_path / "place"
     assert try_claim(place, "unit") is None, "its process cannot be seen from here"
@@ -214,20 +222,19 @@ def test_a_number_that_another_process_has_now_is_no_sign_of_life(tmp_path: Path
     held(try_claim(tmp_path / "place", "unit")).release()
 
 
-def test_a_process_that_ended_while_the_holder_changed_stops_nobody(tmp_path: Path, other: Holder) -> None:
+def test_a_process_that_ended_before_its_wish_was_granted_stops_nobody(tmp_path: Path, other: Holder) -> None:
     place = tmp_path / "place"
-    following = claims_folder(place) / "unit.next"
-    other.folder.rename(following)  # as if it had ended before it gave the folder its name
+    (other.folder / "alive").unlink()
     assert try_claim(place, "unit") is None
     other.kill()
     with held(try_claim(place, "unit")) as claim:
-        assert not following.exists()
+        assert not other.folder.exists()
         assert not claim.earlier_may_live
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"pid": 1}', "\x00"])
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"pid": 1}', "\x00", NO_NUMBER])
 def test_an_owner_that_cannot_be_read_is_free_once_silent(tmp_path: Path, other: Holder, content: str) -> None:
     place = tmp_path / "place"
     (other.folder / "owner.json").write_text(content)
@@ -278,3 +285,191 @@ def test_claims_do_not_need_file_locks(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(fcntl, "lockf", refuse)
     with claimed(tmp_path / "place"):
         assert try_claim(tmp_path / "place", "all") is None
+
+
+# Harder ---------------------------------------------------------------------------------------------------------------
+
+LATE = """
+import sys, time
+from pathlib import Path
+from kr2cache.system import claims
+real = claims._may_live
+def wait(claims):
+    if wait.calls:
+        print("no rivals", flush=True)
+        sys.stdin.readline()
+    wait.calls += 1
+    return real(claims)
+wait.calls = 0
+claims._may_live = wait
+claim = claims.try_claim(Path(sys.argv[1]), "unit")
+print(claim is not None and claim.is_held)
+"""
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("released", [False, True])
+def test_a_process_that_is_late_before_its_wish_is_granted_gets_nothing(tmp_path: Path, released: bool) -> None:
+    place = tmp_path / "place"
+    with subprocess.Popen(
+        [sys.executable, "-c", LATE, str(place)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as late:
+        assert late.stdout is not None
+        assert late.stdout.readline() == "no rivals\n"
+        claim = wait_for_claim(place, "unit")
+        assert not claim.earlier_may_live, "who never had it has no files open"
+        if released:
+            claim.release()
+            claim = held(try_claim(place, "unit"))
+        assert late.communicate("\n")[0] == "False\n"
+        assert claim.is_held
+        claim.release()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_thread_that_outlives_the_main_thread_is_a_sign_of_life(tmp_path: Path) -> None:
+    """As in a process that is killed while a thread waits for a disk: it counts as ended, but still writes."""
+    program = "import ctypes, threading, time; threading.Thread(target=time.sleep, args=(60,)).start(); "
+    with subprocess.Popen([sys.executable, "-c", program + "ctypes.CDLL(None).pthread_exit(None)"]) as process:
+        stat = Path(f"/proc/{process.pid}/stat")
+        if not stat.exists():
+            pytest.skip("no /proc")
+        started = owners._started(process.pid)
+        while ") Z " not in stat.read_text():
+            time.sleep(0.02)
+        assert not owners._has_ended(process.pid, started)
+        process.kill()
+        while int(owners._stat(process.pid)[17]) > 1:
+            time.sleep(0.02)
+        assert owners._has_ended(process.pid, started)
+
+
+def test_a_process_of_another_user_that_is_hidden_lives(tmp_path: Path) -> None:
+    """Many clusters mount /proc so that users see their own processes alone."""
+    if os.getuid() != 0:
+        pytest.skip("root alone can become another user")
+    parent, started, own_mounts = os.getpid(), owners._started(os.getpid()), 0x20000
+    child = os.fork()
+    if child == 0:
+        code = 3
+        try:
+            if ctypes.CDLL(None).unshare(own_mounts) == 0:
+                subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+                with mounts.mounted(Path("/proc"), "proc", "hidepid=2"):
+                    os.setgroups([])
+                    os.setgid(65534)
+                    os.setuid(65534)
+                    code = int(owners._has_ended(parent, started)) if not owners._stat(parent) else 2
+                    os._exit(code)
+        finally:
+            os._exit(code)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if code == 3:
+        pytest.skip("/proc cannot be mounted here")
+    assert code == 0
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_claim_that_nobody_has_in_hands_becomes_silent(tmp_path: Path) -> None:
+    """Ctrl-C may come before a claim is in its ``with`` block."""
+    try_claim(tmp_path / "place", "unit")
+    until = time.monotonic() + 10
+    while (claim := try_claim(tmp_path / "place", "unit")) is None:
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    claim.release()
+
+
+def test_ctrl_c_before_it_is_decided_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for name in ("_decide", "_sign"):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(claims, name, interrupt)
+            try_claim(tmp_path / "place", "unit")
+        held(try_claim(tmp_path / "place", "unit")).release()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_forked_process_does_not_release_the_claim(tmp_path: Path) -> None:
+    claim = held(try_claim(tmp_path / "place", "unit"))
+    child = os.fork()
+    if child == 0:
+        claim.release()
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert claim.is_held
+    claim.release()
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("hours", [-0.5, 0.5])
+def test_clocks_that_differ_neither_take_a_claim_away_nor_keep_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hours: float
+) -> None:
+    """The time of a touch may be of a file server, or of the machine that touched."""
+    monkeypatch.setattr(owners.Owner, "ended", False)  # it is on another machine
+    program = f"import os, time\nreal = os.utime\n{HOLDER}".replace(
+        "claim =",
+        f"os.utime = lambda path, _=None: real(path, times=(time.time() + {3600 * hours},) * 2)\nclaim =",
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path / "place")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as far:
+        assert far.stdout is not None
+        far.stdout.readline()
+        time.sleep(0.2)
+        until = time.monotonic() + 2
+        while time.monotonic() < until:
+            assert try_claim(tmp_path / "place", "unit") is None
+            time.sleep(0.05)
+        far.kill()
+    started = time.monotonic()
+    wait_for_claim(tmp_path / "place", "unit").release()
+    assert time.monotonic() - started < 5
+
+
+WATCHER = """
+import sys, time
+from pathlib import Path
+from kr2cache.system import claims
+claims.HEARTBEAT_S = 0.05
+claims.TIMEOUT_S = 0.5
+print("looks", flush=True)
+for _ in range(50):
+    assert claims.try_claim(Path(sys.argv[1]), "unit") is None
+    time.sleep(0.02)
+"""
+
+
+def test_if_all_processes_are_stopped_and_go_on_nobody_loses_a_claim(tmp_path: Path, other: Holder) -> None:
+    """As by Ctrl-Z, or by a cluster that suspends a job."""
+    with subprocess.Popen([sys.executable, "-c", WATCHER, str(tmp_path / "place")], stdout=subprocess.PIPE) as watcher:
+        assert watcher.stdout is not None
+        watcher.stdout.readline()
+        time.sleep(0.3)
+        watcher.send_signal(signal.SIGSTOP)
+        other.stop()
+        time.sleep(1.5)
+        watcher.send_signal(signal.SIGCONT)
+        time.sleep(0.1)
+        other.process.send_signal(signal.SIGCONT)
+    assert watcher.returncode == 0
+    assert other.go_on() == ""
+
+
+def test_a_full_disk_and_a_folder_that_is_read_only_are_said(tmp_path: Path) -> None:
+    with mounts.mounted(tmp_path / "disk", options="size=1m,nr_inodes=8"):
+        (tmp_path / "disk" / "ballast").write_bytes(bytes(2**20))
+        with claimed(tmp_path / "disk" / "place"):
+            assert try_claim(tmp_path / "disk" / "place", "all") is None, "no bytes are free: a claim needs none"
+        for number in range(6):
+            (tmp_path / "disk" / str(number)).touch()
+        with pytest.raises(DiskSpaceError, match=r"No space left for .*\.place\.claims"):
+            try_claim(tmp_path / "disk" / "place", "unit")
+        with (
+            mounts.read_only(tmp_path / "disk"),
+            pytest.raises(ConfigError, match=r"place cannot be written: .* is not"),
+        ):
+            try_claim(tmp_path / "disk" / "place", "unit")

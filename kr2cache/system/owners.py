@@ -1,0 +1,107 @@
+"""Which process holds a claim, and whether that process has ended."""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import os
+import shlex
+import socket
+import sys
+import uuid
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+
+from kr2cache.system.console import seconds_text
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Who holds a claim, as its file says."""
+
+    pid: int
+    machine: str
+    """Identifies the machine, its last boot and its PID namespace. ``pid`` can be compared only if these are equal."""
+    started: int
+    """When the process started, in the system's units; 0 if unknown. Numbers of ended processes are used again."""
+    host: str
+    user: str
+    since: str
+    command: str
+    attempt: int
+    earlier_may_live: bool
+    """Whether an earlier holder may be alive, with files open that were not replaced yet."""
+    released: bool = False
+    """True if nobody holds it: the claim only remembers ``earlier_may_live``."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether nobody holds the claim any more, for sure."""
+        return self.released or (self.machine == _machine() and _has_ended(self.pid, self.started))
+
+    @property
+    def text(self) -> str:
+        """``process 4711 of ada on node7 since 2026-11-28 14:02:11 UTC (3 min 10 s ago; kr2cache extract ...)``"""
+        since = datetime.fromisoformat(self.since)
+        ago = seconds_text(max(0.0, (datetime.now(UTC) - since).total_seconds()))
+        return (
+            f"process {self.pid} of {self.user} on {self.host} since {since:%Y-%m-%d %H:%M:%S} UTC ({ago} ago; "
+            f"{self.command})"
+        )
+
+
+def this_process(attempt: int, *, earlier_may_live: bool) -> Owner:
+    user = "?"
+    with contextlib.suppress(OSError, KeyError, ImportError):
+        user = getpass.getuser()
+    return Owner(
+        pid=os.getpid(),
+        machine=_machine(),
+        started=_started(os.getpid()),
+        host=socket.gethostname(),
+        user=user,
+        since=datetime.now(UTC).isoformat(timespec="seconds"),
+        command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])[:200],
+        attempt=attempt,
+        earlier_may_live=earlier_may_live,
+    )
+
+
+@cache
+def _machine() -> str:
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text("utf-8").strip()
+        return f"{boot}:{Path('/proc/self/ns/pid').stat().st_ino}"
+    except OSError:
+        return f"{socket.gethostname()}:{uuid.getnode():x}"
+
+
+def _started(pid: int) -> int:
+    """When a process of this machine started, in the system's units; 0 if unknown."""
+    return int(_stat(pid)[19]) if _stat(pid) else 0
+
+
+def _has_ended(pid: int, started: int) -> bool:
+    """Whether a process of this machine has ended for sure, with all its threads."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, OverflowError):
+        pass  # of another user; /proc may not show it
+    stat = _stat(pid)
+    if not stat:
+        return False
+    # Of a killed process, a thread may still wait for a disk when the process counts as ended ("Z").
+    return (stat[0] in "ZX" and int(stat[17]) <= 1) or int(stat[19]) != started != 0
+
+
+def _stat(pid: int) -> list[str]:
+    """What the system says about a process, from its state on; empty if unknown."""
+    try:
+        # The name in brackets may hold spaces and brackets.
+        return Path(f"/proc/{pid}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()
+    except OSError:
+        return []
