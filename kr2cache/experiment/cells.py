@@ -19,6 +19,7 @@ from kr2cache.errors import ConfigError, DataError, InterruptedWorkError, KR2Cac
 from kr2cache.experiment.checks import check_names
 from kr2cache.experiment.grid import Grid, Line
 from kr2cache.methods import METHODS, Method
+from kr2cache.system import interrupt
 from kr2cache.system.console import count_text
 from kr2cache.tasks import find_task
 from kr2cache.tasks.files import data_folder
@@ -50,6 +51,15 @@ class Cell:
     @property
     def method(self) -> Method:
         return METHODS[self.config.method]
+
+    def teaches(self, other: Cell) -> bool:
+        """Whether ``other`` is a distillation in the same column that learns from this cell's model."""
+        return (
+            self.method.is_plain
+            and other.method.needs_teacher
+            and other.column is self.column
+            and other.config.teacher == self.config.trained_model
+        )
 
     def fail(self, error: KR2CacheError) -> None:
         # A new error: the one that was caught holds the frames it went through, and with them the models.
@@ -161,6 +171,8 @@ def explained(error: Exception) -> KR2CacheError:
         raise error
     if isinstance(error, KR2CacheError):
         return error
+    if interrupt.was_pressed():  # a library turned Ctrl-C into its own error
+        raise InterruptedWorkError("Interrupted.") from None
     return KR2CacheError(
         f"{type(error).__name__}: {error}", "This error was not expected: train this cell with --debug and report it."
     )

@@ -101,16 +101,25 @@ def train(config: TrainConfig, shared: Shared | None = None) -> TrainResult:
 def _lesson(student: Prepared, shared: Shared) -> Lesson:
     """The teacher's logits: from an earlier call, from a trained teacher, or from a teacher that is trained now."""
     teacher = Teacher(student, shared)
-    lesson = teacher.kept() or teacher.from_reader()
-    if lesson is not None:
+    if (lesson := teacher.kept()) is not None:
         return lesson
+    # One process makes the logits; others that need them wait, instead of training the same teacher.
+    with _claimed_by_writer(student.job.config.run_dir / student.job.task.name / f"teacher-{teacher.fingerprint[:8]}"):
+        return teacher.kept() or teacher.from_reader() or _taught(teacher)
+
+
+def _taught(teacher: Teacher) -> Lesson:
+    """The logits of a teacher that has no trained reader: it is trained now."""
     assert teacher.prepared is not None, "a teacher that is a run has its reader"
-    if any(run.is_finished for run in teacher.runs):
-        return teacher.from_trained(_train_again(teacher.prepared))
-    note(f"Fine-tuning the teacher, {teacher.name}, on {student.job.task.name} first.")
-    trained: list[Trained] = []
-    _train_seeds(teacher.prepared, keep=trained.append)
-    return teacher.from_trained(trained[0].reader)
+    if not any(run.is_finished for run in teacher.runs):
+        note(f"Fine-tuning the teacher, {teacher.name}, on {teacher.student.job.task.name} first.")
+        trained: list[Trained] = []
+        _train_seeds(teacher.prepared, keep=trained.append)
+        # If nothing was trained, another process has trained it meanwhile, for its own sake.
+        lesson = teacher.from_trained(trained[0].reader) if trained else teacher.from_reader()
+        if lesson is not None:
+            return lesson
+    return teacher.from_trained(_train_again(teacher.prepared))
 
 
 def _train_again(teacher: Prepared) -> KReader:
@@ -133,6 +142,11 @@ def _sequences_read(job: Job) -> int:
     return sum(data.features.sequences_read for data in job.splits.values() if data.features is not None)
 
 
+def _claimed_by_writer(path: Path) -> contextlib.AbstractContextManager[Claim | None]:
+    """Hold ``path``. Under torchrun every process trains and the first one writes, so the others hold nothing."""
+    return claimed(path) if int(os.environ.get("RANK", "0")) == 0 else contextlib.nullcontext()
+
+
 @objects_set_aside()
 def _train_seeds(prepared: Prepared, keep: Callable[[Trained], None] | None = None) -> list[Run]:
     """Train the seeds that have no finished run.
@@ -142,11 +156,9 @@ def _train_seeds(prepared: Prepared, keep: Callable[[Trained], None] | None = No
     """
     runs: list[Run] = []
     folder = prepared.folder
-    # Under torchrun every process trains, and the first one writes.
-    writes = int(os.environ.get("RANK", "0")) == 0
     for seed in prepared.job.config.seeds:
         target = RunFolder.of_seed(folder, seed)
-        with claimed(target.path) if writes else contextlib.nullcontext() as claim:
+        with _claimed_by_writer(target.path) as claim:
             if target.is_finished:
                 runs.append(_finished_run(prepared, seed, target))
                 continue

@@ -1,14 +1,12 @@
 """Sweeps: the trainings of a grid, one after the other.
 
 A sweep checks all cells before the first training, and skips runs that are finished. If a cell fails while it runs,
-the sweep reports it and goes on. The manifest ``RUN_DIR/sweeps/NAME.json`` says which run belongs to which cell;
-``report`` reads it.
+the sweep reports it and goes on. Processes that run the same sweep share its cells (``shared_cells``).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,21 +14,19 @@ from pathlib import Path
 from typing import Any
 
 from kr2cache.config import TrainConfig
-from kr2cache.errors import InterruptedWorkError, KR2CacheError
+from kr2cache.errors import ConfigError, InterruptedWorkError, KR2CacheError
 from kr2cache.experiment.cells import Cell, cells_text, count_cells, explained, find_faults, group_errors, refusal
 from kr2cache.experiment.checks import check_names
-from kr2cache.experiment.grid import Grid, Line
+from kr2cache.experiment.grid import Grid
 from kr2cache.experiment.pipeline import train
 from kr2cache.experiment.ready import check_ready, open_models, read_corpus
 from kr2cache.experiment.shared import Shared
+from kr2cache.experiment.shared_cells import MANIFESTS, HeldCell, SharedCells
 from kr2cache.experiment.teacher import teacher_config
 from kr2cache.system.allocator import objects_set_aside
-from kr2cache.system.console import console, count_text, failed, heading, silent
+from kr2cache.system.console import console, count_text, failed, heading, note, silent
 from kr2cache.system.disk import check_writable
-from kr2cache.training.runs import RunFolder, write_json
-
-MANIFESTS = "sweeps"
-"""The folder of the manifests, in the run folder."""
+from kr2cache.training.runs import Metrics, RunFolder, mean_and_std
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,12 +48,16 @@ class SweepResult:
     def json(self) -> dict[str, Any]:
         return {
             "manifest": str(self.manifest),
-            "cells": [
-                cell.json() | {"mean": cell.result.json()["mean"] if cell.result is not None else None}
-                for cell in self.cells
-            ],
+            "cells": [cell.json() | {"mean": self._mean(cell)} for cell in self.cells],
             "failed": len(self.failed),
         }
+
+    def _mean(self, cell: Cell) -> Metrics | None:
+        """The scores of a cell, mean over its seeds, whichever process trained it; None if it failed."""
+        if cell.folder is None:
+            return None
+        runs = [RunFolder.of_seed(self.run_dir / cell.folder, seed) for seed in cell.config.seeds]
+        return mean_and_std([run.read_metrics() for run in runs])[0]
 
 
 class Sweep:
@@ -78,15 +78,21 @@ class Sweep:
 
     @objects_set_aside()
     def run(self, *, keep_going: bool = False) -> SweepResult:
-        """Check all cells, then train them one after the other.
+        """Check all cells, then train them one after the other, together with every other process that does.
 
         Args:
             keep_going: If some cells cannot run, report them and train the others. Otherwise nothing is trained.
 
         Raises:
             KR2CacheError: If cells cannot run. The message gives the cells and the reasons.
+            BusyError: If other processes train another version of the grid.
             InterruptedWorkError: On Ctrl-C. Finished runs stay, and the manifest lists them.
         """
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ConfigError(
+                "torchrun is for one training; its processes cannot share the cells of a sweep.",
+                "Start kr2cache sweep once for each GPU, without torchrun: the processes share the cells.",
+            )
         check_writable(self.run_dir, "--run-dir")
         for cell in self.cells:
             cell.config = dataclasses.replace(
@@ -94,24 +100,26 @@ class Sweep:
                 keep_readers=self.keep_readers or self._teaches(cell),
                 temporary_readers=not self.keep_readers,
             )
-        self._read_folders()
         self._check(keep_going)
-        self._write()
         order = self._in_order()
-        for number, cell in enumerate(order, 1):
-            heading(f"{number}/{len(order)}  {cell.name}")
+        place = "between two cells"
+        with SharedCells(self.grid, self.cells, self.manifest) as shared:
             try:
-                self._train(cell)
-            except InterruptedWorkError as error:
+                while (held := shared.take(order)) is not None:
+                    number, name = order.index(held.cell) + 1, held.cell.name
+                    place = f"at cell {number} of {len(order)} ({name})"
+                    heading(f"{number}/{len(order)}  {name}")
+                    with held:
+                        self._train(held, shared)
+                    self._drop_readers(shared)
+                    place = "between two cells"
+            except (KeyboardInterrupt, InterruptedWorkError) as error:
+                message = error.message if isinstance(error, InterruptedWorkError) else "Interrupted"
                 raise InterruptedWorkError(
-                    f"{error.message.rstrip('.')}. The sweep {self.grid.name} stopped at cell {number} of "
-                    f"{len(order)} ({cell.name}).",
+                    f"{message.rstrip('.')}. The sweep {self.grid.name} stopped {place}.",
                     "Run the same command again: it skips finished runs.",
                 ) from None
-            finally:
-                self._write()
-            if not any(other.method.needs_teacher for other in order[number:] if other.column is cell.column):
-                self._drop_readers(cell.column)
+            self._drop_readers(shared)
         return SweepResult(grid=self.grid, manifest=self.manifest, cells=self.cells)
 
     def _check(self, keep_going: bool) -> None:
@@ -147,21 +155,30 @@ class Sweep:
         if (teacher := teacher_config(config)) is not None:
             check_ready(teacher, self._shared)
 
-    def _train(self, cell: Cell) -> None:
+    def _train(self, held: HeldCell, shared: SharedCells) -> None:
+        cell = held.cell
         try:
             cell.result = train(cell.config, self._shared)
         except KeyboardInterrupt:
             raise InterruptedWorkError("Interrupted.") from None
         except Exception as raised:  # the other cells may still run, whatever failed here
             error = explained(raised)
-            earlier = next((other for other in self.cells if str(other.error) == str(error)), None)
+            if not held.is_held:
+                note(f"{cell.name} was taken over by another process: this one was silent for too long.")
+                return
+            earlier = next((one for one in self.cells if one is not cell and str(one.error) == str(error)), None)
             cell.fail(error)
             if earlier is None:
                 _print_error(cell.name, error)
             else:
                 failed(f"{cell.name}: the same error as {earlier.name}")
+            shared.settle(cell)
+            if not shared.is_settled(cell):
+                note("Another process of this sweep tries it once more.")
             return
+        cell.error = None  # of another process, which tried it before
         cell.folder = Path(os.path.relpath(cell.result.runs[0].folder.parent, self.run_dir)).as_posix()
+        shared.settle(cell)
         mean, metric = cell.result.json()["mean"], cell.result.task.metric
         split = "test" if "test" in mean else "dev"
         console.print(f"{cell.name}: {metric} {100 * mean[split][metric]:.1f}", markup=False)
@@ -175,50 +192,18 @@ class Sweep:
         return order
 
     def _teaches(self, cell: Cell) -> bool:
-        """Whether a distillation in the same column learns from this cell's model."""
-        return cell.method.is_plain and any(
-            other.column is cell.column
-            and other.method.needs_teacher
-            and other.config.teacher == cell.config.trained_model
-            for other in self.cells
-        )
+        return any(map(cell.teaches, self.cells))
 
-    def _drop_readers(self, column: Line) -> None:
-        """Remove the readers that this sweep trained in the column: 120 readers of the size of XLM-R take 130 GB."""
+    def _drop_readers(self, shared: SharedCells) -> None:
+        """Remove the readers that this sweep trained and from which no cell will learn any more: 120 readers of the
+        size of XLM-R take 130 GB.
+        """
         for cell in self.cells:
-            if not self.keep_readers and cell.column is column and cell.folder is not None:
-                for seed in cell.config.seeds:
-                    RunFolder.of_seed(self.run_dir / cell.folder, seed).drop_temporary_reader()
-
-    def _read_folders(self) -> None:
-        """Read from the manifest of an earlier call where its runs are, so that a report shows them meanwhile."""
-        try:
-            earlier = json.loads(self.manifest.read_text("utf-8"))
-            known = {(cell["row"], cell["column"], cell["settings"]): cell["folder"] for cell in earlier["cells"]}
-        except (OSError, ValueError, KeyError, TypeError):
-            return  # no manifest, or a damaged one: ``train`` finds the finished runs itself
-        for cell in self.cells:
-            cell.folder = known.get((cell.row.name, cell.column.name, cell.settings))
-
-    def _write(self) -> None:
-        """Write the manifest."""
-        grid = self.grid
-        self.manifest.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.manifest.with_suffix(".partial")
-        write_json(
-            partial,
-            {
-                "name": grid.name,
-                "title": grid.title,
-                "paper": grid.paper,
-                "baseline": grid.baseline,
-                "baselines": {row.name: row.baseline for row in grid.rows if row.baseline is not None},
-                "rows": [row.name for row in grid.rows],
-                "columns": [column.name for column in grid.columns],
-                "cells": [cell.json() for cell in self.cells],
-            },
-        )
-        partial.replace(self.manifest)
+            learn = [other for other in self.cells if cell.teaches(other)]
+            if self.keep_readers or cell.folder is None or not learn or not all(map(shared.is_settled, [cell, *learn])):
+                continue
+            for seed in cell.config.seeds:
+                RunFolder.of_seed(self.run_dir / cell.folder, seed).drop_temporary_reader()
 
 
 def describe_sweep(result: SweepResult) -> None:

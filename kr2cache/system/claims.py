@@ -293,6 +293,12 @@ def held_units(place: Path) -> set[str]:
     return {match[1] for name in _names(folder) if (match := _NAME.fullmatch(name)) and not _is_free(folder / name)}
 
 
+def ended_units(place: Path) -> set[str]:
+    """The units whose holders ended or are silent, and that nobody took over."""
+    folder = claims_folder(place)
+    return {match[1] for name in _names(folder) if (match := _NAME.fullmatch(name)) and _is_free(folder / name)}
+
+
 _NAME = re.compile(r"(.+)\.(\d+)\.([0-9a-f]{12})")
 
 

@@ -175,7 +175,7 @@ class RunFolder:
 
     def drop_temporary_reader(self) -> None:
         """Remove the reader of a finished run, unless the run was trained to keep it."""
-        if self.is_finished and self.read_config()["recorded"].get("temporary_reader"):
+        if self.reader.is_dir() and self.is_finished and self.read_config()["recorded"].get("temporary_reader"):
             self.drop_reader()
 
     def why_no_reader(self) -> str:

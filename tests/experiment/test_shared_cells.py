@@ -1,0 +1,473 @@
+"""Processes that share the cells of one sweep."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from world import World
+
+from kr2cache import cli
+from kr2cache.commands.settings import TRAIN_OPTIONS
+from kr2cache.config import TrainConfig
+from kr2cache.errors import BusyError, ConfigError, TrainingError
+from kr2cache.experiment import pipeline, shared_cells
+from kr2cache.experiment.cells import Cell, cells_of
+from kr2cache.experiment.grid import Grid, read_grid
+from kr2cache.experiment.shared_cells import SharedCells
+from kr2cache.experiment.sweep import Sweep
+from kr2cache.system import claims
+from kr2cache.training.runs import RunFolder
+
+GRID = """
+title = "A shared table"
+[settings]
+task = "udpos"
+reader = "reader"
+resource = "res"
+data = "corpus"
+device = "cpu"
+epochs = 1
+batch-size = 4
+learning-rate = 1e-3
+seeds = [1]
+[[columns]]
+name = "X"
+[[columns]]
+name = "Y"
+batch-size = 3
+[[rows]]
+name = "KD"
+method = "kd"
+[[rows]]
+name = "KR2"
+fusion = "last4"
+[[rows]]
+name = "KResource"
+method = "kresource"
+[[rows]]
+name = "All"
+fusion = "all"
+"""
+CELLS = {f"{column} · {row}" for column in "XY" for row in ("KD", "KR2", "KResource", "All")}
+TOML = '[defaults]\ncache-dir = "cache"\n[models.res]\npath = "models/res"\n[models.reader]\npath = "models/reader"\n'
+
+
+def furnish(world: World) -> World:
+    """A grid of eight cells, with paths that are the same in every world."""
+    (world.folder / "grid.toml").write_text(GRID, "utf-8")
+    (world.folder / "kr2cache.toml").write_text(TOML, "utf-8")
+    return world
+
+
+@pytest.fixture
+def here(world: World, monkeypatch: pytest.MonkeyPatch) -> World:
+    monkeypatch.chdir(world.folder)
+    return furnish(world)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory, bert: Path, reader_model: Path, corpus: Path) -> World:
+    """The world after one process has run the sweep."""
+    folder = tmp_path_factory.mktemp("alone")
+    (folder / "models").mkdir()
+    for name, there in (("models/res", bert), ("models/reader", reader_model), ("corpus", corpus)):
+        (folder / name).symlink_to(there)
+    world = furnish(World(folder))
+    process = start(world)
+    shown = process.communicate()[0]
+    assert process.returncode == 0, shown
+    return world
+
+
+@pytest.fixture
+def started(here: World) -> Iterator[Callable[[], subprocess.Popen[str]]]:
+    """Starts processes of the sweep, which end with the test."""
+    with contextlib.ExitStack() as running:
+
+        def begin() -> subprocess.Popen[str]:
+            process = running.enter_context(start(here))
+            running.callback(process.kill)
+            return process
+
+        yield begin
+
+
+def start(world: World) -> subprocess.Popen[str]:
+    """One process of the sweep."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "kr2cache.cli", "sweep", "grid.toml"],
+        cwd=world.folder,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def manifest_of(world: World) -> Path:
+    return world.folder / "runs" / "sweeps" / "grid.json"
+
+
+def trained(shown: str) -> list[str]:
+    """The cells that a process worked on, in order."""
+    return re.findall(r"^─* ?\d/8 +(.+?) ─", shown, flags=re.MULTILINE)
+
+
+def table(shown: str) -> str:
+    """What a process shows at the end."""
+    return shown[shown.index("A shared table ─") :]
+
+
+def scores(world: World) -> dict[str, bytes]:
+    """Of every run: scores and predictions."""
+    runs = world.folder / "runs"
+    names = ("metrics.json", "history.json", "predictions-test.jsonl")
+    return {str(path.relative_to(runs)): path.read_bytes() for name in names for path in runs.rglob(name)}
+
+
+def end_in_training(world: World, process: subprocess.Popen[str], how: signal.Signals) -> None:
+    """End a process once it trains a cell."""
+    while not any(str(process.pid) in holder for holder in holders(world.folder / "runs" / "udpos")):
+        assert process.poll() is None, "it ended before"
+        time.sleep(0.01)
+    process.send_signal(how)
+
+
+def holders(folder: Path) -> Iterator[str]:
+    """Who holds runs, as the files of their claims say."""
+    for path in folder.glob("*/.seed-*.claims/*/owner.json"):
+        with contextlib.suppress(FileNotFoundError):
+            yield path.read_text("utf-8")
+
+
+# Whole sweeps --------------------------------------------------------------------------------------------------------
+
+
+def test_two_processes_share_the_cells_and_show_the_same(
+    here: World, alone: World, started: Callable[[], subprocess.Popen[str]]
+) -> None:
+    processes = [started(), started()]
+    shown = [process.communicate()[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], shown
+    one, other = map(trained, shown)
+    assert sorted(one + other) == sorted(CELLS), "every cell once"
+    assert one and other
+    assert table(shown[0]) == table(shown[1])
+    assert "8 of 8 cells filled." in shown[0]
+    assert scores(here) == scores(alone)
+    assert manifest_of(here).read_bytes() == manifest_of(alone).read_bytes()
+    assert not list((here.folder / "runs").rglob("reader")), "no reader is left"
+    assert not list(here.folder.rglob("*.claims"))
+    splits = [path.parent.name for path in here.caches.rglob("*.h5")]
+    assert len(splits) == 3, "one cache for each split"
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_the_cell_of_a_process_that_ends_is_trained_by_another(
+    here: World, alone: World, started: Callable[[], subprocess.Popen[str]], how: signal.Signals
+) -> None:
+    first = started()
+    end_in_training(here, first, how)
+    second = started()
+    said = first.communicate()[0]
+    assert first.returncode == (130 if how is signal.SIGINT else -signal.SIGKILL)
+    if how is signal.SIGINT:
+        assert "The sweep grid stopped at cell 1 of 8 (X · KResource)." in said
+    shown = second.communicate()[0]
+    assert second.returncode == 0, shown
+    assert trained(said) == ["X · KResource"], "the teacher comes first"
+    assert sorted(trained(shown)) == sorted(CELLS)
+    assert scores(here) == scores(alone)
+    assert manifest_of(here).read_bytes() == manifest_of(alone).read_bytes()
+    assert not list(here.folder.rglob("*.claims"))
+
+
+# One cell that fails -------------------------------------------------------------------------------------------------
+
+
+def small(world: World, text: str = GRID) -> tuple[Grid, list[Cell]]:
+    (world.folder / "small.toml").write_text(text, "utf-8")
+    grid = read_grid(world.folder / "small.toml", TRAIN_OPTIONS)
+    models = {name: {"path": str(world.folder / "models" / name)} for name in ("res", "reader")}
+    defaults = {"run_dir": world.folder / "runs", "cache_dir": world.caches}
+    return grid, cells_of(
+        grid, lambda row, column: grid.config(
+            row, column, defaults=defaults, overrides={"data": str(world.data)}, models=models, training={}
+        )
+    )  # fmt: skip
+
+
+def in_child(work: Callable[[], object]) -> int:
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            work()
+            code = 0
+        finally:
+            os._exit(code)
+    return child
+
+
+def ended_well(child: int) -> bool:
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_cells, "LOOK_EVERY_S", 0.02)
+
+
+@pytest.fixture
+def sharing(world: World, quick: None) -> Iterator[Callable[[], SharedCells]]:
+    """Makes what a process has of the cells of one grid."""
+    yield lambda: SharedCells(*small(world), world.folder / "runs" / "sweeps" / "small.json")
+
+
+def test_a_cell_that_fails_is_tried_by_two_processes_and_reported_once(
+    world: World, quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    tries = tmp_path / "tries"
+    tries.mkdir()
+    real = pipeline.train_seed
+
+    def failing(job: Any, *rest: Any) -> Any:
+        if job.config.fusion == "all":
+            (tries / f"{job.config.batch_size}-{os.getpid()}").touch()
+            raise TrainingError("It diverged.", "Lower it.")
+        return real(job, *rest)
+
+    monkeypatch.setattr(pipeline, "train_seed", failing)
+    monkeypatch.setattr(Sweep, "_check", lambda *_: time.sleep(1.0))  # so that both have come before one has ended
+
+    def work() -> None:
+        result = Sweep(*small(world), keep_readers=False).run()
+        assert [cell.name for cell in result.failed] == ["X · All", "Y · All"]
+        assert result.json()["failed"] == 2
+
+    children = [in_child(work), in_child(work)]
+    assert all(map(ended_well, children)), capfd.readouterr().out
+    assert len({path.name for path in tries.iterdir()}) == 4, "both cells by both processes"
+    cells = json.loads((world.folder / "runs" / "sweeps" / "small.json").read_text("utf-8"))["cells"]
+    assert [cell["error"] for cell in cells if cell["row"] == "All"] == ["It diverged."] * 2
+    assert sum("failed_by" in cell or "done" in cell for cell in cells) == 0
+    shown = capfd.readouterr().out
+    assert shown.count("Another process of this sweep tries it once more.") >= 1
+
+
+def test_what_another_process_can_train_is_no_failure(world: World, sharing: Callable[[], SharedCells]) -> None:
+    with sharing() as one, sharing() as other:
+        cell, same = one.cells[1], other.cells[1]
+        held = one.take([cell])
+        assert held is not None
+        with held:
+            cell.fail(TrainingError("It diverged.", "Lower it."))
+            one.settle(cell)
+        assert not one.is_settled(cell), "the other one has not tried"
+        again = other.take([same])
+        assert again is not None and again.cell is same
+        with again:
+            assert same.error is not None and same.error.remedy == "Lower it."
+            same.error, same.folder = None, "udpos/here"
+            other.settle(same)
+        one._look()
+        assert one.is_settled(cell)
+        assert (cell.error, cell.folder) == (None, "udpos/here")
+
+
+def test_a_failure_is_reported_once_nobody_is_left_to_try(world: World, sharing: Callable[[], SharedCells]) -> None:
+    one = sharing()
+    one.cells[4].fail(ConfigError("no model here", ""))
+    with one:
+        excluded = one.cells[4]
+        assert one.is_settled(excluded), "its check failed, and this process is alone"
+        with sharing() as other:
+            one._look()
+            assert not one.is_settled(excluded), "the other process may have the model"
+            other.cells[0].fail(TrainingError("It diverged.", ""))
+            other.settle(other.cells[0])
+            one._look()
+            assert not one.is_settled(one.cells[0])
+            one.cells[0].fail(TrainingError("It diverged.", ""))
+            one.settle(one.cells[0])
+            assert one.is_settled(one.cells[0]), "two processes failed"
+        one._look()
+        assert one.is_settled(excluded)
+        assert excluded.error is not None and excluded.error.message == "no model here"
+
+
+def test_processes_that_wait_for_each_others_retries_do_not_wait_forever(
+    world: World, quick: None, sharing: Callable[[], SharedCells]
+) -> None:
+    def work(failing: str, excluded: str) -> Callable[[], None]:
+        def run() -> None:
+            shared = sharing()
+            for cell in shared.cells:
+                if cell.row.name == excluded:
+                    cell.fail(ConfigError("no model here", ""))
+            order = [cell for cell in shared.cells if cell.error is None]
+            with shared:
+                time.sleep(0.5)
+                while (held := shared.take(order)) is not None:
+                    with held:
+                        held.cell.folder = "udpos/here"
+                        if held.cell.row.name == failing:
+                            held.cell.fail(TrainingError("It diverged.", ""))
+                        shared.settle(held.cell)
+            assert {cell.row.name for cell in shared.cells if cell.error} == {"KR2", "All"}
+
+        return run
+
+    children = [in_child(work("KR2", "All")), in_child(work("All", "KR2"))]
+    assert all(map(ended_well, children))
+
+
+# Order, readers, manifest --------------------------------------------------------------------------------------------
+
+
+def test_a_distillation_is_not_taken_while_its_teacher_is_being_trained(
+    world: World, sharing: Callable[[], SharedCells]
+) -> None:
+    with sharing() as one, sharing() as other:
+        learner, _, teacher, _ = one.cells[:4]
+        assert teacher.teaches(learner) and not learner.teaches(teacher) and not teacher.teaches(one.cells[4])
+        held = one.take([teacher, learner])
+        assert held is not None and held.cell is teacher
+        free = other.take([other.cells[0], other.cells[3]])
+        assert free is not None and free.cell is other.cells[3], "something that does not wait"
+        with held:
+            teacher.folder = "udpos/here"
+            one.settle(teacher)
+        following = other.take([other.cells[0]])
+        assert following is not None and following.cell is other.cells[0]
+        free.__exit__(), following.__exit__()
+
+
+def test_a_reader_is_dropped_when_no_process_needs_it_any_more(world: World, quick: None) -> None:
+    grid, cells = small(world)
+    manifest = world.folder / "runs" / "sweeps" / "small.json"
+    sweep = Sweep(grid, cells, keep_readers=False)
+    learner, _, teacher, _ = cells[:4]
+    run = RunFolder(world.folder / "runs" / "udpos" / "teacher" / "seed-1")
+    run.reader.mkdir(parents=True)
+    run.metrics_file.write_text("{}", "utf-8")
+    decided = {"task": "udpos", "method": "kresource", "reader": {}, "seed": 1}
+    run.config_file.write_text(json.dumps({"config": decided, "recorded": {"temporary_reader": True}}), "utf-8")
+    with SharedCells(grid, cells, manifest) as one, SharedCells(*small(world), manifest) as other:
+        teacher.folder = "udpos/teacher"
+        one.settle(teacher)
+        held = other.take([other.cells[0]])
+        assert held is not None
+        sweep._drop_readers(one)
+        assert run.reader.is_dir(), "the other process learns from it"
+        held.cell.folder = "udpos/learner"
+        other.settle(held.cell)
+        held.__exit__()
+        one._look()
+        sweep._drop_readers(one)
+        assert not run.reader.is_dir()
+        assert learner.folder == "udpos/learner"
+
+
+def test_the_manifest_is_whole_at_every_moment(
+    world: World, sharing: Callable[[], SharedCells], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = world.folder / "runs" / "sweeps" / "small.json"
+    with sharing():  # the first one comes before the others, and the last one stays
+        pass
+
+    def work() -> None:
+        with sharing() as shared:
+            time.sleep(0.2)
+            while (held := shared.take(shared.cells)) is not None:
+                with held:
+                    time.sleep(0.01)
+                    held.cell.folder = f"udpos/{held.cell.row.name}"
+                    shared.settle(held.cell)
+
+    children = [in_child(work) for _ in range(3)]
+    seen, filled = 0, [0]
+    while children:
+        content = json.loads(manifest.read_text("utf-8"))
+        assert len(content["cells"]) == 8 and content["title"] == "A shared table"
+        filled.append(sum(cell["folder"] is not None for cell in content["cells"]))
+        seen += 1
+        if (ended := os.waitpid(-1, os.WNOHANG))[0]:
+            assert os.waitstatus_to_exitcode(ended[1]) == 0
+            children.remove(ended[0])
+    assert seen > 20
+    assert filled == sorted(filled), "nothing that was written is lost"
+    assert filled[-1] == 8
+    assert [path.name for path in manifest.parent.iterdir()] == ["small.json"]
+
+
+def test_another_version_of_the_grid_is_refused_while_processes_work(
+    world: World, sharing: Callable[[], SharedCells]
+) -> None:
+    manifest = world.folder / "runs" / "sweeps" / "small.json"
+    edited = SharedCells(*small(world, GRID.replace('"last4"', '"layer1"')), manifest)
+    with sharing():
+        before = manifest.read_bytes()
+        with pytest.raises(BusyError, match=r"Another version of the grid small is being trained in .*runs by process"):
+            edited.__enter__()
+        assert manifest.read_bytes() == before
+    with edited:
+        assert "layer1" in manifest.read_text("utf-8")
+
+
+def test_a_process_that_was_stopped_for_long_joins_again(
+    world: World, sharing: Callable[[], SharedCells], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(claims, "HEARTBEAT_S", 0.05)
+    monkeypatch.setattr(claims, "TIMEOUT_S", 0.5)
+    with sharing() as one:
+        assert one._presence is not None
+        one._presence._done.set()  # it shows no more sign of life
+        with sharing() as other:
+            while one._process in other._present:
+                time.sleep(0.05)
+                other._look()
+        assert not one._presence.is_held, "whoever left last has removed it"
+        one._look()
+        with sharing() as other:
+            other._look()
+            assert not other.is_settled(other.cells[0]) and other._present > {other._process}
+
+
+def test_torchrun_is_refused(here: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.run(["sweep", "grid.toml"]) == 1
+    assert "Start kr2cache sweep once for each GPU, without torchrun" in capsys.readouterr().err
+    assert not (here.folder / "runs").exists()
+
+
+def test_two_distillations_train_their_teacher_once(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings: dict[str, Any] = {"method": "kd", "teacher": str(world.resource), "resource": None, "epochs": 1.0}
+
+    def work(seed: int) -> Callable[[], object]:
+        config: TrainConfig = world.config(seeds=(seed,), **settings)
+        return lambda: pipeline.train(config)
+
+    log = world.folder / "log"
+    real = pipeline.train_seed
+
+    def counted(job: Any, *rest: Any) -> Any:
+        with log.open("a") as file:
+            file.write(f"{job.config.method}\n")
+        return real(job, *rest)
+
+    monkeypatch.setattr(pipeline, "train_seed", counted)
+    children = [in_child(work(1)), in_child(work(2))]
+    assert all(map(ended_well, children))
+    assert sorted(log.read_text().split()) == ["kd", "kd", "kresource"]
