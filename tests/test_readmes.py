@@ -72,7 +72,7 @@ def parse(arguments: list[str]) -> tuple[str, str | None]:
 
 def test_every_page_is_found() -> None:
     names = {name_of(page) for page in PAGES}
-    rooms = ("cache", "models", "tasks", "training")
+    rooms = ("cache", "models", "tasks", "training", "workers")
     assert {"README.md", "CONTRIBUTING.md", "pipelines/README.md", "tests/benchmarks/README.md"} <= names
     assert {f"kr2cache/{room}/README.md" for room in rooms} <= names
 
@@ -83,6 +83,8 @@ def test_every_command_of_the_readmes_parses(monkeypatch: pytest.MonkeyPatch) ->
     seen = set()
     for page, line in console_lines():
         program, *arguments = words_of(line)
+        if program == "srun":
+            program, *arguments = arguments[arguments.index("kr2cache") :]
         if program == "kr2cache":
             command, wrong = parse(arguments)
             assert wrong is None, f"{page}: {line}: {wrong}"
@@ -92,7 +94,7 @@ def test_every_command_of_the_readmes_parses(monkeypatch: pytest.MonkeyPatch) ->
         elif program.startswith((".", "python")):
             assert all((ROOT / word).exists() for word in (program, *arguments) if "/" in word), f"{page}: {line}"
         else:
-            assert program in ("git", "source", "pip"), f"{page}: {line}"
+            assert program in ("git", "source", "pip", "ray", "export"), f"{page}: {line}"
     assert {"extract", "train", "sweep", "report", "predict", "list", "verify", "repair", "slice", "fuse"} <= seen
 
 

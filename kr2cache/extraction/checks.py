@@ -56,8 +56,8 @@ def check_workers(config: ExtractConfig) -> None:
         ConfigError: If the engine is not installed, or one GPU is named for several workers.
     """
     check_engine(config.engine)
-    if config.workers > 1 and config.device.startswith("cuda:"):
+    if (config.workers > 1 or config.engine == "ray") and config.device.startswith("cuda:"):
         raise ConfigError(
-            f"--device {config.device} is one GPU, but --workers {config.workers} take one GPU each.",
+            f"--device {config.device} is one GPU, but each worker takes one of its own.",
             "Give --device cuda; CUDA_VISIBLE_DEVICES says which GPUs they use.",
         )

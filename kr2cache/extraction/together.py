@@ -61,7 +61,12 @@ def fill_with_workers(share: Share, work: Callable[[Share], Filled]) -> Filled:
 
         try:
             parts = run_workers(
-                config.engine, config.workers, work, share, watch=watch, gpus_per_worker=config.gpus_per_worker
+                config.engine,
+                config.workers,
+                work,
+                share,
+                watch=watch,
+                gpus_per_worker=0 if config.device == "cpu" else config.gpus_per_worker,
             )
         except KeyboardInterrupt:
             raise interrupted(share.folder, marks.complete_count(), len(share.plan.index)) from None

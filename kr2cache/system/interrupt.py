@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 
 _pressed = threading.Event()
+_askers: list[Callable[[], bool]] = []
 
 
 def listen() -> None:
@@ -56,6 +57,18 @@ def was_pressed() -> bool:
 
 
 @contextlib.contextmanager
+def also_stopped_by(asked: Callable[[], bool]) -> Iterator[None]:
+    """Inside the block, ``interrupt_between_batches`` also takes it for Ctrl-C if ``asked`` gives True: for a process
+    that its driver cannot send a signal.
+    """
+    _askers.append(asked)
+    try:
+        yield
+    finally:
+        _askers.remove(asked)
+
+
+@contextlib.contextmanager
 def interrupt_between_batches() -> Iterator[Callable[[], None]]:
     """Yields a function to call after each batch; it raises KeyboardInterrupt if Ctrl-C was pressed.
 
@@ -74,7 +87,7 @@ def interrupt_between_batches() -> Iterator[Callable[[], None]]:
         pressed = True
 
     def check() -> None:
-        if pressed:
+        if pressed or any(asked() for asked in _askers):
             raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGINT, remember)

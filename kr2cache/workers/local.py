@@ -18,21 +18,16 @@ import time
 from collections.abc import Callable
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
-from types import TracebackType
-from typing import IO, Any, Self
+from typing import IO, Any
 
 from rich.text import Text
 
-from kr2cache.errors import WorkerLostError
-from kr2cache.system.console import console, count_text, note
+from kr2cache.system.console import console
 from kr2cache.system.device import visible_gpus
-from kr2cache.system.interrupt import interrupt_between_batches
 from kr2cache.system.threads import cores
+from kr2cache.workers.crew import Crew, drive
 from kr2cache.workers.outcome import Outcome
 
-WATCH_EVERY_S = 0.5
-MOST_REPLACED = 3
-"""So many workers are replaced in one run."""
 EXIT_S = 10.0
 """A worker that has sent its outcome has so much time to end."""
 ALIGNMENT = 64
@@ -49,20 +44,10 @@ def run(
 ) -> list[Any]:
     """As ``run_workers``. ``gpus_per_worker`` has no meaning here: each worker sees one GPU."""
     with (
-        interrupt_between_batches() as check_interrupt,
         tempfile.TemporaryFile() as job,  # it has no name: nothing is left of it, however the driver ends
-        _Crew(count, job, _write_job(job, (work, argument))) as crew,
+        _Processes(count, job, _write_job(job, (work, argument))) as crew,
     ):
-        try:
-            crew.start()
-            while crew.working:
-                crew.listen(WATCH_EVERY_S)
-                check_interrupt()
-                watch()
-        except BaseException:
-            crew.stop()
-            raise
-        return [crew.results[place] for place in sorted(crew.results)]
+        return drive(crew, watch)
 
 
 class _Worker:
@@ -78,26 +63,21 @@ class _Worker:
         """Shows what the process prints."""
 
 
-class _Crew:
-    """The workers of one run. Leaving its ``with`` block ends those that are left."""
-
+class _Processes(Crew):
     def __init__(self, count: int, job: IO[bytes], spans: list[tuple[int, int]]) -> None:
-        self.results: dict[int, Any] = {}
+        super().__init__()
         self.working: list[_Worker] = []
         self._count = count
         self._ended: list[_Worker] = []
-        self._replaced = 0
-        self._said: set[str] = set()
         self._gpus = visible_gpus()
         self._job = job
         self._spans = spans
 
-    def __enter__(self) -> Self:
-        return self
+    @property
+    def is_working(self) -> bool:
+        return bool(self.working)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def end(self) -> None:
         for worker in self.working:
             worker.process.kill()
         for worker in [*self.working, *self._ended]:
@@ -114,17 +94,11 @@ class _Crew:
             self._hire(place)
 
     def listen(self, seconds: float) -> None:
-        """Hear what the workers say, for so many seconds or until all are done.
-
-        Raises:
-            WorkerLostError: If too many workers died.
-            BaseException: What a worker raised.
-        """
         end = time.monotonic() + seconds
         while self.working and (left := end - time.monotonic()) > 0:
             for worker, said in self._heard(left):
                 if isinstance(said, str):
-                    self._note(said)
+                    self.note(said)
                 elif said is None:
                     self._replace(worker)
                 elif said.error is not None:
@@ -133,13 +107,12 @@ class _Crew:
                     self.results[worker.place] = said.value
 
     def stop(self) -> None:
-        """Ask the workers to finish what they are at, and wait until they did. Their errors do not count any more."""
         for worker in self.working:
             worker.process.send_signal(signal.SIGINT)
         while self.working:
             for _, said in self._heard(None):
                 if isinstance(said, str):
-                    self._note(said)
+                    self.note(said)
 
     def _heard(self, seconds: float | None) -> list[tuple[_Worker, str | Outcome | None]]:
         """Who said what: a note, an outcome, or None if a worker ended without one. Who ended works no more."""
@@ -158,15 +131,10 @@ class _Crew:
     def _replace(self, lost: _Worker) -> None:
         code = lost.process.wait()
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        what = f"Worker process {lost.process.pid} {how}"
-        if self._replaced == MOST_REPLACED:
-            raise WorkerLostError(
-                f"{what}, and so did {count_text(self._replaced, 'other')} before. What they completed is kept.",
-                "If memory was too small (the system then sends SIGKILL), give fewer --workers. Run the same command "
-                "again to continue.",
-            )
-        self._replaced += 1
-        note(f"{what}; another one takes its place.")
+        self.count_lost(
+            f"Worker process {lost.process.pid} {how}",
+            "If memory was too small (the system then sends SIGKILL), give fewer --workers.",
+        )
         self._hire(lost.place)
 
     def _hire(self, place: int) -> None:
@@ -200,19 +168,14 @@ class _Crew:
             environment["CUDA_VISIBLE_DEVICES"] = self._gpus[place % len(self._gpus)]
         return environment
 
-    def _note(self, text: str) -> None:
-        if text not in self._said:
-            self._said.add(text)
-            note(text)
-
     def _relay(self, output: IO[str] | None) -> None:
         """Show what libraries print in a worker, each line once."""
         assert output is not None
         with output:
             for line in output:
                 text = line.rstrip()
-                if text and text not in self._said:
-                    self._said.add(text)
+                if text and text not in self.said:
+                    self.said.add(text)
                     console.print(Text(text), soft_wrap=True)
 
 

@@ -197,7 +197,11 @@ def test_an_error_that_every_worker_meets_is_said_once(config: ExtractConfig, tm
     ("options", "message"),
     [
         (["--workers", "0"], "--workers 0 makes no sense."),
-        (["--workers", "2", "--device", "cuda:1"], "--device cuda:1 is one GPU, but --workers 2 take one GPU each."),
+        (["--workers", "2", "--device", "cuda:1"], "--device cuda:1 is one GPU, but each worker takes one of its own."),
+        (
+            ["--engine", "ray", "--device", "cuda:1"],
+            "--device cuda:1 is one GPU, but each worker takes one of its own.",
+        ),
         (["--engine", "slurm"], "Unknown engine 'slurm'."),
         (["--engine", "ray", "--gpus-per-worker", "0"], "--gpus-per-worker 0.0 makes no sense."),
     ],

@@ -1,0 +1,107 @@
+"""What the engines have in common: a driver that watches a crew of workers."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Self
+
+from kr2cache.errors import WorkerLostError
+from kr2cache.system.console import count_text, note
+from kr2cache.system.interrupt import interrupt_between_batches
+
+WATCH_EVERY_S = 0.5
+MOST_REPLACED = 3
+"""So many workers are replaced in one run."""
+
+
+class Crew(ABC):
+    """The workers of one run. Leaving its ``with`` block ends those that are left."""
+
+    def __init__(self) -> None:
+        self.results: dict[int, Any] = {}
+        """What workers returned, by their place."""
+        self.said: set[str] = set()
+        self._replaced = 0
+
+    @property
+    @abstractmethod
+    def is_working(self) -> bool:
+        """Whether a worker has not ended yet."""
+
+    @abstractmethod
+    def start(self) -> None:
+        """Start all workers."""
+
+    @abstractmethod
+    def listen(self, seconds: float) -> None:
+        """Hear what the workers say, for so many seconds or until all are done.
+
+        Raises:
+            WorkerLostError: If too many workers died.
+            BaseException: What a worker raised.
+        """
+
+    @abstractmethod
+    def stop(self) -> None:
+        """Ask the workers to finish what they are at, and wait until they did. Their errors do not count any more."""
+
+    @abstractmethod
+    def end(self) -> None:
+        """End the workers that are left, at once."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.end()
+
+    def note(self, text: str) -> None:
+        """Note what a worker says, unless another one said it."""
+        if text not in self.said:
+            self.said.add(text)
+            note(text)
+
+    def count_lost(self, what: str, advice: str) -> None:
+        """A worker died and is replaced.
+
+        Args:
+            what: Which worker, and what happened.
+            advice: What can be done about it.
+
+        Raises:
+            WorkerLostError: If it is one too many.
+        """
+        if self._replaced == MOST_REPLACED:
+            raise WorkerLostError(
+                f"{what}, and so did {count_text(self._replaced, 'other')} before. What they completed is kept.",
+                f"{advice} Run the same command again to continue.",
+            )
+        self._replaced += 1
+        note(f"{what}; another one takes its place.")
+
+
+def drive(crew: Crew, watch: Callable[[], None]) -> list[Any]:
+    """Let a crew work until it is done, as ``run_workers`` says.
+
+    Args:
+        crew: In its ``with`` block.
+        watch: Called every half second.
+
+    Returns:
+        What each worker returned.
+    """
+    with interrupt_between_batches() as check_interrupt:
+        try:
+            crew.start()
+            while crew.is_working:
+                crew.listen(WATCH_EVERY_S)
+                check_interrupt()
+                watch()
+        except BaseException:
+            crew.stop()
+            raise
+    return [crew.results[place] for place in sorted(crew.results)]

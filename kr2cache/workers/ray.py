@@ -1,0 +1,320 @@
+"""Workers as actors of Ray: on the cluster at ``RAY_ADDRESS``, or on a Ray that is started on this machine.
+
+Actors return what ``work`` returns, so ``work`` writes large results to shared files. Ray starts no actor and no call
+again by itself: after the loss of a machine nobody knows how far a call came. The driver starts a new actor instead,
+and claims tell it what is left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import platform
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray import exceptions
+
+from kr2cache.errors import ConfigError, error_text
+from kr2cache.system import allocator, threads
+from kr2cache.system.console import as_worker, count_text
+from kr2cache.system.interrupt import also_stopped_by
+from kr2cache.workers.crew import Crew, drive
+from kr2cache.workers.outcome import Outcome, outcome_of
+
+CONNECT_S = 5.0
+ANSWER_S = 15.0
+"""A cluster has so much time to answer. Ray itself would try for two minutes."""
+ROOM_S = 15.0
+"""Before the user is told that workers wait for CPUs or GPUs."""
+STOP_S = 60.0
+"""An actor that is asked to stop has so much time. It may be loading a model; then nothing is lost."""
+LOST = (
+    exceptions.RayActorError,
+    exceptions.NodeDiedError,
+    exceptions.WorkerCrashedError,
+    exceptions.OutOfMemoryError,
+    exceptions.ObjectLostError,
+)
+"""The actor or its machine is gone or cannot be reached. The call may have run, in part or whole."""
+
+
+def run(
+    count: int,
+    work: Callable[[Any], Any],
+    argument: Any,
+    *,
+    watch: Callable[[], None],
+    gpus_per_worker: float | None = None,
+) -> list[Any]:
+    """As ``run_workers``.
+
+    Raises:
+        ConfigError: Also if the cluster does not answer, or has no room for so many workers.
+    """
+    with _connected():
+        cpus, gpus = _share(count, gpus_per_worker)
+        with _Actors(count, ray.put((work, argument)), cpus, gpus) as crew:
+            return drive(crew, watch)
+
+
+class Actor:
+    """One worker. It runs in a process of its own, on any machine of the cluster."""
+
+    def __init__(self, path: list[str]) -> None:
+        """``path``: where the driver finds modules. What the driver can import, a worker can."""
+        sys.path += [folder for folder in path if folder not in sys.path]
+        allocator.keep_free_memory()
+        threads.bound_spinning()
+
+    def host(self) -> str:
+        """The name of its machine."""
+        return platform.node()
+
+    def work(self, job: tuple[Callable[[Any], Any], Any], folder: str) -> tuple[list[str], Outcome]:
+        """Do the job.
+
+        Args:
+            job: The function and its argument.
+            folder: The driver's working folder; relative paths begin there.
+
+        Returns:
+            What the worker noted, and the outcome.
+        """
+        said: list[str] = []
+        do, argument = job
+
+        def work() -> Any:
+            _enter(folder)
+            return do(argument)
+
+        with as_worker(said.append), also_stopped_by(ray.get_runtime_context().is_canceled):
+            return said, outcome_of(work)
+
+
+@dataclass
+class _Worker:
+    """An actor, as the driver sees it. Of results there are only references, until they are there."""
+
+    place: int
+    actor: Any
+    host: Any
+    result: Any
+
+
+class _Actors(Crew):
+    def __init__(self, count: int, job: Any, cpus: float, gpus: float) -> None:
+        super().__init__()
+        self._count = count
+        self._job = job
+        self._working: list[_Worker] = []
+        self._began = time.monotonic()
+        self._class = ray.remote(Actor).options(num_cpus=cpus, num_gpus=gpus, max_restarts=0, max_task_retries=0)
+
+    @property
+    def is_working(self) -> bool:
+        return bool(self._working)
+
+    def start(self) -> None:
+        for place in range(self._count):
+            self._hire(place)
+
+    def listen(self, seconds: float) -> None:
+        for worker in self._ended(seconds):
+            try:
+                said, outcome = ray.get(worker.result)
+            except LOST as error:
+                self._replace(worker, error)
+                continue
+            except exceptions.RayTaskError as error:  # the job could not be read there, or its result not be sent
+                raise RuntimeError(f"A worker on {_host(worker)}: {error_text(error.cause)}") from error
+            for text in said:
+                self.note(text)
+            if outcome.error is not None:
+                raise outcome.error
+            self.results[worker.place] = outcome.value
+        if self._working and time.monotonic() - self._began > ROOM_S:
+            self._say_who_waits()
+
+    def stop(self) -> None:
+        for worker in self._working:
+            ray.cancel(worker.result)
+        end = time.monotonic() + STOP_S
+        while self._working and (left := end - time.monotonic()) > 0:
+            self._ended(min(left, 1.0))  # short calls: a second Ctrl-C is seen between them
+
+    def end(self) -> None:
+        for worker in self._working:
+            ray.kill(worker.actor)
+
+    def _ended(self, seconds: float) -> list[_Worker]:
+        """Who has ended, one way or another. Their room is free again."""
+        ready, _ = ray.wait([worker.result for worker in self._working], num_returns=1, timeout=seconds)
+        ended = [worker for worker in self._working if worker.result in ready]
+        for worker in ended:
+            self._working.remove(worker)
+            ray.kill(worker.actor)  # one that cannot be reached may be alive
+        return ended
+
+    def _replace(self, lost: _Worker, error: Exception) -> None:
+        *_, why = (line.strip() for line in str(error).splitlines() if line.strip())
+        self.count_lost(
+            f"A worker on {_host(lost)} was lost",
+            f"Ray says: {why} If memory was too small, give fewer --workers.",
+        )
+        self._hire(lost.place)
+
+    def _hire(self, place: int) -> None:
+        actor: Any = self._class.remote([path or os.getcwd() for path in sys.path])  # noqa: PTH109
+        host = actor.host.remote()
+        self._working.append(_Worker(place, actor, host, actor.work.remote(self._job, os.getcwd())))  # noqa: PTH109
+        self._began = time.monotonic()
+
+    def _say_who_waits(self) -> None:
+        _, waiting = ray.wait([worker.host for worker in self._working], num_returns=len(self._working), timeout=0)
+        if waiting:
+            self.note(f"{count_text(len(waiting), 'worker')} wait for room on the Ray cluster; the others go on.")
+
+
+def _host(worker: _Worker) -> str:
+    """Where it runs or ran."""
+    try:
+        return str(ray.get(worker.host, timeout=1))
+    except exceptions.RayError:
+        return "a machine of the Ray cluster"
+
+
+def _enter(folder: str) -> None:
+    try:
+        os.chdir(folder)
+    except OSError as error:
+        raise ConfigError(
+            f"The working folder {folder} cannot be used on {platform.node()}: {error.strerror}.",
+            "Start the command in a folder that all machines of the Ray cluster share.",
+        ) from None
+
+
+def _share(count: int, gpus: float | None) -> tuple[float, float]:
+    """CPUs and GPUs of each worker: as many CPUs as possible, the same for all.
+
+    Args:
+        count: How many workers.
+        gpus: GPUs of each; None for one if there are any.
+
+    Raises:
+        ConfigError: If the cluster has no room for so many workers.
+    """
+    cluster: Any = ray
+    nodes = [node["Resources"] for node in cluster.nodes() if node["Alive"]]
+    cpus = [math.floor(node.get("CPU", 0)) for node in nodes]
+    if gpus is None:
+        gpus = 1.0 if any(node.get("GPU", 0) for node in nodes) else 0.0
+    on_gpus = [math.floor(node.get("GPU", 0) / gpus + 1e-6) if gpus else count for node in nodes]
+
+    def room(share: float) -> int:
+        return sum(min(math.floor(cpu / share + 1e-6), gpu) for cpu, gpu in zip(cpus, on_gpus, strict=True))
+
+    if room(1 / count) < count:
+        total = sum(node.get("GPU", 0) for node in nodes)
+        raise ConfigError(
+            f"--workers {count} with {gpus:g} GPUs each: the Ray cluster has {count_text(sum(cpus), 'CPU')} and "
+            f"{count_text(int(total), 'GPU')}, room for {count_text(room(1 / count), 'worker')}.",
+            "Give fewer --workers, or less with --gpus-per-worker.",
+        )
+    whole = [float(number) for number in range(max(cpus), 0, -1)]
+    parts = [math.floor(10_000 / several) / 10_000 for several in range(2, count + 1)]  # Ray counts in such steps
+    return next(share for share in [*whole, *parts] if room(share) >= count), gpus
+
+
+@contextlib.contextmanager
+def _connected() -> Iterator[None]:
+    """Inside the block there is a Ray. One that the caller has connected to stays connected.
+
+    Raises:
+        ConfigError: If there is no cluster at ``RAY_ADDRESS``, or of another version.
+    """
+    with _quiet():
+        if ray.is_initialized():
+            yield
+            return
+        address = os.environ.get("RAY_ADDRESS", "")
+        if address not in ("", "local", "auto"):
+            _check_cluster(address)
+        own: dict[str, Any] = {"address": "local", "num_cpus": threads.cores(), "include_dashboard": False}
+        try:
+            ray.init(
+                **({"address": address} if address not in ("", "local") else own),
+                log_to_driver=False,
+                logging_level=logging.CRITICAL,
+            )
+        except (OSError, RuntimeError, ValueError) as error:
+            raise _no_cluster(address or "this machine", error_text(error)) from None
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+def _check_cluster(address: str) -> None:
+    """See that a cluster answers, in seconds."""
+    match = re.fullmatch(r"([^/\s]+):(\d+)", address)
+    if match is None:
+        raise _no_cluster(address, "it is not HOST:PORT")
+    try:
+        socket.create_connection((match[1].strip("[]"), int(match[2])), timeout=CONNECT_S).close()
+    except (OSError, OverflowError) as error:
+        raise _no_cluster(address, error_text(error)) from None
+    command = [
+        sys.executable,
+        "-m",
+        "ray.scripts.scripts",
+        "health-check",
+        "--address",
+        address,
+        "--skip-version-check",
+    ]
+    try:
+        answer = subprocess.run(command, capture_output=True, check=False, timeout=ANSWER_S)
+    except subprocess.TimeoutExpired:
+        raise _no_cluster(address, "what listens there does not answer as a Ray cluster") from None
+    if answer.returncode:
+        raise _no_cluster(address, answer.stderr.decode(errors="replace").strip().rpartition("\n")[2])
+
+
+def _no_cluster(address: str, why: str) -> ConfigError:
+    return ConfigError(
+        f"--engine ray: no Ray cluster can be used at {address}: {why.rstrip('.')}.",
+        "Set RAY_ADDRESS to HOST:PORT as `ray start --head` shows it, or unset it to start a Ray on this machine.",
+    )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Inside the block Ray prints nothing on the terminal, and nothing of the process changes but that."""
+    from ray._private import worker
+
+    before = {name: getattr(worker, name) for name in ("print_to_stdstream",) if hasattr(worker, name)}
+    usage = os.environ.get("RAY_USAGE_STATS_ENABLED")
+    logger = logging.getLogger("ray")
+    level = logger.level
+    for name in before:
+        # Ray prints what happens to machines on standard output; it has no switch for it.
+        setattr(worker, name, lambda *arguments, **options: None)
+    os.environ["RAY_USAGE_STATS_ENABLED"] = usage or "0"
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        if usage is None:
+            del os.environ["RAY_USAGE_STATS_ENABLED"]
+        for name, function in before.items():
+            setattr(worker, name, function)

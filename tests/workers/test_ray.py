@@ -1,0 +1,254 @@
+"""Workers as actors of a real Ray: a cluster of three nodes on this machine, and a Ray of the driver's own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import h5py
+import pytest
+import test_workers
+import torch
+from tiny import save_corpus
+from tiny_cache import folder_bytes
+from world import World
+
+from kr2cache.cli import run as command_line
+from kr2cache.errors import CacheError, ConfigError, WorkerLostError
+from kr2cache.system.claims import held_units
+from kr2cache.workers import ray as engine
+from kr2cache.workers import run_workers
+
+ray = pytest.importorskip("ray", reason="the extra ray is not installed")
+from ray.cluster_utils import Cluster  # noqa: E402
+
+
+def run(work: Callable[[Any], Any], argument: Any = None, count: int = 2, **options: Any) -> list[Any]:
+    return run_workers("ray", count, work, argument, **{"watch": lambda: None, **options})
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    """Three nodes, each with one CPU."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        for _ in range(2):
+            cluster.add_node(num_cpus=1)
+        monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+        yield cluster
+    finally:
+        cluster.shutdown()
+
+
+def where(_: object) -> tuple[int, str, int, str]:
+    time.sleep(0.5)
+    return os.getpid(), ray.get_runtime_context().get_node_id(), torch.get_num_threads(), str(Path.cwd())
+
+
+@pytest.mark.long
+def test_a_cluster_of_three_nodes(cluster: Cluster, workdir: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """One cluster for all of it: starting one takes seconds."""
+    results = run(where, count=3)
+    assert len({node for _, node, *_ in results}) == 3
+    assert {tuple(rest) for *_, threads, folder in results for rest in [(threads, folder)]} == {(1, str(workdir))}
+    assert not ray.is_initialized()
+    capfd.readouterr()
+
+    run(test_workers.talkative, count=3)
+    shown = capfd.readouterr()
+    assert sorted(shown.out.splitlines()) == ["! The model has no pooler.", "! UserWarning: old settings"]
+    assert shown.err == ""
+
+    (workdir / "error").mkdir()
+    with pytest.raises(CacheError, match="A shard was removed") as caught:
+        run(test_workers.fail_or_stop, workdir / "error")
+    assert caught.value.remedy == "Run it again."
+    assert (workdir / "error" / "second done").exists()
+
+    with pytest.raises(KeyError) as unforeseen:
+        run(test_workers.fail_plainly)
+    assert "in fail_plainly" in unforeseen.value.__notes__[0]
+
+    (workdir / "death").mkdir()
+    assert sorted(run(test_workers.die_once, workdir / "death")) == ["second", "third"]
+    assert "was lost; another one takes its place." in capfd.readouterr().out
+
+    with pytest.raises(WorkerLostError, match="was lost, and so did 3 others before") as lost:
+        run(test_workers.die)
+    assert "Ray says: " in lost.value.remedy
+    assert capfd.readouterr().out.count("takes its place") == 3
+
+    with pytest.raises(ConfigError, match="the Ray cluster has 3 CPUs and 0 GPUs, room for 0 workers"):
+        run(where, gpus_per_worker=1)
+
+
+SENTENCES = 3000
+SHARDS = {"shard_gb": 100_000 / 2**30, "tokens_per_batch": 64}
+"""Many small batches in more than a hundred shards."""
+
+
+def start(world: World, *more: str) -> subprocess.Popen[str]:
+    """``kr2cache extract --engine ray``, as a shell starts it. Paths are relative."""
+    options = ["--resource=models/res", "--data=corpus", "--task=udpos", "--cache-dir=cache", "--device=cpu"]
+    options += [f"--{name.replace('_', '-')}={value}" for name, value in SHARDS.items()]
+    return subprocess.Popen(
+        [sys.executable, "-m", "kr2cache.cli", "extract", "--engine=ray", *options, *more],
+        cwd=world.folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def complete(caches: Path) -> int:
+    """How many sequences are complete, in shards that are there."""
+    count = 0
+    for path in caches.glob("*/*/[!.]*/*.h5"):
+        with contextlib.suppress(OSError), h5py.File(path, locking=False) as file:
+            count += int(file["examples/complete"][:].sum())
+    return count
+
+
+@pytest.mark.long
+def test_the_loss_of_a_node_changes_no_byte(cluster: Cluster, world: World) -> None:
+    save_corpus(world.data, train=SENTENCES)
+    alone = folder_bytes(world.extract(cache_dir=world.folder / "alone", **SHARDS).cache)
+    driver = start(world, "--workers=3")
+    test_workers.until(lambda: complete(world.caches) or driver.poll() is not None, 90)
+    cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
+    assert 0 < complete(world.caches) < SENTENCES
+    shown, _ = driver.communicate(timeout=180)
+    assert driver.returncode == 0, shown
+    assert shown.count("was lost; another one takes its place.") == 1
+    assert "aylet" not in shown
+    [cache] = world.cache_folders()
+    assert folder_bytes(cache) == alone
+    assert len(alone) > 50
+    assert not held_units(cache)
+
+
+@pytest.mark.long
+def test_ctrl_c_leaves_no_process_and_no_claim(world: World) -> None:
+    """On a Ray that the command starts itself."""
+    save_corpus(world.data, train=SENTENCES)
+    driver = start(world, "--workers=2")
+    test_workers.until(lambda: complete(world.caches) or driver.poll() is not None, 90)
+    started = processes_of_session(driver.pid)
+    assert sum("Actor" in name_of(pid) for pid in started) == 2
+    os.killpg(driver.pid, signal.SIGINT)  # as a terminal does
+    shown, _ = driver.communicate(timeout=60)
+    assert driver.returncode == 130, shown
+    [cache] = world.cache_folders()
+    assert f"Interrupted. {complete(world.caches):,} of {SENTENCES:,} sequences are complete" in shown
+    assert "Traceback" not in shown
+    assert not list(cache.parent.glob(".*.claims"))
+    test_workers.until(lambda: not any(map(test_workers.whether_alive, started)))
+
+
+def name_of(pid: int) -> str:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    return ""
+
+
+DRIVER = """
+import sys
+from pathlib import Path
+import test_workers
+from kr2cache.workers import run_workers
+run_workers("ray", 2, test_workers.at_work, Path(sys.argv[1]), watch=lambda: None)
+"""
+
+
+@pytest.mark.long
+def test_workers_end_when_their_driver_is_killed(workdir: Path) -> None:
+    driver = subprocess.Popen(
+        [sys.executable, "-c", DRIVER, str(workdir)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    test_workers.until(lambda: len([path for path in workdir.iterdir() if path.read_text()]) == 2, 60)
+    workers = [int(path.name.partition("-")[2]) for path in workdir.iterdir()]
+    assert set(workers) < processes_of_session(driver.pid)
+    driver.kill()
+    driver.wait()
+    test_workers.until(lambda: not any(map(test_workers.whether_alive, workers)))
+
+
+def processes_of_session(session: int) -> set[int]:
+    """All processes whose session is that of the driver, by number."""
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            if int(path.read_text().rpartition(")")[2].split()[3]) == session:
+                found.add(int(path.parent.name))
+    return found
+
+
+def test_a_ray_that_is_not_installed_is_said(
+    bert: Path, workdir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert command_line(["extract", "--resource", str(bert), "--task", "udpos", "--engine", "ray"]) == 1
+    assert "--engine ray: Ray is not installed." in capsys.readouterr().err
+
+
+def test_no_cluster_at_the_address_is_said_in_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "ANSWER_S", 2.0)
+    with socket.create_server(("127.0.0.1", 0)) as mute:  # it is no Ray: it accepts, and says nothing
+        port = mute.getsockname()[1]
+        for address, why in (
+            (f"127.0.0.1:{port}", "does not answer as a Ray cluster"),
+            ("127.0.0.1:1", "Connection refused"),
+            ("http://127.0.0.1:8265", "it is not HOST:PORT"),
+            ("node7", "it is not HOST:PORT"),
+        ):
+            monkeypatch.setenv("RAY_ADDRESS", address)
+            began = time.monotonic()
+            with pytest.raises(ConfigError, match=why) as caught:
+                run(where)
+            assert address in caught.value.message
+            assert "RAY_ADDRESS" in caught.value.remedy
+            assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize(
+    ("nodes", "count", "gpus", "share"),
+    [
+        ([(8, 0)], 3, None, (2.0, 0.0)),
+        ([(4, 0), (4, 0), (2, 0)], 3, None, (2.0, 0.0)),
+        ([(1, 0), (1, 0)], 5, None, (0.3333, 0.0)),
+        ([(16, 4), (2, 0)], 4, None, (4.0, 1.0)),
+        ([(16, 4)], 8, 0.5, (2.0, 0.5)),
+        ([(16, 4)], 3, 0, (5.0, 0.0)),
+        ([(0, 0), (6, 0)], 2, None, (3.0, 0.0)),
+    ],
+)
+def test_workers_get_equal_shares(
+    nodes: list[tuple[int, int]],
+    count: int,
+    gpus: float | None,
+    share: tuple[float, float],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(
+        ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": float(c), "GPU": float(g)}} for c, g in nodes]
+    )
+    assert engine._share(count, gpus) == share
+
+
+def test_more_workers_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 8.0, "GPU": 2.0}}])
+    with pytest.raises(ConfigError, match="8 CPUs and 2 GPUs, room for 2 workers"):
+        engine._share(3, None)
