@@ -104,8 +104,6 @@ class Claim:
         with contextlib.suppress(OSError):
             _remove(self.folder)
         _clear(self.folder.parent)
-        with contextlib.suppress(OSError):  # other units are claimed
-            self.folder.parent.rmdir()
 
     def __enter__(self) -> Self:
         return self
@@ -205,14 +203,14 @@ def _decide(wish: Path, unit: str, owner: Owner) -> Claim | None:
     for claim in others:
         with contextlib.suppress(FileNotFoundError):  # released meanwhile
             _remove(claim)
-    if others:
-        _clear(wish.parent)  # no late holder publishes from what an ended process left
+    if others:  # no late holder publishes from what an ended process left
+        _clear(wish.parent)
     (wish / "alive").touch()
     return Claim(wish, owner)
 
 
 def _may_live(claims: list[Path]) -> bool:
-    """Whether the holder of one of these claims, or an earlier one, may be alive and have files open."""
+    """Whether one of these holders, or an earlier one, may be alive and have files open."""
     return any(
         (owner := _owner(claim)) is None or owner.earlier_may_live or not (_is_wish(claim) or owner.ended)
         for claim in claims
@@ -336,9 +334,8 @@ class _Watch:
     """What this process saw of a claim."""
 
     touched: int
-    """Its time of the last touch, ns."""
+    """Time of the last touch, ns."""
     looked: float
-    """When this process looked last, by its own clock."""
     unchanged: float = 0.0
     """For how many seconds it saw no touch."""
 
@@ -398,7 +395,12 @@ def _remove(claim: Path) -> None:
 
 
 def _clear(folder: Path) -> None:
-    """Remove what processes left that ended while they removed a claim."""
+    """Remove what ended processes left that nobody needs: units that are done are never taken over."""
     for name in _names(folder):
         if name.startswith(REMOVED):
             shutil.rmtree(folder / name, ignore_errors=True)
+        elif (owner := _owner(folder / name)) is not None and owner.ended and not owner.earlier_may_live:
+            with contextlib.suppress(OSError):
+                _remove(folder / name)
+    with contextlib.suppress(OSError):  # other units are claimed
+        folder.rmdir()

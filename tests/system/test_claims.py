@@ -151,6 +151,13 @@ def test_the_claim_of_a_process_that_ended_is_free_at_once(tmp_path: Path, other
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_claim_of_a_process_that_ended_goes_with_the_last_one(tmp_path: Path, other: Holder) -> None:
+    """Nobody takes over a unit that is done."""
+    other.kill()
+    held(try_claim(tmp_path / "place", "another unit")).release()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_child_that_ended_and_was_not_waited_for_has_ended(tmp_path: Path) -> None:
     child = os.fork()
     if child == 0:

@@ -1,0 +1,89 @@
+"""Processes that fill one cache together, killed and stopped; also where file locks do nothing."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import crowd
+import kills
+import pytest
+import tiny
+
+NO_LOCKS = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <fcntl.h>
+#include <stdarg.h>
+int flock(int file, int how) { return 0; }
+int lockf(int file, int how, off_t size) { return 0; }
+int lockf64(int file, int how, off64_t size) { return 0; }
+static int control(const char *name, int file, int what, void *with) {
+    if (what == F_SETLK || what == F_SETLKW || what == F_OFD_SETLK || what == F_OFD_SETLKW) return 0;
+    return ((int (*)(int, int, ...))dlsym(RTLD_NEXT, name))(file, what, with);
+}
+int fcntl(int file, int what, ...) {
+    va_list rest; va_start(rest, what); void *with = va_arg(rest, void *); va_end(rest);
+    return control("fcntl", file, what, with);
+}
+int fcntl64(int file, int what, ...) {
+    va_list rest; va_start(rest, what); void *with = va_arg(rest, void *); va_end(rest);
+    return control("fcntl64", file, what, with);
+}
+"""
+
+
+def test_killed_and_stopped_at_random_moments_the_bytes_are_those_of_one_process(tmp_path: Path) -> None:
+    report = crowd.run(5, tmp_path, seed=2)
+    assert report.faults == []
+    assert report.kills >= 5
+
+
+@pytest.mark.long
+def test_many_killed_and_stopped(tmp_path: Path) -> None:
+    report = crowd.run(60, tmp_path, seed=1)
+    assert report.faults == []
+    assert report.taken_over > 0
+    assert report.again > 0, "some were killed with states in their hands"
+
+
+@pytest.fixture
+def no_locks(tmp_path: Path) -> Path:
+    """A library under which file locks succeed and do nothing."""
+    compiler = shutil.which("cc")
+    if compiler is None or not sys.platform.startswith("linux"):
+        pytest.skip("needs cc and Linux")
+    library = tmp_path / "no_locks.so"
+    subprocess.run(
+        [compiler, "-shared", "-fPIC", "-x", "c", "-", "-o", library, "-ldl"], input=NO_LOCKS.encode(), check=True
+    )
+    return library
+
+
+def test_two_processes_share_a_cache_where_file_locks_do_nothing(tmp_path: Path, no_locks: Path, bert: Path) -> None:
+    locked_twice = "import fcntl; a, b = open('x', 'w'), open('x', 'w'); [fcntl.flock(f, 6) for f in (a, b)]"
+    environment = os.environ | {"LD_PRELOAD": str(no_locks)}
+    assert subprocess.run([sys.executable, "-c", locked_twice], cwd=tmp_path, check=False).returncode != 0
+    subprocess.run([sys.executable, "-c", locked_twice], cwd=tmp_path, check=True, env=environment)
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "train.conllu").write_text(tiny.conllu(tiny.sentences(400)), "utf-8")
+
+    def start(cache_dir: Path) -> subprocess.Popen[str]:
+        arguments = ["extract", "--resource", str(bert), "--data", str(tmp_path / "corpus"), "--task", "udpos"]
+        arguments += ["--split", "train", "--device", "cpu", "--shard-gb", "0.0003", "--cache-dir", str(cache_dir)]
+        command = [sys.executable, "-m", "kr2cache.cli", *arguments]
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    made = {}
+    for name, count in (("one", 1), ("two", 2)):
+        processes = [start(tmp_path / name) for _ in range(count)]
+        said = [process.communicate(timeout=kills.PATIENCE_S)[0] for process in processes]
+        assert [process.returncode for process in processes] == [0] * count, said
+        (folder,) = {path.parent for path in (tmp_path / name).rglob("*.h5")}
+        made[name] = kills.files_of(folder)
+        assert not list(folder.parent.rglob(".*claims"))
+    assert len(made["one"]) > 3
+    assert made["two"] == made["one"]
