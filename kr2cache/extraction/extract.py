@@ -30,6 +30,7 @@ from kr2cache.models.load import describe_dropped
 from kr2cache.store import folders, plans, provenance
 from kr2cache.store.sharing import CACHE, SharedShards, existing_header
 from kr2cache.store.takeover import Donors, OlderCaches, as_mask, find_donors
+from kr2cache.system.allocator import return_free_memory
 from kr2cache.system.claims import claimed
 from kr2cache.system.console import WorkProgress, bytes_text, count_text, done, note, seconds_text, waiting
 from kr2cache.system.device import device_name
@@ -97,6 +98,7 @@ def extract(settings: ExtractConfig | ExtractPlan, model: OpenedModel | None = N
             filled = fill_shards(plan, model.encoder, shards, donors)
         else:
             del model  # each worker loads its own
+            return_free_memory(0.0)
             filled = fill_with_workers(Share(plan, folder, fingerprint), _work)
     return ExtractResult(
         cache=folder,

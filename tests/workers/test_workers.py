@@ -252,7 +252,7 @@ def test_a_second_ctrl_c_ends_workers_at_once(tmp_path: Path) -> None:
     time.sleep(0.2)
     assert driver.poll() is None
     driver.send_signal(signal.SIGINT)
-    assert driver.wait(20) == 130
+    assert driver.wait(8) == 130, "it does not wait for the one that is stopped"
     assert not any(map(whether_alive, workers))
 
 
