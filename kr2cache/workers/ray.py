@@ -182,7 +182,7 @@ class _Actors(Crew):
     def _say_who_waits(self) -> None:
         _, waiting = ray.wait([worker.host for worker in self._working], num_returns=len(self._working), timeout=0)
         if waiting:
-            self.note(f"{count_text(len(waiting), 'worker')} wait for room on the Ray cluster; the others go on.")
+            self.note(f"{count_text(len(waiting), 'worker')} not started yet: the Ray cluster has no room, or is slow.")
 
 
 def _host(worker: _Worker) -> str:

@@ -54,7 +54,9 @@ def where(_: object) -> tuple[int, str, int, str]:
 
 
 @pytest.mark.long
-def test_a_cluster_of_three_nodes(cluster: Cluster, workdir: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_cluster_of_three_nodes(
+    cluster: Cluster, workdir: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     """One cluster for all of it: starting one takes seconds."""
     results = run(where, count=3)
     assert len({node for _, node, *_ in results}) == 3
@@ -88,6 +90,15 @@ def test_a_cluster_of_three_nodes(cluster: Cluster, workdir: Path, capfd: pytest
 
     with pytest.raises(ConfigError, match="the Ray cluster has 3 CPUs and 0 GPUs, room for 0 workers"):
         run(where, gpus_per_worker=1)
+
+    monkeypatch.setattr(engine, "ROOM_S", 0.5)
+    ray.init(address=cluster.address, log_to_driver=False)  # as a user's script may have done
+    busy = ray.remote(engine.Actor).options(num_cpus=1).remote([])
+    ray.get(busy.host.remote())
+    assert len({pid for pid, *_ in run(where, count=3)}) == 3, "the third begins when another one is done"
+    assert "1 worker not started yet: the Ray cluster has no room" in capfd.readouterr().out
+    assert ray.is_initialized()
+    ray.shutdown()
 
 
 SENTENCES = 3000
