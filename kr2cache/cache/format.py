@@ -239,6 +239,11 @@ def offsets(lengths: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
     return result
 
 
+def joined(arrays: list[NDArray[Any]]) -> NDArray[Any]:
+    """The arrays, concatenated. A single array is not copied, because copying millions of values takes time."""
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
+
 def range_indices(starts: NDArray[np.integer[Any]], lengths: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
     """All integers of several ranges, one range after the other; shape (sum of lengths,).
 

@@ -1,20 +1,22 @@
-"""Find the positions of sequence ids: with a dictionary for few ids, with sorted 64-bit hashes for many.
+"""Find the positions of sequence ids: with a dictionary for few ids, with a table of 64-bit hashes for many.
 
-A dictionary of Python strings takes about 200 bytes per id, but finds the ids of a batch ten times faster. The hashes
-take 12 bytes per id, and worker processes that are forked after the first lookup share them.
+A dictionary of Python strings takes about 200 bytes per id, but finds the ids of a batch ten times faster. The table
+takes 5.5 bytes per id, and worker processes that are forked after the first lookup share it.
 """
 
 from __future__ import annotations
 
 import bisect
-import math
 import struct
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from kr2cache.cache.format import offsets, range_indices
 
 MULTIPLIER = 0x9E3779B97F4A7C15
 """2**64 divided by the golden ratio. Multiplying by it spreads similar values over all bits."""
@@ -22,28 +24,45 @@ BULK_LOOKUP = 32
 """Look up fewer ids than this one by one, and more ids together in NumPy."""
 DICTIONARY_MAX = 2**16
 """The largest number of ids in a dictionary, which then takes 12 MB."""
+BUCKET = 8
+"""The fewest ids that a bucket of the table has on average; the most are twice as many."""
+LOOKUPS = 2**16
+"""The largest number of ids that NumPy looks up together."""
+SORTED_AT_ONCE = 2**23
+"""The fewest hashes that are sorted together, if there are more; the most are twice as many."""
 
 
 class IdIndex:
-    """Finds the position of each id. The first lookup makes the dictionary or sorts the hashes (0.2 s per million)."""
+    """Finds the position of each id. The first lookup makes the dictionary or the table of hashes (0.1 s per million).
 
-    def __init__(self, ids: NDArray[np.bytes_]) -> None:
+    The ids stay where they are, in one array for each shard, which may be mapped from its file.
+    """
+
+    def __init__(self, parts: Sequence[NDArray[np.bytes_]]) -> None:
         """
         Args:
-            ids: (n,) UTF-8, fixed length.
+            parts: The ids, one array after the other. Shape (n_i,) each, UTF-8, fixed length.
         """
-        self.ids = ids
+        self.parts = list(parts)
+        self._starts: list[int] = offsets(np.array([len(part) for part in parts])).tolist()
+        self._later_starts = self._starts[1:-1]
+        self._width = max(part.dtype.itemsize for part in parts)
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return self._starts[-1]
 
     def name(self, position: int) -> str:
         """The id at ``position``."""
-        return bytes(self.ids[position]).decode("utf-8")
+        return self._raw(position).decode("utf-8")
+
+    def _raw(self, position: int) -> bytes:
+        number = bisect.bisect_right(self._later_starts, position)
+        raw: bytes = self.parts[number].item(position - self._starts[number])
+        return raw
 
     def names(self) -> list[str]:
         """All ids, by position."""
-        return [raw.decode("utf-8") for raw in self.ids.tolist()]
+        return [raw.decode("utf-8") for part in self.parts for raw in part.tolist()]
 
     def find(self, wanted: Sequence[str]) -> list[int]:
         """The position of each id, or -1 if it is absent."""
@@ -56,19 +75,7 @@ class IdIndex:
         raw = [name.encode("utf-8", "surrogatepass") if isinstance(name, str) else b"\0" for name in wanted]
         if len(raw) < BULK_LOOKUP:
             return [self._find_raw(name) for name in raw]
-        found = np.full(len(raw), -1, dtype=np.int64)
-        possible = [i for i, name in enumerate(raw) if self._is_possible(name)]
-        keys = np.array([raw[i] for i in possible], dtype=self.ids.dtype)
-        hashes, order = self._sorted_hashes
-        candidates = order[np.minimum(np.searchsorted(hashes, _hash(keys)), len(order) - 1)].astype(np.int64)
-        for k in np.flatnonzero(self.ids[candidates] != keys).tolist():  # absent, or another id has the same hash
-            candidates[k] = self._find_raw(raw[possible[k]])
-        found[possible] = candidates
-        return found.tolist()
-
-    def _is_possible(self, raw: bytes) -> bool:
-        """Whether ``raw`` can be an id: NumPy would shorten a longer name or one with final NULs to another id."""
-        return len(raw) <= self.ids.dtype.itemsize and b"\0" not in raw and len(self.ids) > 0
+        return [position for at in range(0, len(raw), LOOKUPS) for position in self._find_many(raw[at : at + LOOKUPS])]
 
     def find_one(self, name: str) -> int:
         """The position of one id, or -1 if it is absent."""
@@ -76,66 +83,116 @@ class IdIndex:
             return known.get(name, -1)
         return self._find_raw(name.encode("utf-8", "surrogatepass"))
 
+    def _is_possible(self, raw: bytes) -> bool:
+        """Whether ``raw`` can be an id: NumPy would shorten a longer name or one with final NULs to another id."""
+        return len(raw) <= self._width and b"\0" not in raw
+
     def _find_raw(self, raw: bytes) -> int:
         if not self._is_possible(raw):
             return -1
-        order, values = self._sorted_hashes[1], self._hash_values
-        sought = _hash_one(raw, self.ids.dtype.itemsize)
-        # Hashes are spread evenly, so the value tells roughly where it is. A search near this place is faster.
-        guess = sought * len(values) >> 64
-        low, high = max(0, guess - self._search_radius), min(len(values), guess + self._search_radius)
-        if (low > 0 and values[low - 1] >= sought) or (high < len(values) and values[high] < sought):
-            low, high = 0, len(values)
-        place = bisect.bisect_left(values, sought, low, high)
-        while place < len(values) and values[place] == sought:
-            position: int = order.item(place)
-            if self.ids.item(position) == raw:
+        table, sought = self._table, _hash_one(raw, self._width)
+        bucket = sought >> table.shift
+        end = table.first.item(bucket + 1)
+        place = table.tags.find(sought & 0xFF, table.first.item(bucket), end)
+        while place >= 0:
+            position: int = table.order.item(place)
+            if self._raw(position) == raw:
                 return position
-            place += 1
+            place = table.tags.find(sought & 0xFF, place + 1, end)
         return -1
 
+    def _find_many(self, raw: list[bytes]) -> list[int]:
+        """``_find_raw`` of many ids: NumPy finds the places with the right bucket and tag, mostly one for each id."""
+        table, found = self._table, [-1] * len(raw)
+        possible = [i for i, name in enumerate(raw) if self._is_possible(name)]
+        hashes = _hash(np.array([raw[i] for i in possible], dtype=f"S{self._width}"), self._width)
+        buckets = (hashes >> np.uint64(table.shift)).astype(np.int64)
+        starts = table.first[buckets].astype(np.int64)
+        lengths = table.first[buckets + 1] - starts
+        places = range_indices(starts, lengths)
+        tags = np.frombuffer(table.tags, dtype=np.uint8)
+        fits = np.flatnonzero(tags[places] == np.repeat(hashes.astype(np.uint8), lengths))
+        of = np.searchsorted(offsets(lengths), fits, side="right") - 1
+        for k, position in zip(of.tolist(), table.order[places[fits]].tolist(), strict=True):
+            if self._raw(position) == raw[possible[k]]:
+                found[possible[k]] = position
+        return found
+
     def duplicate(self) -> tuple[int, int] | None:
-        """The first two positions of an id that occurs more than once, or None."""
-        if self._dictionary is not None and len(self._dictionary) == len(self.ids):
-            return None
-        hashes, order = self._sorted_hashes
-        for k in np.flatnonzero(hashes[1:] == hashes[:-1]).tolist():
-            end = int(np.searchsorted(hashes, hashes[k], side="right"))
-            others = order[k + 1 : end]
-            if len(same := others[self.ids[others] == self.ids[order[k]]]):
-                first, second = sorted([int(order[k]), *same.tolist()])[:2]
-                return first, second
+        """Two positions of an id that occurs more than once, or None."""
+        if (known := self._dictionary) is None:
+            return self._table.duplicate
+        if len(known) < len(self):
+            for position, name in enumerate(self.names()):
+                if known[name] != position:  # it has the last position of the id
+                    return position, known[name]
         return None
 
     @cached_property
     def _dictionary(self) -> dict[str, int] | None:
         """The position of each id; None if there are too many ids."""
-        return {name: i for i, name in enumerate(self.names())} if len(self.ids) <= DICTIONARY_MAX else None
+        return {name: i for i, name in enumerate(self.names())} if len(self) <= DICTIONARY_MAX else None
 
     @cached_property
-    def _hash_values(self) -> memoryview:
-        """The sorted hashes; indexing gives Python numbers."""
-        return self._sorted_hashes[0].data
+    def _table(self) -> _Table:
+        hashes = np.empty(len(self), dtype="<u8")
+        for start, part in zip(self._starts, self.parts, strict=False):
+            hashes[start : start + len(part)] = _hash(part, self._width)
+        return self._sorted(hashes)
 
-    @cached_property
-    def _search_radius(self) -> int:
-        """Largest distance of a hash from its expected place that is searched first.
+    def _sorted(self, hashes: NDArray[np.uint64]) -> _Table:
+        """Sort one range of the hashes after the other, so that sorting takes little memory."""
+        n = len(hashes)
+        bits = max(1, (n // BUCKET).bit_length())
+        ranges = min(8, (n // SORTED_AT_ONCE).bit_length())
+        range_of = hashes.view(np.uint8)[7::8] >> np.uint8(8 - ranges)  # from the uppermost byte of each hash
+        order = np.empty(n, dtype=np.int32 if n < 2**31 else np.int64)
+        first = np.empty(2**bits + 1, dtype=np.uint32 if n < 2**32 else np.int64)
+        tags, at, duplicate, last = bytearray(n), 0, None, 0
+        for number in range(2**ranges):
+            inside = np.flatnonzero(range_of == number)
+            inside = inside[np.argsort(hashes[inside])]
+            values = hashes[inside]
+            order[at : at + len(inside)] = inside
+            np.frombuffer(tags, dtype=np.uint8)[at : at + len(inside)] = values.astype(np.uint8)
+            end = (number + 1) << (bits - ranges)
+            numbers = np.arange(last, end, dtype=np.uint64)
+            first[last:end] = at + np.searchsorted(values >> np.uint64(64 - bits), numbers)
+            duplicate = duplicate or self._same(values, inside)
+            at, last = at + len(inside), end
+        first[-1] = n
+        return _Table(order=order, tags=tags, first=first, shift=64 - bits, duplicate=duplicate)
 
-        It is four standard deviations of a hash in the middle, where the deviation is largest.
-        """
-        return 2 * math.isqrt(len(self.ids)) + 1
+    def _same(self, hashes: NDArray[np.uint64], positions: NDArray[np.int64]) -> tuple[int, int] | None:
+        """Two positions with the same id, or None. Arguments: hashes in ascending order, and the position of each."""
+        for k in np.flatnonzero(hashes[1:] == hashes[:-1]).tolist():
+            end = int(np.searchsorted(hashes, hashes[k], side="right"))
+            one, *others = positions[k:end].tolist()
+            for other in others:
+                if self._raw(one) == self._raw(other):
+                    return min(one, other), max(one, other)
+        return None
 
-    @cached_property
-    def _sorted_hashes(self) -> tuple[NDArray[np.uint64], NDArray[Any]]:
-        """The hashes in ascending order, and the position of the id of each."""
-        hashes = _hash(self.ids)
-        order: NDArray[Any] = np.argsort(hashes).astype(np.int32 if len(hashes) < 2**31 else np.int64)
-        return hashes[order], order
+
+@dataclass(frozen=True, kw_only=True)
+class _Table:
+    """The positions of n ids in the order of their hashes. The upper bits of a hash are the number of its bucket."""
+
+    order: NDArray[Any]
+    """(n,) the positions."""
+    tags: bytearray
+    """(n,) the lowest byte of each hash: few ids of a bucket have the same, so few ids are compared."""
+    first: NDArray[Any]
+    """(buckets + 1,) the first place of each bucket in ``order``, then n."""
+    shift: int
+    """The number of a hash's bits below its bucket."""
+    duplicate: tuple[int, int] | None
+    """Two positions with the same id."""
 
 
-def _hash(ids: NDArray[np.bytes_]) -> NDArray[np.uint64]:
-    """(n,) a hash of each id. Hashes can be compared only between arrays of the same string width."""
-    words = -(-ids.dtype.itemsize // 8)
+def _hash(ids: NDArray[np.bytes_], width: int) -> NDArray[np.uint64]:
+    """(n,) a hash of each id, filled up with NULs to ``width`` bytes."""
+    words = -(-width // 8)
     columns = ids.astype(f"S{8 * words}").view("<u8").reshape(len(ids), words)
     result = np.zeros(len(ids), dtype=np.uint64)
     for column in columns.T:

@@ -5,7 +5,9 @@ Parts were extracted as caches of their own, from different texts, with the same
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import mmap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from kr2cache.cache.format import ShardHeader
+from kr2cache.cache.rows import map_shard
 from kr2cache.cache.shard import Shard, open_shard, shard_paths
 from kr2cache.errors import CacheError, ConfigError
+from kr2cache.system.limits import allow_open_files
 
 STORED = ("layers", "model_layers", "width", "dtype", "fusion")
 """Attributes that are equal in all parts: they say what is stored for one token."""
@@ -30,6 +34,8 @@ class Parts:
     headers: tuple[ShardHeader, ...]
     """One for each folder."""
     shards: tuple[Shard, ...]
+    maps: tuple[mmap.mmap | None, ...]
+    """One for each shard; None if it cannot be mapped."""
 
     @property
     def header(self) -> ShardHeader:
@@ -114,29 +120,38 @@ def open_parts(folders: str | Path | Sequence[str | Path]) -> Parts:
         raise ConfigError("There is no cache folder to open.", "Give one folder or more.")
     seen: dict[str, Path] = {}
     shards: list[Shard] = []
+    maps: list[mmap.mmap | None] = []
     headers: list[ShardHeader] = []
     for path in paths:
-        opened = _open_folder(path)
         if len(paths) > 1:
             _refuse_twice(path, seen)
-        if headers:
-            _refuse_other(paths[0], headers[0], path, opened[0].header)
-        headers.append(opened[0].header)
-        shards += opened
-    return Parts(folders=tuple(paths), headers=tuple(headers), shards=tuple(shards))
+        for number, file in enumerate(files := shard_paths(path)):
+            shard = open_shard(file)
+            if number == 0:
+                allow_open_files(len(files))  # each map keeps its file open
+                headers.append(shard.header)
+                _refuse_other(paths[0], headers[0], path, shard.header)
+            else:
+                shard = _of_same_cache(shard, files[0], headers[-1])
+            shard, mapped = map_shard(shard)
+            shards.append(shard)
+            maps.append(mapped)
+    return Parts(folders=tuple(paths), headers=tuple(headers), shards=tuple(shards), maps=tuple(maps))
 
 
-def _open_folder(folder: Path) -> list[Shard]:
-    shards = [open_shard(path) for path in shard_paths(folder)]
-    first = shards[0].header
-    for shard in shards[1:]:
-        if shard.header != first:
-            raise CacheError(
-                f"{shard.path} belongs to another cache than {shards[0].path.name} (fingerprint "
-                f"{shard.header.fingerprint[:8]}, not {first.fingerprint[:8]}).",
-                "Keep the shards of one cache in a folder of their own.",
-            )
-    return shards
+def _of_same_cache(shard: Shard, first: Path, header: ShardHeader) -> Shard:
+    """The shard with the one header of its folder, which is kept once.
+
+    Raises:
+        CacheError: If the shard's own header differs.
+    """
+    if shard.header != header:
+        raise CacheError(
+            f"{shard.path} belongs to another cache than {first.name} (fingerprint "
+            f"{shard.header.fingerprint[:8]}, not {header.fingerprint[:8]}).",
+            "Keep the shards of one cache in a folder of their own.",
+        )
+    return dataclasses.replace(shard, header=header)
 
 
 def _refuse_twice(folder: Path, seen: dict[str, Path]) -> None:

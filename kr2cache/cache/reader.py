@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kr2cache.cache.batch import PackedBatch, output_rows
-from kr2cache.cache.format import SequenceIndex, states_xxh3
+from kr2cache.cache.format import SequenceIndex, joined, states_xxh3
 from kr2cache.cache.ids import IdIndex
 from kr2cache.cache.parts import Parts, id_twice, open_parts
 from kr2cache.cache.rows import StoredRows
@@ -41,20 +41,16 @@ class FeatureCache:
         self._parts = parts
         self._header = parts.header
         self._stored = self._header.stored
-        self._rows = StoredRows(shards)
+        self._rows = StoredRows(shards, parts.maps)
         self._every_layer = parts.every_place
-        self._index = IdIndex(_joined([shard.ids for shard in shards]))
+        self._index = IdIndex([shard.ids for shard in shards])
         self._is_unique = False
-        self.n_tokens: NDArray[np.int32] = _joined([shard.n_tokens for shard in shards])
-        """(n,) T of each sequence, by position."""
-        self.text_xxh3: NDArray[np.uint64] = _joined([shard.text_xxh3 for shard in shards])
-        """(n,) XXH3-64 of each input text, by position."""
-        self.complete: NDArray[np.bool_] = _joined([shard.complete for shard in shards])
+        self.complete: NDArray[np.bool_] = joined([shard.complete for shard in shards])
         """(n,) whether the sequence's states are stored, by position."""
         self._is_complete = bool(self.complete.all())
         self.check_on_read = False
         """Compare each sequence with its checksum at the first read; each worker process compares again."""
-        self._checked = np.zeros(len(self.n_tokens), dtype=bool)
+        self._checked = np.zeros(len(self.complete), dtype=bool)
 
     @classmethod
     def open(cls, folder: str | Path | Sequence[str | Path]) -> FeatureCache:
@@ -155,6 +151,16 @@ class FeatureCache:
     # Sequences ----------------------------------------------------------------------------------------------------
 
     @cached_property
+    def n_tokens(self) -> NDArray[np.int32]:
+        """(n,) T of each sequence, by position."""
+        return joined([shard.n_tokens for shard in self._parts.shards])
+
+    @cached_property
+    def text_xxh3(self) -> NDArray[np.uint64]:
+        """(n,) XXH3-64 of each input text, by position."""
+        return joined([shard.text_xxh3 for shard in self._parts.shards])
+
+    @cached_property
     def all_ids(self) -> list[str]:
         """Ids by position, incomplete sequences included; the strings are made at the first use."""
         return self._index.names()
@@ -220,11 +226,11 @@ class FeatureCache:
         """Token ids and word alignment of all sequences, by position. Each call reads them from the files."""
         parts = [shard.tokens() for shard in self._parts.shards]
         return SequenceIndex(
-            ids=self._index.ids,
+            ids=joined(self._index.parts),
             n_tokens=self.n_tokens,
             text_xxh3=self.text_xxh3,
-            input_id=_joined([part.input_id for part in parts]),
-            word_index=_joined([part.word_index for part in parts]),
+            input_id=joined([part.input_id for part in parts]),
+            word_index=joined([part.word_index for part in parts]),
         )
 
     # States -------------------------------------------------------------------------------------------------------
@@ -377,7 +383,7 @@ class FeatureCache:
 
     def __repr__(self) -> str:
         return (
-            f"FeatureCache({self._parts.name!r}: {len(self):,} of {len(self.n_tokens):,} sequences, layers "
+            f"FeatureCache({self._parts.name!r}: {len(self):,} of {len(self.complete):,} sequences, layers "
             f"{', '.join(map(str, self.layers))}, width {self.width}, {self.dtype})"
         )
 
@@ -389,8 +395,3 @@ def _reopen(folders: tuple[Path, ...], fingerprint: str, check_on_read: bool) ->
         replaced = "was replaced by another cache" if len(folders) == 1 else "are not the same caches any more"
         raise CacheError(f"{cache._parts.name} {replaced} since it was opened.", "Start the run again.")
     return cache
-
-
-def _joined(arrays: list[NDArray[Any]]) -> NDArray[Any]:
-    """The arrays, concatenated. A single array is not copied, because copying millions of values takes time."""
-    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)

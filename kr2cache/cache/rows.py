@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import dataclasses
 import math
 import mmap
 from collections.abc import Sequence
@@ -28,17 +29,25 @@ READ_AHEAD_BYTES = max(2**17, PAGE)
 MEMORY_SHARE = 0.5
 """A cache larger than this share of the machine's memory counts as too large to stay in memory."""
 
+MAPPED_INDEX = ("examples/id", "examples/n_tokens", "examples/text_xxh3", "examples/first_row")
+"""The data sets of the index that are used from the map."""
+
 
 class StoredRows:
     """The rows of all shards. A sequence is named by its position in the cache, a layer by its place in the file."""
 
-    def __init__(self, shards: Sequence[Shard]) -> None:
+    def __init__(self, shards: Sequence[Shard], maps: Sequence[mmap.mmap | None]) -> None:
+        """
+        Args:
+            shards: All shards, in order.
+            maps: The map of each, from ``map_shard``.
+        """
         header = shards[0].header
         self._shards = list(shards)
         self._shard_starts = offsets(np.array([len(shard.ids) for shard in shards]))
         self._later_starts: list[int] = self._shard_starts[1:-1].tolist()
         """The first position of each shard except the first shard."""
-        self._maps = [_map(shard) for shard in shards]
+        self._maps = list(maps)
         self._hidden = [_array(shard, file, "hidden") for shard, file in zip(shards, self._maps, strict=True)]
         self._scale = [_array(shard, file, "hidden_scale") for shard, file in zip(shards, self._maps, strict=True)]
         self._layers = len(header.layers)
@@ -137,12 +146,22 @@ class StoredRows:
                     file.madvise(READ_AHEAD, at, min(READ_AHEAD_BYTES, end - at))
 
 
-def _map(shard: Shard) -> mmap.mmap | None:
-    """The file, mapped read-only; None if its states are not one plain array."""
+def map_shard(shard: Shard) -> tuple[Shard, mmap.mmap | None]:
+    """Map a shard's file, and take the large arrays of its index from the map. The system then loads them when
+    they are used, and all processes share them.
+
+    Returns:
+        The shard with mapped arrays, and the map. If its states are not one plain array, the shard as it is and None.
+    """
     if not shard.mappable:
-        return None
+        return shard, None
     with shard.path.open("rb") as file:
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    places = {name.rpartition("/")[2]: name for name in MAPPED_INDEX if shard.offset(name) is not None}
+    arrays: dict[str, Any] = {field: _array(shard, mapped, name) for field, name in places.items()}
+    if "id" in arrays:
+        arrays["ids"] = arrays.pop("id")
+    return dataclasses.replace(shard, **arrays), mapped
 
 
 def _array(shard: Shard, file: mmap.mmap | None, name: str) -> NDArray[Any] | None:

@@ -1,0 +1,35 @@
+"""The number of files that this process may hold open."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from kr2cache.errors import CacheError
+
+OTHER_FILES = 256
+"""Files that the rest of the process may open later: libraries, data sets, pipes of worker processes."""
+
+
+def allow_open_files(files: int) -> None:
+    """Raise this process's limit of open files so that ``files`` more fit. Often it is 1,024, but may be raised.
+
+    Raises:
+        CacheError: If the system does not allow so many.
+    """
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return
+    try:
+        needed = len(list(Path("/dev/fd").iterdir())) + files + OTHER_FILES
+    except OSError:  # not mounted, as in some containers
+        needed = files + OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or needed <= soft:
+        return
+    if hard != resource.RLIM_INFINITY and needed > hard:
+        raise CacheError(
+            f"{files:,} more open files are needed, one for each shard, but this process may open {hard:,} in all.",
+            f"Raise the limit (as administrator: ulimit -n {needed}), or open fewer caches at once.",
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
