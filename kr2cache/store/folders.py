@@ -48,7 +48,8 @@ def matching(
     """
     parts = ["*" if part is None else glob.escape(part) for part in (task, split)]
     pattern = "*" if name is None else f"{glob.escape(name)}-*"
-    return sorted(path for path in cache_dir.glob("/".join([*parts, pattern])) if path.is_dir())
+    found = cache_dir.glob("/".join([*parts, pattern]))
+    return sorted(path for path in found if path.is_dir() and not path.name.startswith("."))  # claims are hidden
 
 
 def task_of(folder: Path) -> str:

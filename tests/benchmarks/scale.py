@@ -98,7 +98,7 @@ def make(folder: Path, first: int, stop: int) -> None:
     header, index = described(first, stop)
     create.reserve = lambda *_: False  # files stay sparse: the disk has no terabytes to reserve
     create.free_bytes = lambda *_: 2**60
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     for part in create.shard_parts(folder, header, index, SHARD_BYTES):
         create.create_shard(part.path, header, index.part(part.start, part.stop), folder)
     for path in shard_paths(folder):
