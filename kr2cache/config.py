@@ -111,6 +111,20 @@ class ExtractConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SweepWorkers:
+    """The processes that share a sweep; the fields are those of ``ExtractConfig``."""
+
+    workers: int = 1
+    engine: str = "local"
+    gpus_per_worker: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_text(self)
+        _positive("--workers", self.workers)
+        _positive("--gpus-per-worker", self.gpus_per_worker)
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """One call of stage two: one reader, one method, several seeds."""
 
@@ -227,7 +241,7 @@ def deciding_training(training: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in training.items() if not name.startswith(NOT_DECIDING)}
 
 
-def _check_text(config: ExtractConfig | TrainConfig) -> None:
+def _check_text(config: ExtractConfig | SweepWorkers | TrainConfig) -> None:
     """Names and folders must be UTF-8, because they are recorded with the results. Folders must be on this machine."""
     for one in fields(config):
         value = getattr(config, one.name)

@@ -9,9 +9,9 @@ from typing import Annotated, Any
 import typer
 
 from kr2cache.commands.loading import loading
-from kr2cache.commands.options import Json, checked, merge, print_json, takes
-from kr2cache.commands.settings import OPTIONS, SWEEP, TRAIN_OPTIONS
-from kr2cache.config import TrainConfig, read_toml
+from kr2cache.commands.options import Json, checked, merge, option, print_json, takes
+from kr2cache.commands.settings import EXTRACT, OPTIONS, SWEEP, TRAIN_OPTIONS
+from kr2cache.config import ExtractConfig, SweepWorkers, TrainConfig, read_toml
 from kr2cache.experiment.cells import cells_of
 from kr2cache.experiment.grid import Line, read_grid
 
@@ -27,6 +27,11 @@ def sweep_cli(
         bool,
         typer.Option("--keep-going", help="If some cells lack data or models, train the others instead of stopping."),
     ] = False,
+    workers: Annotated[int | None, option(ExtractConfig, "workers", EXTRACT["workers"])] = None,
+    engine: Annotated[str | None, option(ExtractConfig, "engine", EXTRACT["engine"])] = None,
+    gpus_per_worker: Annotated[
+        float | None, option(ExtractConfig, "gpus_per_worker", EXTRACT["gpus_per_worker"])
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Train every cell of a table: methods, fusions, tasks, pairs of models, seeds.
@@ -49,10 +54,16 @@ def sweep_cli(
         )
 
     cells = cells_of(table, cell_config)
+    crew = SweepWorkers(**merge(toml, workers=workers, engine=engine, gpus_per_worker=gpus_per_worker))
     with loading(as_json):
         from kr2cache.experiment.sweep import Sweep, describe_sweep
+        from kr2cache.experiment.sweep_together import sweep_with_workers
 
-    result = Sweep(table, cells, keep_readers=keep_readers).run(keep_going=keep_going)
+    sweep = Sweep(table, cells, keep_readers=keep_readers)
+    if crew == SweepWorkers():
+        result = sweep.run(keep_going=keep_going)
+    else:
+        result = sweep_with_workers(sweep, crew, keep_going=keep_going)
     describe_sweep(result)
     from kr2cache.report import describe, report
 

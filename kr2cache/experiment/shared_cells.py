@@ -81,7 +81,7 @@ class SharedCells:
         self.grid = grid
         self.cells = cells
         self.manifest = manifest
-        self._unit = {cell: _unit_of(cell.row.name, cell.column.name, cell.settings) for cell in cells}
+        self._unit = {cell: unit_of(cell) for cell in cells}
         self._process = uuid.uuid4().hex[:8]
         self._entries: dict[str, Entry] = {}
         self._present: set[str] = set()
@@ -223,7 +223,7 @@ class SharedCells:
         """See what the other processes have found out, and say that this one works."""
         if self._presence is None or not self._presence.is_held:  # stopped for so long that it counted as ended
             self._presence = try_claim(self.manifest, PRESENT + self._process)
-        entries = self._read()
+        entries = read_manifest(self.manifest)
         if any(unit not in entries for unit in self._unit.values()):  # removed or damaged meanwhile
             self._change(lambda _: None)
         else:
@@ -233,15 +233,13 @@ class SharedCells:
         self._present = {self._process} | self._others()
         self._entries = entries
         for cell in self.cells:
-            entry = entries[self._unit[cell]]
-            cell.folder, error = entry["folder"], entry["error"]
-            cell.error = None if error is None else KR2CacheError(error, entry.get("remedy") or "")
+            take_in(cell, entries[self._unit[cell]])
 
     def _change(self, change: Callable[[dict[str, Entry]], None]) -> None:
         """Read the manifest, change its cells and write it. No other process changes it meanwhile."""
         self.manifest.parent.mkdir(parents=True, exist_ok=True)
         with claimed(self.manifest, MANIFEST) as claim:
-            entries = self._read()
+            entries = read_manifest(self.manifest)
             change(entries)
             written = {unit: entries.get(unit, cell.json()) for cell, unit in self._unit.items()}
             new = claim.folder / self.manifest.name
@@ -249,17 +247,24 @@ class SharedCells:
             new.replace(self.manifest)
         self._take_in(written)
 
-    def _read(self) -> dict[str, Entry]:
-        """The cells of the manifest, by unit; empty without a manifest and for a damaged one: ``train`` finds the
-        finished runs itself.
-        """
-        try:
-            cells = json.loads(self.manifest.read_text("utf-8"))["cells"]
-            if not all({"folder", "error"} <= cell.keys() for cell in cells):
-                return {}
-            return {_unit_of(cell["row"], cell["column"], cell["settings"]): cell for cell in cells}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+
+def read_manifest(manifest: Path) -> dict[str, Entry]:
+    """The cells of the manifest, by unit; empty without a manifest and for a damaged one: ``train`` finds the finished
+    runs itself.
+    """
+    try:
+        cells = json.loads(manifest.read_text("utf-8"))["cells"]
+        if not all({"folder", "error"} <= cell.keys() for cell in cells):
             return {}
+        return {_digest(cell["row"], cell["column"], cell["settings"]): cell for cell in cells}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def take_in(cell: Cell, entry: Entry) -> None:
+    """Write into a cell what the manifest says about it."""
+    cell.folder, error = entry["folder"], entry["error"]
+    cell.error = None if error is None else KR2CacheError(error, entry.get("remedy") or "")
 
 
 def _head(grid: Grid) -> dict[str, Any]:
@@ -275,6 +280,10 @@ def _head(grid: Grid) -> dict[str, Any]:
     }
 
 
-def _unit_of(row: str, column: str, settings: str) -> str:
+def unit_of(cell: Cell) -> str:
     """The name of a cell as a unit of work: a digest of its place in the grid and of its settings."""
-    return hashlib.sha256(json.dumps([row, column, settings]).encode()).hexdigest()[:16]
+    return _digest(cell.row.name, cell.column.name, cell.settings)
+
+
+def _digest(*text: str) -> str:
+    return hashlib.sha256(json.dumps(text).encode()).hexdigest()[:16]

@@ -26,6 +26,7 @@ from kr2cache.experiment.teacher import teacher_config
 from kr2cache.system.allocator import objects_set_aside
 from kr2cache.system.console import console, count_text, failed, heading, note, silent
 from kr2cache.system.disk import check_writable
+from kr2cache.tasks import find_task
 from kr2cache.training.runs import Metrics, RunFolder, mean_and_std
 
 
@@ -48,11 +49,11 @@ class SweepResult:
     def json(self) -> dict[str, Any]:
         return {
             "manifest": str(self.manifest),
-            "cells": [cell.json() | {"mean": self._mean(cell)} for cell in self.cells],
+            "cells": [cell.json() | {"mean": self.mean(cell)} for cell in self.cells],
             "failed": len(self.failed),
         }
 
-    def _mean(self, cell: Cell) -> Metrics | None:
+    def mean(self, cell: Cell) -> Metrics | None:
         """The scores of a cell, mean over its seeds, whichever process trained it; None if it failed."""
         if cell.folder is None:
             return None
@@ -88,19 +89,7 @@ class Sweep:
             BusyError: If other processes train another version of the grid.
             InterruptedWorkError: On Ctrl-C. Finished runs stay, and the manifest lists them.
         """
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise ConfigError(
-                "torchrun is for one training; its processes cannot share the cells of a sweep.",
-                "Start kr2cache sweep once for each GPU, without torchrun: the processes share the cells.",
-            )
-        check_writable(self.run_dir, "--run-dir")
-        for cell in self.cells:
-            cell.config = dataclasses.replace(
-                cell.config,
-                keep_readers=self.keep_readers or self._teaches(cell),
-                temporary_readers=not self.keep_readers,
-            )
-        self._check(keep_going)
+        self.check(keep_going=keep_going)
         order = self._in_order()
         place = "between two cells"
         with SharedCells(self.grid, self.cells, self.manifest) as shared:
@@ -121,6 +110,22 @@ class Sweep:
                 ) from None
             self._drop_readers(shared)
         return SweepResult(grid=self.grid, manifest=self.manifest, cells=self.cells)
+
+    def check(self, *, keep_going: bool) -> None:
+        """Check the settings, the data and the models of all cells. Arguments and errors are those of ``run``."""
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ConfigError(
+                "torchrun is for one training; its processes cannot share the cells of a sweep.",
+                "Start kr2cache sweep once for each GPU, without torchrun: the processes share the cells.",
+            )
+        check_writable(self.run_dir, "--run-dir")
+        for cell in self.cells:
+            cell.config = dataclasses.replace(
+                cell.config,
+                keep_readers=self.keep_readers or self._teaches(cell),
+                temporary_readers=not self.keep_readers,
+            )
+        self._check(keep_going)
 
     def _check(self, keep_going: bool) -> None:
         """Check the data, the models and the settings of all cells."""
@@ -179,9 +184,7 @@ class Sweep:
         cell.error = None  # of another process, which tried it before
         cell.folder = Path(os.path.relpath(cell.result.runs[0].folder.parent, self.run_dir)).as_posix()
         shared.settle(cell)
-        mean, metric = cell.result.json()["mean"], cell.result.task.metric
-        split = "test" if "test" in mean else "dev"
-        console.print(f"{cell.name}: {metric} {100 * mean[split][metric]:.1f}", markup=False)
+        show_score(cell, cell.result.json()["mean"])
 
     def _in_order(self) -> list[Cell]:
         """The cells that can run, column by column. Teachers come first, so that no model is fine-tuned twice."""
@@ -204,6 +207,12 @@ class Sweep:
                 continue
             for seed in cell.config.seeds:
                 RunFolder.of_seed(self.run_dir / cell.folder, seed).drop_temporary_reader()
+
+
+def show_score(cell: Cell, mean: Metrics) -> None:
+    """Print the score of a cell that is done."""
+    metric, split = find_task(cell.config.task).metric, "test" if "test" in mean else "dev"
+    console.print(f"{cell.name}: {metric} {100 * mean[split][metric]:.1f}", markup=False)
 
 
 def describe_sweep(result: SweepResult) -> None:

@@ -37,7 +37,7 @@ def check_extraction(config: ExtractConfig) -> Extraction:
     if config.compute_dtype not in COMPUTE_DTYPES:
         raise unknown_name("compute dtype", config.compute_dtype, COMPUTE_DTYPES)
     check_device_name(config.device)
-    check_workers(config)
+    check_workers(config.engine, config.workers, config.device)
     check_layers_form(config.layers)
     task = find_task(config.task)
     spec = find_model(config.resource, config.models)
@@ -48,16 +48,16 @@ def check_extraction(config: ExtractConfig) -> Extraction:
     return Extraction(spec=spec, task=task)
 
 
-def check_workers(config: ExtractConfig) -> None:
+def check_workers(engine: str, workers: int, device: str) -> None:
     """Check the settings that concern workers.
 
     Raises:
         UnknownNameError: If there is no such engine.
         ConfigError: If the engine is not installed, or one GPU is named for several workers.
     """
-    check_engine(config.engine)
-    if (config.workers > 1 or config.engine == "ray") and config.device.startswith("cuda:"):
+    check_engine(engine)
+    if (workers > 1 or engine == "ray") and device.startswith("cuda:"):
         raise ConfigError(
-            f"--device {config.device} is one GPU, but each worker takes one of its own.",
+            f"--device {device} is one GPU, but each worker takes one of its own.",
             "Give --device cuda; CUDA_VISIBLE_DEVICES says which GPUs they use.",
         )

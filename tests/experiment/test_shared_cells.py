@@ -103,10 +103,10 @@ def started(here: World) -> Iterator[Callable[[], subprocess.Popen[str]]]:
         yield begin
 
 
-def start(world: World) -> subprocess.Popen[str]:
+def start(world: World, *options: str) -> subprocess.Popen[str]:
     """One process of the sweep."""
     return subprocess.Popen(
-        [sys.executable, "-m", "kr2cache.cli", "sweep", "grid.toml"],
+        [sys.executable, "-m", "kr2cache.cli", "sweep", "grid.toml", *options],
         cwd=world.folder,
         env=os.environ | {"PYTHONUNBUFFERED": "1"},
         stdout=subprocess.PIPE,
@@ -191,6 +191,52 @@ def test_the_cell_of_a_process_that_ends_is_trained_by_another(
     assert scores(here) == scores(alone)
     assert manifest_of(here).read_bytes() == manifest_of(alone).read_bytes()
     assert not list(here.folder.rglob("*.claims"))
+
+
+def test_workers_train_the_cells_of_one_command(here: World, alone: World, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["sweep", "grid.toml", "--workers", "2"]) == 0
+    shown = capsys.readouterr().out
+    assert sorted(re.findall(r"^([XY] · \w+): f1 ", shown, flags=re.MULTILINE)) == sorted(CELLS), "each shown once"
+    assert "8 of 8 cells filled." in shown
+    assert scores(here) == scores(alone)
+    assert manifest_of(here).read_bytes() == manifest_of(alone).read_bytes()
+    assert not list((here.folder / "runs").rglob("reader"))
+    assert not list(here.folder.rglob("*.claims"))
+
+
+def test_a_failure_in_a_worker_is_shown_once_and_at_the_end(here: World, capsys: pytest.CaptureFixture[str]) -> None:
+    grid = here.folder / "grid.toml"
+    grid.write_text(
+        GRID.replace('fusion = "all"', 'fusion = "all"\nlearning-rate = 1e38').replace("[1]", "[2]"), "utf-8"
+    )
+    assert cli.run(["sweep", "grid.toml", "--workers", "2"]) == 1
+    shown = capsys.readouterr().out
+    assert "6 of 8 cells filled." in shown
+    before, _, after = shown.partition("6 of 8 cells filled.")
+    assert before.count("✗ X · All: ") == before.count("✗ Y · All: ") == 1
+    assert after.count("X · All, Y · All: ") == 1
+    assert "done" not in json.loads(manifest_of(here).read_text("utf-8"))["cells"][0]
+
+
+def test_ctrl_c_ends_the_workers_too(here: World) -> None:
+    process = start(here, "--workers", "2")
+    while not any(holders(here.folder / "runs" / "udpos")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate()[0]
+    assert process.returncode == 130, said
+    assert re.search(r"Interrupted\. The sweep grid stopped after \d of 8 cells\.", said)
+    assert not list(here.folder.rglob("*.claims")), "no worker is left, and none holds a cell"
+
+
+@pytest.mark.parametrize("options", [["--workers", "0"], ["--engine", "rai"], ["--gpus-per-worker", "-1"]])
+def test_workers_that_make_no_sense_are_refused(
+    here: World, options: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run(["sweep", "grid.toml", *options]) == 1
+    assert options[1] in capsys.readouterr().err
+    assert not (here.folder / "runs").exists()
 
 
 # One cell that fails -------------------------------------------------------------------------------------------------
