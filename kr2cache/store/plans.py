@@ -38,7 +38,7 @@ import xxhash
 from kr2cache.cache.format import SequenceIndex, canonical_json
 from kr2cache.cache.reader import FeatureCache
 from kr2cache.cache.shard import readable_headers
-from kr2cache.errors import CacheError
+from kr2cache.errors import CacheError, ConfigError, DiskSpaceError
 from kr2cache.models.encode import MissingWords
 from kr2cache.models.tokenise import Tokenised
 from kr2cache.store import folders, provenance
@@ -155,7 +155,7 @@ class Plans:
     def _alone(self) -> Iterator[Claim | None]:
         """No other process plans from this source inside the block. None where nothing can be written."""
         claim = None
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ConfigError, DiskSpaceError):
             claim = wait_for_claim(plan_file(self.cache_dir, self.task, self.split, self.source.key), "plan")
             claim.fenced()  # a plan is published by a rename out of the claim's folder
         try:
