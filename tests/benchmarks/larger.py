@@ -41,7 +41,7 @@ CONTROL_GROUPS = Path("/sys/fs/cgroup")
 def make(cache: Path, apart: Path, sequences: int) -> None:
     """Write the same random states as a cache and as one data set per sequence."""
     draw = np.random.default_rng(0)
-    header, index = described(sequences)
+    header, index = described(0, sequences)
     names = names_of(sequences)
     cache.mkdir()
     shard = cache / shard_name(0, 1)
