@@ -1,8 +1,8 @@
 """The shards of a cache are units of work: any number of processes, on any number of machines, fill them together.
 
-Each process claims a shard that is not complete and that no other process holds, fills it, lets it go, and takes the
-next. The shard of a process that died is taken over. If its process may still be alive, the shard is replaced by a copy
-of what is complete in it: what a late process writes then goes to a file that nobody reads.
+Each process claims a shard that is not complete and that no other process holds, fills it, releases it, and claims the
+next shard. If a process dies, another process takes over its shard. If the first process may still be alive, the new
+one replaces the shard by a copy of its complete sequences. The first process then writes to a file that nobody reads.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from kr2cache.system.claims import Claim, claimed, held_units, holder, try_claim
 from kr2cache.system.console import note, note_waiting
 
 CACHE = "cache"
-"""The unit that a process holds while it decides what the shards of a cache are."""
+"""The unit that a process holds while it decides which shards a cache has."""
 LOOK_EVERY_S = 0.5
-"""A process that waits for other processes looks this often."""
+"""Seconds between two looks of a process that waits for other processes."""
 
 
 class LostClaimError(Exception):
@@ -38,15 +38,15 @@ class LostClaimError(Exception):
 
 @dataclass
 class HeldShard:
-    """A shard that this process may fill. Leave its ``with`` block to let it go."""
+    """A shard that this process may fill. It is released at the end of its ``with`` block."""
 
     part: ShardPart
     claim: Claim
     check_interrupt: Callable[[], object]
 
     def check(self) -> None:
-        """Call it after every batch. It raises KeyboardInterrupt if Ctrl-C was pressed; and if another process took the
-        shard over, it ends the ``with`` block.
+        """To be called after every batch. It raises KeyboardInterrupt if Ctrl-C was pressed. If another process took
+        the shard over, it ends the ``with`` block.
         """
         self._check_held()
         self.check_interrupt()
@@ -55,7 +55,7 @@ class HeldShard:
     def writer(self) -> Iterator[ShardWriter]:
         """A writer of the shard. It writes nothing once another process took the shard over."""
         with ShardWriter(self.part.path, self.part.start, self._check_held) as writer:
-            # Only now: if this process was stopped before the file was opened, it may be the file of another process.
+            # The check must come after opening: if this process was stopped before, the file may be another process's.
             self._check_held()
             yield writer
 
@@ -69,7 +69,7 @@ class HeldShard:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
-        # An error after the claim is lost (a missing file, for example) is no failure: another process does the work.
+        # An error after the claim is lost, for example a missing file, is ignored: another process does the work.
         lost = isinstance(error, Exception) and not self.claim.is_held
         self.claim.release()
         if lost:
@@ -83,17 +83,17 @@ class SharedShards:
     def __init__(self, folder: Path, header: ShardHeader, index: SequenceIndex) -> None:
         """
         Raises:
-            CacheError: If lengths of the index contradict each other.
+            CacheError: If the arrays of the index have lengths that contradict each other.
         """
         self.folder = folder
         self.header = header
         self.index = index
         self.parts = shard_parts(folder, header, index, int(header.batch_plan["shard_bytes"]))
         self._marks: dict[ShardPart, int] = {}
-        """Where the marks of a shard lie in its file. Also a file that replaces the shard has them there."""
+        """Offset of the completion marks in the file of a shard. It is the same in a file that replaces the shard."""
 
     def create(self, build_in: Path) -> None:
-        """Make the shards that do not exist, space reserved and nothing complete.
+        """Make the shards that do not exist. Their space is reserved, and no sequence in them is complete.
 
         Args:
             build_in: The folder of the claim on ``CACHE``.
@@ -111,8 +111,8 @@ class SharedShards:
         return sum(map(self._complete_in, self.parts))
 
     def unfinished(self, check_interrupt: Callable[[], object]) -> Iterator[HeldShard]:
-        """Claim one unfinished shard after the other, until all are complete. A damaged shard is made again first, with
-        the intact sequences that are in it. If other processes hold all shards that are left, wait.
+        """Claim one unfinished shard after the other, until all are complete. A damaged shard is first made again; its
+        intact sequences are kept. If other processes hold all unfinished shards, wait for them.
 
         Args:
             check_interrupt: Raises KeyboardInterrupt if Ctrl-C was pressed.
@@ -121,7 +121,7 @@ class SharedShards:
             DiskSpaceError: If there is no space to make a damaged shard again.
             CacheVersionError: For a shard of another version of the format; it is left as it is.
         """
-        # Processes that are at work have looked at every shard already.
+        # If other processes are working, they have checked every shard already.
         unseen = set() if held_units(self.folder) - {CACHE} else set(self.parts)
         left, said = list(self.parts), False
         while left:
@@ -154,7 +154,7 @@ class SharedShards:
                 time.sleep(LOOK_EVERY_S)
 
     def _restore(self, held: HeldShard) -> None:
-        """Make the shard intact, and see that no earlier holder can write to it."""
+        """Make the shard intact, and make sure that no earlier holder can write to it."""
         part, claim = held.part, held.claim
         index = self.index.part(part.start, part.stop)
         if not part.path.exists():

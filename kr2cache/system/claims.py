@@ -5,14 +5,14 @@ do nothing. The claims on a file or folder lie beside it:
 
     .NAME.claims/UNIT.ATTEMPT.TOKEN/    the claim of one holder; no other claim ever has this path
         owner.json                      who made it: for messages, and to see that a process of this machine ended
-        alive                           touched every ``HEARTBEAT_S``; without it, the folder is only a wish
+        alive                           touched every ``HEARTBEAT_S``; without this file, the folder is only a request
 
-A process first makes its wish and then looks who else is there. Of two processes, the one that looks later sees the
-other, so never two get the unit. Every path belongs to one process for ever: a process that was stopped between two
-steps finds that its own folder is gone, and can harm no other.
+A process first makes its request, and then looks for other requests and claims. Of two processes, the one that looks
+later sees the other one, so two processes never get the same unit. A path is never used by a second process: a process
+that was stopped between two steps finds that its own folder is gone, and cannot harm another process.
 
-A process takes over the claim of a holder that ended, or that showed no sign of life for ``TIMEOUT_S``. A silent holder
-may be alive: stopped, or cut off from the file system. When it goes on, it must not do harm:
+A process takes over the claim of a holder that ended, or that was silent for ``TIMEOUT_S``. A silent holder
+may still be alive, but stopped or cut off from the file system. When it continues, it must not do harm:
 
 - Taking over removes the claim folder of the old holder. A file is published by a rename out of the claim folder
   (``Claim.folder``), so the old holder cannot publish any more.
@@ -51,13 +51,13 @@ TIMEOUT_S = 90.0
 ABANDONED_S = 3600.0
 """A claim that nobody touched in this time before the present process started is silent at once."""
 DECIDE_S = 1.0
-"""A process waits so long for another one that wishes for the same unit at the same moment."""
+"""The longest time that a process waits for another process that requests the same unit at the same moment."""
 PATIENCE_S = 0.5
 """Seconds before the user is told that the process waits."""
 POLL_S = 0.2
-"""A waiting process looks this often."""
+"""Seconds between two looks of a waiting process."""
 REMOVED = "removed-"
-"""How the name of a claim begins while it is being removed."""
+"""The name of a claim begins with this while the claim is being removed."""
 
 
 class Claim:
@@ -69,7 +69,7 @@ class Claim:
         self.owner = owner
         self._done = threading.Event()
         self._lost = threading.Event()
-        # The thread does not keep the claim in memory: a claim that Ctrl-C let nobody release becomes silent.
+        # The thread holds no reference to the claim: if Ctrl-C prevents its release, the claim becomes silent.
         weakref.finalize(self, self._done.set).atexit = False
         threading.Thread(target=_beat, args=(folder, self._done, self._lost), name="claim", daemon=True).start()
 
@@ -79,25 +79,25 @@ class Claim:
         return self.owner.earlier_may_live
 
     def fenced(self) -> None:
-        """Say that from now on no earlier holder can change the files of this unit."""
+        """Record that from now on no earlier holder can change the files of this unit."""
         if self.earlier_may_live:
             self.owner = replace(self.owner, earlier_may_live=False)
-            with contextlib.suppress(OSError):  # the next holder makes a copy too many
+            with contextlib.suppress(OSError):  # then the next holder makes a copy that is not needed
                 _sign(self.folder, self.owner)
 
     @property
     def is_held(self) -> bool:
-        """False once another process has taken this claim over. What this process writes then is of no effect."""
+        """False once another process has taken this claim over. Then nothing that this process writes has an effect."""
         if not self._lost.is_set():
             _touch(self.folder, self._lost)
         return not self._lost.is_set()
 
     def release(self) -> None:
-        """Let the unit go. A claim that another process has taken over stays as it is."""
+        """Give up the unit. A claim that another process has taken over is not changed."""
         self._done.set()
         if os.getpid() != self.owner.pid:  # a forked process has a copy of this object, not the claim
             return
-        if self.earlier_may_live:  # nobody fenced it: the next holder has to know
+        if self.earlier_may_live:  # ``fenced`` was not called: the next holder has to know
             with contextlib.suppress(OSError):
                 _sign(self.folder, replace(self.owner, released=True))
             return
@@ -123,7 +123,7 @@ def _touch(folder: Path, lost: threading.Event) -> None:
     try:
         os.utime(folder / "alive")
     except OSError as error:
-        # Other errors may pass; if they do not, the time-out decides.
+        # Other errors may be temporary. If they are not, the time-out ends the claim.
         if _is_gone(error):
             lost.set()
 
@@ -142,79 +142,77 @@ def try_claim(place: Path, unit: str) -> Claim | None:
         DiskSpaceError: If the disk is full.
         ConfigError: If the folder of ``place`` is not writable.
     """
-    folder, wish = claims_folder(place), None
+    folder, request = claims_folder(place), None
     try:
         earlier = _claims_in(folder, unit)
         if not all(map(_is_free, earlier)):
             return None
         attempt = 1 + max((int(claim.name.split(".")[-2]) for claim in earlier), default=0)
-        wish = folder / f"{unit}.{attempt}.{uuid.uuid4().hex[:12]}"
+        request = folder / f"{unit}.{attempt}.{uuid.uuid4().hex[:12]}"
         owner = this_process(attempt, earlier_may_live=_may_live(earlier))
-        _make(wish, owner)
-        return _decide(wish, unit, owner)
+        _make(request, owner)
+        return _decide(request, unit, owner)
     except BaseException as error:
-        if wish is not None:
+        if request is not None:
             with contextlib.suppress(OSError):
-                _remove(wish)
+                _remove(request)
         if not isinstance(error, OSError):
             raise
-        if _is_gone(error):  # this process was stopped for so long that another one took its wish away
+        if _is_gone(error):  # this process was stopped so long that another process removed its request
             return None
         raise _explained(error, place) from error
 
 
-def _make(wish: Path, owner: Owner) -> None:
+def _make(request: Path, owner: Owner) -> None:
     while True:
-        wish.parent.mkdir(parents=True, exist_ok=True)
+        request.parent.mkdir(parents=True, exist_ok=True)
         try:
-            wish.mkdir()
+            request.mkdir()
             break
-        except FileNotFoundError:  # the last claim was released meanwhile, and its folder with it
+        except FileNotFoundError:  # the last claim was released meanwhile, and the folder was removed with it
             continue
     try:
-        _sign(wish, owner)
+        _sign(request, owner)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):  # then the time-out alone tells that this process ended
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):  # full disk: the time-out alone shows the end
             raise
 
 
-def _decide(wish: Path, unit: str, owner: Owner) -> Claim | None:
-    """Turn a wish into a claim, unless another process has the unit. Of several wishes the smallest is granted; the
-    others go away.
+def _decide(request: Path, unit: str, owner: Owner) -> Claim | None:
+    """Turn a request into a claim, unless another process has the unit. Of several requests, the one with the smallest
+    token becomes the claim; the others are removed.
     """
     until, pause = time.monotonic() + DECIDE_S, 0.001
     while True:
-        others = _claims_in(wish.parent, unit)
-        if wish not in others:
+        others = _claims_in(request.parent, unit)
+        if request not in others:
             return None
-        others.remove(wish)
+        others.remove(request)
         rivals = [claim for claim in others if not _is_free(claim)]
         if not rivals:
             break
-        # A larger wish may have looked before this one was there: wait until it is a claim, or gone.
-        if time.monotonic() > until or any(not _is_wish(rival) or _token(rival) < _token(wish) for rival in rivals):
-            _remove(wish)
+        # A process with a larger token may have looked before this request existed: wait until it is a claim, or gone.
+        if time.monotonic() > until or any(not _is_request(one) or _token(one) < _token(request) for one in rivals):
+            _remove(request)
             return None
         time.sleep(pause)
         pause = min(2 * pause, POLL_S)
     if _may_live(others) and not owner.earlier_may_live:
         owner = replace(owner, earlier_may_live=True)
-        _sign(wish, owner)  # before the claims that say so are gone
+        _sign(request, owner)  # before the claims that record it are removed
     for claim in others:
         with contextlib.suppress(FileNotFoundError):  # released meanwhile
             _remove(claim)
-    if others:  # no late holder publishes from what an ended process left
-        _clear(wish.parent)
-    (wish / "alive").touch()
-    return Claim(wish, owner)
+    if others:  # so that no late holder publishes files from a folder that an ended process left
+        _clear(request.parent)
+    (request / "alive").touch()
+    return Claim(request, owner)
 
 
 def _may_live(claims: list[Path]) -> bool:
     """Whether one of these holders, or an earlier one, may be alive and have files open."""
-    return any(
-        (owner := _owner(claim)) is None or owner.earlier_may_live or not (_is_wish(claim) or owner.ended)
-        for claim in claims
-    )
+    owners = [(claim, _owner(claim)) for claim in claims]
+    return any(o is None or o.earlier_may_live or not (_is_request(claim) or o.ended) for claim, o in owners)
 
 
 def _explained(error: OSError, place: Path) -> Exception:
@@ -231,12 +229,7 @@ def _is_gone(error: OSError) -> bool:
 
 
 def wait_for_claim(place: Path, unit: str, *, wait: bool = True) -> Claim:
-    """Claim a unit; wait for another process that holds it.
-
-    Args:
-        place: As for ``try_claim``.
-        unit: Its name.
-        wait: Whether to wait.
+    """Claim a unit; wait for another process that holds it. The other arguments are those of ``try_claim``.
 
     Raises:
         BusyError: If another process holds the unit and ``wait`` is False.
@@ -286,7 +279,7 @@ def claims_folder(place: Path) -> Path:
 
 
 def held_units(place: Path) -> set[str]:
-    """The units that somebody holds."""
+    """The units that a process holds."""
     folder = claims_folder(place)
     return {match[1] for name in _names(folder) if (match := _NAME.fullmatch(name)) and not _is_free(folder / name)}
 
@@ -301,7 +294,7 @@ _NAME = re.compile(r"(.+)\.(\d+)\.([0-9a-f]{12})")
 
 
 def _claims_in(folder: Path, unit: str) -> list[Path]:
-    """The claims on a unit, also wishes, in order."""
+    """The claims on a unit and the requests for it, in the order of their attempts."""
     matches = [match for name in _names(folder) if (match := _NAME.fullmatch(name)) and match[1] == unit]
     return [folder / match[0] for match in sorted(matches, key=lambda match: int(match[2]))]
 
@@ -315,7 +308,7 @@ def _names(folder: Path) -> list[str]:
         raise
 
 
-def _is_wish(claim: Path) -> bool:
+def _is_request(claim: Path) -> bool:
     return not (claim / "alive").exists()
 
 
@@ -331,13 +324,13 @@ def _is_free(claim: Path) -> bool:
 
 @dataclass
 class _Watch:
-    """What this process saw of a claim."""
+    """When this process saw that a claim was touched."""
 
     touched: int
     """Time of the last touch, ns."""
     looked: float
     unchanged: float = 0.0
-    """For how many seconds it saw no touch."""
+    """For how many seconds this process saw no touch."""
 
 
 _watches: dict[Path, _Watch] = {}
@@ -345,16 +338,16 @@ _BEGAN = time.time()
 
 
 def _is_silent(claim: Path) -> bool:
-    """Whether nobody touched the claim for ``TIMEOUT_S`` while this process looked on, by the clock of this process:
-    clocks of other machines and of file systems differ. If all processes were stopped and go on, the time between is
-    not counted: the holder would have had no chance to touch it.
+    """Whether nobody touched the claim for ``TIMEOUT_S`` while this process watched it. Only the clock of this process
+    counts: clocks of other machines and of file systems differ. If all processes were stopped for a time, that time is
+    not counted: the holder could not touch its claim either.
     """
     try:
         try:
-            # Opening a file is what makes a network file system ask the server.
+            # A network file system asks the server only when a file is opened.
             with (claim / "alive").open("rb") as file:
                 touched = os.fstat(file.fileno()).st_mtime_ns
-        except FileNotFoundError:  # a wish
+        except FileNotFoundError:  # a request
             touched = claim.stat().st_mtime_ns
     except OSError as error:
         if not _is_gone(error):
@@ -388,14 +381,14 @@ def _sign(claim: Path, owner: Owner) -> None:
 
 
 def _remove(claim: Path) -> None:
-    """Remove a claim: first its name, at one instant, then what is in it. FileNotFoundError if it is gone."""
+    """Remove a claim: first rename it in one step, then delete its files. FileNotFoundError if it is gone."""
     gone = claim.with_name(f"{REMOVED}{uuid.uuid4().hex}")
     claim.rename(gone)
     shutil.rmtree(gone, ignore_errors=True)
 
 
 def _clear(folder: Path) -> None:
-    """Remove what ended processes left that nobody needs: units that are done are never taken over."""
+    """Remove claims of ended processes that nobody will take over, because their units are complete."""
     for name in _names(folder):
         if name.startswith(REMOVED):
             shutil.rmtree(folder / name, ignore_errors=True)

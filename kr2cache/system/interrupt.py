@@ -58,8 +58,8 @@ def was_pressed() -> bool:
 
 @contextlib.contextmanager
 def also_stopped_by(asked: Callable[[], bool]) -> Iterator[None]:
-    """Inside the block, ``interrupt_between_batches`` also takes it for Ctrl-C if ``asked`` gives True: for a process
-    that its driver cannot send a signal.
+    """Inside the block, ``interrupt_between_batches`` also stops if ``asked`` returns True, as for Ctrl-C. This is for
+    a process to which its driver cannot send a signal.
     """
     _askers.append(asked)
     try:
@@ -72,8 +72,8 @@ def also_stopped_by(asked: Callable[[], bool]) -> Iterator[None]:
 def interrupt_between_batches() -> Iterator[Callable[[], None]]:
     """Yields a function to call after each batch; it raises KeyboardInterrupt if Ctrl-C was pressed.
 
-    Elsewhere the exception could be raised inside a library that swallows it, and the work would continue, or that
-    holds a lock, and the command would hang. A second Ctrl-C raises it at once.
+    At any other place, the exception could be raised inside a library. If the library ignores it, the work continues;
+    if the library holds a lock, the command hangs. A second Ctrl-C raises the exception at once.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: None

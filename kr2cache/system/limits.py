@@ -11,10 +11,10 @@ OTHER_FILES = 256
 
 
 def allow_open_files(files: int) -> None:
-    """Raise this process's limit of open files so that ``files`` more fit. Often it is 1,024, but may be raised.
+    """Raise this process's limit of open files so that it can open ``files`` more. A usual limit is 1,024.
 
     Raises:
-        CacheError: If the system does not allow so many.
+        CacheError: If the system does not allow a limit that is high enough.
     """
     try:
         import resource

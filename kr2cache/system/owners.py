@@ -19,13 +19,13 @@ from kr2cache.system.console import seconds_text
 
 @dataclass(frozen=True)
 class Owner:
-    """Who holds a claim, as its file says."""
+    """The process that holds a claim, as the file ``owner.json`` records it."""
 
     pid: int
     machine: str
     """Identifies the machine, its last boot and its PID namespace. ``pid`` can be compared only if these are equal."""
     started: int
-    """When the process started, in the system's units; 0 if unknown. Numbers of ended processes are used again."""
+    """When the process started, in the system's units; 0 if unknown. The system uses process numbers again."""
     host: str
     user: str
     since: str
@@ -34,11 +34,11 @@ class Owner:
     earlier_may_live: bool
     """Whether an earlier holder may be alive, with files open that were not replaced yet."""
     released: bool = False
-    """True if nobody holds it: the claim only remembers ``earlier_may_live``."""
+    """True if no process holds the claim any more: it only records ``earlier_may_live``."""
 
     @property
     def ended(self) -> bool:
-        """Whether nobody holds the claim any more, for sure."""
+        """True only if it is certain that no process holds the claim any more."""
         return self.released or (self.machine == _machine() and _has_ended(self.pid, self.started))
 
     @property
@@ -84,24 +84,24 @@ def _started(pid: int) -> int:
 
 
 def _has_ended(pid: int, started: int) -> bool:
-    """Whether a process of this machine has ended for sure, with all its threads."""
+    """True only if it is certain that a process of this machine has ended, with all its threads."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return True
     except (OSError, OverflowError):
-        pass  # of another user; /proc may not show it
+        pass  # a process of another user, which /proc may not show
     stat = _stat(pid)
     if not stat:
         return False
-    # Of a killed process, a thread may still wait for a disk when the process counts as ended ("Z").
+    # A killed process may be shown as ended ("Z") while one of its threads still waits for a disk.
     return (stat[0] in "ZX" and int(stat[17]) <= 1) or int(stat[19]) != started != 0
 
 
 def _stat(pid: int) -> list[str]:
-    """What the system says about a process, from its state on; empty if unknown."""
+    """The fields of ``/proc/PID/stat`` from the state on; empty if unknown."""
     try:
-        # The name in brackets may hold spaces and brackets.
+        # The name of the program stands in brackets, and may itself contain spaces and brackets.
         return Path(f"/proc/{pid}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()
     except OSError:
         return []

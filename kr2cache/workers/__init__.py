@@ -1,8 +1,8 @@
 """Workers: processes that do one piece of work together.
 
-What they share out among themselves is their own business: each takes what no other has claimed
-(``kr2cache.system.claims``). An engine starts them, tells the user what they say, replaces one that died, and lets no
-process stay behind.
+The workers divide the work themselves: each takes units that no other worker has claimed (``kr2cache.system.claims``).
+An engine starts the workers, shows their messages to the user, and replaces a worker that died. When the work ends, no
+worker process is left.
 """
 
 from __future__ import annotations
@@ -48,24 +48,25 @@ def run_workers(
 ) -> list[R]:
     """Start workers that each call ``work(argument)``, and wait for them.
 
-    What a worker notes reaches the user once, also if every worker says it. A worker that dies is replaced, a few times
-    at most. On an error or on Ctrl-C the workers are asked to finish what they are at (SIGINT), and are awaited; a
-    second Ctrl-C ends them at once.
+    The user sees each message once, even if every worker sends it. A worker that dies is replaced, but only a few times
+    in one run. On an error or on Ctrl-C, the workers are asked (SIGINT) to finish their current batch, and the driver
+    waits for them. A second Ctrl-C ends them at once.
 
     Args:
         engine: A name in ``ENGINES``.
         count: How many workers.
         work: A function at the top level of a module, so that a worker can import it.
-        argument: Can be pickled. Arrays in it are in memory once, for all workers of a machine.
-        watch: Called here every half second and once at the end, to show progress. What it raises ends the work.
-        gpus_per_worker: For Ray: GPUs of each worker, also a part of one; None for one where there are GPUs.
+        argument: It must be possible to pickle it. The workers of a machine share the memory of its arrays.
+        watch: Called in this process every half second and once at the end, to show progress. An error in it ends the
+            work.
+        gpus_per_worker: For Ray: GPUs of each worker; 0.5 is half a GPU. None means one GPU if the cluster has GPUs.
 
     Returns:
         What each worker returned.
 
     Raises:
         ConfigError: If the engine is not installed.
-        WorkerLostError: If workers die again and again.
+        WorkerLostError: If too many workers die.
         KeyboardInterrupt: On Ctrl-C.
         Exception: What a worker raised, once. The traceback of an unforeseen error is in its ``__notes__``.
     """

@@ -13,15 +13,15 @@ from kr2cache.system.interrupt import interrupt_between_batches
 
 WATCH_EVERY_S = 0.5
 MOST_REPLACED = 3
-"""So many workers are replaced in one run."""
+"""The largest number of workers that are replaced in one run."""
 
 
 class Crew(ABC):
-    """The workers of one run. Leaving its ``with`` block ends those that are left."""
+    """The workers of one run. At the end of the ``with`` block, workers that still run are ended."""
 
     def __init__(self) -> None:
         self.results: dict[int, Any] = {}
-        """What workers returned, by their place."""
+        """The result of each worker, by its place (0, 1, ...)."""
         self.said: set[str] = set()
         self._replaced = 0
 
@@ -36,7 +36,7 @@ class Crew(ABC):
 
     @abstractmethod
     def listen(self, seconds: float) -> None:
-        """Hear what the workers say, for so many seconds or until all are done.
+        """Receive messages and results of the workers, for ``seconds`` or until all workers are done.
 
         Raises:
             WorkerLostError: If too many workers died.
@@ -45,11 +45,11 @@ class Crew(ABC):
 
     @abstractmethod
     def stop(self) -> None:
-        """Ask the workers to finish what they are at, and wait until they did. Their errors do not count any more."""
+        """Ask the workers to finish their current batch, and wait for them. Their errors are ignored from now on."""
 
     @abstractmethod
     def end(self) -> None:
-        """End the workers that are left, at once."""
+        """End at once all workers that still run."""
 
     def __enter__(self) -> Self:
         return self
@@ -60,20 +60,20 @@ class Crew(ABC):
         self.end()
 
     def note(self, text: str) -> None:
-        """Note what a worker says, unless another one said it."""
+        """Show a message of a worker, unless it was shown before."""
         if text not in self.said:
             self.said.add(text)
             note(text)
 
     def count_lost(self, what: str, advice: str) -> None:
-        """A worker died and is replaced.
+        """Count a worker that died and is replaced now, and tell the user.
 
         Args:
             what: Which worker, and what happened.
             advice: What can be done about it.
 
         Raises:
-            WorkerLostError: If it is one too many.
+            WorkerLostError: If ``MOST_REPLACED`` workers were replaced before.
         """
         if self._replaced == MOST_REPLACED:
             raise WorkerLostError(
@@ -88,7 +88,7 @@ def drive(crew: Crew, watch: Callable[[], None]) -> list[Any]:
     """Let a crew work until it is done, as ``run_workers`` says.
 
     Args:
-        crew: In its ``with`` block.
+        crew: The call must be inside its ``with`` block.
         watch: Called every half second.
 
     Returns:

@@ -1,7 +1,8 @@
 """Workers as processes of this machine.
 
-They are new interpreters: a fork of a process that has used torch can hang, and ``multiprocessing`` would import the
-user's script again. Each has a session of its own, so that Ctrl-C reaches the driver alone, which then asks them.
+Each worker is a new Python interpreter: a fork of a process that has used torch can hang, and ``multiprocessing`` would
+import the user's script again. Each worker has its own session, so that Ctrl-C reaches only the driver. The driver then
+asks the workers to stop.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from kr2cache.workers.crew import Crew, drive
 from kr2cache.workers.outcome import Outcome
 
 EXIT_S = 10.0
-"""A worker that has sent its outcome has so much time to end."""
+"""Seconds that a worker has to end after it has sent its outcome."""
 ALIGNMENT = 64
 """Bytes; arrays of a job begin at multiples of it."""
 
@@ -44,7 +45,7 @@ def run(
 ) -> list[Any]:
     """As ``run_workers``. ``gpus_per_worker`` has no meaning here: each worker sees one GPU."""
     with (
-        tempfile.TemporaryFile() as job,  # it has no name: nothing is left of it, however the driver ends
+        tempfile.TemporaryFile() as job,  # the file has no name: it disappears even if the driver is killed
         _Processes(count, job, _write_job(job, (work, argument))) as crew,
     ):
         return drive(crew, watch)
@@ -115,7 +116,9 @@ class _Processes(Crew):
                     self.note(said)
 
     def _heard(self, seconds: float | None) -> list[tuple[_Worker, str | Outcome | None]]:
-        """Who said what: a note, an outcome, or None if a worker ended without one. Who ended works no more."""
+        """The workers that sent something, with the note or the outcome; None if the worker ended without an outcome.
+        Workers that ended are removed from ``working``.
+        """
         ready = wait([worker.line for worker in self.working], seconds)
         heard: list[tuple[_Worker, str | Outcome | None]] = []
         for worker in [one for one in self.working if one.line in ready]:
@@ -155,12 +158,12 @@ class _Processes(Crew):
         relay = threading.Thread(target=self._relay, args=(process.stdout,), daemon=True)
         self.working.append(_Worker(place, line, process, relay))
         relay.start()
-        with contextlib.suppress(OSError):  # it ended already: ``listen`` finds out
+        with contextlib.suppress(OSError):  # the worker has ended already: ``listen`` will notice
             line.send(self._spans)
 
     def _environment(self, place: int) -> dict[str, str]:
         environment = dict(os.environ)
-        # What this process can import, a worker can.
+        # A worker can import everything that this process can import.
         environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)  # noqa: PTH109
         if not environment.get("OMP_NUM_THREADS"):
             environment["OMP_NUM_THREADS"] = str(max(1, cores() // self._count))
@@ -180,10 +183,10 @@ class _Processes(Crew):
 
 
 def _write_job(file: IO[bytes], job: tuple[Callable[[Any], Any], Any]) -> list[tuple[int, int]]:
-    """Pickle a job, its arrays apart, so that workers can map them.
+    """Pickle a job. Its arrays are written separately, so that workers can map them.
 
     Returns:
-        Start and end in the file: of the pickle, then of each array.
+        Start and end in the file, first of the pickle, then of each array.
     """
     arrays: list[pickle.PickleBuffer] = []
     head = pickle.dumps(job, protocol=5, buffer_callback=arrays.append)

@@ -1,4 +1,4 @@
-"""What became of the work of a worker, in a form that can be sent to the driver."""
+"""The result or the error of a worker, in a form that can be sent to the driver."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Outcome:
 
 
 def outcome_of(work: Callable[[], Any]) -> Outcome:
-    """Do the work. Every error becomes an outcome, Ctrl-C too."""
+    """Do the work. Every error, also Ctrl-C, is returned as an outcome."""
     try:
         return Outcome(value=work())
     except BaseException as error:
@@ -28,7 +28,9 @@ def outcome_of(work: Callable[[], Any]) -> Outcome:
 
 
 def sendable(error: BaseException) -> BaseException:
-    """The error, or one of the same text if it cannot be pickled. An unforeseen error carries its traceback along."""
+    """The error itself, or an error with the same text if it cannot be pickled. An unexpected error carries a note with
+    its traceback.
+    """
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:

@@ -1,7 +1,7 @@
 """A worker process, as ``local`` starts it: ``python -m kr2cache.workers.process LINE JOB DRIVER``.
 
-LINE is the number of its socket to the driver: spans of the job come in; notes and one ``Outcome`` go out. JOB is the
-number of the open file that holds the job. DRIVER is the driver's process number.
+LINE is the file descriptor of the socket to the driver. The worker receives the spans of the job from it, and sends
+notes and one ``Outcome``. JOB is the descriptor of the open file that holds the job. DRIVER is the driver's process id.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from kr2cache.system.interrupt import interrupt_between_batches
 from kr2cache.workers.outcome import Outcome, outcome_of, sendable
 
 GRACE_S = 60.0
-"""A worker whose driver is gone has so much time to finish what it is at."""
+"""Seconds that a worker has to finish its current batch after its driver ended."""
 
 
 def main(line_number: int, job_number: int, driver: int) -> None:
-    """Do the job, and tell the driver what became of it."""
+    """Do the job, and send the outcome to the driver."""
     allocator.keep_free_memory()
     threads.bound_spinning()
     line: Connection[Any, Any] = Connection(line_number)
@@ -35,7 +35,7 @@ def main(line_number: int, job_number: int, driver: int) -> None:
         spans = line.recv()
     except EOFError:  # the driver is gone already
         return
-    # A shell that starts a command in the background makes it ignore Ctrl-C.
+    # If a shell started the command in the background, Ctrl-C is ignored until here.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Thread(target=_follow, args=(line, driver, done), daemon=True).start()
     one_at_a_time = threading.Lock()
@@ -60,7 +60,7 @@ def _do(job_number: int, spans: list[tuple[int, int]]) -> Any:
 
 
 def _job(job_number: int, spans: list[tuple[int, int]]) -> tuple[Any, Any]:
-    """Read the job. Its arrays are mapped: all workers share the memory, and none changes another's arrays."""
+    """Read the job. Its arrays are mapped: all workers share the memory, but changes stay in one worker."""
     mapped = memoryview(mmap.mmap(job_number, 0, access=mmap.ACCESS_COPY))
     parts = [mapped[start:stop] for start, stop in spans]
     job: tuple[Any, Any] = pickle.loads(parts[0], buffers=parts[1:])
@@ -76,7 +76,7 @@ def _send(line: Connection[Any, Any], outcome: Outcome) -> None:
 
 
 def _follow(line: Connection[Any, Any], driver: int, done: threading.Event) -> None:
-    """Stop this process once its driver is gone, also if another child of the driver holds its end of the line."""
+    """Stop this process once its driver has ended, even if another child of the driver keeps the socket open."""
     while not line.poll(1.0) and os.getppid() == driver:
         pass
     if not done.is_set():

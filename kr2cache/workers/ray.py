@@ -1,8 +1,8 @@
 """Workers as actors of Ray: on the cluster at ``RAY_ADDRESS``, or on a Ray that is started on this machine.
 
-Actors return what ``work`` returns, so ``work`` writes large results to shared files. Ray starts no actor and no call
-again by itself: after the loss of a machine nobody knows how far a call came. The driver starts a new actor instead,
-and claims tell it what is left.
+Ray sends the return value of ``work`` to the driver, so ``work`` writes large results to shared files. Ray does not
+repeat actors and calls by itself: after the loss of a machine, it is unknown how much of a call was done. Instead, the
+driver starts a new actor, and the claims tell the new actor which work is left.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from kr2cache.workers.outcome import Outcome, outcome_of
 
 CONNECT_S = 5.0
 ANSWER_S = 15.0
-"""A cluster has so much time to answer. Ray itself would try for two minutes."""
+"""Seconds that a cluster has to answer. Ray itself would try for two minutes."""
 ROOM_S = 15.0
-"""Before the user is told that workers wait for CPUs or GPUs."""
+"""Seconds before the user is told that workers wait for CPUs or GPUs."""
 STOP_S = 60.0
-"""An actor that is asked to stop has so much time. It may be loading a model; then nothing is lost."""
+"""Seconds that an actor has to stop after it was asked to. If it is loading a model, nothing is lost."""
 LOST = (
     exceptions.RayActorError,
     exceptions.NodeDiedError,
@@ -45,7 +45,7 @@ LOST = (
     exceptions.OutOfMemoryError,
     exceptions.ObjectLostError,
 )
-"""The actor or its machine is gone or cannot be reached. The call may have run, in part or whole."""
+"""Errors that mean: the actor or its machine ended or cannot be reached. The call may have run, partly or wholly."""
 
 
 def run(
@@ -71,7 +71,7 @@ class Actor:
     """One worker. It runs in a process of its own, on any machine of the cluster."""
 
     def __init__(self, path: list[str]) -> None:
-        """``path``: where the driver finds modules. What the driver can import, a worker can."""
+        """``path``: the driver's ``sys.path``, so that a worker can import everything that the driver can import."""
         sys.path += [folder for folder in path if folder not in sys.path]
         allocator.keep_free_memory()
         threads.bound_spinning()
@@ -103,7 +103,7 @@ class Actor:
 
 @dataclass
 class _Worker:
-    """An actor, as the driver sees it. Of results there are only references, until they are there."""
+    """An actor as the driver knows it. ``host`` and ``result`` are references of Ray to results of its calls."""
 
     place: int
     actor: Any
@@ -135,7 +135,7 @@ class _Actors(Crew):
             except LOST as error:
                 self._replace(worker, error)
                 continue
-            except exceptions.RayTaskError as error:  # the job could not be read there, or its result not be sent
+            except exceptions.RayTaskError as error:  # the worker could not read the job or send its result
                 raise RuntimeError(f"A worker on {_host(worker)}: {error_text(error.cause)}") from error
             for text in said:
                 self.note(text)
@@ -150,19 +150,19 @@ class _Actors(Crew):
             ray.cancel(worker.result)
         end = time.monotonic() + STOP_S
         while self._working and (left := end - time.monotonic()) > 0:
-            self._ended(min(left, 1.0))  # short calls: a second Ctrl-C is seen between them
+            self._ended(min(left, 1.0))  # short calls, so that a second Ctrl-C has an effect between them
 
     def end(self) -> None:
         for worker in self._working:
             ray.kill(worker.actor)
 
     def _ended(self, seconds: float) -> list[_Worker]:
-        """Who has ended, one way or another. Their room is free again."""
+        """The workers that have ended, for any reason. Their CPUs and GPUs are free again."""
         ready, _ = ray.wait([worker.result for worker in self._working], num_returns=1, timeout=seconds)
         ended = [worker for worker in self._working if worker.result in ready]
         for worker in ended:
             self._working.remove(worker)
-            ray.kill(worker.actor)  # one that cannot be reached may be alive
+            ray.kill(worker.actor)  # an actor that cannot be reached may still be alive
         return ended
 
     def _replace(self, lost: _Worker, error: Exception) -> None:
@@ -186,7 +186,7 @@ class _Actors(Crew):
 
 
 def _host(worker: _Worker) -> str:
-    """Where it runs or ran."""
+    """The machine on which the worker runs or ran."""
     try:
         return str(ray.get(worker.host, timeout=1))
     except exceptions.RayError:
@@ -204,11 +204,11 @@ def _enter(folder: str) -> None:
 
 
 def _share(count: int, gpus: float | None) -> tuple[float, float]:
-    """CPUs and GPUs of each worker: as many CPUs as possible, the same for all.
+    """CPUs and GPUs of each worker: as many CPUs as possible, the same number for every worker.
 
     Args:
         count: How many workers.
-        gpus: GPUs of each; None for one if there are any.
+        gpus: GPUs of each worker; None means one GPU if the cluster has GPUs.
 
     Raises:
         ConfigError: If the cluster has no room for so many workers.
@@ -231,16 +231,16 @@ def _share(count: int, gpus: float | None) -> tuple[float, float]:
             "Give fewer --workers, or less with --gpus-per-worker.",
         )
     whole = [float(number) for number in range(max(cpus), 0, -1)]
-    parts = [math.floor(10_000 / several) / 10_000 for several in range(2, count + 1)]  # Ray counts in such steps
+    parts = [math.floor(10_000 / several) / 10_000 for several in range(2, count + 1)]  # Ray counts in steps of 0.0001
     return next(share for share in [*whole, *parts] if room(share) >= count), gpus
 
 
 @contextlib.contextmanager
 def _connected() -> Iterator[None]:
-    """Inside the block there is a Ray. One that the caller has connected to stays connected.
+    """Inside the block, this process is connected to Ray. If the caller had connected before, the connection stays.
 
     Raises:
-        ConfigError: If there is no cluster at ``RAY_ADDRESS``, or of another version.
+        ConfigError: If there is no cluster at ``RAY_ADDRESS``, or it has another version of Ray.
     """
     with _quiet():
         if ray.is_initialized():
@@ -265,7 +265,7 @@ def _connected() -> Iterator[None]:
 
 
 def _check_cluster(address: str) -> None:
-    """See that a cluster answers, in seconds."""
+    """Check within seconds that a cluster answers."""
     match = re.fullmatch(r"([^/\s]+):(\d+)", address)
     if match is None:
         raise _no_cluster(address, "it is not HOST:PORT")
@@ -299,7 +299,7 @@ def _no_cluster(address: str, why: str) -> ConfigError:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Inside the block Ray prints nothing on the terminal, and nothing of the process changes but that."""
+    """Inside the block, Ray prints nothing on the terminal. Nothing else in the process changes."""
     from ray._private import worker
 
     before = {name: getattr(worker, name) for name in ("print_to_stdstream",) if hasattr(worker, name)}
@@ -307,7 +307,7 @@ def _quiet() -> Iterator[None]:
     logger = logging.getLogger("ray")
     level = logger.level
     for name in before:
-        # Ray prints what happens to machines on standard output; it has no switch for it.
+        # Ray prints events of machines on standard output, and has no option that turns this off.
         setattr(worker, name, lambda *arguments, **options: None)
     os.environ["RAY_USAGE_STATS_ENABLED"] = usage or "0"
     try:

@@ -229,7 +229,7 @@ def test_a_number_that_another_process_has_now_is_no_sign_of_life(tmp_path: Path
     held(try_claim(tmp_path / "place", "unit")).release()
 
 
-def test_a_process_that_ended_before_its_wish_was_granted_stops_nobody(tmp_path: Path, other: Holder) -> None:
+def test_a_process_that_ended_before_its_request_was_granted_stops_nobody(tmp_path: Path, other: Holder) -> None:
     place = tmp_path / "place"
     (other.folder / "alive").unlink()
     assert try_claim(place, "unit") is None
@@ -316,7 +316,7 @@ print(claim is not None and claim.is_held)
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("released", [False, True])
-def test_a_process_that_is_late_before_its_wish_is_granted_gets_nothing(tmp_path: Path, released: bool) -> None:
+def test_a_process_that_is_late_before_its_request_is_granted_gets_nothing(tmp_path: Path, released: bool) -> None:
     place = tmp_path / "place"
     with subprocess.Popen(
         [sys.executable, "-c", LATE, str(place)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
