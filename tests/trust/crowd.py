@@ -216,6 +216,8 @@ def make_one(victim: kills.Victim, report: Crowd, disturbances: int, draw: rando
                 return
         if kills.files_of(workers.cache) != victim.whole.files:
             report.different.append(f"the files of {workers.cache} are not the single process's")
+        # A process that was killed at the very end left its claim; the next claim on the cache clears it away.
+        claims.wait_for_claim(workers.cache, "after").release()
         report.litter.extend(str(path) for path in workers.cache.parent.rglob(".*"))
         _count(workers, report, done)
 

@@ -21,12 +21,18 @@ FLOAT16, TAKEN_OVER = kills.CASES[0], kills.CASES[-1]
 
 @pytest.mark.long
 def test_killed_at_random_moments_nothing_is_lost_and_the_same_bytes_come_out(tmp_path: Path) -> None:
-    report = kills.run(25, tmp_path, seed=1, cases=(FLOAT16, TAKEN_OVER))
-    assert report.faults == []
-    assert report.kills == 25 == sum(report.phases.values())
-    assert report.extractions >= report.caches == 2
-    assert report.phases[kills.Phase.WRITING] >= 5
-    assert report.phases[kills.Phase.WRITING] < 25, "they fall elsewhere too"
+    while_writing = 0
+    for seed in range(1, 9):  # on a busy machine, few kills of a round fall into the writing
+        (tmp_path / str(seed)).mkdir()
+        report = kills.run(25, tmp_path / str(seed), seed=seed, cases=(FLOAT16, TAKEN_OVER))
+        assert report.faults == []
+        assert report.kills == 25 == sum(report.phases.values())
+        assert report.extractions >= report.caches == 2
+        assert report.phases[kills.Phase.WRITING] < 25, "they fall elsewhere too"
+        while_writing += report.phases[kills.Phase.WRITING]
+        if while_writing >= 5:
+            break
+    assert while_writing >= 5
 
 
 # What checks it sees what is wrong ------------------------------------------------------------------------------------
