@@ -211,7 +211,7 @@ def _decide(request: Path, unit: str, owner: Owner) -> Claim | None:
 
 def _may_live(claims: list[Path]) -> bool:
     """Whether one of these holders, or an earlier one, may be alive and have files open."""
-    owners = [(claim, _owner(claim)) for claim in claims]
+    owners = ((claim, _owner(claim)) for claim in claims)
     return any(o is None or o.earlier_may_live or not (_is_request(claim) or o.ended) for claim, o in owners)
 
 
@@ -388,7 +388,7 @@ def _remove(claim: Path) -> None:
 
 
 def _clear(folder: Path) -> None:
-    """Remove claims of ended processes that nobody will take over, because their units are complete."""
+    """Remove leftover folders, and claims of ended processes that no longer matter."""
     for name in _names(folder):
         if name.startswith(REMOVED):
             shutil.rmtree(folder / name, ignore_errors=True)
