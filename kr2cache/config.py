@@ -142,7 +142,7 @@ class TrainConfig:
     batch_size: int = 32
     learning_rate: float = 2e-5
     fusion_learning_rate: float | None = None
-    """Learning rate of the trainable weights w; None for ``learning_rate``, as in the paper."""
+    """Learning rate of the trainable weights of the fusion; None for ``learning_rate``, as in the paper."""
     max_length: int = DEFAULT_MAX_LENGTH
     """Maximum number of tokens in the reader's sequences."""
     resource_max_length: int | None = None

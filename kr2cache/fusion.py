@@ -1,8 +1,9 @@
 """Layer fusion: names to layers and weights (NumPy only).
 
-KR2, eq. 1: ``H^_res = sum_{i=0..L} w_i H_res^i``. The weights ``w`` are trainable (``fuse``), uniform over all layers
-(``all``) or the last N (``lastN``; ``last4`` is Table 2's "average of the last 4", an average, not a concatenation), or
-one-hot (``layerN``; ``layer0`` is the embedding output).
+KR2, eq. 1: ``H^_res = sum_{i=0..L} w_i H_res^i``. The weights ``w`` are trainable (``fuse``; ``softmax`` and ``mix``,
+whose weights are positive and sum to 1), uniform over all layers (``all``) or the last N (``lastN``; ``last4`` is Table
+2's "average of the last 4", an average, not a concatenation), or one-hot (``layerN``; ``layer0`` is the embedding
+output). ``training.resource_input`` computes the trainable ones.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from numpy.typing import NDArray
 
 from kr2cache.errors import ConfigError, UnknownNameError, nearest
 
-FUSION_FORMS = re.compile(r"fuse|all|last[1-9][0-9]*|layer(0|[1-9][0-9]*)")
+TRAINABLE = ("fuse", "softmax", "mix")
+"""Fusions of all layers whose weights are learned."""
+FUSION_FORMS = re.compile(rf"{'|'.join(TRAINABLE)}|all|last[1-9][0-9]*|layer(0|[1-9][0-9]*)")
 """Each fusion has one spelling, because it is part of a run's name."""
 
 
@@ -25,11 +28,21 @@ class Fusion:
     """One way to collapse the layer axis."""
 
     name: str
-    """As on the command line: ``fuse``, ``all``, ``lastN`` or ``layerN``."""
+    """As on the command line: ``fuse``, ``softmax``, ``mix``, ``all``, ``lastN`` or ``layerN``."""
     layers: tuple[int, ...]
     """Numbers of the layers that the fusion uses; 0 is the embedding output."""
     trainable: bool
-    """Whether the weights are learned (``fuse``); they start uniform."""
+    """Whether the weights are learned; they start uniform."""
+
+    @property
+    def is_softmax(self) -> bool:
+        """Whether the weights are a softmax of learned scores: positive, and 1 in sum."""
+        return self.name in ("softmax", "mix")
+
+    @property
+    def normalises(self) -> bool:
+        """Whether each layer is normalised by its mean and variance over the width before it is weighted."""
+        return self.name == "mix"
 
     @property
     def weights(self) -> NDArray[np.float32]:
@@ -78,11 +91,12 @@ def check_fusion_name(name: str, model_layers: int | None = None) -> None:
         return
     # For an unknown resource, suggest only fusions that every resource has.
     several = range(model_layers or 1)
-    known = ["fuse", "all", *(f"last{n + 1}" for n in several), *(f"layer{n}" for n in several)]
+    known = [*TRAINABLE, "all", *(f"last{n + 1}" for n in several), *(f"layer{n}" for n in several)]
     last, layer = ("", "") if model_layers is None else (f" to {model_layers}", f" to {model_layers - 1}")
     raise UnknownNameError(
         f"Unknown fusion {name!r}.{nearest(name, known)}",
-        f"Known: fuse (trainable), all (average of all layers), lastN (average of the last N layers, N from 1{last}), "
+        "Known: fuse (trainable weights), softmax (trainable, their sum is 1), mix (ELMo's scalar mix of normalised "
+        f"layers), all (average of all layers), lastN (average of the last N layers, N from 1{last}), "
         f"layerN (layer N alone, N from 0{layer}; layer 0 is the embedding output).",
     )
 
@@ -91,12 +105,12 @@ def parse_fusion(name: str, model_layers: int) -> Fusion:
     """The fusion called ``name`` for a model that has ``model_layers`` = L + 1 layers, embedding output included.
 
     Raises:
-        UnknownNameError: For a name in none of the four forms.
+        UnknownNameError: For a name in none of the forms.
         ConfigError: If the model has fewer layers than the name asks for.
     """
     check_fusion_name(name, model_layers)
-    if name in ("fuse", "all"):
-        return Fusion(name=name, layers=tuple(range(model_layers)), trainable=name == "fuse")
+    if name in (*TRAINABLE, "all"):
+        return Fusion(name=name, layers=tuple(range(model_layers)), trainable=name in TRAINABLE)
     number = int(name.removeprefix("last").removeprefix("layer"))
     if name.startswith("last"):
         return Fusion(name=name, layers=last_layers(number, model_layers, f"Fusion {name!r}"), trainable=False)

@@ -17,6 +17,8 @@ from kr2cache.fusion import check_fusion_name, last_layers, parse_fusion, parse_
     ("name", "layers", "trainable"),
     [
         ("fuse", tuple(range(13)), True),
+        ("softmax", tuple(range(13)), True),
+        ("mix", tuple(range(13)), True),
         ("all", tuple(range(13)), False),
         ("last1", (12,), False),
         ("last4", (9, 10, 11, 12), False),
@@ -48,17 +50,21 @@ def test_a_layer_beyond_the_last() -> None:
     "name",
     [
         *("", "lst4", "last0", "last", "last-1", "layer", "layer1.5", "Fuse", "fused", "all ", "4"),
+        *("softmax4", "mixed", "Mix"),
         *("layer04", "layer00", "last04", "layer\uff14", "last1\uff12"),
     ],
 )
 def test_unknown_names_are_answered_with_the_known_ones(name: str) -> None:
     with pytest.raises(UnknownNameError, match="Unknown fusion") as caught:
         parse_fusion(name, 13)
-    assert all(part in caught.value.remedy for part in ("fuse", "all", "N from 1 to 13", "N from 0 to 12"))
+    assert all(
+        part in caught.value.remedy for part in ("fuse", "softmax", "mix", "all", "N from 1 to 13", "N from 0 to 12")
+    )
 
 
 @pytest.mark.parametrize(
-    ("name", "near"), [("lst4", "last4"), ("LAST4", "last4"), ("Fuse", "fuse"), ("layr12", "layer12")]
+    ("name", "near"),
+    [("lst4", "last4"), ("LAST4", "last4"), ("Fuse", "fuse"), ("layr12", "layer12"), ("sofmax", "softmax")],
 )
 def test_the_nearest_name_is_given(name: str, near: str) -> None:
     with pytest.raises(UnknownNameError, match=f"Did you mean '{near}'"):

@@ -62,14 +62,17 @@ TRAIN = {
     "resource": Setting("The frozen model whose states the reader gets. Default: the one resource that has caches."),
     "task": TASK,
     "data": DATA,
-    "fusion": Setting("fuse (trainable weights), all or lastN (averages), or layerN (layer0: embeddings)."),
+    "fusion": Setting(
+        "fuse (trainable weights), softmax (trainable, sum 1), mix (ELMo's scalar mix), all or lastN (averages), or "
+        "layerN (layer0: embeddings)."
+    ),
     "method": Setting("; ".join(f"{method.name} ({method.summary})" for method in METHODS.values()) + "."),
     "projection": Setting("How states are brought to the reader's width: auto, none, mlp or direct."),
     "seeds": Setting("One run for each seed."),
     "epochs": Setting("How often the reader sees the train split."),
     "batch_size": Setting("Examples in one training step."),
     "learning_rate": Setting("Learning rate of the reader and the projection."),
-    "fusion_learning_rate": Setting("Learning rate of the fusion weights w.", default="the same"),
+    "fusion_learning_rate": Setting("Learning rate of the trainable weights of the fusion.", default="the same"),
     "max_length": Setting("Maximum number of tokens in the reader's sequences."),
     "resource_max_length": Setting(
         "Maximum number of tokens in the resource's sequences.", default="the cache's, else 128"

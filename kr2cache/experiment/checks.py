@@ -66,12 +66,22 @@ def check_names(config: TrainConfig) -> Training:
         check_fusion_name(config.fusion, model_layers)
         if model_layers is not None:
             parse_fusion(config.fusion, model_layers)
+        _check_fits(config.fusion, config.projection)
     else:
         check_fusion_name(config.fusion)
     teacher = None
     if method.needs_teacher and not Path(config.teacher or "").expanduser().is_dir():
         teacher = find_model(config.teacher or "", config.models)
     return Training(config=config, task=task, reader=reader, resource=resource, teacher=teacher)
+
+
+def _check_fits(fusion: str, projection: str) -> None:
+    """The direct projection has a weight for every number of every layer: it takes only the layers of a fusion."""
+    if projection == "direct" and fusion in ("softmax", "mix"):
+        raise ConfigError(
+            f"--fusion {fusion} has no effect with --projection direct, which weights the layers itself.",
+            "Give --fusion all, or another projection.",
+        )
 
 
 def check_training(config: TrainConfig) -> Training:

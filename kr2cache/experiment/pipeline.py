@@ -244,7 +244,8 @@ def describe_training(result: TrainResult) -> None:
             weights = "  ".join(
                 f"{layer}: {w:.4f}" for layer, w in zip(fusion["layers"], fusion["weights"], strict=True)
             )
-            console.print(f"learned w by layer, seed {run.seed}:  {weights}")
+            gamma = f"  gamma: {fusion['gamma']:.4f}" if "gamma" in fusion else ""
+            console.print(f"learned w by layer, seed {run.seed}:  {weights}{gamma}")
     for text in result.notes:
         note(text)
     if result.read:

@@ -30,7 +30,7 @@ from kr2cache.system.device import choose_device, device_name
 from kr2cache.training.batches import Batcher, SplitData
 from kr2cache.training.checkpoint import TaskCheckpoint
 from kr2cache.training.features import DeviceFeatures, Features, ResourceFeatures, room_on
-from kr2cache.training.kreader import projection_kind
+from kr2cache.training.resource_input import projection_kind
 from kr2cache.training.runs import configuration_folder
 from kr2cache.training.train import Job
 

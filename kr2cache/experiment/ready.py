@@ -24,7 +24,8 @@ from kr2cache.system.console import waiting
 from kr2cache.system.disk import check_writable
 from kr2cache.training.arguments import training_arguments
 from kr2cache.training.checkpoint import TaskCheckpoint
-from kr2cache.training.kreader import check_admitted, projection_kind
+from kr2cache.training.kreader import check_admitted
+from kr2cache.training.resource_input import projection_kind
 
 
 @dataclass(frozen=True, kw_only=True)

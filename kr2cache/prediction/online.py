@@ -53,7 +53,7 @@ class OnlineFeatures:
     """Takes the place of ``features.ResourceFeatures``, but computes each batch instead of reading it from a cache.
 
     It can also apply trained fusion weights, which ``ResourceFeatures`` leaves to the reader. The reader then gets one
-    layer instead of all. Only the direct projection needs the layers side by side.
+    layer instead of all. The direct projection and the fusion ``mix`` need the layers side by side.
     """
 
     def __init__(
@@ -79,8 +79,8 @@ class OnlineFeatures:
         """States and mask of some sequences.
 
         Returns:
-            States float32 (B, L, T, D) on the resource's device, zero at padding; L = 1, or all layers for the direct
-            projection. Mask (B, T): 1 for a state, 0 for padding.
+            States float32 (B, L, T, D) on the resource's device, zero at padding; L = 1, or all layers if they are kept
+            apart. Mask (B, T): 1 for a state, 0 for padding.
         """
         self.sequences_read += len(sequences)
         numbers = np.asarray(sequences)

@@ -103,7 +103,7 @@ class Predictor:
         spec = trained_spec(name, run.reader, models)
         tokenizer = load_tokenizer(spec, words=task.words)
         reader = _load_reader(run.reader, task, trust_remote_code=spec.trust_remote_code)
-        if (reader.fusion is None) != ("resource" not in config):
+        if (reader.resource is None) != ("resource" not in config):
             raise CacheError(
                 f"{run.reader} is not the reader that {run.config_file} describes: only one of the two has a resource.",
                 "Restore the folder, or train the run again.",
@@ -163,11 +163,10 @@ class Predictor:
 
     def online_features(self, resource: OnlineResource, index: SequenceIndex) -> OnlineFeatures:
         """The states that the reader's fusion uses. Each batch is computed on request."""
-        fusion = self.reader.fusion
-        assert fusion is not None, "a reader without a fusion has no resource"
-        keeps_layers = self.reader.projection_kind == "direct"
-        weights = None if keeps_layers else self.reader.fusion_weights.detach()
-        return OnlineFeatures(resource, index, fusion.layers, weights)
+        part = self.reader.resource
+        assert part is not None, "a reader without a fusion has no resource"
+        weights = part.weights.detach() if part.is_weighted_sum else None
+        return OnlineFeatures(resource, index, part.fusion.layers, weights)
 
     def _resource_index(self, resource: OnlineResource, examples: Sequence[Example]) -> SequenceIndex:
         index = encode_examples(resource.tokenizer, examples, self.task, resource.max_length)

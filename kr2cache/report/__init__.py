@@ -183,6 +183,7 @@ def _configuration_json(one: Configuration) -> dict[str, Any]:
                 "seconds": run.seconds,
                 "cache_bytes": run.cache_bytes,
                 "weights": list(run.weights) if run.weights else None,
+                "gamma": run.gamma,
             }
             for run in one.runs.values()
         ],

@@ -120,6 +120,7 @@ def _read_run(folder: RunFolder, seed: int) -> tuple[Run, dict[str, Any], tuple[
         recorded=mapping(content.get("recorded")),
         history=[entry for entry in sequence(history.get("epochs")) if isinstance(entry, Mapping)],
         weights=weights if learned else None,
+        gamma=number(fusion.get("gamma")) if learned else None,
         trained=folder.metrics_file.stat().st_mtime,
     )
     return run, config, layers

@@ -21,7 +21,13 @@ MOST_TICKS = 16
 BARS = 60
 """Maximum number of bars in one plot, so that it fits on a page."""
 LEGEND: Final = "outside lower center"
-_LINES = {"all": "average of all", "last": "average of the last ", "fuse": "trainable"}
+_LINES = {
+    "all": "average of all",
+    "last": "average of the last ",
+    "fuse": "trainable",
+    "softmax": "trainable, sum 1",
+    "mix": "ELMo's scalar mix",
+}
 
 
 def plots(found: Collected) -> list[Plot]:
@@ -92,7 +98,7 @@ def _draw_layers(title: str, group: Members, alone: Members) -> Plot:
 
 
 def fusion_weights(task: str, configurations: Sequence[Configuration], names: dict[str, str]) -> list[Plot]:
-    """The learned weights w of equation 1: mean over seeds, and a band from the smallest to the largest."""
+    """The learned weights w of equation 1 as they act: mean over seeds, and a band from the smallest to the largest."""
     learned = [one for one in configurations if _weights(one)]
     drawn = []
     for title, chunk in _chunks(f"Learned fusion weights: {task}", learned):
@@ -104,7 +110,7 @@ def fusion_weights(task: str, configurations: Sequence[Configuration], names: di
                 lowest, highest = [min(values) for values in by_layer], [max(values) for values in by_layer]
                 color = PALETTE[position]
                 axes.fill_between(one.layers, lowest, highest, color=color, alpha=0.18, linewidth=0)
-                axes.plot(one.layers, means, color=color, marker=MARKERS[position], label=names[one.folder])
+                axes.plot(one.layers, means, color=color, marker=MARKERS[position], label=_weights_label(one, names))
             for depth in sorted({len(one.layers) for one in chunk}):
                 axes.axhline(1 / depth, color=GREY, linestyle="--", label=f"uniform over {depth} layers")
             _ticks(axes, sorted({layer for one in chunk for layer in one.layers}))
@@ -226,6 +232,12 @@ def _fusion_label(fusion: str) -> str:
 
 def _percent(one: Configuration, seeds: Iterable[int]) -> tuple[float, float | None]:
     return mean_and_std([100 * value for value in one.values(one.metric, seeds)])
+
+
+def _weights_label(one: Configuration, names: dict[str, str]) -> str:
+    """Its name, and the mean of gamma if the weighted sum is multiplied by it."""
+    gammas = [run.gamma for run in one.runs.values() if run.gamma is not None]
+    return f"{names[one.folder]}, gamma {mean_and_std(gammas)[0]:.3f}" if gammas else names[one.folder]
 
 
 def _weights(one: Configuration) -> list[tuple[float, ...]]:

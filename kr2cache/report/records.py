@@ -36,7 +36,10 @@ class Run:
     recorded: Mapping[str, Any]
     history: Sequence[Mapping[str, Any]]
     weights: tuple[float, ...] | None
-    """Learned fusion weights, in the order of ``Configuration.layers``; None if they were not trained."""
+    """Learned fusion weights as they act (after a softmax), in the order of ``Configuration.layers``; None if they were
+    not trained."""
+    gamma: float | None = None
+    """The learned factor of the fusion ``mix``; None for other fusions."""
     trained: float = 0.0
     """When the scores were written, in seconds since 1970. Copying a run can change it."""
 

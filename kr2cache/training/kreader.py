@@ -34,6 +34,7 @@ from kr2cache.errors import CacheError, ConfigError, UnsupportedModelError
 from kr2cache.fusion import Fusion
 from kr2cache.models.load import quiet
 from kr2cache.tasks.base import Head, Task
+from kr2cache.training.resource_input import ResourceInput
 
 HEADS: dict[Head, Any] = {
     "token": AutoModelForTokenClassification,
@@ -68,31 +69,6 @@ def check_admitted(config: PretrainedConfig, who: str) -> None:
         )
 
 
-def projection_kind(projection: Projection, resource_width: int, reader_width: int) -> Projection:
-    """Replace ``auto``: ``none`` if h2 = h1, else ``mlp``.
-
-    Raises:
-        ConfigError: For ``none`` between different widths.
-    """
-    if projection == "auto":
-        return "none" if resource_width == reader_width else "mlp"
-    if projection == "none" and resource_width != reader_width:
-        raise ConfigError(
-            f"--projection none needs equal widths; the resource has {resource_width}, the reader {reader_width}.",
-            "Use --projection auto (an MLP here).",
-        )
-    return projection
-
-
-def make_projection(kind: Projection, layers: int, resource_width: int, reader_width: int) -> nn.Module:
-    """f_{h2:h1} of eq. 2: the identity, an MLP of two layers, or one matrix over all layers (``direct``)."""
-    if kind == "none":
-        return nn.Identity()
-    if kind == "direct":
-        return nn.Linear(layers * resource_width, reader_width)
-    return nn.Sequential(nn.Linear(resource_width, reader_width), nn.GELU(), nn.Linear(reader_width, reader_width))
-
-
 class KReader(nn.Module):
     """A task model, either plain or with a resource's states appended to its embeddings."""
 
@@ -115,22 +91,13 @@ class KReader(nn.Module):
         super().__init__()
         self.model = model
         self.head = head
-        self.fusion = fusion
-        self.projection_kind = projection
-        self.resource_width = resource_width
+        self.resource: ResourceInput | None = None
         self._appended: Tensor | None = None
         self._positions = 0
         """How many positions the encoder's output has in this forward pass; 0 until states are appended."""
         if fusion is not None:
             check_admitted(model.config, type(model).__name__)
-            weights = torch.from_numpy(fusion.weights)
-            if fusion.trainable and projection != "direct":
-                self.fusion_weights = nn.Parameter(weights)
-            else:
-                self.register_buffer("fusion_weights", weights)
-            self.projection = make_projection(
-                projection, len(fusion.layers), resource_width, int(model.config.hidden_size)
-            )
+            self.resource = ResourceInput(fusion, projection, resource_width, int(model.config.hidden_size))
             model.base_model.get_submodule("embeddings").register_forward_hook(self._append)
             model.base_model.register_forward_hook(self._count_positions)
 
@@ -148,31 +115,8 @@ class KReader(nn.Module):
         self.model.gradient_checkpointing_enable(**options)  # type: ignore[no-untyped-call]
 
     def fusion_parameters(self) -> list[nn.Parameter]:
-        """The trainable weights of the fusion, which can have their own learning rate: every parameter outside the task
-        model and the projection. Empty if the fusion is fixed.
-        """
-        elsewhere = ("model.", "projection.")
-        return [parameter for name, parameter in self.named_parameters() if not name.startswith(elsewhere)]
-
-    def resource_embeddings(self, states: Tensor) -> Tensor:
-        """G^0, eq. 1 and 2.
-
-        Args:
-            states: (B, L, R, D) of any floating dtype: the layers of the fusion, or L = 1 if they are already fused.
-
-        Returns:
-            float32 (B, R, H).
-        """
-        states = states.float()
-        if self.projection_kind == "direct":
-            return self._project(states.transpose(1, 2).flatten(2))
-        if states.shape[1] == 1:
-            return self._project(states[:, 0])
-        return self._project(torch.einsum("l,blrd->brd", self.fusion_weights, states))
-
-    def _project(self, fused: Tensor) -> Tensor:
-        projected: Tensor = self.projection(fused)
-        return projected
+        """The parameters that can have their own learning rate; empty if no weights of a fusion are learned."""
+        return [] if self.resource is None else self.resource.fusion_parameters()
 
     def forward(
         self,
@@ -198,10 +142,10 @@ class KReader(nn.Module):
         if token_type_ids is not None:
             inputs["token_type_ids"] = token_type_ids
         T = expected = input_ids.shape[-1]
-        if self.fusion is not None:
+        if self.resource is not None:
             if resource_states is None or resource_mask is None:
                 raise ConfigError("This KReader has a resource, but the batch has no states of it.")
-            self._appended = self.resource_embeddings(resource_states)
+            self._appended = self.resource(resource_states)
             mask = resource_mask.to(attention_mask.dtype).view(*attention_mask.shape[:-1], -1)
             inputs["attention_mask"] = torch.cat([attention_mask, mask], dim=-1)
             expected = T + resource_mask.shape[1]
@@ -209,13 +153,13 @@ class KReader(nn.Module):
         try:
             logits = self.model(**inputs).logits
         except RuntimeError as error:
-            if self.fusion is not None and not self._positions:
+            if self.resource is not None and not self._positions:
                 raise _states_lost(T, T, expected) from error
             raise
         finally:
             self._appended = None
         # A model may silently accept a longer mask over fewer positions, so count the positions of its output.
-        if self.fusion is not None and self._positions != expected:
+        if self.resource is not None and self._positions != expected:
             raise _states_lost(self._positions or T, T, expected)
         if self.head == "token":
             logits = logits[:, :T]
@@ -244,13 +188,12 @@ class KReader(nn.Module):
         with quiet():
             self.model.save_pretrained(folder)
         about: dict[str, Any] = {"head": self.head}
-        if self.fusion is not None:
-            extras = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("model.")}
-            save_file({name: tensor.contiguous() for name, tensor in extras.items()}, folder / EXTRAS)
+        if self.resource is not None:
+            save_file({name: one.contiguous() for name, one in self.resource.state_dict().items()}, folder / EXTRAS)
             about |= {
-                "fusion": asdict(self.fusion),
-                "projection": self.projection_kind,
-                "resource_width": self.resource_width,
+                "fusion": asdict(self.resource.fusion),
+                "projection": self.resource.projection_kind,
+                "resource_width": self.resource.resource_width,
             }
         (folder / EXTRAS_CONFIG).write_text(json.dumps(about, indent=2) + "\n", "utf-8")
 
@@ -295,12 +238,11 @@ class KReader(nn.Module):
             projection=about["projection"],
             resource_width=about["resource_width"],
         )
-        extras = load_file(folder / EXTRAS)
-        result = reader.load_state_dict(extras, strict=False)
-        missing = [name for name in result.missing_keys if not name.startswith("model.")]
-        if missing or result.unexpected_keys:
+        assert reader.resource is not None, "it has a fusion"
+        result = reader.resource.load_state_dict(load_file(folder / EXTRAS), strict=False)
+        if wrong := [*result.missing_keys, *result.unexpected_keys]:
             raise CacheError(
-                f"{folder / EXTRAS} does not fit {EXTRAS_CONFIG}: {', '.join(missing + result.unexpected_keys)}.",
+                f"{folder / EXTRAS} does not fit {EXTRAS_CONFIG}: {', '.join(wrong)}.",
                 "The reader is incomplete; train it again.",
             )
         return reader.eval()

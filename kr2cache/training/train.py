@@ -180,22 +180,8 @@ def write_trained(job: Job, trained: Trained, run: RunFolder) -> None:
         )
         run.write_predictions(split, rows)
     write_json(run.history_file, {"best_epoch": trained.best_epoch, "epochs": trained.history})
-    if job.fusion is not None:
-        weights = (
-            None
-            if job.projection == "direct"
-            else [round(float(w), 7) for w in trained.reader.fusion_weights.detach().cpu()]
-        )
-        write_json(
-            run.fusion_file,
-            {
-                "fusion": job.fusion.name,
-                "layers": list(job.fusion.layers),
-                "trainable": bool(trained.reader.fusion_parameters()),
-                "weights": weights,
-                "projection": job.projection,
-            },
-        )
+    if trained.reader.resource is not None:
+        write_json(run.fusion_file, trained.reader.resource.described())
     write_json(run.metrics_file, trained.metrics)
 
 

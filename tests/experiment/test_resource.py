@@ -26,6 +26,7 @@ from kr2cache.errors import (
 from kr2cache.experiment.pipeline import describe_training
 from kr2cache.experiment.resource import Resource
 from kr2cache.experiment.shared import Shared
+from kr2cache.fusion import TRAINABLE
 from kr2cache.models import digests, load
 from kr2cache.models.digests import weights_digest
 from kr2cache.models.load import load_encoder
@@ -65,6 +66,17 @@ def test_a_cache_with_too_few_layers_or_examples_does_not_serve(world: World) ->
     with pytest.raises(CacheError, match=r"10 of 12 examples are not in it \(train-s3"):
         world.train(extract=False, cache_dir=few)
     assert world.train(extract=False, cache_dir=few, limit=2).computed == 0
+
+
+@pytest.mark.parametrize("fusion", TRAINABLE)
+def test_learned_weights_need_every_layer(world: World, fusion: str) -> None:
+    for split in SPLITS:
+        world.extract(split, layers="last2")
+    with pytest.raises(CacheError, match="layers 0, 1, 2 are not stored there"):
+        world.train(extract=False, fusion=fusion)
+    assert world.train(fusion=fusion, epochs=1.0).computed == sum(SPLITS.values())
+    assert len(world.cache_folders()) == 6
+    assert world.train(extract=False, fusion=fusion, epochs=2.0).computed == 0
 
 
 @pytest.mark.parametrize(

@@ -182,6 +182,8 @@ CASES: dict[str, dict[str, Any]] = {
     "last4 from int8": {"dtype": "int8"},
     "computed in bfloat16": {"compute_dtype": "bfloat16"},
     "trainable": {"fusion": "fuse", "fusion_learning_rate": 0.2, "dtype": "float32"},
+    "softmax": {"fusion": "softmax", "fusion_learning_rate": 0.5, "dtype": "float32"},
+    "scalar mix": {"fusion": "mix", "fusion_learning_rate": 0.5, "dtype": "float32"},
     "one layer": {"fusion": "layer2"},
     "embeddings": {"fusion": "layer0"},
     "side by side": {"projection": "direct", "fusion": "last2"},
@@ -328,7 +330,8 @@ def test_online_features_are_those_of_the_cache(tmp_path: Path, fusion: str, pro
         (states, mask), (expected, expected_mask) = online.batch(numbers), features.batch(numbers)
         np.testing.assert_array_equal(mask, expected_mask)
         if expected.shape[1] > 1 and projection != "direct":
-            weights = predictor.reader.fusion_weights.detach().numpy()
+            assert predictor.reader.resource is not None
+            weights = predictor.reader.resource.weights.detach().numpy()
             expected = np.einsum("l,bltd->btd", weights, expected)[:, None]
         np.testing.assert_allclose(states, expected, rtol=0, atol=1e-4)
         assert (states.numpy()[np.broadcast_to(mask[:, None, :, None] == 0, states.shape)] == 0).all()

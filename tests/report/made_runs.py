@@ -26,6 +26,7 @@ def make_run(
     right: Sequence[bool] = (),
     layers: Sequence[int] = (0, 1),
     weights: Sequence[float] | None = None,
+    gamma: float | None = None,
     settings: Mapping[str, Any] | None = None,
     recorded: Mapping[str, Any] | None = None,
     history: Sequence[Mapping[str, float]] = (),
@@ -57,7 +58,13 @@ def make_run(
         config["fusion"] = {"name": fusion, "layers": list(layers)}
         write(
             path / "fusion.json",
-            {"fusion": fusion, "layers": list(layers), "trainable": fusion == "fuse", "weights": weights},
+            {
+                "fusion": fusion,
+                "layers": list(layers),
+                "trainable": fusion in ("fuse", "softmax", "mix"),
+                "weights": weights,
+                **({} if gamma is None else {"gamma": gamma}),
+            },
         )
     write(path / "config.json", {"config": config | dict(settings or {}), "recorded": dict(recorded or {})})
     scores: dict[str, float] = {"accuracy": score}

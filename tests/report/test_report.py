@@ -450,6 +450,27 @@ def test_plots_are_drawn_where_there_is_data(tmp_path: Path) -> None:
         assert text in plots["Time and disk: udpos-de"].svg
 
 
+def test_learned_weights_have_the_names_of_their_fusions(tmp_path: Path) -> None:
+    for place, (fusion, gamma) in enumerate({"fuse": None, "softmax": None, "mix": 1.2}.items()):
+        for seed in SEEDS:
+            more: dict[str, Any] = {"weights": [0.25, 0.75], "gamma": gamma and gamma + (seed - 2) / 10}
+            folder = f"udpos-de/kr2-x-{fusion}-{place}4444444"
+            make_run(tmp_path, folder, seed, 0.8, method="kr2", fusion=fusion, **more)
+    for layer in (0, 1):
+        make_run(tmp_path, LAYER.format(layer, layer), 1, 0.8, method="kr2", fusion=f"layer{layer}")
+    made = report(tmp_path, None)
+    plots = {plot.title: plot.svg for plot in made.plots}
+    for text in ("KR2 fuse<", "KR2 softmax<", "KR2 mix, gamma 1.200<"):
+        assert text in plots["Learned fusion weights: udpos-de"]
+    for text in (">trainable<", ">trainable, sum 1<", ">ELMo's scalar mix<"):
+        assert text in plots["Score by layer: udpos-de"]
+    (table,) = made.tables
+    assert [row[table.columns.index("fusion")].text for row in table.rows][2:] == ["fuse", "mix", "softmax"]
+    found = {one["fusion"]: one["seeds"] for one in made.json()["configurations"]}
+    assert [one["gamma"] for one in found["mix"]] == pytest.approx([1.1, 1.2, 1.3])
+    assert found["softmax"][0]["gamma"] is None
+
+
 def test_each_plot_is_a_file_of_its_own_as_svg_and_png(tmp_path: Path) -> None:
     everything(tmp_path)
     made = report(tmp_path, None)

@@ -30,9 +30,8 @@ from kr2cache.training.kreader import (
     HEADS,
     IGNORED,
     KReader,
-    make_projection,
-    projection_kind,
 )
+from kr2cache.training.resource_input import ResourceInput, make_projection, projection_kind
 
 WIDTH = 16
 """h1, of the reader."""
@@ -52,6 +51,11 @@ def kreader(
     config = tiny.config(model_type, width=WIDTH, initializer_range=0.4, num_labels=4)
     model = HEADS[head].from_config(config)
     return KReader(model, head, fusion=fusion, projection=projection, resource_width=resource_width).eval()
+
+
+def resource_of(reader: KReader) -> ResourceInput:
+    assert reader.resource is not None
+    return reader.resource
 
 
 def inputs_of(
@@ -146,10 +150,83 @@ def test_trained_weights_are_used_as_they_are() -> None:
     reader = kreader(fusion=parse_fusion("fuse", 3))
     w = np.array([0.5, -1.25, 2.0])
     with torch.no_grad():
-        reader.fusion_weights.copy_(torch.from_numpy(w))
+        resource_of(reader).fusion_weights.copy_(torch.from_numpy(w))
     inputs = inputs_of()
     expected = np.einsum("l,blrd->brd", w, inputs["resource_states"].numpy().astype(np.float64))
     np.testing.assert_allclose(entering_the_encoder(reader, inputs)[:, TOKENS:], expected, atol=1e-4)
+
+
+def softmax(s: NDArray[np.float64]) -> NDArray[np.float64]:
+    powers = np.exp(s)
+    return powers / powers.sum()
+
+
+def normal(states: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Layer norm without weights, over the width."""
+    centred = states - states.mean(axis=-1, keepdims=True)
+    return centred / np.sqrt((centred**2).mean(axis=-1, keepdims=True) + 1e-5)
+
+
+S, GAMMA = np.array([0.5, -1.25, 2.0]), 1.7
+
+
+def learn(reader: KReader) -> None:
+    """As after a training: scores S, and GAMMA if there is one."""
+    with torch.no_grad():
+        for parameter, value in zip(reader.fusion_parameters(), (S, GAMMA), strict=False):
+            parameter.copy_(torch.as_tensor(value))
+
+
+@pytest.mark.parametrize("learned", [False, True], ids=["first", "learned"])
+@pytest.mark.parametrize("name", ["softmax", "mix"])
+def test_softmax_and_mix_are_their_formulas(name: str, learned: bool) -> None:
+    reader = kreader(fusion=parse_fusion(name, 3), projection="mlp", resource_width=10)
+    if learned:
+        learn(reader)
+    inputs = inputs_of(resource_width=10)
+    inputs["resource_states"] *= torch.tensor([0.1, 1.0, 5.7])[:, None, None]  # layers of different norms
+    inputs["resource_states"][0, :, -1] = 0  # padding
+    states = inputs["resource_states"].numpy().astype(np.float64)
+    w, gamma = softmax(S) if learned else np.full(3, 1 / 3), GAMMA if learned and name == "mix" else 1.0
+    fused = gamma * np.einsum("l,blrd->brd", w, normal(states) if name == "mix" else states)
+    found = entering_the_encoder(reader, inputs)[:, TOKENS:]
+    np.testing.assert_allclose(found, mlp(resource_of(reader).projection, fused), atol=1e-5)
+    described = resource_of(reader).described()
+    assert described["weights"] == pytest.approx(w.tolist(), abs=1e-6)
+    assert sum(described["weights"]) == pytest.approx(1)
+    assert described.get("gamma") == (pytest.approx(gamma) if name == "mix" else None)
+
+
+@pytest.mark.parametrize("name", ["softmax", "mix"])
+def test_every_score_learns_and_the_weights_keep_their_sum(name: str) -> None:
+    """Gradients by finite differences, in the whole reader."""
+    reader = kreader("sequence", fusion=parse_fusion(name, 3))
+    inputs = inputs_of("sequence")
+    labels = torch.tensor([1, 2])
+
+    def loss() -> Tensor:
+        logits = reader(**inputs)["logits"]
+        return nn.functional.cross_entropy(logits, labels)
+
+    learn(reader)
+    reader.zero_grad()
+    loss().backward()
+    step = 1e-2
+    for parameter in reader.fusion_parameters():
+        assert parameter.grad is not None
+        for i in range(len(parameter)):
+            with torch.no_grad():
+                parameter[i] += step
+                above = loss()
+                parameter[i] -= 2 * step
+                below = loss()
+                parameter[i] += step
+            assert float(parameter.grad[i]) == pytest.approx(float(above - below) / (2 * step), rel=0.02, abs=1e-4)
+            assert float(parameter.grad[i]) != 0
+    torch.optim.SGD(reader.fusion_parameters(), lr=5.0).step()
+    weights = resource_of(reader).weights.detach()
+    assert float(weights.sum()) == pytest.approx(1)
+    assert np.abs(weights.numpy() - softmax(S)).max() > 1e-3
 
 
 def test_every_choice_gets_its_own_states() -> None:
@@ -166,8 +243,9 @@ def test_mlp_between_widths() -> None:
     inputs = inputs_of(resource_width=10)
     fused = inputs["resource_states"].numpy().astype(np.float64).mean(axis=1)
     found = entering_the_encoder(reader, inputs)[:, TOKENS:]
-    np.testing.assert_allclose(found, mlp(reader.projection, fused), atol=1e-5)
-    assert reader.projection[0].weight.shape == (WIDTH, 10)
+    projection = resource_of(reader).projection
+    np.testing.assert_allclose(found, mlp(projection, fused), atol=1e-5)
+    assert weights_of(projection)["0.weight"].shape == (WIDTH, 10)
 
 
 @pytest.mark.parametrize("name", ["fuse", "all", "last2"])
@@ -176,12 +254,12 @@ def test_direct_projection_is_one_matrix_product_of_all_layers(name: str) -> Non
     reader = kreader(fusion=parse_fusion(name, 3), projection="direct", resource_width=10)
     inputs = inputs_of(layers=layers, resource_width=10)
     states = inputs["resource_states"].numpy().astype(np.float64)
-    w = weights_of(reader.projection)
+    w = weights_of(resource_of(reader).projection)
     assert w["weight"].shape == (WIDTH, layers * 10)
     side_by_side = np.concatenate([states[:, i] for i in range(layers)], axis=-1)
     found = entering_the_encoder(reader, inputs)[:, TOKENS:]
     np.testing.assert_allclose(found, side_by_side @ w["weight"].T + w["bias"], atol=1e-5)
-    assert "fusion_weights" not in dict(reader.named_parameters()), "the matrix has the weights already"
+    assert reader.fusion_parameters() == [], "the matrix has the weights already"
 
 
 @pytest.mark.parametrize("name", ["all", "last2", "last1"])
@@ -199,9 +277,10 @@ def test_a_fixed_fusion_of_fused_and_of_unfused_states_is_the_same(name: str) ->
 def test_the_fusion_knows_its_trainable_weights_whatever_their_name() -> None:
     trainable = kreader(fusion=parse_fusion("fuse", 7), projection="mlp", resource_width=10)
     (found,) = trainable.fusion_parameters()
-    assert found is trainable.fusion_weights
-    trainable.temperature = nn.Parameter(torch.ones(1))
-    assert [one is trainable.temperature for one in trainable.fusion_parameters()].count(True) == 1
+    assert found is resource_of(trainable).fusion_weights
+    for name, count in (("softmax", 1), ("mix", 2)):
+        learned = kreader(fusion=parse_fusion(name, 7), projection="mlp", resource_width=10)
+        assert [len(one) for one in learned.fusion_parameters()] == [7, 1][:count]
     direct = kreader(fusion=parse_fusion("fuse", 7), projection="direct", resource_width=10)
     for fixed in (kreader(), kreader(fusion=parse_fusion("all", 7)), direct):
         assert fixed.fusion_parameters() == []
@@ -209,9 +288,9 @@ def test_the_fusion_knows_its_trainable_weights_whatever_their_name() -> None:
 
 def test_trainable_weights_start_uniform_and_fixed_ones_do_not_train() -> None:
     trainable = kreader(fusion=parse_fusion("fuse", 7))
-    assert isinstance(trainable.fusion_weights, nn.Parameter)
-    np.testing.assert_allclose(trainable.fusion_weights.detach().numpy(), np.full(7, 1 / 7), rtol=1e-6)
-    assert "fusion_weights" not in dict(kreader(fusion=parse_fusion("all", 7)).named_parameters())
+    (weights,) = trainable.fusion_parameters()
+    np.testing.assert_allclose(weights.detach().numpy(), np.full(7, 1 / 7), rtol=1e-6)
+    assert kreader(fusion=parse_fusion("all", 7)).fusion_parameters() == []
 
 
 def test_projection_kinds() -> None:
@@ -333,7 +412,7 @@ def test_a_copy_of_a_reader_is_a_reader_of_its_own() -> None:
     twin = copy.deepcopy(reader)
     with torch.no_grad():
         before = reader(**inputs)["logits"]
-        twin.fusion_weights.mul_(3)
+        resource_of(twin).fusion_weights.mul_(3)
         changed = twin(**inputs)["logits"]
         torch.testing.assert_close(reader(**inputs)["logits"], before, rtol=0, atol=0)
     assert (changed - before).abs().max() > 1e-3
@@ -345,6 +424,8 @@ KINDS: dict[str, tuple[str | None, str]] = {
     "plain": (None, "none"),
     "fuse": ("fuse", "none"),
     "fuse-mlp": ("fuse", "mlp"),
+    "softmax": ("softmax", "none"),
+    "mix-mlp": ("mix", "mlp"),
     "last2-mlp": ("last2", "mlp"),
     "direct": ("all", "direct"),
 }
@@ -357,9 +438,7 @@ def test_a_saved_reader_loads_with_equal_logits(kind: str, head: Head, tmp_path:
     fusion = None if name is None else parse_fusion(name, 3)
     width = WIDTH if projection == "none" else 10
     reader = kreader(head, fusion, projection, width)
-    if name == "fuse":
-        with torch.no_grad():
-            reader.fusion_weights.copy_(torch.tensor([0.1, 0.7, -0.4]))
+    learn(reader)
     inputs = inputs_of(head, layers=len(fusion.layers) if fusion else 1, resource_width=width)
     inputs = plain(inputs) if fusion is None else inputs
     with torch.no_grad():
@@ -375,7 +454,7 @@ def test_a_saved_reader_loads_with_equal_logits(kind: str, head: Head, tmp_path:
     with torch.no_grad():
         # A product with one row of weights rounds by where these lie in memory, with some processors.
         torch.testing.assert_close(loaded(**inputs)["logits"], expected, rtol=0, atol=1e-6)
-    assert isinstance(getattr(loaded, "fusion_weights", None), nn.Parameter) == (name == "fuse")
+    assert len(loaded.fusion_parameters()) == len(reader.fusion_parameters())
     # The task model beside it is transformers' own.
     assert type(HEADS[head].from_pretrained(tmp_path)) is type(reader.model)
 

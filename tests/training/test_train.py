@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -16,6 +17,7 @@ from world import SPLITS, World, predictions
 from kr2cache.errors import (
     TrainingError,
 )
+from kr2cache.experiment.pipeline import describe_training
 from kr2cache.tasks.udpos import UdPos
 from kr2cache.training import arguments as arguments_module
 from kr2cache.training import batches
@@ -116,6 +118,36 @@ def test_the_fusions_own_learning_rate_moves_its_weights(world: World) -> None:
     assert still == pytest.approx([0.2] * 5, abs=1e-3)
     assert still != [0.2] * 5, "trainable weights move a little by themselves"
     assert max(abs(w - 0.2) for w in moved) > 0.02
+
+
+@pytest.mark.parametrize("name", ["softmax", "mix"])
+def test_softmax_and_mix_are_stored_and_shown_as_they_act(
+    world: World, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def learned(rate: float | None) -> tuple[dict[str, Any], list[float], float]:
+        result = world.train(fusion=name, learning_rate=1e-5, epochs=3.0, fusion_learning_rate=rate)
+        describe_training(result)
+        folder = result.runs[0].folder
+        assert folder.parent.name.startswith(f"kr2-reader-res-{name}-")
+        saved = load_file(folder / "reader" / "kr2.safetensors")
+        powers = np.exp(saved["fusion_scores"].double().numpy())
+        gamma = float(saved["fusion_gamma"]) if name == "mix" else 1.0
+        return json.loads((folder / "fusion.json").read_text()), (powers / powers.sum()).tolist(), gamma
+
+    about, weights, gamma = learned(0.1)
+    assert about["fusion"] == name
+    assert about["layers"] == [0, 1, 2, 3, 4]
+    assert about["trainable"] is True
+    assert about["weights"] == pytest.approx(weights, abs=1e-6)
+    assert about.get("gamma") == (pytest.approx(gamma, abs=1e-6) if name == "mix" else None)
+    assert max(abs(w - 0.2) for w in weights) > 0.01
+    assert (abs(gamma - 1) > 0.01) == (name == "mix")
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "0: {:.4f} 1: {:.4f} 2: {:.4f}".format(*weights) in shown
+    assert (f"gamma: {gamma:.4f}" in shown) == (name == "mix")
+    _, still, unmoved = learned(None)  # the option has both in its hands
+    assert still == pytest.approx([0.2] * 5, abs=1e-3)
+    assert unmoved == pytest.approx(1.0, abs=1e-3)
 
 
 def test_the_direct_projection_takes_all_layers(world: World) -> None:
