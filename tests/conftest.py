@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,6 +20,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import tiny
 import torch
+from forking import ForkedPython
 from world import World
 
 from kr2cache.system.allocator import objects_set_aside
@@ -49,6 +51,15 @@ def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty working folder: no kr2cache.toml, no caches."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture(params=["forked", pytest.param("new", marks=pytest.mark.long)])
+def programs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python programs that the test starts, and their workers, are forks of it. In the long tests they are new
+    interpreters, as for a user.
+    """
+    if request.param == "forked":
+        monkeypatch.setattr(subprocess, "Popen", ForkedPython)
 
 
 @pytest.fixture(scope="session")

@@ -585,6 +585,7 @@ def interrupt(arguments: str, ready: Callable[[], bool]) -> tuple[int, str, str]
     return process.returncode, out, err
 
 
+@pytest.mark.usefixtures("programs")
 def test_ctrl_c_in_extraction_keeps_what_is_complete_and_goes_on(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -620,6 +621,7 @@ def test_ctrl_c_in_extraction_keeps_what_is_complete_and_goes_on(
     assert FeatureCache.open(folder).complete.all()
 
 
+@pytest.mark.usefixtures("programs")
 def test_ctrl_c_in_training_keeps_the_caches_and_no_half_run(place: Path) -> None:
     runs = place / "runs" / "udpos-de"
     code, out, err = interrupt(

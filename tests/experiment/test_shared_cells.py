@@ -84,9 +84,8 @@ def alone(tmp_path_factory: pytest.TempPathFactory, bert: Path, reader_model: Pa
     for name, there in (("models/res", bert), ("models/reader", reader_model), ("corpus", corpus)):
         (folder / name).symlink_to(there)
     world = furnish(World(folder))
-    process = start(world)
-    shown = process.communicate()[0]
-    assert process.returncode == 0, shown
+    with contextlib.chdir(folder):
+        assert cli.run(["sweep", "grid.toml"]) == 0
     return world
 
 
@@ -154,6 +153,7 @@ def holders(folder: Path) -> Iterator[str]:
 # Whole sweeps --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("programs")
 def test_two_processes_share_the_cells_and_show_the_same(
     here: World, alone: World, started: Callable[[], subprocess.Popen[str]]
 ) -> None:
@@ -173,6 +173,7 @@ def test_two_processes_share_the_cells_and_show_the_same(
     assert len(splits) == 3, "one cache for each split"
 
 
+@pytest.mark.usefixtures("programs")
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_the_cell_of_a_process_that_ends_is_trained_by_another(
     here: World, alone: World, started: Callable[[], subprocess.Popen[str]], how: signal.Signals
@@ -193,6 +194,7 @@ def test_the_cell_of_a_process_that_ends_is_trained_by_another(
     assert not list(here.folder.rglob("*.claims"))
 
 
+@pytest.mark.usefixtures("programs")
 def test_workers_train_the_cells_of_one_command(here: World, alone: World, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["sweep", "grid.toml", "--workers", "2"]) == 0
     shown = capsys.readouterr().out
@@ -204,6 +206,7 @@ def test_workers_train_the_cells_of_one_command(here: World, alone: World, capsy
     assert not list(here.folder.rglob("*.claims"))
 
 
+@pytest.mark.usefixtures("programs")
 def test_a_failure_in_a_worker_is_shown_once_and_at_the_end(here: World, capsys: pytest.CaptureFixture[str]) -> None:
     grid = here.folder / "grid.toml"
     grid.write_text(
@@ -218,6 +221,7 @@ def test_a_failure_in_a_worker_is_shown_once_and_at_the_end(here: World, capsys:
     assert "done" not in json.loads(manifest_of(here).read_text("utf-8"))["cells"][0]
 
 
+@pytest.mark.usefixtures("programs")
 def test_ctrl_c_ends_the_workers_too(here: World) -> None:
     process = start(here, "--workers", "2")
     while not any(holders(here.folder / "runs" / "udpos")):

@@ -27,9 +27,9 @@ from kr2cache.config import ExtractConfig
 from kr2cache.extraction import budget, extract, together
 from kr2cache.extraction.planning import ExtractPlan, plan_extraction
 
-SENTENCES = 1500
-SHARDS = {"shard_gb": 100_000 / 2**30, "tokens_per_batch": 64}
-"""Many small batches in about sixty shards."""
+SENTENCES = 800
+SHARDS = {"shard_gb": 60_000 / 2**30, "tokens_per_batch": 64}
+"""Many small batches in about fifty shards."""
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +118,7 @@ def cache_of(caches: Path) -> Path:
     return folder
 
 
+@pytest.mark.usefixtures("programs")
 @pytest.mark.parametrize("workers", [2, pytest.param(4, marks=pytest.mark.long)])
 def test_workers_give_the_bytes_of_one_process(
     workers: int, config: ExtractConfig, by_one: dict[str, bytes], capsys: pytest.CaptureFixture[str]
@@ -140,6 +141,7 @@ def test_a_complete_cache_needs_no_worker(
     assert extract.extract(dataclasses.replace(config, workers=2)).computed == 0
 
 
+@pytest.mark.usefixtures("programs")
 def test_workers_go_on_with_the_shards_that_one_process_began(
     config: ExtractConfig, by_one: dict[str, bytes], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -151,6 +153,7 @@ def test_workers_go_on_with_the_shards_that_one_process_began(
     assert capsys.readouterr().out.count("was damaged") == 1
 
 
+@pytest.mark.usefixtures("programs")
 def test_a_worker_that_is_killed_is_replaced_and_nothing_is_lost(
     config: ExtractConfig, by_one: dict[str, bytes], tmp_path: Path
 ) -> None:
@@ -162,6 +165,7 @@ def test_a_worker_that_is_killed_is_replaced_and_nothing_is_lost(
     assert tiny_cache.folder_bytes(cache_of(tmp_path)) == by_one
 
 
+@pytest.mark.usefixtures("programs")
 def test_ctrl_c_leaves_no_process_and_no_claim(config: ExtractConfig, by_one: dict[str, bytes], tmp_path: Path) -> None:
     driver = start(dataclasses.replace(config, workers=2))
     workers = at_work(driver, tmp_path)
@@ -180,6 +184,7 @@ def test_ctrl_c_leaves_no_process_and_no_claim(config: ExtractConfig, by_one: di
     assert tiny_cache.folder_bytes(cache) == by_one
 
 
+@pytest.mark.usefixtures("programs")
 def test_an_error_that_every_worker_meets_is_said_once(config: ExtractConfig, tmp_path: Path) -> None:
     model = Path(shutil.copytree(config.resource, tmp_path / "model"))
     weights = load_file(model / "model.safetensors")

@@ -89,7 +89,7 @@ class Sent:
             yield one
 
 
-@pytest.mark.usefixtures("helped")
+@pytest.mark.usefixtures("helped", "programs")
 @pytest.mark.parametrize(("task", "segments"), [("udpos", False), ("piqa", False), ("piqa", True)])
 def test_helpers_give_the_index_of_one_process(
     task: str, segments: bool, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -121,7 +121,7 @@ def test_one_process_gives_the_same_in_parts(bert: Path, monkeypatch: pytest.Mon
     same(tokenise(spec_of(bert), tokenizer, iter(some), task, 24).index, encode_examples(tokenizer, some, task, 24))
 
 
-@pytest.mark.usefixtures("helped")
+@pytest.mark.usefixtures("helped", "programs")
 def test_a_fault_in_the_data_ends_all_helpers(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sent = Sent(monkeypatch)
     tokenizer = load_tokenizer(spec_of(bert), words=True)
@@ -136,7 +136,7 @@ def test_a_fault_in_the_data_ends_all_helpers(bert: Path, monkeypatch: pytest.Mo
     assert all(helper._process.returncode is not None for helper in sent.helpers)
 
 
-@pytest.mark.usefixtures("helped")
+@pytest.mark.usefixtures("helped", "programs")
 def test_a_helpers_error_is_the_error_of_one_process(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sent = Sent(monkeypatch)
     tokenizer = load_tokenizer(spec_of(bert), words=True)
@@ -149,7 +149,7 @@ def test_a_helpers_error_is_the_error_of_one_process(bert: Path, monkeypatch: py
     assert (type(caught.value), str(caught.value)) == (type(alone.value), str(alone.value))
 
 
-@pytest.mark.usefixtures("helped")
+@pytest.mark.usefixtures("helped", "programs")
 def test_a_helper_that_is_killed_is_reported(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sent = Sent(monkeypatch)
     tokenizer = load_tokenizer(spec_of(bert), words=True)
@@ -167,7 +167,7 @@ def test_a_helper_that_is_killed_is_reported(bert: Path, monkeypatch: pytest.Mon
     assert time.monotonic() - begun < 60
 
 
-@pytest.mark.usefixtures("helped")
+@pytest.mark.usefixtures("helped", "programs")
 def test_a_helper_that_cannot_load_the_tokenizer_says_why(bert: Path, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(spec_of(bert), words=True)
 
@@ -209,6 +209,7 @@ except KeyboardInterrupt:
 """
 
 
+@pytest.mark.usefixtures("programs")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
 def test_no_helper_outlives_the_process_that_started_it(number: int, code: int, bert: Path) -> None:
     """A plain script, not guarded by ``__name__``: Ctrl-C ends it at once, and even SIGKILL leaves no helper."""

@@ -309,6 +309,7 @@ def test_ctrl_c_twice_loses_nothing_at_whatever_moments(tmp_path: Path) -> None:
     assert 1 in codes
 
 
+@pytest.mark.usefixtures("programs")
 def test_the_command_after_ctrl_c_twice(workdir: Path, bert: Path) -> None:
     count = 1_500
     (workdir / "corpus").mkdir()
