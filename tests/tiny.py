@@ -75,6 +75,47 @@ def config(model_type: str, *, layers: int = 2, width: int = 16, positions: int 
     return AutoConfig.for_model(model_type, **(values | more))
 
 
+READERS: dict[str, dict[str, Any]] = {
+    **{name: {} for name in ("bert", "roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "distilbert", "electra")},
+    **{name: {} for name in ("ernie", "megatron-bert", "mpnet", "nomic_bert", "jina_embeddings_v3", "roformer")},
+    "electra-narrow": {"model_type": "electra", "embedding_size": 8},
+    "deberta": {
+        "relative_attention": True,
+        "pos_att_type": ["c2p", "p2c"],
+        "position_biased_input": False,
+        "type_vocab_size": 0,
+    },
+    "deberta-v2": {  # as DeBERTa-v3
+        "relative_attention": True,
+        "position_buckets": 8,
+        "norm_rel_ebd": "layer_norm",
+        "share_att_key": True,
+        "pos_att_type": ["p2c", "c2p"],
+        "position_biased_input": False,
+        "type_vocab_size": 0,
+    },
+    "modernbert": {"local_attention": 4, "global_attn_every_n_layers": 2},
+    "modernbert-mean": {
+        "model_type": "modernbert",
+        "local_attention": 4,
+        "global_attn_every_n_layers": 2,
+        "classifier_pooling": "mean",
+    },
+    "eurobert": {"num_key_value_heads": 1},
+    "albert": {"embedding_size": 8},
+    "rembert": {"input_embedding_size": 8},
+    "esm": {"position_embedding_type": "rotary", "token_dropout": True, "mask_token_id": 4},
+    "luke": {"entity_vocab_size": 20, "entity_emb_size": 8},
+    "xmod": {"languages": ["de_DE", "en_XX"], "default_language": "en_XX"},
+}
+"""Architectures that can be readers of method kr2, with settings as their real models have them, in small."""
+
+
+def reader_config(name: str, **more: Any) -> PretrainedConfig:
+    """The tiny configuration of ``READERS[name]``."""
+    return config(**({"model_type": name} | READERS[name] | more))
+
+
 def save_model(folder: Path, model_type: str = "bert", *, seed: int = 0, **settings: Any) -> Path:
     """A tiny model with random weights and its tokenizer, as a folder that transformers loads."""
     torch.manual_seed(seed)

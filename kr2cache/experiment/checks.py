@@ -33,6 +33,13 @@ class Training:
     teacher: ModelSpec | None
     """None if the method needs no teacher, or if the teacher is a folder."""
 
+    @property
+    def positions(self) -> int | None:
+        """The largest number of positions of a sequence's tokens and its states; None if nothing is appended."""
+        if METHODS[self.config.method].frozen is None:
+            return None
+        return self.config.max_length + (self.config.resource_max_length or self.config.max_length)
+
 
 def check_names(config: TrainConfig) -> Training:
     """Check the settings of stage two. Whether models and data are on this machine makes no difference.

@@ -34,10 +34,11 @@ from kr2cache.training.resource_input import projection_kind
 from kr2cache.training.runs import configuration_folder
 from kr2cache.training.train import Job
 
-PROCEDURE = 3
+PROCEDURE = 4
 """Number of the procedure of training and scoring. Raise it if the same settings give other results than before: then
 runs made before are not used. 3: F1 takes the whole tag for a chunk's type, as XTREME's does (``records.WHOLE_TAGS``).
-F1 chooses the epoch of a tagger, so its weights and its word accuracy can differ as well."""
+F1 chooses the epoch of a tagger, so its weights and its word accuracy can differ as well. 4: the resource's states
+stand right behind each sequence's own tokens, before the padding, so logits differ by rounding."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +127,7 @@ def prepare(config: TrainConfig, shared: Shared) -> Prepared:
     )
     first = Batcher(splits["train"], task, ready.tokenizer).inputs(range(min(2, len(splits["train"].examples))))
     with waiting(f"Trying {reader_spec.name} on two examples"):
-        shared.check_reader(checkpoint, first, appends=resource_spec is not None)
+        shared.check_reader(checkpoint, first, positions=ready.training.positions)
     notes = ready.corpus.notes + _unseen_words(job) + _left_out(checkpoint)
     if resource_spec is None:
         return Prepared(job=job, deciding=_deciding(job, ready.corpus), notes=notes)

@@ -24,7 +24,6 @@ from kr2cache.system.console import waiting
 from kr2cache.system.disk import check_writable
 from kr2cache.training.arguments import training_arguments
 from kr2cache.training.checkpoint import TaskCheckpoint
-from kr2cache.training.kreader import check_admitted
 from kr2cache.training.resource_input import projection_kind
 
 
@@ -87,8 +86,6 @@ def open_models(training: Training, shared: Shared) -> tuple[TaskCheckpoint, Pre
     with waiting(f"Loading {reader.name}"):
         checkpoint = shared.checkpoint(reader, training.task)
     check_complete(reader)
-    if resource is not None:
-        check_admitted(checkpoint.config, f"Reader {reader.name!r}")
     check_length(config.max_length, "--max-length", reader, checkpoint.config)
     tokenizer = shared.tokenizer(reader, words=training.task.words)
     if resource is not None:

@@ -6,7 +6,7 @@ The cells of a sweep use one ``Shared``. So do a distillation and its teacher.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 import xxhash
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kr2cache.cache.format import SequenceIndex, canonical_json, text_xxh3
 from kr2cache.config import TrainConfig
@@ -164,27 +164,34 @@ class Shared:
             self._checkpoints.popitem(last=False)
         return found
 
-    def check_reader(self, checkpoint: TaskCheckpoint, inputs: Mapping[str, Tensor], *, appends: bool) -> None:
+    def check_reader(
+        self, checkpoint: TaskCheckpoint, inputs: Mapping[str, Tensor] | None, *, positions: int | None
+    ) -> None:
         """Check that a reader can be trained from this checkpoint. Each checkpoint is tried once.
 
         Args:
-            inputs: A few examples of the task, as the inputs of ``KReader.forward``.
-            appends: Whether the training appends a resource's states.
+            inputs: A few examples of the task, as the inputs of ``KReader.forward``; None to try without examples.
+            positions: Of the longest sequence's tokens and states; None if the training appends no states.
 
         Raises:
             KR2CacheError: If the checkpoint cannot be loaded, or fails a check of ``admission``.
         """
         spec, head = checkpoint.spec, checkpoint.head
-        key = (repr(spec), head, checkpoint.labels, appends)
-        if key in self._admitted:
+        who = f"Reader {spec.name!r}"
+        checks: dict[str | int, Callable[[PreTrainedModel], None]] = {}
+        if inputs is not None:
+            checks["plain"] = lambda model: admission.check_plain(model, head, inputs, len(checkpoint.labels), who)
+        if positions is not None:
+            checks[positions] = lambda model: admission.check_appended(model, head, positions, who)
+        keys = {name: (repr(spec), head, checkpoint.labels, name) for name in checks}
+        if self._admitted.issuperset(keys.values()):
             return
         with torch.random.fork_rng(devices=[]):  # the random numbers of a training stay the same
             model = checkpoint.task_model()
         model.eval()  # type: ignore[no-untyped-call]
-        admission.check_plain(model, head, inputs, len(checkpoint.labels), f"Reader {spec.name!r}")
-        if appends:
-            admission.check_appended(model, head, f"Reader {spec.name!r}")
-        self._admitted.add(key)
+        for name, check in checks.items():
+            check(model)
+            self._admitted.add(keys[name])
 
 
 def read_splits(task: Task, data: str | None, limit: int | None) -> tuple[dict[str, list[Example]], list[str]]:

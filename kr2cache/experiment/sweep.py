@@ -16,7 +16,7 @@ from typing import Any
 from kr2cache.config import TrainConfig
 from kr2cache.errors import ConfigError, InterruptedWorkError, KR2CacheError
 from kr2cache.experiment.cells import Cell, cells_text, count_cells, explained, find_faults, group_errors, refusal
-from kr2cache.experiment.checks import check_names
+from kr2cache.experiment.checks import Training, check_names
 from kr2cache.experiment.grid import Grid
 from kr2cache.experiment.pipeline import train
 from kr2cache.experiment.ready import check_ready, open_models, read_corpus
@@ -152,9 +152,16 @@ class Sweep:
             lambda: open_models(training, self._shared),
             lambda: check_ready(config, self._shared),
         ]
+        if training.positions is not None:
+            checks.append(lambda: self._check_appends(training))
         if cell.method.needs_teacher:
             checks.append(lambda: self._check_teacher(config))
         return checks
+
+    def _check_appends(self, training: Training) -> None:
+        """Check that the reader can have states appended, which only its weights in memory show."""
+        checkpoint = self._shared.checkpoint(training.reader, training.task)
+        self._shared.check_reader(checkpoint, None, positions=training.positions)
 
     def _check_teacher(self, config: TrainConfig) -> None:
         if (teacher := teacher_config(config)) is not None:

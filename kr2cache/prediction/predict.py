@@ -33,6 +33,7 @@ from kr2cache.prediction.online import OnlineFeatures, OnlineResource, load_reso
 from kr2cache.system.device import choose_device
 from kr2cache.system.process import process_unchanged
 from kr2cache.tasks import Example, Task, find_task
+from kr2cache.training.admission import check_reader
 from kr2cache.training.batches import SplitData
 from kr2cache.training.evaluate import example_logits, most_likely
 from kr2cache.training.kreader import KReader
@@ -209,6 +210,8 @@ def _load_reader(folder: Path, task: Task, *, trust_remote_code: bool) -> KReade
             f"It is incomplete or damaged. Remove {folder.parent} and train it again.",
         ) from error
     reader.check_task(task, folder)
+    if reader.resource is not None:
+        check_reader(reader, f"The reader in {folder}")  # another transformers may have trained it
     return reader
 
 

@@ -18,6 +18,7 @@ from kr2cache.cache.format import SequenceIndex
 from kr2cache.models.encode import FirstSubwords, pad, padding_mask
 from kr2cache.models.tokenizers import pad_id
 from kr2cache.tasks import Example, Task
+from kr2cache.training.appending import packed_order
 from kr2cache.training.distill import TeacherLogits
 from kr2cache.training.features import Features
 from kr2cache.training.kreader import IGNORED
@@ -103,6 +104,8 @@ class Batcher:
             states, resource_mask = self.data.features.batch(sequences)
             batch["resource_states"] = states if isinstance(states, Tensor) else torch.from_numpy(states)
             batch["resource_mask"] = torch.from_numpy(resource_mask)
+            # Here, once per batch: on a GPU, the model would have to wait for the longest length.
+            batch["order"] = packed_order(torch.from_numpy(mask), batch["resource_mask"])
         return batch
 
     def _labels(self, examples: Sequence[int], T: int) -> Tensor:

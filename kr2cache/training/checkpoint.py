@@ -13,7 +13,7 @@ from kr2cache.models.digests import hash_encoder, model_key
 from kr2cache.models.load import class_of, head_names, load_config, load_pretrained, not_finite, quiet
 from kr2cache.models.registry import ModelSpec
 from kr2cache.tasks.base import Head
-from kr2cache.training.kreader import HEADS
+from kr2cache.training.kreader import HEADS, task_class
 
 
 class TaskCheckpoint:
@@ -41,6 +41,8 @@ class TaskCheckpoint:
         if self.head != "choice":
             config.id2label = dict(enumerate(self.labels))
             config.label2id = {label: number for number, label in enumerate(self.labels)}
+        elif task_class(self.head, config) is HEADS["sequence"]:
+            config.num_labels = 1  # one score for each choice
         return config
 
     def task_model(self) -> PreTrainedModel:
@@ -61,7 +63,7 @@ class TaskCheckpoint:
 
     def _read(self) -> tuple[type[PreTrainedModel], dict[str, Tensor]]:
         config, key = self.task_config(), model_key(self.spec)
-        model, missing, misfit = load_pretrained(self.spec, HEADS[self.head], config)
+        model, missing, misfit = load_pretrained(self.spec, task_class(self.head, config), config)
         if damaged := not_finite(model):
             more = f" and {len(damaged) - 1} more" if len(damaged) > 1 else ""
             raise UnsupportedModelError(

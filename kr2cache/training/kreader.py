@@ -1,9 +1,8 @@
 """The KReader: a Hugging Face task model that reads a resource's states beside its own embeddings.
 
 KR2, eq. 1-3: ``H^_res = sum_i w_i H_res^i``, ``G^0 = f_{h2:h1}(H^_res)``, ``H^_reader^0 = Concat(H_reader^0, G^0)``.
-A forward hook on the base model's ``embeddings`` appends G^0 to ``hidden_states[0]``. The attention mask is extended to
-l1 + l2, and logits are cut to the first l1 positions before the loss. Without a fusion, the model is the unchanged
-Hugging Face model: the baseline.
+``appending`` appends G^0 to ``hidden_states[0]``; logits are cut to the first l1 positions before the loss. Without a
+fusion, the model is the unchanged Hugging Face model: the baseline.
 
 Shape letters: B sequences, T tokens of the reader (l1), R positions of the resource (l2), L layers, D and H widths h2
 and h1.
@@ -12,7 +11,7 @@ and h1.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import (
+    AutoConfig,
     AutoModelForMultipleChoice,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -30,10 +30,11 @@ from transformers import (
 )
 
 from kr2cache.config import Projection
-from kr2cache.errors import CacheError, ConfigError, UnsupportedModelError
+from kr2cache.errors import CacheError, ConfigError
 from kr2cache.fusion import Fusion
 from kr2cache.models.load import quiet
 from kr2cache.tasks.base import Head, Task
+from kr2cache.training.appending import Appender, packed_order
 from kr2cache.training.resource_input import ResourceInput
 
 HEADS: dict[Head, Any] = {
@@ -42,31 +43,24 @@ HEADS: dict[Head, Any] = {
     "choice": AutoModelForMultipleChoice,
 }
 
-ADMITTED = ("bert", "roberta", "xlm-roberta", "camembert", "distilbert", "ernie", "megatron-bert", "electra")
-"""Architectures that pass tests/training/test_admission.py: if all of G is masked, the output is that of the plain
-reader; a masked position of G changes nothing; padding to a longer sequence in the batch changes nothing."""
-
 IGNORED = -100
 """Label of positions that do not count, as in torch's cross entropy."""
 EXTRAS = "kr2.safetensors"
 EXTRAS_CONFIG = "kr2.json"
 
 
-def check_admitted(config: PretrainedConfig, who: str) -> None:
-    """Raise ``UnsupportedModelError`` for an architecture that cannot take appended states."""
-    if config.model_type not in ADMITTED:
-        raise UnsupportedModelError(
-            f"{who} is a {config.model_type} model, which cannot be a KReader of method kr2: kr2cache has not "
-            "shown that this architecture handles appended states correctly (masks, padding, batches).",
-            f"These architectures pass: {', '.join(ADMITTED)}. To train it without a resource: --method kreader.",
-        )
-    width = getattr(config, "embedding_size", config.hidden_size)
-    if width != config.hidden_size:
-        raise UnsupportedModelError(
-            f"{who} has embeddings of width {width} and an encoder of width {config.hidden_size}: states cannot be "
-            "appended.",
-            "Choose a reader whose embeddings are as wide as its encoder.",
-        )
+SCORED_APART = ("roformer",)
+"""Architectures whose model for multiple choice takes the state of the last position, padding or not."""
+
+
+def task_class(head: Head, config: PretrainedConfig) -> Any:
+    """The auto class of the task model. If an architecture has no model for multiple choice, or none that serves, it is
+    that of sequence classification, with one score for each choice.
+    """
+    chooses = HEADS["choice"]
+    by_code = chooses.__name__ in (getattr(config, "auto_map", None) or {})
+    has_own = type(config) in chooses._model_mapping and config.model_type not in SCORED_APART
+    return HEADS["sequence"] if head == "choice" and not (has_own or by_code) else HEADS[head]
 
 
 class KReader(nn.Module):
@@ -91,15 +85,12 @@ class KReader(nn.Module):
         super().__init__()
         self.model = model
         self.head = head
+        self.scores_choices = head == "choice" and task_class(head, model.config) is HEADS["sequence"]
+        """Whether the model scores each choice as a sequence of its own."""
         self.resource: ResourceInput | None = None
-        self._appended: Tensor | None = None
-        self._positions = 0
-        """How many positions the encoder's output has in this forward pass; 0 until states are appended."""
         if fusion is not None:
-            check_admitted(model.config, type(model).__name__)
+            self.appender = Appender(model, type(model).__name__)
             self.resource = ResourceInput(fusion, projection, resource_width, int(model.config.hidden_size))
-            model.base_model.get_submodule("embeddings").register_forward_hook(self._append)
-            model.base_model.register_forward_hook(self._count_positions)
 
     @property
     def config(self) -> PretrainedConfig:
@@ -126,6 +117,7 @@ class KReader(nn.Module):
         token_type_ids: Tensor | None = None,
         resource_states: Tensor | None = None,
         resource_mask: Tensor | None = None,
+        order: Tensor | None = None,
         labels: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """
@@ -133,6 +125,7 @@ class KReader(nn.Module):
             input_ids: (B, T), or (B, C, T) for C choices, like ``attention_mask`` and ``token_type_ids``.
             resource_states: (B * C, L, R, D).
             resource_mask: (B * C, R), 1 for states, 0 for padding.
+            order: (B * C, W), ``packed_order`` of both masks, on the device. Without it, it is computed here.
             labels: (B, T) for tagging, ``IGNORED`` at positions without a label; else (B,).
 
         Returns:
@@ -141,28 +134,12 @@ class KReader(nn.Module):
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
         if token_type_ids is not None:
             inputs["token_type_ids"] = token_type_ids
-        T = expected = input_ids.shape[-1]
-        if self.resource is not None:
-            if resource_states is None or resource_mask is None:
-                raise ConfigError("This KReader has a resource, but the batch has no states of it.")
-            self._appended = self.resource(resource_states)
-            mask = resource_mask.to(attention_mask.dtype).view(*attention_mask.shape[:-1], -1)
-            inputs["attention_mask"] = torch.cat([attention_mask, mask], dim=-1)
-            expected = T + resource_mask.shape[1]
-            self._positions = 0
-        try:
-            logits = self.model(**inputs).logits
-        except RuntimeError as error:
-            if self.resource is not None and not self._positions:
-                raise _states_lost(T, T, expected) from error
-            raise
-        finally:
-            self._appended = None
-        # A model may silently accept a longer mask over fewer positions, so count the positions of its output.
-        if self.resource is not None and self._positions != expected:
-            raise _states_lost(self._positions or T, T, expected)
-        if self.head == "token":
-            logits = logits[:, :T]
+        if self.resource is None:
+            logits = self.plain_logits(inputs)
+        elif resource_states is None or resource_mask is None:
+            raise ConfigError("This KReader has a resource, but the batch has no states of it.")
+        else:
+            logits = self.logits_beside(inputs, self.resource(resource_states), resource_mask, order)
         if labels is None:
             return {"logits": logits}
         loss = functional.cross_entropy(
@@ -170,16 +147,33 @@ class KReader(nn.Module):
         )
         return {"loss": loss, "logits": logits}
 
-    def _append(self, module: nn.Module, inputs: Any, embeddings: Tensor) -> Tensor:
-        """Eq. 3 along the sequence: (B, T, H) to (B, T + R, H)."""
-        if self._appended is None:
-            return embeddings
-        whole = torch.cat([embeddings, self._appended.to(embeddings.dtype)], dim=1)
-        self._positions = whole.shape[1]
-        return whole
+    def plain_logits(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Logits of the task model without a resource, from inputs as ``forward`` takes them."""
+        return self._logits(_flat(inputs), inputs["input_ids"].shape[:-1])
 
-    def _count_positions(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        self._positions = output[0].shape[1]
+    def logits_beside(
+        self, inputs: Mapping[str, Tensor], appended: Tensor, resource_mask: Tensor, order: Tensor | None = None
+    ) -> Tensor:
+        """Logits of the task model with G^0 appended.
+
+        Args:
+            inputs: Inputs of the task model, as ``forward`` takes them.
+            appended: G^0, (B * C, R, H).
+            resource_mask: (B * C, R).
+            order: See ``forward``.
+        """
+        shape, flat = inputs["input_ids"].shape, _flat(inputs)
+        if order is None:
+            order = packed_order(flat["attention_mask"], resource_mask)
+        logits = self.appender.run(lambda wide: self._logits(wide, shape[:-1]), flat, appended, resource_mask, order)
+        return logits[:, : shape[-1]] if self.head == "token" else logits
+
+    def _logits(self, flat: Mapping[str, Tensor], shape: torch.Size) -> Tensor:
+        """Logits for inputs (S, positions); ``shape`` is (B,) or (B, C), S together."""
+        if self.head == "choice" and not self.scores_choices:
+            flat = {name: tensor.view(*shape, -1) for name, tensor in flat.items()}
+        logits: Tensor = self.model(**flat).logits
+        return logits.view(shape) if self.head == "choice" else logits
 
     # Saving and loading ----------------------------------------------------------------------------------------------
 
@@ -215,7 +209,8 @@ class KReader(nn.Module):
                 f"{folder} is not a trained KReader: {EXTRAS_CONFIG} cannot be read.", "Give reader/ of a run folder."
             ) from error
         with quiet():
-            model, report = HEADS[about["head"]].from_pretrained(
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+            model, report = task_class(about["head"], config).from_pretrained(
                 folder,
                 dtype=torch.float32,
                 output_loading_info=True,
@@ -263,14 +258,11 @@ class KReader(nn.Module):
         )
 
 
+def _flat(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """(S, positions) for inputs with or without choices."""
+    return {name: tensor.flatten(0, -2) for name, tensor in inputs.items()}
+
+
 def _some(labels: Iterable[object]) -> str:
     names = list(map(str, labels))
     return ", ".join(names[:4]) + (f", ... ({len(names)})" if len(names) > 4 else "")
-
-
-def _states_lost(seen: int, reader: int, expected: int) -> UnsupportedModelError:
-    return UnsupportedModelError(
-        f"The encoder saw {seen} positions instead of {expected} (reader {reader} + resource {expected - reader}): the "
-        "resource's states did not reach it.",
-        "Use torchrun for several GPUs: torch.nn.DataParallel loses the hook that appends the states.",
-    )

@@ -143,7 +143,7 @@ def test_a_run_of_an_older_procedure_is_shown_as_older_and_trained_anew(
     made = report(old.folder.parents[2], None)
     (table,) = made.tables
     shown = {row[table.columns.index("procedure")].text: row[table.columns.index("F1")] for row in table.rows}
-    assert {name: (cell.remark, cell.bold) for name, cell in shown.items()} == {"2": ("older", False), "3": ("", False)}
+    assert {name: (cell.remark, cell.bold) for name, cell in shown.items()} == {"2": ("older", False), "4": ("", False)}
     assert any(text.startswith("F1 of 1 configuration is not XTREME") for text in made.notes)
 
 
