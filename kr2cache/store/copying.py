@@ -1,4 +1,4 @@
-"""Write the states of one cache into another: a slice, a stored fusion, or sequences that a new cache takes over.
+"""Copy states from one cache into another: for a slice, a stored fusion, or a new cache that needs the same states.
 
 Each sequence is compared with its checksum before it is copied, so damage does not spread.
 """
@@ -29,9 +29,9 @@ def states_as_stored(header: ShardHeader, fusion: Fusion | None, sources: list[t
 
     Args:
         header: The header of the cache that is written.
-        fusion: Averages the layers first; None copies them.
-        sources: Caches that hold the sequence, and its position in each. Every layer comes from the first cache that
-            holds it.
+        fusion: How layers are averaged before they are stored. None: they are stored as they are.
+        sources: Caches that hold the sequence, and its position in each. Each layer comes from the first cache that
+            holds this layer.
 
     Raises:
         CacheError: If the sequence is damaged in one of the caches.
@@ -63,10 +63,10 @@ def copy_states(
     """Write sequences into the shard of ``writer``.
 
     Args:
-        writer: Of the shard.
-        sequences: (position in the cache, states as stored).
-        progress: Advances by every sequence.
-        check: Called after every sequence; it may raise.
+        writer: The writer of the shard.
+        sequences: For each sequence its position in the cache of the shard, and its states as stored.
+        progress: It advances by one after every sequence.
+        check: Called after every sequence; it may raise an error.
 
     Returns:
         How many sequences were written.
@@ -81,12 +81,12 @@ def copy_states(
 
 
 def fill_from(shards: SharedShards, stored: Callable[[int], Stored], origin: str) -> int:
-    """Fill the shards of a cache with states that exist elsewhere.
+    """Fill the shards of a cache with states from other caches.
 
     Args:
-        shards: They exist.
-        stored: Gives the states of a sequence by its position in the cache.
-        origin: Where they come from, in words, for the progress bar.
+        shards: The shards of the cache; their files exist.
+        stored: Gives the states of a sequence, by its position in the cache.
+        origin: Where the states come from, as text for the progress bar.
 
     Returns:
         How many sequences this process wrote.

@@ -1,19 +1,21 @@
-"""A large split is read and tokenised once: caches record what their index was made from, and later plans take it.
+"""Tokenise a large split only once: a later extraction from the same data uses the index of an earlier cache again.
 
-Processes that start together share a plan too: the first one tokenises, the others wait for it. Until a cache holds the
-index, it lies in ``CACHE_DIR/TASK/SPLIT/plan-KEY.npz``.
+Processes that start together also tokenise once: the first one does the work, and the others wait for it. Until a cache
+holds the index, the file ``CACHE_DIR/TASK/SPLIT/plan-KEY.npz`` holds it.
 
 The key is a digest of everything that decides the index: the bytes and names of the data files, the task with its
-settings, the tokenizer as it was loaded, and the code that reads and tokenises. A cache with an equal key holds the
-same index, whatever its layers and dtype. Before it is taken, its first sequences are tokenised again and compared.
+settings, the tokenizer as it was loaded, and the code that reads and tokenises. Caches record the key. Caches with the
+same key hold the same index, whatever their layers and dtype. Before an index is used again, its first sequences are
+tokenised again and compared.
 
-There is no key, and the split is read and tokenised as always, for
+In the following cases there is no key, and every process reads and tokenises the split itself:
 
-- data files below ``LARGE`` bytes, which take a second or two,
-- data sets of the hub,
-- a task whose files are not all known (``Task.source_files``), or whose class is not in this package,
-- tokenizers that are not the library's own fast classes: code or a dictionary outside the model's files may decide,
-- models that run with segment ids, which caches do not store.
+- The data files have fewer than ``LARGE`` bytes. They take a second or two.
+- The data set comes from the hub.
+- The task does not know all its files (``Task.source_files``), or its class is not in this package.
+- The tokenizer is not one of the library's own fast classes. Then code or a dictionary outside the model's files may
+  change the tokens.
+- The model needs segment ids, which caches do not store.
 """
 
 from __future__ import annotations
@@ -49,9 +51,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 LARGE = 16 * 2**20
-"""Bytes of data files from which on a plan is shared. 16 MB of CoNLL-U are 20,000 sentences: 2 s."""
+"""A plan is shared if the data files have at least this many bytes. 16 MB of CoNLL-U are 20,000 sentences: 2 s."""
 FIELD = "plan"
-"""Among the recorded fields of a cache's provenance: the key, and the words that get no states."""
+"""The recorded field of a cache's provenance with the key and the numbers of words that get no states."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,19 +62,19 @@ class Source:
 
     key: str
     stamps: tuple[tuple[Any, ...], ...]
-    """Of the files before they were read."""
+    """Path, size, times and inode of each file, from before the files were read."""
     files: tuple[Path, ...]
 
     @property
     def unchanged(self) -> bool:
-        """Whether no file was changed since the key was computed."""
+        """Whether all files are as they were before the key was computed."""
         try:
             return _stamps(self.files) == self.stamps
         except OSError:
             return False
 
     def recorded(self, made: Tokenised) -> dict[str, Any]:
-        """The recorded fields of a cache with the index ``made``. Empty if a data file changed after the key was
+        """What a cache with the index ``made`` records about it. Empty if a data file changed after the key was
         computed, or if there are segment ids, which a cache does not store.
         """
         if made.index.segment_id is not None or not self.unchanged:
@@ -90,7 +92,7 @@ def source_of(
     max_length: int,
     tokenizer: PreTrainedTokenizerBase,
 ) -> Source | None:
-    """The source of an index, before the data is read. None if a plan of it is not shared (see above)."""
+    """The source of an index. None if its plan is not shared; the top of this file lists these cases."""
     files = task.source_files(split, data)
     state = _tokenizer_state(tokenizer)
     if files is None or state is None or not _is_ours(type(task)):
@@ -117,7 +119,7 @@ def source_of(
 
 @dataclass(frozen=True, kw_only=True)
 class Plans:
-    """The plans of one source in one cache directory."""
+    """Finds or makes the index of one source, in one cache directory."""
 
     cache_dir: Path
     task: str
@@ -127,15 +129,15 @@ class Plans:
     def find_or_make(
         self, first: Callable[[], Tokenised], make: Callable[[], Tokenised]
     ) -> tuple[Tokenised, dict[str, Any]]:
-        """The index of the source; and the fields that a new cache records of it.
+        """The index of the source, and what a new cache records about it.
 
         Args:
-            first: Tokenises the first sequences now. A stored index whose first sequences are others is not taken.
-            make: Reads and tokenises all. Not called if another process did so.
+            first: Tokenises the first sequences. A stored index is used only if it begins with the same sequences.
+            make: Reads and tokenises everything. It is not called if a stored index can be used.
         """
         found = self._find(first)
         if found is None:
-            with self._alone() as claim:
+            with self._only_process() as claim:
                 found = self._find(first)
                 if found is None:
                     found = make()
@@ -152,8 +154,8 @@ class Plans:
         return found if found is not None and _begins_with(found.index, first().index) else None
 
     @contextlib.contextmanager
-    def _alone(self) -> Iterator[Claim | None]:
-        """No other process plans from this source inside the block. None where nothing can be written."""
+    def _only_process(self) -> Iterator[Claim | None]:
+        """Inside the block, no other process tokenises this source. Yields None if no claim can be written to disk."""
         claim = None
         with contextlib.suppress(OSError, ConfigError, DiskSpaceError):
             claim = wait_for_claim(plan_file(self.cache_dir, self.task, self.split, self.source.key), "plan")
@@ -165,7 +167,7 @@ class Plans:
                 claim.release()
 
     def _save(self, made: Tokenised, claim: Claim) -> None:
-        """Keep the index for the other processes. A disk without space for it is no failure."""
+        """Keep the index for the other processes. If it cannot be written, nothing is kept and nothing is raised."""
         index = made.index
         unfinished = claim.folder / "plan.npz"
         try:
@@ -181,16 +183,16 @@ class Plans:
 
 
 _STORED = ("ids", "n_tokens", "text_xxh3", "input_id", "word_index")
-"""The arrays of an index that are kept. Segment ids are not: such an index is not shared."""
+"""The arrays of an index that are kept. An index with segment ids is not shared."""
 
 
 def plan_file(cache_dir: Path, task: str, split: str, key: str) -> Path:
-    """Where the index lies until a cache holds it."""
+    """The file that holds the index until a cache holds it."""
     return folders.split_folder(cache_dir, task, split) / f"plan-{key[:16]}.npz"
 
 
 def forget(cache_dir: Path, task: str, split: str, key: str) -> None:
-    """Remove the plan of a source: a cache holds its index now."""
+    """Remove the file of an index that a cache holds now."""
     with contextlib.suppress(OSError):
         plan_file(cache_dir, task, split, key).unlink(missing_ok=True)
 
@@ -201,7 +203,7 @@ def _load(path: Path) -> Tokenised | None:
             index = SequenceIndex(**{name: stored[name] for name in _STORED})
             cut_off, no_token = stored["missing_words"].tolist()
             is_intact = str(stored["digest"]) == _digest(index)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # there is none, or it is damaged
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # the file is missing or damaged
         return None
     return Tokenised(index=index, missing_words=MissingWords(cut_off, no_token)) if is_intact else None
 
@@ -211,10 +213,10 @@ def _digest(index: SequenceIndex) -> str:
 
 
 def stored_index(cache_dir: Path, task: str, split: str, key: str) -> Tokenised | None:
-    """The index of a cache that was planned from the same source; None if there is none.
+    """The index of a cache that was made from the same source; None if there is no such cache.
 
     Args:
-        cache_dir: Where to look.
+        cache_dir: The folder of all caches.
         task: The task's name.
         split: The split.
         key: ``Source.key``
@@ -239,7 +241,9 @@ def stored_index(cache_dir: Path, task: str, split: str, key: str) -> Tokenised 
 
 
 def _missing_words(provenance: Mapping[str, Any], key: str) -> MissingWords | None:
-    """The recorded counts, if the key is recorded. A file of another program may hold anything."""
+    """How many words get no states, as recorded; None if this key is not recorded. Every type is checked, because
+    another program may have written the file.
+    """
     recorded = provenance.get("recorded")
     stored = recorded.get(FIELD) if isinstance(recorded, dict) else None
     if not isinstance(stored, dict) or stored.get("key") != key:
@@ -269,7 +273,7 @@ def _file_xxh3(path: Path) -> str:
 
 
 def _tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any] | None:
-    """Everything that decides the tokens of a fast tokenizer of the library itself; None for another one."""
+    """Everything that decides the tokens, if this is one of the library's own fast tokenizers; otherwise None."""
     kind = type(tokenizer)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     of_library = kind.__module__ in _GENERIC or kind.__module__.startswith("transformers.models.")
@@ -277,9 +281,9 @@ def _tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any] | Non
         return None
     try:
         content = json.loads(backend.to_str())
-    except Exception:  # a component written in Python cannot be told
+    except Exception:  # a component that is written in Python has no JSON
         return None
-    for setting in ("truncation", "padding"):  # left by the latest call
+    for setting in ("truncation", "padding"):  # what the last call set
         content.pop(setting, None)
     return {
         "class": f"{kind.__module__}.{kind.__qualname__}",
@@ -293,14 +297,14 @@ def _tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any] | Non
 
 
 _GENERIC = ("transformers.tokenization_utils_tokenizers", "transformers.tokenization_utils_fast")
-"""The modules of the class of a tokenizer that is nothing but its ``tokenizer.json``."""
+"""Modules of the library's generic classes. Such a tokenizer consists only of its ``tokenizer.json``."""
 
 
 def _is_ours(kind: type[Task]) -> bool:
     """Whether the code of a class is part of ``_code_digest``."""
     try:
         return _package() in Path(inspect.getfile(kind)).resolve().parents
-    except (TypeError, OSError):  # a class that was typed in
+    except (TypeError, OSError):  # a class that was defined in an interactive session
         return False
 
 
@@ -310,7 +314,7 @@ def _package() -> Path:
 
 @functools.cache
 def _code_digest() -> str:
-    """SHA-256 of this package's source: a change of any line that reads or tokenises may change an index."""
+    """SHA-256 of this package's source code: any change of it may change how data is read or tokenised."""
     digest = hashlib.sha256()
     for path in sorted(_package().rglob("*.py")):
         digest.update(f"{path.relative_to(_package()).as_posix()}\0".encode() + path.read_bytes() + b"\0")

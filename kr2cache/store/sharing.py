@@ -29,33 +29,33 @@ from kr2cache.system.console import note, note_waiting
 CACHE = "cache"
 """The unit that a process holds while it decides which shards a cache has."""
 LOOK_EVERY_S = 0.5
-"""Seconds between two looks of a process that waits for other processes."""
+"""A process that waits for other processes checks again after so many seconds."""
 
 
 class LostClaimError(Exception):
-    """Another process took the shard over."""
+    """Another process took over the shard."""
 
 
 @dataclass
 class HeldShard:
-    """A shard that this process may fill. It is released at the end of its ``with`` block."""
+    """A shard that this process may fill. The end of the ``with`` block releases it."""
 
     part: ShardPart
     claim: Claim
     check_interrupt: Callable[[], object]
 
     def check(self) -> None:
-        """To be called after every batch. It raises KeyboardInterrupt if Ctrl-C was pressed. If another process took
-        the shard over, it ends the ``with`` block.
+        """Call this after every batch. It raises KeyboardInterrupt if Ctrl-C was pressed. If another process took over
+        the shard, it ends the ``with`` block, and the program continues after the block.
         """
         self._check_held()
         self.check_interrupt()
 
     @contextlib.contextmanager
     def writer(self) -> Iterator[ShardWriter]:
-        """A writer of the shard. It writes nothing once another process took the shard over."""
+        """A writer of the shard. Once another process has taken over the shard, it writes nothing."""
         with ShardWriter(self.part.path, self.part.start, self._check_held) as writer:
-            # The check must come after opening: if this process was stopped before, the file may be another process's.
+            # Check after opening: if this process was stopped before that, the file may belong to another process now.
             self._check_held()
             yield writer
 
@@ -69,11 +69,14 @@ class HeldShard:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
-        # An error after the claim is lost, for example a missing file, is ignored: another process does the work.
+        # Once the claim is lost, errors such as a missing file are ignored: another process does the work.
         lost = isinstance(error, Exception) and not self.claim.is_held
         self.claim.release()
         if lost:
-            note(f"{self.part.path.name} was taken over by another process: this one was silent for too long.")
+            note(
+                f"Another process took over {self.part.path.name}: this process was stopped, or cut off from the file "
+                "system, for too long."
+            )
         return lost
 
 
@@ -96,10 +99,10 @@ class SharedShards:
         """Make the shards that do not exist. Their space is reserved, and no sequence in them is complete.
 
         Args:
-            build_in: The folder of the claim on ``CACHE``.
+            build_in: The folder of the claim on ``CACHE``; files are built there.
 
         Raises:
-            DiskSpaceError: If the space cannot be reserved; the unfinished file is removed.
+            DiskSpaceError: If the space cannot be reserved. The unfinished file is removed.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         for part in self.parts:
@@ -111,29 +114,30 @@ class SharedShards:
         return sum(map(self._complete_in, self.parts))
 
     def unfinished(self, check_interrupt: Callable[[], object]) -> Iterator[HeldShard]:
-        """Claim one unfinished shard after the other, until all are complete. A damaged shard is first made again; its
-        intact sequences are kept. If other processes hold all unfinished shards, wait for them.
+        """Claim one unfinished shard after another, until all are complete. A damaged shard is first made again, with
+        its intact sequences. If other processes hold all unfinished shards, wait for them.
 
         Args:
             check_interrupt: Raises KeyboardInterrupt if Ctrl-C was pressed.
 
         Raises:
+            CacheError: If a shard was removed.
             DiskSpaceError: If there is no space to make a damaged shard again.
-            CacheVersionError: For a shard of another version of the format; it is left as it is.
+            CacheVersionError: If a shard has another version of the format. It is not changed.
         """
         # If other processes are working, they have checked every shard already.
-        unseen = set() if held_units(self.folder) - {CACHE} else set(self.parts)
-        left, said = list(self.parts), False
+        unchecked = set() if held_units(self.folder) - {CACHE} else set(self.parts)
+        left, noted = list(self.parts), False
         while left:
             held_by_others = []
             for part in left:
-                if part not in unseen and self._is_complete(part):
+                if part not in unchecked and self._is_complete(part):
                     continue
                 claim = try_claim(self.folder, part.path.name)
                 if claim is None:
                     held_by_others.append(part)
                     continue
-                unseen.discard(part)
+                unchecked.discard(part)
                 held = HeldShard(part, claim, check_interrupt)
                 with contextlib.ExitStack() as until_handed_over:
                     until_handed_over.enter_context(held)
@@ -146,15 +150,15 @@ class SharedShards:
                     held_by_others.append(part)
             left = held_by_others
             if left and all(not self._is_complete(part) for part in left):
-                if not said:
+                if not noted:
                     name = left[0].path.name
                     note_waiting(f"{name} is being written by {holder(self.folder, name)}; waiting for it.")
-                    said = True
+                    noted = True
                 check_interrupt()
                 time.sleep(LOOK_EVERY_S)
 
     def _restore(self, held: HeldShard) -> None:
-        """Make the shard intact, and make sure that no earlier holder can write to it."""
+        """Make sure that the shard is intact and that no earlier holder can write to it."""
         part, claim = held.part, held.claim
         index = self.index.part(part.start, part.stop)
         if not part.path.exists():
@@ -165,7 +169,7 @@ class SharedShards:
             self._marks.pop(part, None)
         claim.fenced()
         if not intact:
-            note(f"{part.path.name} was damaged: it is made again, and its intact sequences are kept.")
+            note(f"{part.path.name} was damaged. It was made again, with its intact sequences.")
 
     def _is_complete(self, part: ShardPart) -> bool:
         return self._complete_in(part) == part.stop - part.start
@@ -191,7 +195,7 @@ class SharedShards:
 
 
 def existing_header(folder: Path, fingerprint: str) -> ShardHeader | None:
-    """The header from any shard in ``folder``, also a damaged one; None if there is none."""
+    """The header with this fingerprint from any shard in ``folder``, even a damaged one; None if there is none."""
     for path in sorted(folder.glob("*.h5")):
         for header in readable_headers(path):
             if header.fingerprint == fingerprint:
@@ -201,10 +205,10 @@ def existing_header(folder: Path, fingerprint: str) -> ShardHeader | None:
 
 @contextlib.contextmanager
 def whole_cache(folder: Path, *, wait: bool = True) -> Iterator[Claim]:
-    """Hold all of a cache: no other process writes to it inside the block. Yields the claim on ``CACHE``.
+    """Claim a whole cache: inside the block, no other process writes to it. Yields the claim on ``CACHE``.
 
     Args:
-        folder: The cache.
+        folder: The folder of the cache.
         wait: Whether to wait for other processes.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Find states that older caches already hold, so that a new cache copies them and the model does not run for them."""
+"""Find states in older caches. A new cache copies them, and the model does not run for them again."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from kr2cache.system.console import WorkProgress
 
 @dataclass(frozen=True)
 class Donors:
-    """Older caches that hold states of a new cache: same weights, same tokens, same dtypes."""
+    """Older caches with states that a new cache needs: same weights, same tokens, same dtypes."""
 
     caches: list[FeatureCache]
     positions: list[NDArray[np.int64]]
-    """For each cache, (n,): its position of each sequence of the new cache, or -1."""
+    """For each older cache, (n,): where it holds each of the n sequences of the new cache; -1 if it does not."""
     covered: NDArray[np.bool_]
-    """(n,) whether the donors hold all layers of the sequence."""
+    """(n,) whether the donors together hold all layers of a sequence."""
 
     def states(self, header: ShardHeader, sequences: Iterable[int]) -> Iterator[tuple[int, Stored]]:
-        """The states of these sequences as the new cache stores them. What is not covered, or is damaged, is left out:
-        the model runs for it.
+        """The states of these sequences as the new cache stores them. A sequence that is not covered, or that is
+        damaged in a donor, is left out: the model runs for it.
 
         Args:
             header: The header of the new cache.
@@ -50,15 +50,15 @@ class Donors:
 
 
 class OlderCaches:
-    """Copies the sequences that the batch plan of a new cache leaves to older caches."""
+    """Copies from older caches the sequences that are not in the batch plan of a new cache."""
 
     def __init__(self, cache_dir: Path, shards: SharedShards, wanted: NDArray[np.bool_], donors: Donors | None) -> None:
         """
         Args:
-            cache_dir: Where to look for older caches.
-            shards: Of the new cache.
-            wanted: (n,) the sequences that are not in the batch plan.
-            donors: The older caches, if they were searched for already.
+            cache_dir: The folder of all caches.
+            shards: The shards of the new cache.
+            wanted: (n,) True for the sequences that are not in the batch plan.
+            donors: The older caches; None if they were not searched for yet.
         """
         self._cache_dir = cache_dir
         self._shards = shards
@@ -66,7 +66,7 @@ class OlderCaches:
         self._donors = donors
 
     def copy_into(self, writer: ShardWriter, progress: WorkProgress, check: Callable[[], None]) -> int:
-        """Copy what is wanted into the shard of ``writer``; arguments as for ``copy_states``.
+        """Copy the wanted sequences that the shard of ``writer`` lacks. The arguments are those of ``copy_states``.
 
         Returns:
             How many sequences were copied.
@@ -83,14 +83,15 @@ class OlderCaches:
 def find_donors(cache_dir: Path, folder: Path, header: ShardHeader, index: SequenceIndex) -> Donors:
     """The caches of the same task and split that hold states of the sequences in ``index``.
 
-    A sequence's states depend on weights, configuration, token ids, segments (which follow from text and template) and
-    dtypes. Where these are equal, its id, the maximal length and the rest of the corpus may differ.
+    The states of a sequence depend on weights, configuration, token ids, segments (which follow from text and template)
+    and dtypes. If these are equal, so are the states. The sequence's id, the maximal length and the rest of the corpus
+    do not matter.
 
     Args:
-        cache_dir: Where to look.
-        folder: The new cache, which is no donor of its own.
-        header: Its header.
-        index: Its sequences.
+        cache_dir: The folder of all caches.
+        folder: The folder of the new cache. It is not searched.
+        header: The header of the new cache.
+        index: The sequences of the new cache.
     """
     segments = bool(header.provenance["found"]["segments"])
     layers = np.array(header.layers)
@@ -114,10 +115,12 @@ def find_donors(cache_dir: Path, folder: Path, header: ShardHeader, index: Seque
 
 
 def _candidates(cache_dir: Path, folder: Path, header: ShardHeader) -> list[FeatureCache]:
-    """Other caches of the same task and split, computed by the same model in the same way; most layers first."""
+    """Other caches of the same task and split that the same model computed in the same way. Those with most layers come
+    first.
+    """
     chosen, found = header.provenance["chosen"], header.provenance["found"]
 
-    def serves(cache: FeatureCache) -> bool:
+    def is_usable(cache: FeatureCache) -> bool:
         if cache.folder.resolve() == folder.resolve() or cache.fusion is not None or provenance.rounded_again(cache):
             return False
         chosen_there, found_there = cache.provenance["chosen"], cache.provenance["found"]
@@ -128,7 +131,7 @@ def _candidates(cache_dir: Path, folder: Path, header: ShardHeader) -> list[Feat
         )
 
     caches, _ = open_caches(cache_dir, chosen["task"], chosen["split"])
-    return sorted(filter(serves, caches), key=lambda cache: -len(cache.layers))
+    return sorted(filter(is_usable, caches), key=lambda cache: -len(cache.layers))
 
 
 def _keys(index: SequenceIndex, segments: bool) -> list[bytes]:
@@ -144,7 +147,9 @@ def _keys(index: SequenceIndex, segments: bool) -> list[bytes]:
 
 
 def as_mask(ranges: Sequence[Sequence[int]] | None, count: int) -> NDArray[np.bool_]:
-    """The reverse of ``ranges``, (count,). None, from a batch plan without ranges, gives True everywhere."""
+    """(count,) True inside the ranges: the reverse of ``ranges``. None means that the batch plan has no ranges, because
+    it covers everything; then all is True.
+    """
     if ranges is None:
         return np.ones(count, dtype=bool)
     mask = np.zeros(count, dtype=bool)

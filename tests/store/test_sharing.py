@@ -1,4 +1,4 @@
-"""Processes that fill the shards of one cache together."""
+"""Several processes fill the shards of one cache together."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ TRUTH = dataclasses.replace(TRUTH, header=dataclasses.replace(TRUTH.header, batc
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A holder is silent after half a second."""
+    """A holder counts as silent after half a second."""
     monkeypatch.setattr(claims, "HEARTBEAT_S", 0.05)
     monkeypatch.setattr(claims, "TIMEOUT_S", 0.5)
     monkeypatch.setattr(claims, "PATIENCE_S", 0.05)
@@ -53,7 +53,7 @@ def shards(tmp_path: Path) -> SharedShards:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The files of the cache that one process makes."""
+    """The files of the same cache, written by one process."""
     return tiny_cache.folder_bytes(tiny_cache.store(tmp_path_factory.mktemp("whole"), TRUTH, shard_bytes=SHARD_BYTES))
 
 
@@ -63,7 +63,7 @@ def states(i: int, truth: tiny_cache.Truth = TRUTH) -> PackedStates:
 
 
 def fill(shards: SharedShards, *, pause: float = 0.0) -> list[int]:
-    """Fill what is free; the sequences that were written."""
+    """Fill the shards that no other process holds. Returns the sequences that were written."""
     written = []
     for held in shards.unfinished(lambda: None):
         with held, held.writer() as writer:
@@ -76,6 +76,7 @@ def fill(shards: SharedShards, *, pause: float = 0.0) -> list[int]:
 
 
 def in_child(work: Callable[[], object]) -> int:
+    """Do the work in a forked process, and return the number of this process."""
     child = os.fork()
     if child == 0:
         code = 1
@@ -87,7 +88,7 @@ def in_child(work: Callable[[], object]) -> int:
     return child
 
 
-def test_one_process_makes_what_the_writer_makes(shards: SharedShards, whole: dict[str, bytes]) -> None:
+def test_one_process_makes_the_same_files_as_the_writer(shards: SharedShards, whole: dict[str, bytes]) -> None:
     assert fill(shards) == list(range(8))
     assert tiny_cache.folder_bytes(shards.folder) == whole
     assert [path.name for path in shards.folder.parent.iterdir()] == ["cache"], "no claim is left"
@@ -110,7 +111,7 @@ def test_several_processes_write_each_sequence_once(
     assert tiny_cache.folder_bytes(shards.folder) == whole
 
 
-def test_the_shard_of_a_killed_process_goes_on_in_place(shards: SharedShards, whole: dict[str, bytes]) -> None:
+def test_the_shard_of_a_killed_process_is_filled_without_a_copy(shards: SharedShards, whole: dict[str, bytes]) -> None:
     child = in_child(lambda: fill(shards, pause=60))
     part = shards.parts[0]
     while not claims.held_units(shards.folder):
@@ -124,10 +125,12 @@ def test_the_shard_of_a_killed_process_goes_on_in_place(shards: SharedShards, wh
     assert tiny_cache.folder_bytes(shards.folder) == whole
 
 
-def test_what_a_stopped_process_writes_later_harms_nothing(
+def test_a_process_that_was_stopped_changes_nothing_when_it_continues(
     shards: SharedShards, whole: dict[str, bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It has the shard open, other states in its hands (as from another GPU), and goes on after its claim was taken."""
+    """The process has the shard open. It continues after another process has taken over its claim. Then it writes other
+    states, as from another GPU.
+    """
     part = shards.parts[0]
     other = tiny_cache.make((3, 1, 5, 2, 4, 6, 2, 3), dtype="int8", width=5, seed=5)
     stop_here, wrote = tmp_path / "stop here", tmp_path / "wrote"
@@ -147,7 +150,7 @@ def test_what_a_stopped_process_writes_later_harms_nothing(
     os.kill(child, signal.SIGSTOP)
     inode = part.path.stat().st_ino
     assert sorted(fill(shards)) == list(range(8))
-    assert part.path.stat().st_ino != inode, "a copy, which the late process does not have open"
+    assert part.path.stat().st_ino != inode, "it is a copy, which the stopped process does not have open"
     stop_here.unlink()
     os.kill(child, signal.SIGCONT)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
@@ -158,10 +161,12 @@ def test_what_a_stopped_process_writes_later_harms_nothing(
 
 
 @pytest.mark.parametrize("stopped", ["before it opens the shard", "before it marks"])
-def test_a_process_that_is_late_never_writes_to_the_file_of_another(
+def test_a_process_that_was_stopped_never_writes_to_the_file_of_another(
     shards: SharedShards, whole: dict[str, bytes], tmp_path: Path, stopped: str
 ) -> None:
-    """It has other states (as from another GPU), and goes on while the shard is another process's, and unfinished."""
+    """The process writes other states, as from another GPU. It continues while another process holds the shard, which
+    is not finished yet.
+    """
     other = tiny_cache.make((3, 1, 5, 2, 4, 6, 2, 3), dtype="int8", width=5, seed=5)
     stop_here = tmp_path / "stop here"
 
@@ -183,7 +188,7 @@ def test_a_process_that_is_late_never_writes_to_the_file_of_another(
     while not stop_here.exists():
         time.sleep(0.01)
     os.kill(child, signal.SIGSTOP)
-    if stopped == "before it marks":  # no process can know of it
+    if stopped == "before it marks":  # remove all claims, so that no process knows of this holder
         shutil.rmtree(claims.claims_folder(shards.folder))
     else:
         claims.wait_for_claim(shards.folder, shards.parts[0].path.name).release()
@@ -198,7 +203,7 @@ def test_a_process_that_is_late_never_writes_to_the_file_of_another(
     assert tiny_cache.folder_bytes(shards.folder) == whole
 
 
-def test_what_was_complete_in_the_shard_of_a_stopped_process_is_kept(
+def test_complete_sequences_in_the_shard_of_a_stopped_process_are_kept(
     shards: SharedShards, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with ShardWriter(shards.parts[0].path) as writer:
@@ -212,7 +217,7 @@ def test_what_was_complete_in_the_shard_of_a_stopped_process_is_kept(
     assert tiny_cache.folder_bytes(shards.folder) == whole
 
 
-def test_a_damaged_shard_is_made_again_with_what_is_intact(
+def test_a_damaged_shard_is_made_again_with_its_intact_sequences(
     shards: SharedShards, whole: dict[str, bytes], capsys: pytest.CaptureFixture[str]
 ) -> None:
     fill(shards)
@@ -224,13 +229,13 @@ def test_a_damaged_shard_is_made_again_with_what_is_intact(
     assert tiny_cache.folder_bytes(shards.folder) == whole
 
 
-def test_a_shard_that_is_removed_meanwhile_is_said(shards: SharedShards) -> None:
+def test_a_shard_that_is_removed_meanwhile_is_an_error(shards: SharedShards) -> None:
     shards.parts[2].path.unlink()
     with pytest.raises(CacheError, match=r"shard-00002.* was removed"):
         fill(shards)
 
 
-def test_who_wants_the_whole_cache_waits_for_every_shard(shards: SharedShards) -> None:
+def test_a_claim_on_the_whole_cache_waits_for_every_shard(shards: SharedShards) -> None:
     claim = try_claim(shards.folder, shards.parts[3].path.name)
     assert claim is not None
     with pytest.raises(BusyError, match="is being written by"), whole_cache(shards.folder, wait=False):
@@ -241,7 +246,7 @@ def test_who_wants_the_whole_cache_waits_for_every_shard(shards: SharedShards) -
             assert try_claim(shards.folder, unit) is None
 
 
-def test_who_waits_for_others_listens_to_ctrl_c(shards: SharedShards) -> None:
+def test_ctrl_c_ends_the_wait_for_other_processes(shards: SharedShards) -> None:
     held: list[Any] = [try_claim(shards.folder, part.path.name) for part in shards.parts]
 
     def interrupt() -> None:
