@@ -21,21 +21,21 @@ from kr2cache.cache.format import offsets, range_indices
 MULTIPLIER = 0x9E3779B97F4A7C15
 """2**64 divided by the golden ratio. Multiplying by it spreads similar values over all bits."""
 BULK_LOOKUP = 32
-"""Look up fewer ids than this one by one, and more ids together in NumPy."""
+"""Fewer ids than this are looked up one by one; more ids are looked up together in NumPy."""
 DICTIONARY_MAX = 2**16
-"""The largest number of ids in a dictionary, which then takes 12 MB."""
+"""The largest number of ids in a dictionary. Such a dictionary takes 12 MB."""
 BUCKET = 8
-"""The fewest ids that a bucket of the table has on average; the most are twice as many."""
+"""The largest mean number of ids in a bucket of the table. The mean is at least half of it."""
 LOOKUPS = 2**16
-"""The largest number of ids that NumPy looks up together."""
+"""The largest number of ids that NumPy looks up at once."""
 SORTED_AT_ONCE = 2**23
-"""The fewest hashes that are sorted together, if there are more; the most are twice as many."""
+"""If there are as many hashes as this, they are sorted in groups, which have half to all of this number on average."""
 
 
 class IdIndex:
     """Finds the position of each id. The first lookup makes the dictionary or the table of hashes (0.1 s per million).
 
-    The ids stay where they are, in one array for each shard, which may be mapped from its file.
+    The ids are not copied. They stay in one array for each shard, which may be mapped from its file.
     """
 
     def __init__(self, parts: Sequence[NDArray[np.bytes_]]) -> None:
@@ -71,7 +71,7 @@ class IdIndex:
                 return [known.get(name, -1) for name in wanted]
             except TypeError:  # an object that cannot be a dictionary key, so it is not a string
                 return [known.get(name, -1) if isinstance(name, str) else -1 for name in wanted]
-        # An object that is not a string is never an id. A NUL, which no id contains, replaces it.
+        # An object that is not a string is never an id. It is replaced by a NUL, which no id contains.
         raw = [name.encode("utf-8", "surrogatepass") if isinstance(name, str) else b"\0" for name in wanted]
         if len(raw) < BULK_LOOKUP:
             return [self._find_raw(name) for name in raw]
@@ -84,7 +84,7 @@ class IdIndex:
         return self._find_raw(name.encode("utf-8", "surrogatepass"))
 
     def _is_possible(self, raw: bytes) -> bool:
-        """Whether ``raw`` can be an id: NumPy would shorten a longer name or one with final NULs to another id."""
+        """Whether ``raw`` can be an id. NumPy would cut off what is too long, and final NULs, and find a wrong id."""
         return len(raw) <= self._width and b"\0" not in raw
 
     def _find_raw(self, raw: bytes) -> int:
@@ -102,7 +102,7 @@ class IdIndex:
         return -1
 
     def _find_many(self, raw: list[bytes]) -> list[int]:
-        """``_find_raw`` of many ids: NumPy finds the places with the right bucket and tag, mostly one for each id."""
+        """``_find_raw`` for many ids. NumPy finds the places with the right bucket and tag: mostly one for each id."""
         table, found = self._table, [-1] * len(raw)
         possible = [i for i, name in enumerate(raw) if self._is_possible(name)]
         hashes = _hash(np.array([raw[i] for i in possible], dtype=f"S{self._width}"), self._width)
@@ -112,8 +112,8 @@ class IdIndex:
         places = range_indices(starts, lengths)
         tags = np.frombuffer(table.tags, dtype=np.uint8)
         fits = np.flatnonzero(tags[places] == np.repeat(hashes.astype(np.uint8), lengths))
-        of = np.searchsorted(offsets(lengths), fits, side="right") - 1
-        for k, position in zip(of.tolist(), table.order[places[fits]].tolist(), strict=True):
+        asked = np.searchsorted(offsets(lengths), fits, side="right") - 1  # which of ``possible`` each place is for
+        for k, position in zip(asked.tolist(), table.order[places[fits]].tolist(), strict=True):
             if self._raw(position) == raw[possible[k]]:
                 found[possible[k]] = position
         return found
@@ -124,7 +124,7 @@ class IdIndex:
             return self._table.duplicate
         if len(known) < len(self):
             for position, name in enumerate(self.names()):
-                if known[name] != position:  # it has the last position of the id
+                if known[name] != position:  # the dictionary has the last position of each id
                     return position, known[name]
         return None
 
@@ -141,7 +141,7 @@ class IdIndex:
         return self._sorted(hashes)
 
     def _sorted(self, hashes: NDArray[np.uint64]) -> _Table:
-        """Sort one range of the hashes after the other, so that sorting takes little memory."""
+        """Sort one range of hashes after another, so that sorting takes little memory."""
         n = len(hashes)
         bits = max(1, (n // BUCKET).bit_length())
         ranges = min(8, (n // SORTED_AT_ONCE).bit_length())
@@ -164,7 +164,7 @@ class IdIndex:
         return _Table(order=order, tags=tags, first=first, shift=64 - bits, duplicate=duplicate)
 
     def _same(self, hashes: NDArray[np.uint64], positions: NDArray[np.int64]) -> tuple[int, int] | None:
-        """Two positions with the same id, or None. Arguments: hashes in ascending order, and the position of each."""
+        """Two positions with the same id, or None. ``hashes`` are in ascending order; each has its position."""
         for k in np.flatnonzero(hashes[1:] == hashes[:-1]).tolist():
             end = int(np.searchsorted(hashes, hashes[k], side="right"))
             one, *others = positions[k:end].tolist()
@@ -181,17 +181,17 @@ class _Table:
     order: NDArray[Any]
     """(n,) the positions."""
     tags: bytearray
-    """(n,) the lowest byte of each hash: few ids of a bucket have the same, so few ids are compared."""
+    """(n,) the lowest byte of each hash. Few ids in a bucket have the same one, so few ids are compared."""
     first: NDArray[Any]
     """(buckets + 1,) the first place of each bucket in ``order``, then n."""
     shift: int
-    """The number of a hash's bits below its bucket."""
+    """How far to shift a hash to the right to get the number of its bucket, in bits."""
     duplicate: tuple[int, int] | None
     """Two positions with the same id."""
 
 
 def _hash(ids: NDArray[np.bytes_], width: int) -> NDArray[np.uint64]:
-    """(n,) a hash of each id, filled up with NULs to ``width`` bytes."""
+    """(n,) a hash of each id; the id is first filled with NULs up to ``width`` bytes."""
     words = -(-width // 8)
     columns = ids.astype(f"S{8 * words}").view("<u8").reshape(len(ids), words)
     result = np.zeros(len(ids), dtype=np.uint64)
@@ -202,7 +202,7 @@ def _hash(ids: NDArray[np.bytes_], width: int) -> NDArray[np.uint64]:
 
 
 def _hash_one(raw: bytes, width: int) -> int:
-    """``_hash`` of one id in pure Python: ten times as fast as an array of one id."""
+    """``_hash`` of one id in pure Python: ten times as fast as ``_hash`` with an array of one id."""
     result, words = 0, -(-width // 8)
     for word in struct.unpack(f"<{words}Q", raw.ljust(8 * words, b"\0")):
         result = (result ^ word) * MULTIPLIER & 0xFFFF_FFFF_FFFF_FFFF

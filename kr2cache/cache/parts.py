@@ -1,6 +1,7 @@
-"""Open the folders of a cache: one, or several that hold parts of one corpus. Compare what must be equal in all.
+"""Open one cache folder, or several folders as one cache, and check that they belong together.
 
-Parts were extracted as caches of their own, from different texts, with the same model and the same settings.
+Each of several folders is a cache of its own and holds a part of one corpus. All were extracted with the same model and
+the same settings; only the texts differ.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from kr2cache.errors import CacheError, ConfigError
 from kr2cache.system.limits import allow_open_files
 
 STORED = ("layers", "model_layers", "width", "dtype", "fusion")
-"""Attributes that are equal in all parts: they say what is stored for one token."""
+"""Attributes that say what is stored for one token. They are equal in all parts."""
 OF_TEXTS = ("corpus", "split", "texts", "tokens", "sequences")
-"""Chosen and found fields that may differ between parts: they say which texts are stored. All others are equal."""
+"""Chosen and found fields that say which texts are stored. They may differ between parts; all others are equal."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,25 +40,25 @@ class Parts:
 
     @property
     def header(self) -> ShardHeader:
-        """The header of the first folder. Its attributes ``STORED`` are those of all folders."""
+        """The header of the first folder. Its attributes ``STORED`` are the same in all folders."""
         return self.headers[0]
 
     @property
     def name(self) -> str:
-        """The folders as messages name them."""
+        """The folders, as text for messages."""
         more = len(self.folders) - 1
         return str(self.folders[0]) + (f" (and {more:,} more folder{'s' if more > 1 else ''})" if more else "")
 
     @cached_property
     def fingerprint(self) -> str:
-        """The folder's fingerprint; of several folders, the SHA-256 of their fingerprints."""
+        """The fingerprint of the only folder, or the SHA-256 of the fingerprints of several folders."""
         if len(self.headers) == 1:
             return self.header.fingerprint
         return hashlib.sha256("\n".join(header.fingerprint for header in self.headers).encode()).hexdigest()
 
     @cached_property
     def provenance(self) -> dict[str, Any]:
-        """The folder's provenance; of several folders, the fields that are equal in all."""
+        """The provenance of the only folder, or the fields that are equal in several folders."""
         result = self.header.provenance
         for header in self.headers[1:]:
             result = _in_both(result, header.provenance)
@@ -65,11 +66,11 @@ class Parts:
 
     @cached_property
     def every_place(self) -> list[int]:
-        """The places of all stored layers."""
+        """The places of all stored layers: 0, 1, and so on."""
         return list(range(len(self.header.layers)))
 
     def places(self, layers: Sequence[int] | None) -> list[int]:
-        """The place in the file of each of these layers of the model; None for all stored ones.
+        """The place in the file of each of these layers of the model. ``layers=None`` means all stored layers.
 
         Raises:
             ConfigError: For a layer that is not stored.
@@ -92,10 +93,10 @@ class Parts:
         return [stored.index(layer) for layer in layers]
 
     def only(self, what: str) -> int:
-        """0, the number of the only folder.
+        """The number of the only folder, which is 0.
 
         Args:
-            what: What each folder has for itself, for the error.
+            what: What each folder has of its own; the error names it.
 
         Raises:
             ConfigError: If there are several folders.
@@ -111,9 +112,9 @@ def open_parts(folders: str | Path | Sequence[str | Path]) -> Parts:
     """Open all shards, and check that they belong together.
 
     Raises:
-        CacheError: If a shard is missing or damaged, or belongs to another cache than its folder's first shard; or if a
-            folder does not fit the first one.
-        ConfigError: If no folder is given, or one is given twice.
+        CacheError: If a shard is missing or damaged; if a shard belongs to another cache than the first shard of its
+            folder; or if a folder does not fit the first folder.
+        ConfigError: If no folder is given, or if a folder is given twice.
     """
     paths = [Path(folder) for folder in ([folders] if isinstance(folders, str | Path) else folders)]
     if not paths:
@@ -124,13 +125,13 @@ def open_parts(folders: str | Path | Sequence[str | Path]) -> Parts:
     headers: list[ShardHeader] = []
     for path in paths:
         if len(paths) > 1:
-            _refuse_twice(path, seen)
+            _check_not_seen(path, seen)
         for number, file in enumerate(files := shard_paths(path)):
             shard = open_shard(file)
             if number == 0:
                 allow_open_files(len(files))  # each map keeps its file open
                 headers.append(shard.header)
-                _refuse_other(paths[0], headers[0], path, shard.header)
+                _check_fits(paths[0], headers[0], path, shard.header)
             else:
                 shard = _of_same_cache(shard, files[0], headers[-1])
             shard, mapped = map_shard(shard)
@@ -140,7 +141,7 @@ def open_parts(folders: str | Path | Sequence[str | Path]) -> Parts:
 
 
 def _of_same_cache(shard: Shard, first: Path, header: ShardHeader) -> Shard:
-    """The shard with the one header of its folder, which is kept once.
+    """The shard, with ``header`` in place of its own equal one: all shards of a folder share one object.
 
     Raises:
         CacheError: If the shard's own header differs.
@@ -154,7 +155,7 @@ def _of_same_cache(shard: Shard, first: Path, header: ShardHeader) -> Shard:
     return dataclasses.replace(shard, header=header)
 
 
-def _refuse_twice(folder: Path, seen: dict[str, Path]) -> None:
+def _check_not_seen(folder: Path, seen: dict[str, Path]) -> None:
     real = str(folder.resolve())
     if real in seen:
         same = "" if seen[real] == folder else f", which is also {seen[real]},"
@@ -163,7 +164,7 @@ def _refuse_twice(folder: Path, seen: dict[str, Path]) -> None:
 
 
 def id_twice(name: str, one: Path, other: Path) -> CacheError:
-    """The error for an id that occurs in both folders, or twice in one."""
+    """The error for an id that occurs in two folders, or twice in one folder."""
     if one == other:
         return CacheError(f"{one} holds the id {name!r} twice.", "Extract again: ids must be unique within a cache.")
     return CacheError(
@@ -172,7 +173,7 @@ def id_twice(name: str, one: Path, other: Path) -> CacheError:
     )
 
 
-def _refuse_other(first_folder: Path, first: ShardHeader, folder: Path, header: ShardHeader) -> None:
+def _check_fits(first_folder: Path, first: ShardHeader, folder: Path, header: ShardHeader) -> None:
     """Raise ``CacheError`` unless the two folders can be parts of one cache."""
     expected, found = _equal_in_all(first), _equal_in_all(header)
     for name in [*expected, *(name for name in found if name not in expected)]:
@@ -181,7 +182,7 @@ def _refuse_other(first_folder: Path, first: ShardHeader, folder: Path, header: 
             raise CacheError(
                 f"{folder} cannot be read as one cache with {first_folder}: {name} is {_text(here)}, not "
                 f"{_text(there)}.",
-                "Parts need the same model and the same settings. Only their texts differ.",
+                "Use caches of the same model with the same settings. Only the texts may differ.",
             )
 
 
@@ -191,7 +192,7 @@ def _equal_in_all(header: ShardHeader) -> dict[str, Any]:
     fields = {name: value for kind in recorded if isinstance(kind, dict) for name, value in kind.items()}
     ignored = {*OF_TEXTS, *STORED}
     if "weights" in fields:
-        ignored.add("resource")  # the digest of the weights takes the place of the model's name
+        ignored.add("resource")  # the digest of the weights is compared, not the model's name
     return {
         **{name: getattr(header, name) for name in STORED},
         **{name: value for name, value in fields.items() if name not in ignored},
@@ -204,7 +205,7 @@ def _text(value: object) -> str:
 
 
 def _in_both(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that are equal in both, also of dictionaries in them."""
+    """The fields that are equal in both. Dictionaries inside them are compared field by field."""
     result = {}
     for name in one:
         if name not in other:
