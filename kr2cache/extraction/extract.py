@@ -64,19 +64,19 @@ class ExtractResult:
 
 @process_unchanged()
 def extract(settings: ExtractConfig | ExtractPlan, model: OpenedModel | None = None) -> ExtractResult:
-    """Make the cache, or complete it if an extraction was interrupted or a shard is damaged. A complete cache stays as
-    it is. States that older caches of the same split hold are copied from them.
+    """Make the cache, or complete it if an extraction was interrupted or a shard is damaged. A complete cache is not
+    changed. States that older caches of the same split hold are copied from there.
 
     Args:
-        settings: The settings, or the plan that ``plan_extraction`` made of them, if the caller has it already.
-        model: The resource, if the caller has opened it already.
+        settings: The settings. Or the plan that ``plan_extraction`` made from them, if the caller has it already.
+        model: The opened resource, if the caller has opened it already.
 
     Raises:
         DiskSpaceError: Before the model is loaded, if the disk cannot hold the cache.
         DeviceMemoryError: If the model or a batch does not fit into the device's memory.
         InterruptedWorkError: On Ctrl-C.
         ValueRangeError: If the stored dtype cannot hold a state. Complete sequences are kept, as with every error.
-        WorkerLostError: If ``workers`` die again and again.
+        WorkerLostError: If too many workers die.
     """
     started = time.monotonic()
     plan = settings if isinstance(settings, ExtractPlan) else plan_extraction(settings)
@@ -115,17 +115,17 @@ def _work(share: Share) -> Filled:
     """What one worker does: fill shards until none is left.
 
     Raises:
-        CacheMismatchError: If the model of this worker makes another cache than the driver's.
+        CacheMismatchError: If this worker's model differs from the driver's.
     """
     plan, folder, fingerprint = share.plan, share.folder, share.fingerprint
-    if _is_finished(folder, fingerprint):  # this worker comes in place of one that died
+    if _is_finished(folder, fingerprint):  # nothing is left for a worker that started late
         return Filled()
     model = open_model(plan.spec)
     found = provenance.found(plan.index, model.digests.weights, model.digests.config, plan.template)
     if provenance.fingerprint(plan.chosen, found) != fingerprint:
         raise CacheMismatchError(
-            f"{plan.spec.name} is another model for a worker (on {platform.node()}) than where the work was started: "
-            "its weights or its configuration differ.",
+            f"The model {plan.spec.name} of the worker on {platform.node()} differs from the one on the machine where "
+            "the command was started: other weights or another configuration.",
             "Give all machines the same files of the model, and the same version of transformers.",
         )
     shards, donors = _make_shards(plan, model, folder, found, fingerprint)
@@ -136,16 +136,16 @@ def _make_shards(
     plan: ExtractPlan, model: OpenedModel, folder: Path, found: provenance.Found, fingerprint: str
 ) -> tuple[SharedShards, Donors | None]:
     """Check the model, plan the batches, find older caches to copy from, and make the shards. If another process has
-    done this before, its shards decide, and the missing ones are made.
+    made shards already, its batch plan is used, and only the missing shards are made.
 
     Returns:
-        The shards, and the older caches if they were searched for.
+        The shards, and the older caches (None if they were not searched for).
     """
     with claimed(folder, CACHE) as claim:
         donors = None
         header = existing_header(folder, fingerprint)
         if header is not None:
-            with contextlib.suppress(DeviceMemoryError):  # the sequences that are missing may be shorter and fit
+            with contextlib.suppress(DeviceMemoryError):  # the missing sequences may be shorter, and fit
                 trial.check_history(plan, model.encoder)
         else:
             padded = trial.check_states(plan, model.encoder)
@@ -155,11 +155,11 @@ def _make_shards(
             header = _new_header(plan, model, found, fingerprint, batch_plan)
             donors = find_donors(plan.config.cache_dir, folder, header, plan.index)
             if donors.covered.any():
-                # The batch plan is for the other sequences: a continued extraction has to form the same batches.
+                # Record for which sequences the model runs: a continued extraction has to form the same batches.
                 computed = ranges(np.flatnonzero(~donors.covered).tolist())
                 header = replace(header, batch_plan={**batch_plan, "computed": computed})
         shards = SharedShards(folder, header, plan.index)
-        for unfinished in folder.glob("*.partial"):  # earlier versions built shards beside the others
+        for unfinished in folder.glob("*.partial"):  # earlier versions of kr2cache left unfinished shards here
             unfinished.unlink()
         shards.create(claim.folder)
     if plan.recorded:
@@ -170,15 +170,15 @@ def _make_shards(
 def fill_shards(
     plan: ExtractPlan, encoder: PreTrainedModel, shards: SharedShards, donors: Donors | None = None
 ) -> Filled:
-    """Fill the shards, together with every other process that does: copy the sequences that older caches hold, and run
-    the model on the others, in whole planned batches.
+    """Fill the shards, together with other processes that do the same: copy the sequences that older caches hold, and
+    run the model on the others, in whole planned batches.
 
     Args:
         plan: The extraction.
-        encoder: The plan's model.
-        shards: They exist.
-        donors: Older caches to copy from. None if they were not searched for: then that happens as soon as a missing
-            sequence is not in the batch plan.
+        encoder: The model of the plan.
+        shards: The shards of the cache; their files exist.
+        donors: Older caches to copy from; None if they were not searched for. Then they are searched for when a missing
+            sequence is found that is not in the batch plan.
 
     Returns:
         What this process did.
@@ -210,12 +210,12 @@ def fill_shards(
             raise interrupted(shards.folder, shards.complete_count(), len(shards.index)) from None
         except ValueRangeError as error:
             raise by_weights(error, encoder, plan.spec.name) from None
-    FeatureCache.open(shards.folder)  # another program's file may lie there
+    FeatureCache.open(shards.folder)  # an error if another program put a file there
     return Filled(computed, taken_over)
 
 
 def _is_finished(folder: Path, fingerprint: str) -> bool:
-    """Whether every sequence is complete; False too if a shard is missing or cannot be read."""
+    """Whether every sequence is complete. False also if a shard is missing or cannot be read."""
     if not folder.is_dir() or not any(folder.glob("*.h5")):
         return False
     try:
@@ -227,7 +227,7 @@ def _is_finished(folder: Path, fingerprint: str) -> bool:
     if cache.fingerprint != fingerprint:
         raise CacheError(
             f"{folder} holds another cache (fingerprint {cache.fingerprint[:16]}, not {fingerprint[:16]}).",
-            "Move it away.",
+            "Move this folder to another place and run the same command again.",
         )
     return bool(cache.complete.all())
 
@@ -241,7 +241,7 @@ def _new_header(
 ) -> ShardHeader:
     import torch
 
-    # No folder of this machine, so that equal content is equal bytes.
+    # No path of this machine is recorded, so that equal content gives equal bytes.
     origin = {
         "hub_id": plan.spec.hub_id,
         "revision": plan.spec.revision,
@@ -268,7 +268,7 @@ def _new_header(
 
 @contextlib.contextmanager
 def _threads(recorded: object) -> Iterator[None]:
-    """Use the recorded number of threads if it is valid; a file of another program can hold anything."""
+    """Use the recorded number of threads if it is valid. It is checked, because another program may have written it."""
     import torch
 
     before = torch.get_num_threads()
@@ -286,7 +286,7 @@ def describe_result(result: ExtractResult) -> None:
         return
     parts = [f"{count_text(result.computed, 'sequence')} computed"]
     if result.taken_over:
-        parts.append(f"{result.taken_over:,} taken over from other caches")
+        parts.append(f"{result.taken_over:,} copied from other caches")
     if before := max(0, result.sequences - result.computed - result.taken_over):
         parts.append(f"{before:,} were there already")
     done(f"{', '.join(parts)}, {bytes_text(result.bytes)} in {seconds_text(result.seconds)}: {result.cache}")

@@ -29,10 +29,7 @@ from kr2cache.system.disk import free_bytes
 from kr2cache.tasks import Example, Task, find_task
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +48,7 @@ class ExtractPlan:
     missing_words: MissingWords
     """For a task on words: how many words get no states."""
     recorded: Mapping[str, Any] = field(default_factory=dict)
-    """What the cache records of the plan itself (``store.plans``)."""
+    """What the cache records about this plan (``store.plans``)."""
 
     @property
     def tokens(self) -> int:
@@ -94,8 +91,8 @@ def plan_extraction(config: ExtractConfig, examples: Iterable[Example] | None = 
 
     Args:
         config: The settings.
-        examples: The examples of the split, if the caller reads them. Without them, the plan of a large split is shared
-            with other processes by way of the cache directory (``store.plans``).
+        examples: The examples of the split, if the caller has them. If not, this function reads the split, and
+            processes that use the same cache directory tokenise a large split only once (``store.plans``).
     """
     checked = check_extraction(config)
     spec, task = checked.spec, checked.task
@@ -123,7 +120,11 @@ def plan_extraction(config: ExtractConfig, examples: Iterable[Example] | None = 
 
 
 def check_length(length: int, option: str, spec: ModelSpec, model_config: PretrainedConfig) -> None:
-    """Refuse a maximal length, given by ``option``, that is more than the model has positions."""
+    """Check that the maximal length, the value of ``option``, is not more than the model has positions.
+
+    Raises:
+        ConfigError: If it is more.
+    """
     longest = max_positions(model_config)
     if longest is not None and length > longest:
         raise ConfigError(
@@ -139,10 +140,10 @@ def _tokenised(
     tokenizer: PreTrainedTokenizerBase,
     examples: Iterable[Example] | None,
 ) -> tuple[Tokenised, Mapping[str, Any]]:
-    """The tokens of the split, from a cache that was planned from the same source if there is one; and the fields that
-    the new cache records of it.
+    """The tokens of the split, and what the new cache records about them. If a cache was made from the same data, its
+    tokens are used again.
     """
-    if examples is not None:  # they were read at some other time: the files may be others now
+    if examples is not None:  # they were read earlier: the files may have changed since
         return tokenise(spec, tokenizer, examples, task, config.max_length), {}
     source = plans.source_of(
         task,
@@ -169,7 +170,7 @@ def check_disk(plan: ExtractPlan) -> None:
     """Check that the disk can hold the cache. Space that shards of this cache have reserved already counts as free.
 
     Raises:
-        DiskSpaceError: If it cannot; the message gives the needed and the free bytes, and smaller settings.
+        DiskSpaceError: If it cannot. The error gives the needed and the free bytes, and settings that need fewer.
     """
     needed = plan.state_bytes - _reserved(plan)
     free = free_bytes(plan.config.cache_dir)
@@ -182,7 +183,7 @@ def check_disk(plan: ExtractPlan) -> None:
 
 
 def _reserved(plan: ExtractPlan) -> int:
-    """Bytes on disk of the shards that an earlier extraction of this cache has made."""
+    """Bytes on disk of the shards that an earlier extraction made for this cache."""
     wanted = canonical_json(asdict(plan.chosen))
     config = plan.config
     most = 0
@@ -199,7 +200,7 @@ def describe(plan: ExtractPlan, length_option: str = "--max-length") -> None:
 
     Args:
         plan: The extraction.
-        length_option: The option for the maximal length in the command that the user called.
+        length_option: The name of the option for the maximal length, in the command that the user called.
     """
     free = free_bytes(plan.config.cache_dir)
     summary = Text.assemble(

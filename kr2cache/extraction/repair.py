@@ -252,5 +252,5 @@ def describe_repair(result: RepairResult) -> None:
     if result.computed:
         parts.append(f"{count_text(result.computed, 'sequence')} computed (whole batches)")
     if result.taken_over:
-        parts.append(f"{result.taken_over:,} taken over from another cache")
+        parts.append(f"{result.taken_over:,} copied from another cache")
     done(f"{', '.join(parts)}, in {seconds_text(result.seconds)}: {result.cache}")

@@ -1,4 +1,4 @@
-"""One extraction by several workers: a driver that plans, starts them and shows their progress."""
+"""One extraction by several workers. This process, the driver, starts the workers and shows their progress."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from kr2cache.workers import run_workers
 
 @dataclass(frozen=True)
 class Share:
-    """What every worker of an extraction gets: all of them the same."""
+    """What the driver sends to the workers of an extraction. All of them get the same."""
 
     plan: ExtractPlan
     folder: Path
-    """The cache, as the driver's model names it."""
+    """The folder of the cache; the driver's model decides its name."""
     fingerprint: str
 
 
@@ -35,27 +35,27 @@ class Filled(NamedTuple):
 
 
 def fill_with_workers(share: Share, work: Callable[[Share], Filled]) -> Filled:
-    """Let workers make the cache or complete it. The first to come makes the shards.
+    """Let workers make the cache or complete it. The first worker that is ready makes the shards.
 
     Args:
-        share: What they work on.
-        work: What each of them does; see ``run_workers``.
+        share: What the workers get.
+        work: What each worker does; see ``run_workers``.
 
     Returns:
-        What all of them did together, without those that died.
+        The sums over all workers that came to their end; a worker that died is not counted.
 
     Raises:
         InterruptedWorkError: On Ctrl-C.
         KR2CacheError: What a worker raised.
     """
-    config, marks = share.plan.config, _Marks(share)
-    complete = marks.complete_count()
+    config, progress_on_disk = share.plan.config, _CompleteOnDisk(share)
+    complete = progress_on_disk.count()
     with WorkProgress(f"{share.plan.spec.name} on {config.task}/{config.split}", "sequences") as progress:
         progress.total = len(share.plan.index) - complete
 
         def watch() -> None:
             nonlocal complete
-            now = marks.complete_count()
+            now = progress_on_disk.count()
             progress.advance(now - complete, count_text(config.workers, "worker"))
             complete = now
 
@@ -69,27 +69,27 @@ def fill_with_workers(share: Share, work: Callable[[Share], Filled]) -> Filled:
                 gpus_per_worker=0 if config.device == "cpu" else config.gpus_per_worker,
             )
         except KeyboardInterrupt:
-            raise interrupted(share.folder, marks.complete_count(), len(share.plan.index)) from None
-    FeatureCache.open(share.folder)  # another program's file may lie there
+            raise interrupted(share.folder, progress_on_disk.count(), len(share.plan.index)) from None
+    FeatureCache.open(share.folder)  # an error if another program put a file there
     return Filled(sum(part.computed for part in parts), sum(part.taken_over for part in parts))
 
 
 def interrupted(folder: Path, complete: int, sequences: int) -> InterruptedWorkError:
-    """The error on Ctrl-C."""
+    """The error that is raised on Ctrl-C."""
     return InterruptedWorkError(
         f"Interrupted. {complete:,} of {count_text(sequences, 'sequence')} are complete, kept in {folder}.",
         "Run the same command again to continue.",
     )
 
 
-class _Marks:
-    """How many sequences are complete on disk, also before the shards are made."""
+class _CompleteOnDisk:
+    """Counts the complete sequences on disk. Before the shards exist, the count is 0."""
 
     def __init__(self, share: Share) -> None:
         self._share = share
         self._shards: SharedShards | None = None
 
-    def complete_count(self) -> int:
+    def count(self) -> int:
         if self._shards is None:
             share = self._share
             header = existing_header(share.folder, share.fingerprint)

@@ -1,4 +1,4 @@
-"""One extraction by several workers: real processes, killed and interrupted too."""
+"""One extraction by several workers: real processes, some of them killed or interrupted."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def config(bert: Path, texts: Path, tmp_path: Path) -> ExtractConfig:
 
 @pytest.fixture(scope="module")
 def by_one(bert: Path, texts: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The files that one process makes."""
+    """The files that one process makes from the same settings."""
     config = ExtractConfig(
         resource=str(bert),
         split="train",
@@ -61,16 +61,15 @@ def by_one(bert: Path, texts: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return made
 
 
-def until(there: Callable[[], Any], seconds: float = 60.0) -> Any:
+def wait_until(is_so: Callable[[], Any], seconds: float = 60.0) -> None:
     end = time.monotonic() + seconds
-    while not (found := there()):
+    while not is_so():
         assert time.monotonic() < end, "it takes too long"
         time.sleep(0.01)
-    return found
 
 
 def stat(pid: int) -> list[str]:
-    """State, parent and more of a process; empty if it is gone."""
+    """State, parent process and more of a process; empty if it has ended."""
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return []
@@ -87,7 +86,7 @@ def command(config: ExtractConfig) -> list[str]:
 
 
 def start(config: ExtractConfig) -> subprocess.Popen[str]:
-    """``kr2cache extract``, as a shell starts it."""
+    """Start ``kr2cache extract`` as a shell does."""
     return subprocess.Popen(
         [sys.executable, "-m", "kr2cache.cli", "extract", *command(config)],
         stdout=subprocess.PIPE,
@@ -98,7 +97,7 @@ def start(config: ExtractConfig) -> subprocess.Popen[str]:
 
 
 def complete(caches: Path) -> int:
-    """How many sequences are complete, in shards that are there."""
+    """How many sequences are complete in the shards that exist."""
     count = 0
     for path in caches.glob("*/*/[!.]*/*.h5"):
         with contextlib.suppress(OSError), h5py.File(path, locking=False) as file:
@@ -106,9 +105,9 @@ def complete(caches: Path) -> int:
     return count
 
 
-def at_work(driver: subprocess.Popen[str], caches: Path) -> list[int]:
-    """The workers, once they have begun to write."""
-    until(lambda: complete(caches) or driver.poll() is not None)
+def workers_of(driver: subprocess.Popen[str], caches: Path) -> list[int]:
+    """The process numbers of the workers, once they have begun to write."""
+    wait_until(lambda: complete(caches) or driver.poll() is not None)
     assert driver.poll() is None
     return children(driver.pid)
 
@@ -129,7 +128,7 @@ def test_workers_give_the_bytes_of_one_process(
     shown = capsys.readouterr().out
     assert f"{SENTENCES}/{SENTENCES} sequences {workers} workers" in shown
     assert "waiting for it" not in shown
-    assert not list(result.cache.parent.glob(".*")), "claims are let go"
+    assert not list(result.cache.parent.glob(".*")), "all claims are released"
 
 
 def test_a_complete_cache_needs_no_worker(
@@ -142,7 +141,7 @@ def test_a_complete_cache_needs_no_worker(
 
 
 @pytest.mark.usefixtures("programs")
-def test_workers_go_on_with_the_shards_that_one_process_began(
+def test_workers_complete_the_shards_that_one_process_began(
     config: ExtractConfig, by_one: dict[str, bytes], capsys: pytest.CaptureFixture[str]
 ) -> None:
     cache = extract.extract(config).cache
@@ -158,7 +157,7 @@ def test_a_worker_that_is_killed_is_replaced_and_nothing_is_lost(
     config: ExtractConfig, by_one: dict[str, bytes], tmp_path: Path
 ) -> None:
     driver = start(dataclasses.replace(config, workers=2))
-    os.kill(at_work(driver, tmp_path)[0], signal.SIGKILL)
+    os.kill(workers_of(driver, tmp_path)[0], signal.SIGKILL)
     shown, _ = driver.communicate(timeout=120)
     assert driver.returncode == 0, shown
     assert shown.count("was ended by SIGKILL; another one takes its place.") == 1
@@ -168,9 +167,9 @@ def test_a_worker_that_is_killed_is_replaced_and_nothing_is_lost(
 @pytest.mark.usefixtures("programs")
 def test_ctrl_c_leaves_no_process_and_no_claim(config: ExtractConfig, by_one: dict[str, bytes], tmp_path: Path) -> None:
     driver = start(dataclasses.replace(config, workers=2))
-    workers = at_work(driver, tmp_path)
+    workers = workers_of(driver, tmp_path)
     assert len(workers) == 2
-    os.killpg(driver.pid, signal.SIGINT)  # as a terminal does
+    os.killpg(driver.pid, signal.SIGINT)  # as a terminal does on Ctrl-C
     shown, _ = driver.communicate(timeout=60)
     assert driver.returncode == 130
     assert not any(map(stat, workers))
@@ -185,7 +184,7 @@ def test_ctrl_c_leaves_no_process_and_no_claim(config: ExtractConfig, by_one: di
 
 
 @pytest.mark.usefixtures("programs")
-def test_an_error_that_every_worker_meets_is_said_once(config: ExtractConfig, tmp_path: Path) -> None:
+def test_an_error_of_all_workers_is_shown_once(config: ExtractConfig, tmp_path: Path) -> None:
     model = Path(shutil.copytree(config.resource, tmp_path / "model"))
     weights = load_file(model / "model.safetensors")
     weights["encoder.layer.2.output.dense.bias"][:] = torch.nan
@@ -236,7 +235,7 @@ GB = 2**30
         ({}, {"SLURM_NTASKS": "many"}, 16 * GB),
     ],
 )
-def test_the_size_of_shards_follows_from_the_number_of_processes(
+def test_the_number_of_processes_decides_the_size_of_shards(
     settings: dict[str, Any],
     slurm: dict[str, str],
     expected: int,
