@@ -1,4 +1,4 @@
-"""The cells of a grid: their settings, and why some cannot run (each reason is listed once).
+"""The cells of a grid: their settings, and the reasons why some cannot run (each reason once, with all its cells).
 
 This module checks names and settings without importing torch, which takes seconds. ``sweep`` checks data and models.
 """
@@ -62,7 +62,7 @@ class Cell:
         )
 
     def fail(self, error: KR2CacheError) -> None:
-        # A new error: the one that was caught holds the frames it went through, and with them the models.
+        # Make a new error. The one that was caught refers to the functions it passed, and so keeps models in memory.
         self.error = KR2CacheError(error.message, error.remedy)
         self.folder = None  # it may hold the scores of an earlier configuration
 

@@ -1,15 +1,15 @@
 """The cells of a sweep are units of work: any number of processes, on any number of machines, share them.
 
-Each process claims a cell that nobody holds, trains it, lets it go, and takes the next. They meet at the manifest
-``RUN_DIR/sweeps/NAME.json``: it says which run belongs to which cell, and ``report`` reads it at any moment. While
-processes work, its cells also have
+Each process claims a cell that no other process holds, trains it, releases it, and claims the next one. The processes
+share the manifest ``RUN_DIR/sweeps/NAME.json``. It says which run belongs to which cell, and ``report`` can read it at
+any time. While processes work, each cell in the manifest also has
 
-    done        true once the runs of the cell are there. Runs of earlier sweeps do not count: the data may have changed
+    done        true once the runs of the cell exist. Runs of earlier sweeps do not count: the data may have changed
     failed_by   the processes that tried the cell and failed
-    not_for     the processes whose checks found that they cannot train the cell
+    not_for     the processes that cannot train the cell, as their checks found
 
-A cell is settled if it is done, if two processes failed at it, or if no process is left that may try it. The first
-process to come starts anew, and the last one to leave removes these entries.
+A cell is settled if it is done, if two processes failed, or if no process is left that may try it. The first process
+that joins starts a new manifest. The last process that leaves removes the three entries.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ MANIFESTS = "sweeps"
 MANIFEST = "manifest"
 """The unit that a process holds while it changes the manifest."""
 PRESENT = "process-"
-"""How the units begin that say which processes work on the grid."""
+"""Each process that works on the grid holds a unit whose name begins with this."""
 WORK_KEYS = ("done", "failed_by", "not_for")
-"""What a cell of the manifest has only while processes work."""
+"""The entries that a cell has in the manifest only while processes work."""
 TRIES = 2
-"""So many processes try a cell that fails."""
+"""How many processes try a cell that fails."""
 LOOK_EVERY_S = 0.5
-"""A process that waits for other processes looks this often."""
+"""A process that waits for other processes checks again after so many seconds."""
 
 Entry = dict[str, Any]
 """One cell of the manifest."""
 
 
 class HeldCell:
-    """A cell that this process may train. Leave its ``with`` block to let it go."""
+    """A cell that this process may train. The end of the ``with`` block releases it."""
 
     def __init__(self, cell: Cell, claim: Claim) -> None:
         self.cell = cell
@@ -56,7 +56,7 @@ class HeldCell:
 
     @property
     def is_held(self) -> bool:
-        """False once another process has taken the cell over, because this one was silent for too long."""
+        """False once another process has taken over the cell, because this one was stopped or cut off for too long."""
         return self._claim.is_held
 
     def __enter__(self) -> Self:
@@ -67,16 +67,16 @@ class HeldCell:
 
 
 class SharedCells:
-    """The cells of one grid, as this process sees them. Inside its ``with`` block it counts as one that works on them.
+    """The cells of one grid, shared with other processes. Inside the ``with`` block, this process counts as working.
 
-    What other processes find out (folder, error) is written into the cells.
+    The results of other processes (folder, error) are copied from the manifest into ``cells``.
     """
 
     def __init__(self, grid: Grid, cells: Sequence[Cell], manifest: Path) -> None:
         """
         Args:
-            cells: All cells of the grid. Those that have an error when the ``with`` block begins cannot be trained by
-                this process.
+            cells: All cells of the grid. This process cannot train a cell that has an error when the ``with`` block
+                begins.
         """
         self.grid = grid
         self.cells = cells
@@ -86,7 +86,7 @@ class SharedCells:
         self._entries: dict[str, Entry] = {}
         self._present: set[str] = set()
         self._presence: Claim | None = None
-        self._said = False
+        self._noted_waiting = False
 
     def __enter__(self) -> Self:
         """Join the other processes.
@@ -109,21 +109,22 @@ class SharedCells:
         """Claim the next cell. If other processes hold all cells that are left, wait.
 
         Args:
-            order: The cells that this process can train. A distillation is not taken before its teacher is settled.
+            order: The cells that this process can train; earlier ones are tried first. A distillation is not claimed
+                before its teacher is settled.
 
         Returns:
-            None once all cells are settled.
+            The claimed cell; None once all cells are settled.
         """
         order = list(order)
         while True:
-            self._look()
+            self._refresh()
             for cell in filter(self._is_open, order):
                 if (held := self._claim(cell)) is not None:
                     return held
             left = [cell for cell in self.cells if not self.is_settled(cell)]
             if not left:
                 return None
-            self._say_waiting(left)
+            self._note_waiting(left)
             time.sleep(LOOK_EVERY_S)
 
     def _claim(self, cell: Cell) -> HeldCell | None:
@@ -132,42 +133,42 @@ class SharedCells:
             return None
         with contextlib.ExitStack() as until_handed_over:
             until_handed_over.enter_context(claim)
-            claim.fenced()  # it has no files of its own
-            self._look()
+            claim.fenced()  # this unit has no files: each run has its own claim
+            self._refresh()
             if not self._is_open(cell):  # another process has trained it meanwhile
                 return None
             until_handed_over.pop_all()
         return HeldCell(cell, claim)
 
     def settle(self, cell: Cell) -> None:
-        """Write down what this process found out about a cell: the folder of its runs, or its error."""
+        """Write the result of a cell into the manifest: the folder of its runs, or its error."""
 
         def change(entries: dict[str, Entry]) -> None:
             unit = self._unit[cell]
             if cell.error is None:
                 entries[unit] = cell.json() | {"done": True}
             else:
-                entries[unit] = cell.json() | self._with_us(entries.get(unit, {}), "failed_by")
+                entries[unit] = cell.json() | self._with_this_process(entries.get(unit, {}), "failed_by")
 
         self._change(change)
 
     def is_settled(self, cell: Cell) -> bool:
-        """Whether no process will train this cell any more, as far as this process knows."""
+        """Whether no process will train this cell any more, as far as this process knows from its last refresh."""
         entry = self._entries[self._unit[cell]]
         failed_by = set(entry.get("failed_by", ()))
         may_try = self._present - failed_by - set(entry.get("not_for", ()))
         return "done" in entry or len(failed_by) >= TRIES or not may_try
 
     def _is_open(self, cell: Cell) -> bool:
-        """Whether this process may train a cell, if nobody holds it."""
+        """Whether this process may train a cell if no other process holds it."""
         teachers = [other for other in self.cells if other.teaches(cell)]
         failed = self._process in self._entries[self._unit[cell]].get("failed_by", ())
         return not failed and not self.is_settled(cell) and all(map(self.is_settled, teachers))
 
-    def _say_waiting(self, left: Sequence[Cell]) -> None:
-        if self._said:
+    def _note_waiting(self, left: Sequence[Cell]) -> None:
+        if self._noted_waiting:
             return
-        self._said = True
+        self._noted_waiting = True
         held = held_units(self.manifest)
         for cell in left:
             if self._unit[cell] in held:
@@ -180,7 +181,7 @@ class SharedCells:
     def _join(self, entries: dict[str, Entry]) -> None:
         if not self._others():
             for cell, unit in self._unit.items():
-                # Where the runs of an earlier sweep are, so that a report shows them meanwhile.
+                # Keep the folder of an earlier sweep, so that a report shows its runs until there are new ones.
                 cell.folder = entries.get(unit, {}).get("folder") if cell.error is None else None
             entries.clear()
         elif entries and entries.keys() != set(self._unit.values()):
@@ -195,10 +196,11 @@ class SharedCells:
             if cell.error is None:
                 continue
             entry = entries.get(self._unit[cell], {})
-            entries[self._unit[cell]] = (entry if "done" in entry else cell.json()) | self._with_us(entry, "not_for")
+            kept = entry if "done" in entry else cell.json()
+            entries[self._unit[cell]] = kept | self._with_this_process(entry, "not_for")
 
-    def _with_us(self, entry: Entry, key: str) -> Entry:
-        """What ``entry`` has only while processes work, with this process under ``key``."""
+    def _with_this_process(self, entry: Entry, key: str) -> Entry:
+        """The ``WORK_KEYS`` of ``entry``, with this process added to the list under ``key``."""
         work = {name: entry[name] for name in WORK_KEYS if name in entry}
         return work | {key: [*work.get(key, ()), self._process]}
 
@@ -219,38 +221,38 @@ class SharedCells:
         units = held_units(self.manifest)
         return {unit.removeprefix(PRESENT) for unit in units if unit.startswith(PRESENT)} - {self._process}
 
-    def _look(self) -> None:
-        """See what the other processes have found out, and say that this one works."""
-        if self._presence is None or not self._presence.is_held:  # stopped for so long that it counted as ended
+    def _refresh(self) -> None:
+        """Read the results of the other processes, and make sure that this process counts as working."""
+        if self._presence is None or not self._presence.is_held:  # it was stopped for so long that it counted as ended
             self._presence = try_claim(self.manifest, PRESENT + self._process)
         entries = read_manifest(self.manifest)
-        if any(unit not in entries for unit in self._unit.values()):  # removed or damaged meanwhile
+        if any(unit not in entries for unit in self._unit.values()):  # the file was removed or damaged
             self._change(lambda _: None)
         else:
-            self._take_in(entries)
+            self._update_cells(entries)
 
-    def _take_in(self, entries: dict[str, Entry]) -> None:
+    def _update_cells(self, entries: dict[str, Entry]) -> None:
         self._present = {self._process} | self._others()
         self._entries = entries
         for cell in self.cells:
-            take_in(cell, entries[self._unit[cell]])
+            update_cell(cell, entries[self._unit[cell]])
 
     def _change(self, change: Callable[[dict[str, Entry]], None]) -> None:
-        """Read the manifest, change its cells and write it. No other process changes it meanwhile."""
+        """Read the manifest, change its cells and write it again. Meanwhile no other process can change it."""
         self.manifest.parent.mkdir(parents=True, exist_ok=True)
         with claimed(self.manifest, MANIFEST) as claim:
             entries = read_manifest(self.manifest)
             change(entries)
             written = {unit: entries.get(unit, cell.json()) for cell, unit in self._unit.items()}
             new = claim.folder / self.manifest.name
-            write_json(new, _head(self.grid) | {"cells": list(written.values())})
+            write_json(new, _grid_fields(self.grid) | {"cells": list(written.values())})
             new.replace(self.manifest)
-        self._take_in(written)
+        self._update_cells(written)
 
 
 def read_manifest(manifest: Path) -> dict[str, Entry]:
-    """The cells of the manifest, by unit; empty without a manifest and for a damaged one: ``train`` finds the finished
-    runs itself.
+    """The cells of the manifest, by unit. Empty if the manifest is missing or damaged. Nothing is lost then, because
+    ``train`` finds finished runs without it.
     """
     try:
         cells = json.loads(manifest.read_text("utf-8"))["cells"]
@@ -261,14 +263,14 @@ def read_manifest(manifest: Path) -> dict[str, Entry]:
         return {}
 
 
-def take_in(cell: Cell, entry: Entry) -> None:
-    """Write into a cell what the manifest says about it."""
+def update_cell(cell: Cell, entry: Entry) -> None:
+    """Give a cell the folder and the error that the manifest has for it."""
     cell.folder, error = entry["folder"], entry["error"]
     cell.error = None if error is None else KR2CacheError(error, entry.get("remedy") or "")
 
 
-def _head(grid: Grid) -> dict[str, Any]:
-    """What the manifest says about the grid."""
+def _grid_fields(grid: Grid) -> dict[str, Any]:
+    """What the manifest holds about the grid."""
     return {
         "name": grid.name,
         "title": grid.title,
@@ -281,7 +283,7 @@ def _head(grid: Grid) -> dict[str, Any]:
 
 
 def unit_of(cell: Cell) -> str:
-    """The name of a cell as a unit of work: a digest of its place in the grid and of its settings."""
+    """The name of the unit of work for a cell: a digest of its place in the grid and of its settings."""
     return _digest(cell.row.name, cell.column.name, cell.settings)
 
 

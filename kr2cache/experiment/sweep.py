@@ -54,7 +54,7 @@ class SweepResult:
         }
 
     def mean(self, cell: Cell) -> Metrics | None:
-        """The scores of a cell, mean over its seeds, whichever process trained it; None if it failed."""
+        """The scores of a cell, mean over its seeds; None if it failed. Any process may have trained it."""
         if cell.folder is None:
             return None
         runs = [RunFolder.of_seed(self.run_dir / cell.folder, seed) for seed in cell.config.seeds]
@@ -79,7 +79,7 @@ class Sweep:
 
     @objects_set_aside()
     def run(self, *, keep_going: bool = False) -> SweepResult:
-        """Check all cells, then train them one after the other, together with every other process that does.
+        """Check all cells, then train them one after another, together with other processes that run the same sweep.
 
         Args:
             keep_going: If some cells cannot run, report them and train the others. Otherwise nothing is trained.
@@ -144,7 +144,7 @@ class Sweep:
             _print_error(cells_text(fault.cells, self.grid), fault.error)
 
     def _checks(self, cell: Cell) -> list[Callable[[], object]]:
-        """The checks of one cell. Data and models are checked apart, so that the user sees the faults of both."""
+        """The checks of one cell. Data and models are checked separately, so that the user sees the faults of both."""
         config = cell.config
         training = check_names(config)
         checks: list[Callable[[], object]] = [
@@ -176,7 +176,10 @@ class Sweep:
         except Exception as raised:  # the other cells may still run, whatever failed here
             error = explained(raised)
             if not held.is_held:
-                note(f"{cell.name} was taken over by another process: this one was silent for too long.")
+                note(
+                    f"Another process took over {cell.name}: this process was stopped, or cut off from the file "
+                    "system, for too long."
+                )
                 return
             earlier = next((one for one in self.cells if one is not cell and str(one.error) == str(error)), None)
             cell.fail(error)
@@ -188,7 +191,7 @@ class Sweep:
             if not shared.is_settled(cell):
                 note("Another process of this sweep tries it once more.")
             return
-        cell.error = None  # of another process, which tried it before
+        cell.error = None  # another process may have failed before
         cell.folder = Path(os.path.relpath(cell.result.runs[0].folder.parent, self.run_dir)).as_posix()
         shared.settle(cell)
         show_score(cell, cell.result.json()["mean"])
@@ -205,8 +208,8 @@ class Sweep:
         return any(map(cell.teaches, self.cells))
 
     def _drop_readers(self, shared: SharedCells) -> None:
-        """Remove the readers that this sweep trained and from which no cell will learn any more: 120 readers of the
-        size of XLM-R take 130 GB.
+        """Remove readers that this sweep trained, once no cell will learn from them any more. 120 readers of the size
+        of XLM-R take 130 GB.
         """
         for cell in self.cells:
             learn = [other for other in self.cells if cell.teaches(other)]

@@ -63,8 +63,8 @@ CELLS = {f"{column} · {row}" for column in "XY" for row in ("KD", "KR2", "KReso
 TOML = '[defaults]\ncache-dir = "cache"\n[models.res]\npath = "models/res"\n[models.reader]\npath = "models/reader"\n'
 
 
-def furnish(world: World) -> World:
-    """A grid of eight cells, with paths that are the same in every world."""
+def with_grid(world: World) -> World:
+    """The world with a grid of eight cells. The grid's paths are relative, so they are the same in every world."""
     (world.folder / "grid.toml").write_text(GRID, "utf-8")
     (world.folder / "kr2cache.toml").write_text(TOML, "utf-8")
     return world
@@ -73,17 +73,17 @@ def furnish(world: World) -> World:
 @pytest.fixture
 def here(world: World, monkeypatch: pytest.MonkeyPatch) -> World:
     monkeypatch.chdir(world.folder)
-    return furnish(world)
+    return with_grid(world)
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory, bert: Path, reader_model: Path, corpus: Path) -> World:
-    """The world after one process has run the sweep."""
+    """A world in which one process has run the sweep."""
     folder = tmp_path_factory.mktemp("alone")
     (folder / "models").mkdir()
     for name, there in (("models/res", bert), ("models/reader", reader_model), ("corpus", corpus)):
         (folder / name).symlink_to(there)
-    world = furnish(World(folder))
+    world = with_grid(World(folder))
     with contextlib.chdir(folder):
         assert cli.run(["sweep", "grid.toml"]) == 0
     return world
@@ -91,7 +91,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory, bert: Path, reader_model: Pa
 
 @pytest.fixture
 def started(here: World) -> Iterator[Callable[[], subprocess.Popen[str]]]:
-    """Starts processes of the sweep, which end with the test."""
+    """A function that starts a process of the sweep. The processes are killed at the end of the test."""
     with contextlib.ExitStack() as running:
 
         def begin() -> subprocess.Popen[str]:
@@ -124,27 +124,27 @@ def trained(shown: str) -> list[str]:
 
 
 def table(shown: str) -> str:
-    """What a process shows at the end."""
+    """The table that a process shows at the end."""
     return shown[shown.index("A shared table ─") :]
 
 
 def scores(world: World) -> dict[str, bytes]:
-    """Of every run: scores and predictions."""
+    """The files with scores and predictions of every run."""
     runs = world.folder / "runs"
     names = ("metrics.json", "history.json", "predictions-test.jsonl")
     return {str(path.relative_to(runs)): path.read_bytes() for name in names for path in runs.rglob(name)}
 
 
-def end_in_training(world: World, process: subprocess.Popen[str], how: signal.Signals) -> None:
-    """End a process once it trains a cell."""
+def signal_in_training(world: World, process: subprocess.Popen[str], how: signal.Signals) -> None:
+    """Send a signal to a process once it trains a cell."""
     while not any(str(process.pid) in holder for holder in holders(world.folder / "runs" / "udpos")):
-        assert process.poll() is None, "it ended before"
+        assert process.poll() is None, "the process ended too early"
         time.sleep(0.01)
     process.send_signal(how)
 
 
 def holders(folder: Path) -> Iterator[str]:
-    """Who holds runs, as the files of their claims say."""
+    """The content of the owner files of all claims on runs."""
     for path in folder.glob("*/.seed-*.claims/*/owner.json"):
         with contextlib.suppress(FileNotFoundError):
             yield path.read_text("utf-8")
@@ -161,7 +161,7 @@ def test_two_processes_share_the_cells_and_show_the_same(
     shown = [process.communicate()[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], shown
     one, other = map(trained, shown)
-    assert sorted(one + other) == sorted(CELLS), "every cell once"
+    assert sorted(one + other) == sorted(CELLS), "every cell is trained once"
     assert one and other
     assert table(shown[0]) == table(shown[1])
     assert "8 of 8 cells filled." in shown[0]
@@ -179,7 +179,7 @@ def test_the_cell_of_a_process_that_ends_is_trained_by_another(
     here: World, alone: World, started: Callable[[], subprocess.Popen[str]], how: signal.Signals
 ) -> None:
     first = started()
-    end_in_training(here, first, how)
+    signal_in_training(here, first, how)
     second = started()
     said = first.communicate()[0]
     assert first.returncode == (130 if how is signal.SIGINT else -signal.SIGKILL)
@@ -198,7 +198,7 @@ def test_the_cell_of_a_process_that_ends_is_trained_by_another(
 def test_workers_train_the_cells_of_one_command(here: World, alone: World, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["sweep", "grid.toml", "--workers", "2"]) == 0
     shown = capsys.readouterr().out
-    assert sorted(re.findall(r"^([XY] · \w+): f1 ", shown, flags=re.MULTILINE)) == sorted(CELLS), "each shown once"
+    assert sorted(re.findall(r"^([XY] · \w+): f1 ", shown, flags=re.MULTILINE)) == sorted(CELLS), "each is shown once"
     assert "8 of 8 cells filled." in shown
     assert scores(here) == scores(alone)
     assert manifest_of(here).read_bytes() == manifest_of(alone).read_bytes()
@@ -235,7 +235,7 @@ def test_ctrl_c_ends_the_workers_too(here: World) -> None:
 
 
 @pytest.mark.parametrize("options", [["--workers", "0"], ["--engine", "rai"], ["--gpus-per-worker", "-1"]])
-def test_workers_that_make_no_sense_are_refused(
+def test_wrong_settings_of_workers_are_refused(
     here: World, options: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.run(["sweep", "grid.toml", *options]) == 1
@@ -246,7 +246,7 @@ def test_workers_that_make_no_sense_are_refused(
 # One cell that fails -------------------------------------------------------------------------------------------------
 
 
-def small(world: World, text: str = GRID) -> tuple[Grid, list[Cell]]:
+def cells_in(world: World, text: str = GRID) -> tuple[Grid, list[Cell]]:
     (world.folder / "small.toml").write_text(text, "utf-8")
     grid = read_grid(world.folder / "small.toml", TRAIN_OPTIONS)
     models = {name: {"path": str(world.folder / "models" / name)} for name in ("res", "reader")}
@@ -259,6 +259,7 @@ def small(world: World, text: str = GRID) -> tuple[Grid, list[Cell]]:
 
 
 def in_child(work: Callable[[], object]) -> int:
+    """Do the work in a forked process, and return the number of this process."""
     child = os.fork()
     if child == 0:
         code = 1
@@ -281,8 +282,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def sharing(world: World, quick: None) -> Iterator[Callable[[], SharedCells]]:
-    """Makes what a process has of the cells of one grid."""
-    yield lambda: SharedCells(*small(world), world.folder / "runs" / "sweeps" / "small.json")
+    """A function that makes the ``SharedCells`` of one process; all share one manifest."""
+    yield lambda: SharedCells(*cells_in(world), world.folder / "runs" / "sweeps" / "small.json")
 
 
 def test_a_cell_that_fails_is_tried_by_two_processes_and_reported_once(
@@ -299,16 +300,16 @@ def test_a_cell_that_fails_is_tried_by_two_processes_and_reported_once(
         return real(job, *rest)
 
     monkeypatch.setattr(pipeline, "train_seed", failing)
-    monkeypatch.setattr(Sweep, "_check", lambda *_: time.sleep(1.0))  # so that both have come before one has ended
+    monkeypatch.setattr(Sweep, "_check", lambda *_: time.sleep(1.0))  # so that both start before one ends
 
     def work() -> None:
-        result = Sweep(*small(world), keep_readers=False).run()
+        result = Sweep(*cells_in(world), keep_readers=False).run()
         assert [cell.name for cell in result.failed] == ["X · All", "Y · All"]
         assert result.json()["failed"] == 2
 
     children = [in_child(work), in_child(work)]
     assert all(map(ended_well, children)), capfd.readouterr().out
-    assert len({path.name for path in tries.iterdir()}) == 4, "both cells by both processes"
+    assert len({path.name for path in tries.iterdir()}) == 4, "both processes tried both cells"
     cells = json.loads((world.folder / "runs" / "sweeps" / "small.json").read_text("utf-8"))["cells"]
     assert [cell["error"] for cell in cells if cell["row"] == "All"] == ["It diverged."] * 2
     assert sum("failed_by" in cell or "done" in cell for cell in cells) == 0
@@ -316,7 +317,7 @@ def test_a_cell_that_fails_is_tried_by_two_processes_and_reported_once(
     assert shown.count("Another process of this sweep tries it once more.") >= 1
 
 
-def test_what_another_process_can_train_is_no_failure(world: World, sharing: Callable[[], SharedCells]) -> None:
+def test_a_cell_that_another_process_can_train_is_no_failure(world: World, sharing: Callable[[], SharedCells]) -> None:
     with sharing() as one, sharing() as other:
         cell, same = one.cells[1], other.cells[1]
         held = one.take([cell])
@@ -324,40 +325,40 @@ def test_what_another_process_can_train_is_no_failure(world: World, sharing: Cal
         with held:
             cell.fail(TrainingError("It diverged.", "Lower it."))
             one.settle(cell)
-        assert not one.is_settled(cell), "the other one has not tried"
+        assert not one.is_settled(cell), "the other process has not tried it yet"
         again = other.take([same])
         assert again is not None and again.cell is same
         with again:
             assert same.error is not None and same.error.remedy == "Lower it."
             same.error, same.folder = None, "udpos/here"
             other.settle(same)
-        one._look()
+        one._refresh()
         assert one.is_settled(cell)
         assert (cell.error, cell.folder) == (None, "udpos/here")
 
 
-def test_a_failure_is_reported_once_nobody_is_left_to_try(world: World, sharing: Callable[[], SharedCells]) -> None:
+def test_a_failure_is_final_once_no_process_is_left_to_try(world: World, sharing: Callable[[], SharedCells]) -> None:
     one = sharing()
     one.cells[4].fail(ConfigError("no model here", ""))
     with one:
         excluded = one.cells[4]
-        assert one.is_settled(excluded), "its check failed, and this process is alone"
+        assert one.is_settled(excluded), "its check failed, and there is no other process"
         with sharing() as other:
-            one._look()
+            one._refresh()
             assert not one.is_settled(excluded), "the other process may have the model"
             other.cells[0].fail(TrainingError("It diverged.", ""))
             other.settle(other.cells[0])
-            one._look()
+            one._refresh()
             assert not one.is_settled(one.cells[0])
             one.cells[0].fail(TrainingError("It diverged.", ""))
             one.settle(one.cells[0])
             assert one.is_settled(one.cells[0]), "two processes failed"
-        one._look()
+        one._refresh()
         assert one.is_settled(excluded)
         assert excluded.error is not None and excluded.error.message == "no model here"
 
 
-def test_processes_that_wait_for_each_others_retries_do_not_wait_forever(
+def test_processes_do_not_wait_forever_for_each_other_to_retry(
     world: World, quick: None, sharing: Callable[[], SharedCells]
 ) -> None:
     def work(failing: str, excluded: str) -> Callable[[], None]:
@@ -395,7 +396,7 @@ def test_a_distillation_is_not_taken_while_its_teacher_is_being_trained(
         held = one.take([teacher, learner])
         assert held is not None and held.cell is teacher
         free = other.take([other.cells[0], other.cells[3]])
-        assert free is not None and free.cell is other.cells[3], "something that does not wait"
+        assert free is not None and free.cell is other.cells[3], "the cell that waits for no teacher"
         with held:
             teacher.folder = "udpos/here"
             one.settle(teacher)
@@ -405,7 +406,7 @@ def test_a_distillation_is_not_taken_while_its_teacher_is_being_trained(
 
 
 def test_a_reader_is_dropped_when_no_process_needs_it_any_more(world: World, quick: None) -> None:
-    grid, cells = small(world)
+    grid, cells = cells_in(world)
     manifest = world.folder / "runs" / "sweeps" / "small.json"
     sweep = Sweep(grid, cells, keep_readers=False)
     learner, _, teacher, _ = cells[:4]
@@ -414,27 +415,27 @@ def test_a_reader_is_dropped_when_no_process_needs_it_any_more(world: World, qui
     run.metrics_file.write_text("{}", "utf-8")
     decided = {"task": "udpos", "method": "kresource", "reader": {}, "seed": 1}
     run.config_file.write_text(json.dumps({"config": decided, "recorded": {"temporary_reader": True}}), "utf-8")
-    with SharedCells(grid, cells, manifest) as one, SharedCells(*small(world), manifest) as other:
+    with SharedCells(grid, cells, manifest) as one, SharedCells(*cells_in(world), manifest) as other:
         teacher.folder = "udpos/teacher"
         one.settle(teacher)
         held = other.take([other.cells[0]])
         assert held is not None
         sweep._drop_readers(one)
-        assert run.reader.is_dir(), "the other process learns from it"
+        assert run.reader.is_dir(), "the other process still learns from it"
         held.cell.folder = "udpos/learner"
         other.settle(held.cell)
         held.__exit__()
-        one._look()
+        one._refresh()
         sweep._drop_readers(one)
         assert not run.reader.is_dir()
         assert learner.folder == "udpos/learner"
 
 
-def test_the_manifest_is_whole_at_every_moment(
+def test_the_manifest_is_complete_at_every_moment(
     world: World, sharing: Callable[[], SharedCells], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     manifest = world.folder / "runs" / "sweeps" / "small.json"
-    with sharing():  # the first one comes before the others, and the last one stays
+    with sharing():  # writes the manifest before the others start
         pass
 
     def work() -> None:
@@ -457,7 +458,7 @@ def test_the_manifest_is_whole_at_every_moment(
             assert os.waitstatus_to_exitcode(ended[1]) == 0
             children.remove(ended[0])
     assert seen > 20
-    assert filled == sorted(filled), "nothing that was written is lost"
+    assert filled == sorted(filled), "no result is lost"
     assert filled[-1] == 8
     assert [path.name for path in manifest.parent.iterdir()] == ["small.json"]
 
@@ -466,7 +467,7 @@ def test_another_version_of_the_grid_is_refused_while_processes_work(
     world: World, sharing: Callable[[], SharedCells]
 ) -> None:
     manifest = world.folder / "runs" / "sweeps" / "small.json"
-    edited = SharedCells(*small(world, GRID.replace('"last4"', '"layer1"')), manifest)
+    edited = SharedCells(*cells_in(world, GRID.replace('"last4"', '"layer1"')), manifest)
     with sharing():
         before = manifest.read_bytes()
         with pytest.raises(BusyError, match=r"Another version of the grid small is being trained in .*runs by process"):
@@ -483,15 +484,15 @@ def test_a_process_that_was_stopped_for_long_joins_again(
     monkeypatch.setattr(claims, "TIMEOUT_S", 0.5)
     with sharing() as one:
         assert one._presence is not None
-        one._presence._done.set()  # it shows no more sign of life
+        one._presence._done.set()  # this ends its heartbeat
         with sharing() as other:
             while one._process in other._present:
                 time.sleep(0.05)
-                other._look()
-        assert not one._presence.is_held, "whoever left last has removed it"
-        one._look()
+                other._refresh()
+        assert not one._presence.is_held, "the other process removed it when it left"
+        one._refresh()
         with sharing() as other:
-            other._look()
+            other._refresh()
             assert not other.is_settled(other.cells[0]) and other._present > {other._process}
 
 
