@@ -1,11 +1,12 @@
-"""Tokenise a split of any size: examples come one after the other, and several processes share them where it pays.
+"""Tokenise a split of any size. Examples are read one after another; if there are many, several processes tokenise.
 
-One process reads. It tokenises too, until ``ALONE_S`` have passed. Then it starts other processes, one after the other
-while they cannot keep up with it, and sends them parts. A part comes back as NumPy arrays, and the parts are joined in
-their order. So the index is the same, bit for bit, whatever the number of processes.
+This process reads the examples and tokenises them in parts. After ``ALONE_S`` it starts helpers, which are other
+processes, and sends parts to them. It starts more helpers while they cannot keep up with it. It tokenises a part itself
+whenever enough parts wait for the helpers. A helper returns a part as NumPy arrays, and all parts are joined in their
+order. So the index is bit for bit the same for any number of helpers.
 
-Processes, not threads: with two threads of its own, a fast tokenizer takes 0.8 of the time (two cores, 100,000
-sentences). Reading, aligning words and tokenizers written in Python gain nothing from threads.
+Threads would help less. With two threads, a fast tokenizer takes 0.8 of its time with one (two cores, 100,000
+sentences). Reading, aligning words and tokenizers written in Python get no faster with threads.
 """
 
 from __future__ import annotations
@@ -36,16 +37,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ALONE_S = 4.0
-"""For so many seconds one process tokenises alone. A second one takes about as long to start."""
+"""Seconds in which this process tokenises without helpers. A helper takes about as long to start."""
 AHEAD = 3
-"""Parts that wait for each helper, so that none is idle while this process tokenises a part itself."""
+"""How many parts wait for each helper, so that none is idle while this process tokenises a part itself."""
 PARALLELISM = "TOKENIZERS_PARALLELISM"
-"""The environment variable with which the user tells the library ``tokenizers`` whether to use threads."""
+"""The environment variable that tells the library ``tokenizers`` whether to use threads."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """Some sequences that come one after the other: plain lists, which are quick to send."""
+    """Consecutive sequences, as plain lists, which are quick to send to another process."""
 
     ids: list[str]
     texts: list[tuple[str, ...]]
@@ -53,7 +54,7 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class Tokenised:
-    """The tokens of sequences."""
+    """The tokens of some sequences."""
 
     index: SequenceIndex
     missing_words: MissingWords
@@ -89,7 +90,7 @@ def tokenise(
         max_length: Tokens kept of each sequence, special tokens included.
 
     Raises:
-        KR2CacheError: As ``encode``, and as reading the examples; also if one of the other processes ends too early.
+        KR2CacheError: The errors of ``encode`` and of reading the examples. Also if a helper ends too early.
     """
     encoder = Encoder(tokenizer=tokenizer, words=task.words, max_length=max_length)
     index = GrowingIndex()
@@ -120,7 +121,7 @@ def _parts(examples: Iterable[Example]) -> Iterator[Part]:
 
 
 def helpers_allowed() -> int:
-    """How many processes may help: one for each core of this process but the one that it works on itself.
+    """How many helpers may be started: one for each core that this process may use, except the core for itself.
 
     ``OMP_NUM_THREADS`` limits the cores. ``TOKENIZERS_PARALLELISM=false`` forbids helpers.
     """
@@ -133,7 +134,7 @@ def helpers_allowed() -> int:
 
 
 class _Helpers:
-    """The other processes. None is started for few examples."""
+    """The helpers of one split. For few examples, none is started."""
 
     def __init__(self, spec: ModelSpec, encoder: Encoder, allowed: int) -> None:
         self._setup = (spec, encoder.words, encoder.max_length)
@@ -183,12 +184,12 @@ class _Helpers:
         return self._encoder(part) if result.cancel() else result.result()
 
     def _start_more(self) -> None:
-        """Start helpers, at most as many as there are, if no other one is about to be ready."""
+        """Start a helper, or as many as are ready by now; do nothing while one is starting."""
         for future in [future for future in self._starting if future.done()]:
             self._starting.remove(future)
             future.result()
             self._ready += 1
-            os.environ[PARALLELISM] = "false"  # from now on the other cores are the helpers'
+            os.environ[PARALLELISM] = "false"  # from now on the helpers use the other cores
         if not self._starting:
             for _ in range(min(self._allowed - self._ready, max(1, self._ready))):
                 self._processes.append(_Helper(self._setup))
@@ -204,16 +205,16 @@ class _Helpers:
             helper.send(part)
             result: Tokenised = helper.receive()
         finally:
-            self._idle.put(helper)  # also a dead one: a thread that waits for it learns that it is dead
+            self._idle.put(helper)  # even if it died: then the next thread gets an error and does not wait forever
         return result
 
 
 class _Helper:
-    """A process that tokenises the parts it is sent, one at a time.
+    """A process that receives parts and tokenises them, one at a time.
 
-    It is a plain child that runs ``main``, no process of ``multiprocessing``: those run the user's script once more,
-    which then has to be guarded by ``if __name__ == "__main__"``. It is in a process group of its own, so that Ctrl-C
-    reaches only the process that started it; it ends when its input ends.
+    It is a new Python interpreter that runs ``main``. ``multiprocessing`` is not used, because it would run the user's
+    script again, and the script would need a guard (``if __name__ == "__main__"``). The helper is in a process group of
+    its own, so Ctrl-C does not reach it. It ends when its input ends.
     """
 
     def __init__(self, setup: tuple[Any, ...]) -> None:
@@ -275,9 +276,9 @@ class _Helper:
 
 
 def main() -> None:
-    """The helper: load the tokenizer, then tokenise parts until the input ends."""
+    """What a helper runs: load the tokenizer, then tokenise parts until the input ends."""
     answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a library prints must not get between the answers
+    os.dup2(2, 1)  # what libraries print must not mix with the answers
     with contextlib.suppress(EOFError, BrokenPipeError, KeyboardInterrupt):
         try:
             spec, words, max_length = pickle.load(sys.stdin.buffer)
@@ -291,7 +292,7 @@ def main() -> None:
             part = pickle.load(sys.stdin.buffer)
             try:
                 result: object = encoder(part)
-            except Exception as error:  # a tokenizer that comes as code may raise anything
+            except Exception as error:  # a tokenizer with code of its own may raise anything
                 result = error
             _answer(answers, result)
 
@@ -300,7 +301,7 @@ def _answer(answers: IO[bytes], value: object) -> None:
     try:
         raw = pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
         pickle.loads(raw) if isinstance(value, Exception) else None
-    except Exception:  # an exception need not be one that can be pickled
+    except Exception:  # not every exception can be pickled
         raw = pickle.dumps(RuntimeError(f"{type(value).__name__}: {value}"))
     answers.write(raw)
     answers.flush()
