@@ -56,10 +56,10 @@ def run_workers(
         engine: A name in ``ENGINES``.
         count: How many workers.
         work: A function at the top level of a module, so that a worker can import it.
-        argument: It must be possible to pickle it. The workers of a machine share the memory of its arrays.
-        watch: Called in this process every half second and once at the end, to show progress. An error in it ends the
-            work.
-        gpus_per_worker: For Ray: GPUs of each worker; 0.5 is half a GPU. None means one GPU if the cluster has GPUs.
+        argument: An object that can be pickled. The workers of one machine share the memory of its arrays.
+        watch: Called in this process about every half second and after the last result, to show progress. An error in
+            it stops the workers and is raised.
+        gpus_per_worker: For Ray: GPUs of each worker. 0.5 is half a GPU. None means one GPU if the cluster has GPUs.
 
     Returns:
         What each worker returned.
@@ -68,7 +68,7 @@ def run_workers(
         ConfigError: If the engine is not installed.
         WorkerLostError: If too many workers die.
         KeyboardInterrupt: On Ctrl-C.
-        Exception: What a worker raised, once. The traceback of an unforeseen error is in its ``__notes__``.
+        Exception: The first error of a worker. If it was not expected, its ``__notes__`` hold the traceback.
     """
     check_engine(engine)
     module: Any = importlib.import_module(ENGINES[engine])

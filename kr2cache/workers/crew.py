@@ -1,4 +1,4 @@
-"""What the engines have in common: a driver that watches a crew of workers."""
+"""The common part of the engines: how the driver watches its workers, the crew."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ class Crew(ABC):
     def __init__(self) -> None:
         self.results: dict[int, Any] = {}
         """The result of each worker, by its place (0, 1, ...)."""
-        self.said: set[str] = set()
+        self.shown: set[str] = set()
+        """What workers sent or printed and the user saw."""
         self._replaced = 0
 
     @property
@@ -45,7 +46,7 @@ class Crew(ABC):
 
     @abstractmethod
     def stop(self) -> None:
-        """Ask the workers to finish their current batch, and wait for them. Their errors are ignored from now on."""
+        """Ask the workers to finish their current batch, and wait for them. From now on their errors are ignored."""
 
     @abstractmethod
     def end(self) -> None:
@@ -61,16 +62,16 @@ class Crew(ABC):
 
     def note(self, text: str) -> None:
         """Show a message of a worker, unless it was shown before."""
-        if text not in self.said:
-            self.said.add(text)
+        if text not in self.shown:
+            self.shown.add(text)
             note(text)
 
     def count_lost(self, what: str, advice: str) -> None:
         """Count a worker that died and is replaced now, and tell the user.
 
         Args:
-            what: Which worker, and what happened.
-            advice: What can be done about it.
+            what: Which worker died, and how: the first part of the message.
+            advice: What the user can do about it.
 
         Raises:
             WorkerLostError: If ``MOST_REPLACED`` workers were replaced before.
@@ -85,11 +86,11 @@ class Crew(ABC):
 
 
 def drive(crew: Crew, watch: Callable[[], None]) -> list[Any]:
-    """Let a crew work until it is done, as ``run_workers`` says.
+    """Let a crew work until it is done. ``run_workers`` describes the behaviour.
 
     Args:
-        crew: The call must be inside its ``with`` block.
-        watch: Called every half second.
+        crew: Call this function inside the ``with`` block of the crew.
+        watch: Called about every half second.
 
     Returns:
         What each worker returned.

@@ -1,8 +1,8 @@
-"""Workers as processes of this machine.
+"""Workers as processes on this machine.
 
-Each worker is a new Python interpreter: a fork of a process that has used torch can hang, and ``multiprocessing`` would
-import the user's script again. Each worker has its own session, so that Ctrl-C reaches only the driver. The driver then
-asks the workers to stop.
+Each worker is a new Python interpreter. A fork of a process that has used torch can hang, and ``multiprocessing`` would
+import the user's script again. Each worker has its own session, so Ctrl-C reaches only the driver, which then asks the
+workers to stop.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from kr2cache.workers.outcome import Outcome
 EXIT_S = 10.0
 """Seconds that a worker has to end after it has sent its outcome."""
 ALIGNMENT = 64
-"""Bytes; arrays of a job begin at multiples of it."""
+"""Each array of a job begins at a multiple of this, in bytes."""
 
 
 def run(
@@ -43,7 +43,7 @@ def run(
     watch: Callable[[], None],
     gpus_per_worker: float | None = None,
 ) -> list[Any]:
-    """As ``run_workers``. ``gpus_per_worker`` has no meaning here: each worker sees one GPU."""
+    """See ``run_workers``. ``gpus_per_worker`` has no effect: each worker sees one GPU."""
     with (
         tempfile.TemporaryFile() as job,  # the file has no name: it disappears even if the driver is killed
         _Processes(count, job, _write_job(job, (work, argument))) as crew,
@@ -52,16 +52,16 @@ def run(
 
 
 class _Worker:
-    """A process, and the socket that connects it with the driver."""
+    """A process, and the connection between it and the driver."""
 
     def __init__(
-        self, place: int, line: Connection[Any, Any], process: subprocess.Popen[str], relay: threading.Thread
+        self, place: int, connection: Connection[Any, Any], process: subprocess.Popen[str], relay: threading.Thread
     ) -> None:
         self.place = place
-        self.line = line
+        self.connection = connection
         self.process = process
         self.relay = relay
-        """Shows what the process prints."""
+        """The thread that shows what the process prints."""
 
 
 class _Processes(Crew):
@@ -82,7 +82,7 @@ class _Processes(Crew):
         for worker in self.working:
             worker.process.kill()
         for worker in [*self.working, *self._ended]:
-            worker.line.close()
+            worker.connection.close()
             try:
                 worker.process.wait(EXIT_S)
             except subprocess.TimeoutExpired:
@@ -92,44 +92,44 @@ class _Processes(Crew):
 
     def start(self) -> None:
         for place in range(self._count):
-            self._hire(place)
+            self._start_worker(place)
 
     def listen(self, seconds: float) -> None:
         end = time.monotonic() + seconds
         while self.working and (left := end - time.monotonic()) > 0:
-            for worker, said in self._heard(left):
-                if isinstance(said, str):
-                    self.note(said)
-                elif said is None:
+            for worker, received in self._receive(left):
+                if isinstance(received, str):
+                    self.note(received)
+                elif received is None:
                     self._replace(worker)
-                elif said.error is not None:
-                    raise said.error
+                elif received.error is not None:
+                    raise received.error
                 else:
-                    self.results[worker.place] = said.value
+                    self.results[worker.place] = received.value
 
     def stop(self) -> None:
         for worker in self.working:
             worker.process.send_signal(signal.SIGINT)
         while self.working:
-            for _, said in self._heard(None):
-                if isinstance(said, str):
-                    self.note(said)
+            for _, received in self._receive(None):
+                if isinstance(received, str):
+                    self.note(received)
 
-    def _heard(self, seconds: float | None) -> list[tuple[_Worker, str | Outcome | None]]:
-        """The workers that sent something, with the note or the outcome; None if the worker ended without an outcome.
+    def _receive(self, seconds: float | None) -> list[tuple[_Worker, str | Outcome | None]]:
+        """Wait until workers send a note or an outcome, or end. None means that the worker ended without an outcome.
         Workers that ended are removed from ``working``.
         """
-        ready = wait([worker.line for worker in self.working], seconds)
-        heard: list[tuple[_Worker, str | Outcome | None]] = []
-        for worker in [one for one in self.working if one.line in ready]:
-            said: str | Outcome | None = None
+        ready = wait([worker.connection for worker in self.working], seconds)
+        result: list[tuple[_Worker, str | Outcome | None]] = []
+        for worker in [one for one in self.working if one.connection in ready]:
+            received: str | Outcome | None = None
             with contextlib.suppress(EOFError, OSError):
-                said = worker.line.recv()
-            if not isinstance(said, str):
+                received = worker.connection.recv()
+            if not isinstance(received, str):
                 self.working.remove(worker)
                 self._ended.append(worker)
-            heard.append((worker, said))
-        return heard
+            result.append((worker, received))
+        return result
 
     def _replace(self, lost: _Worker) -> None:
         code = lost.process.wait()
@@ -138,10 +138,10 @@ class _Processes(Crew):
             f"Worker process {lost.process.pid} {how}",
             "If memory was too small (the system then sends SIGKILL), give fewer --workers.",
         )
-        self._hire(lost.place)
+        self._start_worker(lost.place)
 
-    def _hire(self, place: int) -> None:
-        line, theirs = Pipe()
+    def _start_worker(self, place: int) -> None:
+        connection, theirs = Pipe()
         with theirs:
             numbers = (theirs.fileno(), self._job.fileno())
             process = subprocess.Popen(
@@ -156,10 +156,10 @@ class _Processes(Crew):
                 start_new_session=True,
             )
         relay = threading.Thread(target=self._relay, args=(process.stdout,), daemon=True)
-        self.working.append(_Worker(place, line, process, relay))
+        self.working.append(_Worker(place, connection, process, relay))
         relay.start()
         with contextlib.suppress(OSError):  # the worker has ended already: ``listen`` will notice
-            line.send(self._spans)
+            connection.send(self._spans)
 
     def _environment(self, place: int) -> dict[str, str]:
         environment = dict(os.environ)
@@ -172,21 +172,21 @@ class _Processes(Crew):
         return environment
 
     def _relay(self, output: IO[str] | None) -> None:
-        """Show what libraries print in a worker, each line once."""
+        """Show what libraries print in a worker. The user sees each line once."""
         assert output is not None
         with output:
             for line in output:
                 text = line.rstrip()
-                if text and text not in self.said:
-                    self.said.add(text)
+                if text and text not in self.shown:
+                    self.shown.add(text)
                     console.print(Text(text), soft_wrap=True)
 
 
 def _write_job(file: IO[bytes], job: tuple[Callable[[Any], Any], Any]) -> list[tuple[int, int]]:
-    """Pickle a job. Its arrays are written separately, so that workers can map them.
+    """Pickle a job into a file. Its arrays are written separately, so that workers can map them.
 
     Returns:
-        Start and end in the file, first of the pickle, then of each array.
+        The spans: start and end in the file, in bytes, first of the pickle, then of each array.
     """
     arrays: list[pickle.PickleBuffer] = []
     head = pickle.dumps(job, protocol=5, buffer_callback=arrays.append)

@@ -20,7 +20,7 @@ class Outcome:
 
 
 def outcome_of(work: Callable[[], Any]) -> Outcome:
-    """Do the work. Every error, also Ctrl-C, is returned as an outcome."""
+    """Do the work. Every error becomes an outcome too, even Ctrl-C."""
     try:
         return Outcome(value=work())
     except BaseException as error:
@@ -28,7 +28,7 @@ def outcome_of(work: Callable[[], Any]) -> Outcome:
 
 
 def sendable(error: BaseException) -> BaseException:
-    """The error itself, or an error with the same text if it cannot be pickled. An unexpected error carries a note with
+    """The error itself, or an error with the same text if it cannot be pickled. An unexpected error gets a note with
     its traceback.
     """
     try:

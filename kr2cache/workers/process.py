@@ -1,7 +1,7 @@
-"""A worker process, as ``local`` starts it: ``python -m kr2cache.workers.process LINE JOB DRIVER``.
+"""A worker process, as ``local`` starts it: ``python -m kr2cache.workers.process CONNECTION JOB DRIVER``.
 
-LINE is the file descriptor of the socket to the driver. The worker receives the spans of the job from it, and sends
-notes and one ``Outcome``. JOB is the descriptor of the open file that holds the job. DRIVER is the driver's process id.
+CONNECTION is the file descriptor of the connection to the driver. The worker receives the spans of the job on it, and
+sends notes and one ``Outcome``. JOB is the descriptor of the open file with the job. DRIVER is the driver's process id.
 """
 
 from __future__ import annotations
@@ -25,34 +25,34 @@ GRACE_S = 60.0
 """Seconds that a worker has to finish its current batch after its driver ended."""
 
 
-def main(line_number: int, job_number: int, driver: int) -> None:
+def main(connection_number: int, job_number: int, driver: int) -> None:
     """Do the job, and send the outcome to the driver."""
     allocator.keep_free_memory()
     threads.bound_spinning()
-    line: Connection[Any, Any] = Connection(line_number)
+    connection: Connection[Any, Any] = Connection(connection_number)
     done = threading.Event()
     try:
-        spans = line.recv()
-    except EOFError:  # the driver is gone already
+        spans = connection.recv()
+    except EOFError:  # the driver has ended already
         return
-    # If a shell started the command in the background, Ctrl-C is ignored until here.
+    # If a shell started the command in the background, this process ignores Ctrl-C until here.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    threading.Thread(target=_follow, args=(line, driver, done), daemon=True).start()
-    one_at_a_time = threading.Lock()
+    threading.Thread(target=_stop_with_driver, args=(connection, driver, done), daemon=True).start()
+    sending = threading.Lock()
 
-    def say(text: str) -> None:
-        with one_at_a_time:
-            line.send(text)
+    def send_note(text: str) -> None:
+        with sending:
+            connection.send(text)
 
-    with as_worker(say):
+    with as_worker(send_note):
         outcome = outcome_of(lambda: _do(job_number, spans))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     done.set()
-    _send(line, outcome)
+    _send(connection, outcome)
 
 
 def _do(job_number: int, spans: list[tuple[int, int]]) -> Any:
-    # Imports of extension modules must not see Ctrl-C: C++ code may abort.
+    # Ctrl-C must not reach imports of extension modules: their C++ code may abort the process.
     with interrupt_between_batches() as check_interrupt:
         work, argument = _job(job_number, spans)
         check_interrupt()
@@ -60,24 +60,26 @@ def _do(job_number: int, spans: list[tuple[int, int]]) -> Any:
 
 
 def _job(job_number: int, spans: list[tuple[int, int]]) -> tuple[Any, Any]:
-    """Read the job. Its arrays are mapped: all workers share the memory, but changes stay in one worker."""
+    """Read the job. Its arrays are mapped: all workers share their memory. If a worker changes an array, the others do
+    not see it.
+    """
     mapped = memoryview(mmap.mmap(job_number, 0, access=mmap.ACCESS_COPY))
     parts = [mapped[start:stop] for start, stop in spans]
     job: tuple[Any, Any] = pickle.loads(parts[0], buffers=parts[1:])
     return job
 
 
-def _send(line: Connection[Any, Any], outcome: Outcome) -> None:
-    with contextlib.suppress(OSError):  # the driver is gone
+def _send(connection: Connection[Any, Any], outcome: Outcome) -> None:
+    with contextlib.suppress(OSError):  # the driver has ended
         try:
-            line.send(outcome)
+            connection.send(outcome)
         except (pickle.PicklingError, AttributeError, TypeError) as error:
-            line.send(Outcome(error=sendable(error)))
+            connection.send(Outcome(error=sendable(error)))
 
 
-def _follow(line: Connection[Any, Any], driver: int, done: threading.Event) -> None:
-    """Stop this process once its driver has ended, even if another child of the driver keeps the socket open."""
-    while not line.poll(1.0) and os.getppid() == driver:
+def _stop_with_driver(connection: Connection[Any, Any], driver: int, done: threading.Event) -> None:
+    """Stop this process once its driver has ended, even if another child of the driver keeps the connection open."""
+    while not connection.poll(1.0) and os.getppid() == driver:
         pass
     if not done.is_set():
         os.kill(os.getpid(), signal.SIGINT)

@@ -1,8 +1,8 @@
-"""Workers as actors of Ray: on the cluster at ``RAY_ADDRESS``, or on a Ray that is started on this machine.
+"""Workers as actors of Ray, on the cluster at ``RAY_ADDRESS`` or on a Ray that is started on this machine.
 
-Ray sends the return value of ``work`` to the driver, so ``work`` writes large results to shared files. Ray does not
-repeat actors and calls by itself: after the loss of a machine, it is unknown how much of a call was done. Instead, the
-driver starts a new actor, and the claims tell the new actor which work is left.
+Ray sends the return value of ``work`` to the driver, so ``work`` should write large results to shared files. After the
+loss of a machine, nobody knows how much of a call was done. So Ray must not restart actors or repeat calls by itself.
+Instead, the driver starts a new actor, and the claims tell the new actor which work is left.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from kr2cache.workers.outcome import Outcome, outcome_of
 
 CONNECT_S = 5.0
 ANSWER_S = 15.0
-"""Seconds that a cluster has to answer. Ray itself would try for two minutes."""
+"""Seconds that a cluster has to answer. Ray itself would wait for two minutes."""
 ROOM_S = 15.0
-"""Seconds before the user is told that workers wait for CPUs or GPUs."""
+"""Seconds before the user sees a note that workers wait for CPUs or GPUs."""
 STOP_S = 60.0
-"""Seconds that an actor has to stop after it was asked to. If it is loading a model, nothing is lost."""
+"""Seconds that an actor has to stop after it was asked to. Then it is killed: if it loads a model, nothing is lost."""
 LOST = (
     exceptions.RayActorError,
     exceptions.NodeDiedError,
@@ -45,7 +45,7 @@ LOST = (
     exceptions.OutOfMemoryError,
     exceptions.ObjectLostError,
 )
-"""Errors that mean: the actor or its machine ended or cannot be reached. The call may have run, partly or wholly."""
+"""These errors mean that an actor or its machine ended or cannot be reached. The call may have run in part or fully."""
 
 
 def run(
@@ -56,19 +56,19 @@ def run(
     watch: Callable[[], None],
     gpus_per_worker: float | None = None,
 ) -> list[Any]:
-    """As ``run_workers``.
+    """See ``run_workers``.
 
     Raises:
         ConfigError: Also if the cluster does not answer, or has no room for so many workers.
     """
     with _connected():
-        cpus, gpus = _share(count, gpus_per_worker)
+        cpus, gpus = _resources_of_each(count, gpus_per_worker)
         with _Actors(count, ray.put((work, argument)), cpus, gpus) as crew:
             return drive(crew, watch)
 
 
 class Actor:
-    """One worker. It runs in a process of its own, on any machine of the cluster."""
+    """One worker. It runs in a process of its own on one machine of the cluster."""
 
     def __init__(self, path: list[str]) -> None:
         """``path``: the driver's ``sys.path``, so that a worker can import everything that the driver can import."""
@@ -77,7 +77,7 @@ class Actor:
         threads.bound_spinning()
 
     def host(self) -> str:
-        """The name of its machine."""
+        """The name of the machine on which it runs."""
         return platform.node()
 
     def work(self, job: tuple[Callable[[Any], Any], Any], folder: str) -> tuple[list[str], Outcome]:
@@ -88,22 +88,22 @@ class Actor:
             folder: The driver's working folder; relative paths begin there.
 
         Returns:
-            What the worker noted, and the outcome.
+            The notes of the worker, and the outcome.
         """
-        said: list[str] = []
+        notes: list[str] = []
         do, argument = job
 
         def work() -> Any:
-            _enter(folder)
+            _change_folder(folder)
             return do(argument)
 
-        with as_worker(said.append), also_stopped_by(ray.get_runtime_context().is_canceled):
-            return said, outcome_of(work)
+        with as_worker(notes.append), also_stopped_by(ray.get_runtime_context().is_canceled):
+            return notes, outcome_of(work)
 
 
 @dataclass
 class _Worker:
-    """An actor as the driver knows it. ``host`` and ``result`` are references of Ray to results of its calls."""
+    """An actor as the driver knows it. ``host`` and ``result`` are Ray's references to the results of its two calls."""
 
     place: int
     actor: Any
@@ -126,24 +126,24 @@ class _Actors(Crew):
 
     def start(self) -> None:
         for place in range(self._count):
-            self._hire(place)
+            self._start_actor(place)
 
     def listen(self, seconds: float) -> None:
         for worker in self._ended(seconds):
             try:
-                said, outcome = ray.get(worker.result)
+                notes, outcome = ray.get(worker.result)
             except LOST as error:
                 self._replace(worker, error)
                 continue
             except exceptions.RayTaskError as error:  # the worker could not read the job or send its result
                 raise RuntimeError(f"A worker on {_host(worker)}: {error_text(error.cause)}") from error
-            for text in said:
+            for text in notes:
                 self.note(text)
             if outcome.error is not None:
                 raise outcome.error
             self.results[worker.place] = outcome.value
         if self._working and time.monotonic() - self._began > ROOM_S:
-            self._say_who_waits()
+            self._note_waiting()
 
     def stop(self) -> None:
         for worker in self._working:
@@ -162,7 +162,7 @@ class _Actors(Crew):
         ended = [worker for worker in self._working if worker.result in ready]
         for worker in ended:
             self._working.remove(worker)
-            ray.kill(worker.actor)  # an actor that cannot be reached may still be alive
+            ray.kill(worker.actor)  # even an actor that cannot be reached may be alive
         return ended
 
     def _replace(self, lost: _Worker, error: Exception) -> None:
@@ -171,15 +171,15 @@ class _Actors(Crew):
             f"A worker on {_host(lost)} was lost",
             f"Ray says: {why} If memory was too small, give fewer --workers.",
         )
-        self._hire(lost.place)
+        self._start_actor(lost.place)
 
-    def _hire(self, place: int) -> None:
+    def _start_actor(self, place: int) -> None:
         actor: Any = self._class.remote([path or os.getcwd() for path in sys.path])  # noqa: PTH109
         host = actor.host.remote()
         self._working.append(_Worker(place, actor, host, actor.work.remote(self._job, os.getcwd())))  # noqa: PTH109
         self._began = time.monotonic()
 
-    def _say_who_waits(self) -> None:
+    def _note_waiting(self) -> None:
         _, waiting = ray.wait([worker.host for worker in self._working], num_returns=len(self._working), timeout=0)
         if waiting:
             self.note(f"{count_text(len(waiting), 'worker')} not started yet: the Ray cluster has no room, or is slow.")
@@ -193,7 +193,7 @@ def _host(worker: _Worker) -> str:
         return "a machine of the Ray cluster"
 
 
-def _enter(folder: str) -> None:
+def _change_folder(folder: str) -> None:
     try:
         os.chdir(folder)
     except OSError as error:
@@ -203,8 +203,8 @@ def _enter(folder: str) -> None:
         ) from None
 
 
-def _share(count: int, gpus: float | None) -> tuple[float, float]:
-    """CPUs and GPUs of each worker: as many CPUs as possible, the same number for every worker.
+def _resources_of_each(count: int, gpus: float | None) -> tuple[float, float]:
+    """CPUs and GPUs of each worker. All workers get the same number of CPUs, as many as possible.
 
     Args:
         count: How many workers.
@@ -237,7 +237,7 @@ def _share(count: int, gpus: float | None) -> tuple[float, float]:
 
 @contextlib.contextmanager
 def _connected() -> Iterator[None]:
-    """Inside the block, this process is connected to Ray. If the caller had connected before, the connection stays.
+    """Inside the block, this process is connected to Ray. A connection that the caller made before stays open after it.
 
     Raises:
         ConfigError: If there is no cluster at ``RAY_ADDRESS``, or it has another version of Ray.
@@ -265,7 +265,7 @@ def _connected() -> Iterator[None]:
 
 
 def _check_cluster(address: str) -> None:
-    """Check within seconds that a cluster answers."""
+    """Check that a cluster answers within seconds."""
     match = re.fullmatch(r"([^/\s]+):(\d+)", address)
     if match is None:
         raise _no_cluster(address, "it is not HOST:PORT")

@@ -1,4 +1,4 @@
-"""Workers as actors of a real Ray: a cluster of three nodes on this machine, and a Ray of the driver's own."""
+"""Workers as actors of a real Ray: on a cluster of three nodes on this machine, and on a Ray that the driver starts."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
         cluster.shutdown()
 
 
-def where(_: object) -> tuple[int, str, int, str]:
+def describe(_: object) -> tuple[int, str, int, str]:
     time.sleep(0.5)
     return os.getpid(), ray.get_runtime_context().get_node_id(), torch.get_num_threads(), str(Path.cwd())
 
@@ -57,14 +57,14 @@ def where(_: object) -> tuple[int, str, int, str]:
 def test_a_cluster_of_three_nodes(
     cluster: Cluster, workdir: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """One cluster for all of it: starting one takes seconds."""
-    results = run(where, count=3)
+    """All checks use one cluster, because it takes seconds to start one."""
+    results = run(describe, count=3)
     assert len({node for _, node, *_ in results}) == 3
     assert {tuple(rest) for *_, threads, folder in results for rest in [(threads, folder)]} == {(1, str(workdir))}
     assert not ray.is_initialized()
     capfd.readouterr()
 
-    run(test_workers.talkative, count=3)
+    run(test_workers.send_notes, count=3)
     shown = capfd.readouterr()
     assert sorted(shown.out.splitlines()) == ["! The model has no pooler.", "! UserWarning: old settings"]
     assert shown.err == ""
@@ -75,9 +75,9 @@ def test_a_cluster_of_three_nodes(
     assert caught.value.remedy == "Run it again."
     assert (workdir / "error" / "second done").exists()
 
-    with pytest.raises(KeyError) as unforeseen:
+    with pytest.raises(KeyError) as unexpected:
         run(test_workers.fail_plainly)
-    assert "in fail_plainly" in unforeseen.value.__notes__[0]
+    assert "in fail_plainly" in unexpected.value.__notes__[0]
 
     (workdir / "death").mkdir()
     assert sorted(run(test_workers.die_once, workdir / "death")) == ["second", "third"]
@@ -89,13 +89,13 @@ def test_a_cluster_of_three_nodes(
     assert capfd.readouterr().out.count("takes its place") == 3
 
     with pytest.raises(ConfigError, match="the Ray cluster has 3 CPUs and 0 GPUs, room for 0 workers"):
-        run(where, gpus_per_worker=1)
+        run(describe, gpus_per_worker=1)
 
     monkeypatch.setattr(engine, "ROOM_S", 0.5)
-    ray.init(address=cluster.address, log_to_driver=False)  # as a user's script may have done
+    ray.init(address=cluster.address, log_to_driver=False)  # as a user's script may do
     busy = ray.remote(engine.Actor).options(num_cpus=1).remote([])
     ray.get(busy.host.remote())
-    assert len({pid for pid, *_ in run(where, count=3)}) == 3, "the third begins when another one is done"
+    assert len({pid for pid, *_ in run(describe, count=3)}) == 3, "the third worker starts when another one is done"
     assert "1 worker not started yet: the Ray cluster has no room" in capfd.readouterr().out
     assert ray.is_initialized()
     ray.shutdown()
@@ -107,7 +107,7 @@ SHARDS = {"shard_gb": 100_000 / 2**30, "tokens_per_batch": 64}
 
 
 def start(world: World, *more: str) -> subprocess.Popen[str]:
-    """``kr2cache extract --engine ray``, as a shell starts it. Paths are relative."""
+    """Start ``kr2cache extract --engine ray`` as a shell does. Paths are relative."""
     options = ["--resource=models/res", "--data=corpus", "--task=udpos", "--cache-dir=cache", "--device=cpu"]
     options += [f"--{name.replace('_', '-')}={value}" for name, value in SHARDS.items()]
     return subprocess.Popen(
@@ -121,7 +121,7 @@ def start(world: World, *more: str) -> subprocess.Popen[str]:
 
 
 def complete(caches: Path) -> int:
-    """How many sequences are complete, in shards that are there."""
+    """How many sequences are complete in the shards that exist."""
     count = 0
     for path in caches.glob("*/*/[!.]*/*.h5"):
         with contextlib.suppress(OSError), h5py.File(path, locking=False) as file:
@@ -130,11 +130,11 @@ def complete(caches: Path) -> int:
 
 
 @pytest.mark.long
-def test_the_loss_of_a_node_changes_no_byte(cluster: Cluster, world: World) -> None:
+def test_after_the_loss_of_a_node_the_bytes_are_the_same(cluster: Cluster, world: World) -> None:
     save_corpus(world.data, train=SENTENCES)
     alone = folder_bytes(world.extract(cache_dir=world.folder / "alone", **SHARDS).cache)
     driver = start(world, "--workers=3")
-    test_workers.until(lambda: complete(world.caches) or driver.poll() is not None, 90)
+    test_workers.wait_until(lambda: complete(world.caches) or driver.poll() is not None, 90)
     cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
     assert 0 < complete(world.caches) < SENTENCES
     shown, _ = driver.communicate(timeout=180)
@@ -152,17 +152,17 @@ def test_ctrl_c_leaves_no_process_and_no_claim(world: World) -> None:
     """On a Ray that the command starts itself."""
     save_corpus(world.data, train=SENTENCES)
     driver = start(world, "--workers=2")
-    test_workers.until(lambda: complete(world.caches) or driver.poll() is not None, 90)
+    test_workers.wait_until(lambda: complete(world.caches) or driver.poll() is not None, 90)
     started = processes_of_session(driver.pid)
     assert sum("Actor" in name_of(pid) for pid in started) == 2
-    os.killpg(driver.pid, signal.SIGINT)  # as a terminal does
+    os.killpg(driver.pid, signal.SIGINT)  # as a terminal does on Ctrl-C
     shown, _ = driver.communicate(timeout=60)
     assert driver.returncode == 130, shown
     [cache] = world.cache_folders()
     assert f"Interrupted. {complete(world.caches):,} of {SENTENCES:,} sequences are complete" in shown
     assert "Traceback" not in shown
     assert not list(cache.parent.glob(".*.claims"))
-    test_workers.until(lambda: not any(map(test_workers.whether_alive, started)))
+    test_workers.wait_until(lambda: not any(map(test_workers.is_alive, started)))
 
 
 def name_of(pid: int) -> str:
@@ -176,7 +176,7 @@ import sys
 from pathlib import Path
 import test_workers
 from kr2cache.workers import run_workers
-run_workers("ray", 2, test_workers.at_work, Path(sys.argv[1]), watch=lambda: None)
+run_workers("ray", 2, test_workers.run_batches, Path(sys.argv[1]), watch=lambda: None)
 """
 
 
@@ -189,16 +189,16 @@ def test_workers_end_when_their_driver_is_killed(workdir: Path) -> None:
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    test_workers.until(lambda: len([path for path in workdir.iterdir() if path.read_text()]) == 2, 60)
+    test_workers.wait_until(lambda: len([path for path in workdir.iterdir() if path.read_text()]) == 2, 60)
     workers = [int(path.name.partition("-")[2]) for path in workdir.iterdir()]
     assert set(workers) < processes_of_session(driver.pid)
     driver.kill()
     driver.wait()
-    test_workers.until(lambda: not any(map(test_workers.whether_alive, workers)))
+    test_workers.wait_until(lambda: not any(map(test_workers.is_alive, workers)))
 
 
 def processes_of_session(session: int) -> set[int]:
-    """All processes whose session is that of the driver, by number."""
+    """The process numbers of all processes in a session."""
     found = set()
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
@@ -207,7 +207,7 @@ def processes_of_session(session: int) -> set[int]:
     return found
 
 
-def test_a_ray_that_is_not_installed_is_said(
+def test_a_missing_installation_of_ray_is_an_error(
     bert: Path, workdir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
@@ -215,10 +215,10 @@ def test_a_ray_that_is_not_installed_is_said(
     assert "--engine ray: Ray is not installed." in capsys.readouterr().err
 
 
-def test_no_cluster_at_the_address_is_said_in_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_cluster_is_an_error_within_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "ANSWER_S", 2.0)
-    with socket.create_server(("127.0.0.1", 0)) as mute:  # it is no Ray: it accepts, and says nothing
-        port = mute.getsockname()[1]
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # it is no Ray: it accepts connections, and sends nothing
+        port = silent.getsockname()[1]
         for address, why in (
             (f"127.0.0.1:{port}", "does not answer as a Ray cluster"),
             ("127.0.0.1:1", "Connection refused"),
@@ -228,7 +228,7 @@ def test_no_cluster_at_the_address_is_said_in_seconds(monkeypatch: pytest.Monkey
             monkeypatch.setenv("RAY_ADDRESS", address)
             began = time.monotonic()
             with pytest.raises(ConfigError, match=why) as caught:
-                run(where)
+                run(describe)
             assert address in caught.value.message
             assert "RAY_ADDRESS" in caught.value.remedy
             assert time.monotonic() - began < 10
@@ -256,10 +256,10 @@ def test_workers_get_equal_shares(
     monkeypatch.setattr(
         ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": float(c), "GPU": float(g)}} for c, g in nodes]
     )
-    assert engine._share(count, gpus) == share
+    assert engine._resources_of_each(count, gpus) == share
 
 
 def test_more_workers_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 8.0, "GPU": 2.0}}])
     with pytest.raises(ConfigError, match="8 CPUs and 2 GPUs, room for 2 workers"):
-        engine._share(3, None)
+        engine._resources_of_each(3, None)

@@ -1,4 +1,4 @@
-"""Workers of this machine: real processes that are started, heard, killed, interrupted and replaced."""
+"""Workers on this machine: real processes that start, send notes, die, are interrupted and are replaced."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ def run(work: Callable[[Any], Any], argument: Any = None, count: int = 2, **opti
     return run_workers("local", count, work, argument, **{"watch": lambda: None, **options})
 
 
-def until(there: Callable[[], object], seconds: float = 20.0) -> None:
+def wait_until(is_so: Callable[[], object], seconds: float = 20.0) -> None:
     end = time.monotonic() + seconds
-    while not there():
+    while not is_so():
         assert time.monotonic() < end, "it takes too long"
         time.sleep(0.02)
 
 
 def claim_a_name(folder: Path) -> str:
-    """The first of these names that no other worker has."""
+    """The first of these names that no other worker has claimed."""
     for name in ("first", "second", "third", "fourth", "fifth"):
         with contextlib.suppress(FileExistsError):
             (folder / name).touch(exist_ok=False)
@@ -44,22 +44,22 @@ def claim_a_name(folder: Path) -> str:
     raise AssertionError(folder)
 
 
-def whether_alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
 
 
-def the_sum(argument: tuple[np.ndarray[Any, Any], int]) -> tuple[int, int, bool]:
+def sum_of(argument: tuple[np.ndarray[Any, Any], int]) -> tuple[int, int, bool]:
     array, times = argument
-    array[0] = 7  # its own copy: another worker does not see it
+    array[0] = 7  # changes only this worker's copy
     return os.getpid(), int(array[1:].sum()) * times, array.flags.owndata
 
 
-def test_each_worker_works_in_a_process_of_its_own_and_arrays_are_in_memory_once() -> None:
+def test_each_worker_is_a_process_and_all_share_the_memory_of_arrays() -> None:
     array = np.arange(100_000)
-    results = run(the_sum, (array, 2), 3)
+    results = run(sum_of, (array, 2), 3)
     assert len({pid for pid, *_ in results} | {os.getpid()}) == 4
     assert [rest for _, *rest in results] == [[int(array.sum()) * 2, False]] * 3
     assert array[0] == 0
@@ -77,12 +77,12 @@ def test_workers_share_cores_and_gpus(machine: int, count: int, share: str, monk
     assert run(environment, count=count) == [(share, gpu) for gpu in ("4", "6", "4", "6")[:count]]
 
 
-def test_the_number_of_threads_that_the_user_sets_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_use_the_number_of_threads_that_the_user_sets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert [threads for threads, _ in run(environment)] == ["3", "3"]
 
 
-def talkative(_: object) -> None:
+def send_notes(_: object) -> None:
     note("The model has no pooler.")
     note_waiting("Somebody writes; waiting.")
     warnings.warn("old settings", UserWarning, stacklevel=1)
@@ -92,8 +92,8 @@ def talkative(_: object) -> None:
         progress.advance(1)
 
 
-def test_what_workers_say_is_shown_once(capsys: pytest.CaptureFixture[str]) -> None:
-    run(talkative, count=3)
+def test_a_note_of_several_workers_is_shown_once(capsys: pytest.CaptureFixture[str]) -> None:
+    run(send_notes, count=3)
     assert sorted(capsys.readouterr().out.splitlines()) == [
         "! The model has no pooler.",
         "! UserWarning: old settings",
@@ -125,7 +125,7 @@ def test_workers_that_die_again_and_again_are_an_error(capsys: pytest.CaptureFix
 
 def fail_or_stop(folder: Path) -> None:
     if claim_a_name(folder) == "first":
-        until((folder / "second at work").exists)
+        wait_until((folder / "second at work").exists)
         raise CacheError("A shard was removed.", "Run it again.")
     with interrupt_between_batches() as check_interrupt:
         (folder / "second at work").touch()
@@ -162,7 +162,7 @@ def fail_plainly(_: object) -> None:
 @pytest.mark.parametrize(
     ("work", "kind", "text"), [(fail_oddly, RuntimeError, "OddError: 1 is not 2"), (fail_plainly, KeyError, "key")]
 )
-def test_an_unforeseen_error_keeps_its_traceback(work: Any, kind: type[Exception], text: str) -> None:
+def test_an_unexpected_error_keeps_its_traceback(work: Any, kind: type[Exception], text: str) -> None:
     with pytest.raises(kind, match=text) as caught:
         run(work)
     [place] = caught.value.__notes__
@@ -173,13 +173,13 @@ def give_a_function(_: object) -> Any:
     return lambda: None
 
 
-def test_a_result_that_cannot_be_sent_is_an_error_and_not_a_death() -> None:
+def test_a_result_that_cannot_be_sent_is_an_error_and_the_worker_is_not_replaced() -> None:
     with pytest.raises((AttributeError, pickle.PicklingError), match="give_a_function"):
         run(give_a_function)
 
 
-def at_work(folder: Path) -> None:
-    """A batch after the other; each takes a moment."""
+def run_batches(folder: Path) -> None:
+    """Run batches until Ctrl-C. Each takes a moment and is noted in the worker's file."""
     mark = folder / f"worker-{os.getpid()}"
     with interrupt_between_batches() as check_interrupt:
         mark.write_text("at work")
@@ -194,13 +194,13 @@ def at_work(folder: Path) -> None:
                 raise
 
 
-def test_what_watch_raises_stops_the_workers(tmp_path: Path) -> None:
+def test_an_error_in_watch_stops_the_workers(tmp_path: Path) -> None:
     def watch() -> None:
         if len(list(tmp_path.iterdir())) == 2:
             raise CacheError("no disk")
 
     with pytest.raises(CacheError, match="no disk"):
-        run(at_work, tmp_path, watch=watch)
+        run(run_batches, tmp_path, watch=watch)
     assert [path.read_text() for path in tmp_path.iterdir()] == ["stopped"] * 2
 
 
@@ -209,14 +209,14 @@ import sys
 from pathlib import Path
 import test_workers
 try:
-    test_workers.run(test_workers.at_work, Path(sys.argv[1]))
+    test_workers.run(test_workers.run_batches, Path(sys.argv[1]))
 except KeyboardInterrupt:
     sys.exit(130)
 """
 
 
 def driver_at_work(folder: Path) -> tuple[subprocess.Popen[bytes], list[int]]:
-    """A driver with two workers at work, and their numbers."""
+    """A driver with two workers that run batches, and the process numbers of the workers."""
     driver = subprocess.Popen(
         [sys.executable, "-c", DRIVER, str(folder)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
@@ -224,15 +224,15 @@ def driver_at_work(folder: Path) -> tuple[subprocess.Popen[bytes], list[int]]:
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    until(lambda: len([path for path in folder.iterdir() if path.read_text()]) == 2)
+    wait_until(lambda: len([path for path in folder.iterdir() if path.read_text()]) == 2)
     return driver, [int(path.name.partition("-")[2]) for path in folder.iterdir()]
 
 
 def test_ctrl_c_lets_workers_finish_their_batch_and_leaves_no_process(tmp_path: Path) -> None:
     driver, workers = driver_at_work(tmp_path)
-    os.killpg(driver.pid, signal.SIGINT)  # as a terminal does
+    os.killpg(driver.pid, signal.SIGINT)  # as a terminal does on Ctrl-C
     assert driver.wait(20) == 130
-    assert not any(map(whether_alive, workers))
+    assert not any(map(is_alive, workers))
     assert [path.read_text() for path in tmp_path.iterdir()] == ["stopped"] * 2
 
 
@@ -240,26 +240,26 @@ def test_workers_stop_when_their_driver_is_killed(tmp_path: Path) -> None:
     driver, workers = driver_at_work(tmp_path)
     driver.kill()
     driver.wait()
-    until(lambda: not any(map(whether_alive, workers)))
+    wait_until(lambda: not any(map(is_alive, workers)))
     assert [path.read_text() for path in tmp_path.iterdir()] == ["stopped"] * 2
 
 
 def test_a_second_ctrl_c_ends_workers_at_once(tmp_path: Path) -> None:
     driver, workers = driver_at_work(tmp_path)
-    os.kill(workers[0], signal.SIGSTOP)  # it never finishes its batch
+    os.kill(workers[0], signal.SIGSTOP)  # this worker never finishes its batch
     driver.send_signal(signal.SIGINT)
-    until(lambda: not whether_alive(workers[1]))
+    wait_until(lambda: not is_alive(workers[1]))
     time.sleep(0.2)
     assert driver.poll() is None
     driver.send_signal(signal.SIGINT)
-    assert driver.wait(8) == 130, "it does not wait for the one that is stopped"
-    assert not any(map(whether_alive, workers))
+    assert driver.wait(8) == 130, "it does not wait for the stopped worker"
+    assert not any(map(is_alive, workers))
 
 
-def test_an_engine_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_that_does_not_exist_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UnknownNameError, match=r"Unknown engine 'locale'\. Did you mean 'local'"):
-        run_workers("locale", 1, the_sum, None, watch=lambda: None)  # type: ignore[arg-type]
+        run_workers("locale", 1, sum_of, None, watch=lambda: None)  # type: ignore[arg-type]
     monkeypatch.setitem(sys.modules, "ray", None)
     assert importlib.util.find_spec("ray") is None
     with pytest.raises(ConfigError, match="Ray is not installed"):
-        run_workers("ray", 1, the_sum, None, watch=lambda: None)  # type: ignore[arg-type]
+        run_workers("ray", 1, sum_of, None, watch=lambda: None)  # type: ignore[arg-type]
