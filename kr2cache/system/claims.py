@@ -8,8 +8,8 @@ do nothing. The claims on a file or folder lie beside it:
         alive                           touched every ``HEARTBEAT_S``; without this file, the folder is only a request
 
 A process first makes its request, and then looks for other requests and claims. Of two processes, the one that looks
-later sees the other one, so two processes never get the same unit. A path is never used by a second process: a process
-that was stopped between two steps finds that its own folder is gone, and cannot harm another process.
+later sees the other one, so two processes never get the same unit. No path is used twice. So a process that was stopped
+between two steps can only find that its own folder is gone; it cannot harm another process.
 
 A process takes over the claim of a holder that ended, or that was silent for ``TIMEOUT_S``. A silent holder
 may still be alive, but stopped or cut off from the file system. When it continues, it must not do harm:
@@ -45,17 +45,18 @@ from kr2cache.system.disk import disk_error
 from kr2cache.system.owners import Owner, this_process
 
 HEARTBEAT_S = 5.0
-"""A holder touches its claim this often."""
+"""A holder touches its claim once in so many seconds."""
 TIMEOUT_S = 90.0
-"""A holder counts as silent after this time. Network file systems show changes of other machines up to 60 s late."""
+"""A holder counts as silent if its claim was not touched for so many seconds. Network file systems may show a touch by
+another machine 60 s late."""
 ABANDONED_S = 3600.0
-"""A claim that nobody touched in this time before the present process started is silent at once."""
+"""A holder counts as silent at once if its last touch was so many seconds before this process started."""
 DECIDE_S = 1.0
-"""The longest time that a process waits for another process that requests the same unit at the same moment."""
+"""How many seconds a process waits at most for another process that requests the same unit at the same moment."""
 PATIENCE_S = 0.5
-"""Seconds before the user is told that the process waits."""
+"""Seconds before the user sees a note that the process waits."""
 POLL_S = 0.2
-"""Seconds between two looks of a waiting process."""
+"""A waiting process checks again after so many seconds at most."""
 REMOVED = "removed-"
 """The name of a claim begins with this while the claim is being removed."""
 
@@ -65,11 +66,11 @@ class Claim:
 
     def __init__(self, folder: Path, owner: Owner) -> None:
         self.folder = folder
-        """Only the holder writes here. A file is published by a rename out of this folder."""
+        """Only the holder writes here. It publishes a file by a rename out of this folder."""
         self.owner = owner
         self._done = threading.Event()
         self._lost = threading.Event()
-        # The thread holds no reference to the claim: if Ctrl-C prevents its release, the claim becomes silent.
+        # If Ctrl-C prevents the release, the touches end when this object is deleted: the thread does not refer to it.
         weakref.finalize(self, self._done.set).atexit = False
         threading.Thread(target=_beat, args=(folder, self._done, self._lost), name="claim", daemon=True).start()
 
@@ -82,8 +83,8 @@ class Claim:
         """Record that from now on no earlier holder can change the files of this unit."""
         if self.earlier_may_live:
             self.owner = replace(self.owner, earlier_may_live=False)
-            with contextlib.suppress(OSError):  # then the next holder makes a copy that is not needed
-                _sign(self.folder, self.owner)
+            with contextlib.suppress(OSError):  # if this fails, the next holder makes a copy that is not needed
+                _write_owner(self.folder, self.owner)
 
     @property
     def is_held(self) -> bool:
@@ -97,13 +98,13 @@ class Claim:
         self._done.set()
         if os.getpid() != self.owner.pid:  # a forked process has a copy of this object, not the claim
             return
-        if self.earlier_may_live:  # ``fenced`` was not called: the next holder has to know
+        if self.earlier_may_live:  # ``fenced`` was not called: the claim stays, so that the next holder knows
             with contextlib.suppress(OSError):
-                _sign(self.folder, replace(self.owner, released=True))
+                _write_owner(self.folder, replace(self.owner, released=True))
             return
         with contextlib.suppress(OSError):
             _remove(self.folder)
-        _clear(self.folder.parent)
+        _remove_leftovers(self.folder.parent)
 
     def __enter__(self) -> Self:
         return self
@@ -123,7 +124,7 @@ def _touch(folder: Path, lost: threading.Event) -> None:
     try:
         os.utime(folder / "alive")
     except OSError as error:
-        # Other errors may be temporary. If they are not, the time-out ends the claim.
+        # Other errors may be temporary. If they are not, ``TIMEOUT_S`` ends the claim.
         if _is_gone(error):
             lost.set()
 
@@ -132,8 +133,8 @@ def try_claim(place: Path, unit: str) -> Claim | None:
     """Claim a unit if nobody holds it, or if its holder has ended or is silent.
 
     Args:
-        place: The file or folder that the unit belongs to; it need not exist. Links lead to the same claims.
-        unit: Its name.
+        place: The file or folder that the unit belongs to; it need not exist. Symbolic links are followed.
+        unit: The name of the unit.
 
     Returns:
         The claim; None if another process holds the unit.
@@ -150,7 +151,7 @@ def try_claim(place: Path, unit: str) -> Claim | None:
         attempt = 1 + max((int(claim.name.split(".")[-2]) for claim in earlier), default=0)
         request = folder / f"{unit}.{attempt}.{uuid.uuid4().hex[:12]}"
         owner = this_process(attempt, earlier_may_live=_may_live(earlier))
-        _make(request, owner)
+        _make_request(request, owner)
         return _decide(request, unit, owner)
     except BaseException as error:
         if request is not None:
@@ -158,23 +159,23 @@ def try_claim(place: Path, unit: str) -> Claim | None:
                 _remove(request)
         if not isinstance(error, OSError):
             raise
-        if _is_gone(error):  # this process was stopped so long that another process removed its request
+        if _is_gone(error):  # this process was stopped for so long that another process removed its request
             return None
-        raise _explained(error, place) from error
+        raise _with_remedy(error, place) from error
 
 
-def _make(request: Path, owner: Owner) -> None:
+def _make_request(request: Path, owner: Owner) -> None:
     while True:
         request.parent.mkdir(parents=True, exist_ok=True)
         try:
             request.mkdir()
             break
-        except FileNotFoundError:  # the last claim was released meanwhile, and the folder was removed with it
+        except FileNotFoundError:  # meanwhile the last claim was released, and the folder was removed with it
             continue
     try:
-        _sign(request, owner)
+        _write_owner(request, owner)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):  # full disk: the time-out alone shows the end
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):  # without it, others wait until the claim is silent
             raise
 
 
@@ -199,23 +200,23 @@ def _decide(request: Path, unit: str, owner: Owner) -> Claim | None:
         pause = min(2 * pause, POLL_S)
     if _may_live(others) and not owner.earlier_may_live:
         owner = replace(owner, earlier_may_live=True)
-        _sign(request, owner)  # before the claims that record it are removed
+        _write_owner(request, owner)  # before the claims that record it are removed
     for claim in others:
         with contextlib.suppress(FileNotFoundError):  # released meanwhile
             _remove(claim)
-    if others:  # so that no late holder publishes files from a folder that an ended process left
-        _clear(request.parent)
+    if others:  # a late holder could still publish files from a folder that was left over
+        _remove_leftovers(request.parent)
     (request / "alive").touch()
     return Claim(request, owner)
 
 
 def _may_live(claims: list[Path]) -> bool:
-    """Whether one of these holders, or an earlier one, may be alive and have files open."""
+    """Whether a holder of these claims, or an earlier holder, may be alive and have files open."""
     owners = ((claim, _owner(claim)) for claim in claims)
     return any(o is None or o.earlier_may_live or not (_is_request(claim) or o.ended) for claim, o in owners)
 
 
-def _explained(error: OSError, place: Path) -> Exception:
+def _with_remedy(error: OSError, place: Path) -> Exception:
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return ConfigError(
             f"{place} cannot be written: {error.filename} is not writable ({error.strerror}).",
@@ -229,19 +230,20 @@ def _is_gone(error: OSError) -> bool:
 
 
 def wait_for_claim(place: Path, unit: str, *, wait: bool = True) -> Claim:
-    """Claim a unit; wait for another process that holds it. The other arguments are those of ``try_claim``.
+    """Claim a unit. If another process holds it and ``wait`` is True, wait. The other arguments are those of
+    ``try_claim``.
 
     Raises:
         BusyError: If another process holds the unit and ``wait`` is False.
     """
-    started, said, pause = time.monotonic(), False, 0.01
+    started, noted, pause = time.monotonic(), False, 0.01
     while (claim := try_claim(place, unit)) is None:
-        if time.monotonic() - started > PATIENCE_S and not said:
+        if time.monotonic() - started > PATIENCE_S and not noted:
             held = f"{place} is being written by {holder(place, unit)}"
             if not wait:
                 raise BusyError(f"{held}.", "Wait until it is done, or stop it.")
             note_waiting(f"{held}; waiting for it.")
-            said = True
+            noted = True
         time.sleep(pause)
         pause = min(2 * pause, POLL_S)
     return claim
@@ -249,11 +251,11 @@ def wait_for_claim(place: Path, unit: str, *, wait: bool = True) -> Claim:
 
 @contextlib.contextmanager
 def claimed(place: Path, unit: str = "all", *, wait: bool = True) -> Iterator[Claim]:
-    """Hold a unit whose files are all published by a rename out of the claim's folder. Arguments and errors are those
-    of ``wait_for_claim``.
+    """Inside the block, hold a unit whose files are all published by a rename out of the claim's folder. Arguments and
+    errors are those of ``wait_for_claim``.
     """
     with wait_for_claim(place, unit, wait=wait) as claim:
-        claim.fenced()  # an earlier holder cannot publish any more
+        claim.fenced()  # an earlier holder can publish nothing any more
         try:
             yield claim
         except OSError:
@@ -267,13 +269,13 @@ def claimed(place: Path, unit: str = "all", *, wait: bool = True) -> Iterator[Cl
 
 
 def holder(place: Path, unit: str) -> str:
-    """Who holds a unit, in words."""
+    """Who holds a unit, as text for messages."""
     owners = [owner for claim in _claims_in(claims_folder(place), unit) if (owner := _owner(claim)) is not None]
     return owners[-1].text if owners else "another process"
 
 
 def claims_folder(place: Path) -> Path:
-    """The folder of the claims on ``place``, beside it."""
+    """The folder beside ``place`` that holds the claims on it."""
     place = place.resolve()
     return place.with_name(f".{place.name}.claims")
 
@@ -285,7 +287,7 @@ def held_units(place: Path) -> set[str]:
 
 
 def ended_units(place: Path) -> set[str]:
-    """The units whose holders ended or are silent, and that nobody took over."""
+    """The units whose holder ended or is silent, and that no other process took over."""
     folder = claims_folder(place)
     return {match[1] for name in _names(folder) if (match := _NAME.fullmatch(name)) and _is_free(folder / name)}
 
@@ -339,12 +341,12 @@ _BEGAN = time.time()
 
 def _is_silent(claim: Path) -> bool:
     """Whether nobody touched the claim for ``TIMEOUT_S`` while this process watched it. Only the clock of this process
-    counts: clocks of other machines and of file systems differ. If all processes were stopped for a time, that time is
-    not counted: the holder could not touch its claim either.
+    counts: clocks of other machines and of file systems differ. Time in which this process was stopped is not counted,
+    because the holder may have been stopped too.
     """
     try:
         try:
-            # A network file system asks the server only when a file is opened.
+            # A network file system asks the server for the time of a file only when the file is opened.
             with (claim / "alive").open("rb") as file:
                 touched = os.fstat(file.fileno()).st_mtime_ns
         except FileNotFoundError:  # a request
@@ -353,7 +355,7 @@ def _is_silent(claim: Path) -> bool:
         if not _is_gone(error):
             raise
         _watches.pop(claim, None)
-        return False  # look again
+        return False  # the caller looks again
     if touched / 1e9 < _BEGAN - ABANDONED_S:
         return True
     now, watch = time.monotonic(), _watches.get(claim)
@@ -375,20 +377,24 @@ def _owner(claim: Path) -> Owner | None:
     return owner if isinstance(owner.pid, int) and isinstance(owner.started, int) else None
 
 
-def _sign(claim: Path, owner: Owner) -> None:
+def _write_owner(claim: Path, owner: Owner) -> None:
     (claim / "owner.new").write_text(json.dumps(asdict(owner)), encoding="utf-8")
     (claim / "owner.new").rename(claim / "owner.json")
 
 
 def _remove(claim: Path) -> None:
-    """Remove a claim: first rename it in one step, then delete its files. FileNotFoundError if it is gone."""
+    """Remove a claim: first rename it in one step, then delete its files.
+
+    Raises:
+        FileNotFoundError: If it does not exist any more.
+    """
     gone = claim.with_name(f"{REMOVED}{uuid.uuid4().hex}")
     claim.rename(gone)
     shutil.rmtree(gone, ignore_errors=True)
 
 
-def _clear(folder: Path) -> None:
-    """Remove leftover folders, and claims of ended processes that no longer matter."""
+def _remove_leftovers(folder: Path) -> None:
+    """Remove half-removed claims, and claims of ended processes that record nothing for the next holder."""
     for name in _names(folder):
         if name.startswith(REMOVED):
             shutil.rmtree(folder / name, ignore_errors=True)

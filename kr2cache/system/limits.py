@@ -7,11 +7,11 @@ from pathlib import Path
 from kr2cache.errors import CacheError
 
 OTHER_FILES = 256
-"""Files that the rest of the process may open later: libraries, data sets, pipes of worker processes."""
+"""How many other files the process may open later: of libraries, of data sets, and pipes to worker processes."""
 
 
 def allow_open_files(files: int) -> None:
-    """Raise this process's limit of open files so that it can open ``files`` more. A usual limit is 1,024.
+    """Raise the limit on the open files of this process, so that it can open ``files`` more. The usual limit is 1,024.
 
     Raises:
         CacheError: If the system does not allow a limit that is high enough.

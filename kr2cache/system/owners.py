@@ -25,7 +25,7 @@ class Owner:
     machine: str
     """Identifies the machine, its last boot and its PID namespace. ``pid`` can be compared only if these are equal."""
     started: int
-    """When the process started, in the system's units; 0 if unknown. The system uses process numbers again."""
+    """When the process started, in the system's units; 0 if unknown. It tells processes with the same number apart."""
     host: str
     user: str
     since: str
@@ -34,7 +34,7 @@ class Owner:
     earlier_may_live: bool
     """Whether an earlier holder may be alive, with files open that were not replaced yet."""
     released: bool = False
-    """True if no process holds the claim any more: it only records ``earlier_may_live``."""
+    """True if no process holds the claim any more, and it stays only to record ``earlier_may_live``."""
 
     @property
     def ended(self) -> bool:
@@ -90,18 +90,18 @@ def _has_ended(pid: int, started: int) -> bool:
     except ProcessLookupError:
         return True
     except (OSError, OverflowError):
-        pass  # a process of another user, which /proc may not show
+        pass  # it may be a process of another user: see what /proc shows
     stat = _stat(pid)
     if not stat:
         return False
-    # A killed process may be shown as ended ("Z") while one of its threads still waits for a disk.
+    # A killed process may be shown as ended ("Z") while one of its threads still waits for the disk.
     return (stat[0] in "ZX" and int(stat[17]) <= 1) or int(stat[19]) != started != 0
 
 
 def _stat(pid: int) -> list[str]:
     """The fields of ``/proc/PID/stat`` from the state on; empty if unknown."""
     try:
-        # The name of the program stands in brackets, and may itself contain spaces and brackets.
+        # The name of the program is in brackets before the state. It may itself contain spaces and brackets.
         return Path(f"/proc/{pid}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()
     except OSError:
         return []

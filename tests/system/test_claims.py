@@ -391,7 +391,7 @@ def test_ctrl_c_before_it_is_decided_leaves_nothing(tmp_path: Path, monkeypatch:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    for name in ("_decide", "_sign"):
+    for name in ("_decide", "_write_owner"):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(claims, name, interrupt)
             try_claim(tmp_path / "place", "unit")
