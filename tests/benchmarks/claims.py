@@ -17,7 +17,7 @@ SECONDS = 2.0
 
 
 def claim_and_release(place: Path, process: int, start: float) -> int:
-    """Claim units that no other process wants, for some seconds; how many."""
+    """For some seconds, claim and release units that no other process wants. Returns how many there were."""
     time.sleep(max(0.0, start - time.time()))
     count = 0
     while time.time() < start + SECONDS:

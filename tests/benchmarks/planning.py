@@ -1,9 +1,10 @@
-"""What does planning cost: reading and tokenising before the model runs?  Time and peak memory of ``plan_extraction``.
+"""How long does planning take, and how much memory?  It reads and tokenises, before the model runs.
 
 python tests/benchmarks/planning.py --resource MODEL --data FOLDER --task udpos-en --sentences 100000 --processes 1 2
 
-The sentences of the training split are repeated with new ids until there are enough. Each measurement is a process of
-its own. The peak is what this process takes more than before; each helper takes 0.4 GB of its own for the libraries.
+The sentences of one split are repeated with new ids until there are enough. Each measurement runs in a process of its
+own. The peak is the memory that this process takes in addition to what it had before. Each helper process takes 0.4 GB
+more for its libraries.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ if __name__ == "__main__":
 
 
 def lines_of(example: Example, name: str) -> str:
-    """An example as its task's files have it."""
+    """An example in the format of its task's files."""
     (text,) = example.texts
     if isinstance(example.label, tuple):
         words = "".join(f"{i}\t{form}\t_\tX\t_\t_\t_\t_\t_\t_\n" for i, form in enumerate(text, 1))
@@ -67,7 +68,7 @@ def lines_of(example: Example, name: str) -> str:
 
 
 def make(folder: Path, task: str, data: str, split: str, sentences: int) -> None:
-    """A training split of so many sentences: those of ``data``, repeated with new ids."""
+    """Write a training split with ``sentences`` sentences: those of ``data``, repeated with new ids."""
     examples = find_task(task).read(split, data)
     suffix = find_task(task).suffixes[0]
     with (folder / f"train{suffix}").open("w", encoding="utf-8") as file:
@@ -76,11 +77,11 @@ def make(folder: Path, task: str, data: str, split: str, sentences: int) -> None
 
 
 def measure(settings: dict[str, Any], processes: int | None = None) -> dict[str, Any]:
-    """Planning in a process of its own.
+    """Plan in a process of its own, and return its figures.
 
     Args:
-        settings: Of ``ExtractConfig``.
-        processes: CPU cores that it may use; None for all.
+        settings: The settings of the ``ExtractConfig``.
+        processes: How many CPU cores it may use; None for all.
     """
     with tempfile.TemporaryDirectory() as folder:
         script = Path(folder) / "child.py"
@@ -118,7 +119,7 @@ def main() -> None:
                 result = measure({**settings, "device": "cpu"}, processes)
                 first = first or result
                 if result["digest"] != first["digest"]:
-                    raise RuntimeError(f"another index with {processes} cores")
+                    raise RuntimeError(f"the index is another one with {processes} cores")
                 print(
                     f"{sentences:,} sentences, {result['tokens']:,} tokens, {processes} cores: planned in "
                     f"{result['plan_s']:.1f} s ({result['plan_s'] / first['plan_s']:.2f} of the first), peak "

@@ -1,4 +1,4 @@
-"""Simulates a cache of millions of sequences: its files are sparse, its index is real.
+"""How fast are opening and look-ups with millions of sequences?  The files are sparse (no states), the index is real.
 
 python tests/benchmarks/scale.py --sequences 5000000 --folder /somewhere/with/few/GB
 python tests/benchmarks/scale.py --sequences 100000000 --parts 100 --folder /somewhere/with/10/GB
@@ -70,7 +70,9 @@ print(json.dumps({"sequences": n, "open_s": opened, "open_cpu_s": opened_cpu,
 
 
 def described(first: int, stop: int) -> tuple[ShardHeader, SequenceIndex]:
-    """Header and index of sequences ``first`` to ``stop``: float16, BERT-base's shape, random lengths like SNLI's."""
+    """Header and index of the sequences from ``first`` to before ``stop``: float16, the shape of BERT-base, random
+    lengths as in SNLI.
+    """
     sequences = stop - first
     lengths = np.clip(np.random.default_rng(first).poisson(MEAN_TOKENS, sequences), 5, 128).astype(np.int32)
     tokens = int(lengths.sum(dtype=np.int64))
@@ -96,7 +98,7 @@ def described(first: int, stop: int) -> tuple[ShardHeader, SequenceIndex]:
 def make(folder: Path, first: int, stop: int) -> None:
     """Make the shards. Every sequence is marked complete, but no states are written."""
     header, index = described(first, stop)
-    create.reserve = lambda *_: False  # files stay sparse: the disk has no terabytes to reserve
+    create.reserve = lambda *_: False  # reserve no space: the disk has no terabytes
     create.free_bytes = lambda *_: 2**60
     folder.mkdir(exist_ok=True)
     for part in create.shard_parts(folder, header, index, SHARD_BYTES):
@@ -106,7 +108,8 @@ def make(folder: Path, first: int, stop: int) -> None:
         with path.open("r+b") as file:
             file.seek(shard.array_offset("examples/complete"))
             file.write(b"\1" * len(shard.ids))
-        for name in ("tokens/input_id", "tokens/word_index"):  # zeros, five times as many bytes as the rest
+        # These are all zeros. They have five times as many bytes as the rest of the index, so they become sparse too.
+        for name in ("tokens/input_id", "tokens/word_index"):
             place = ("--offset", str(shard.array_offset(name)), "--length", str(shard.layout.datasets[name].nbytes))
             subprocess.run(["fallocate", "--punch-hole", *place, path], check=True)
 
