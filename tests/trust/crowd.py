@@ -1,9 +1,10 @@
-"""Do processes that fill one cache together leave it right, whoever of them is killed, or stopped for long?
+"""Is a cache correct if several processes fill it, and some of them are killed or stopped?
 
 python tests/trust/crowd.py --kills 200
 
-Four processes extract one tiny cache. At random moments one of them is killed and another one starts; or it is stopped
-until another one took over its shard, and goes on then with other states in its hands, as from another device.
+Four processes extract one tiny cache. At random moments one of them is killed, and a new one starts. Or one of them is
+stopped until another process has taken over its shard. Then it continues and tries to write other states, as if it ran
+on another device.
 """
 
 from __future__ import annotations
@@ -36,47 +37,47 @@ from kr2cache.system import claims
 
 WORKERS = 4
 WRITING_S = 3.0
-"""What one slowed process takes for its writes."""
+"""Seconds that one process would take for the writes of the whole cache: it is slowed down."""
 MOST_OF_ONE = 15
-"""Processes that are killed or stopped while one cache is made."""
+"""How often processes are killed or stopped while one cache is made, at most."""
 CASE = kills.Case("float16", 150, {"dtype": "float16", "shard_gb": 40_000 / 2**30})
 
 
 @dataclass
 class Crowd(kills.Report):
-    """What was done and found."""
+    """What was done and found. The lists describe faults, and should be empty."""
 
     stops: int = 0
     taken_over: int = 0
-    """Stopped processes whose shard another one took over before they went on."""
+    """How many stopped processes lost their shard to another process before they continued."""
     refused_late: int = 0
-    """Stopped processes that were told so, and started again."""
+    """How many processes ended because they had lost their claim; a new process was started for each."""
     computed: int = 0
     needed: int = 0
     again: int = 0
-    """Sequences that were computed once more than needed."""
+    """How many sequences were computed again: all computations, without one for each sequence."""
     allowed_again: int = 0
-    """What the killed and stopped processes had in their hands at most."""
-    litter: list[str] = field(default_factory=list)
-    """Claims that are left."""
+    """The most sequences that the killed and stopped processes can have computed without completing them."""
+    leftovers: list[str] = field(default_factory=list)
+    """Claims that were not removed."""
 
     @property
     def faults(self) -> list[str]:
-        wasted = [f"{self.again} sequences were computed again, {self.allowed_again} at most were in flight"]
-        return [*super().faults, *self.litter, *(wasted if self.again > self.allowed_again else ())]
+        wasted = [f"{self.again} sequences were computed again, but at most {self.allowed_again} could be incomplete"]
+        return [*super().faults, *self.leftovers, *(wasted if self.again > self.allowed_again else ())]
 
     def print(self) -> None:
         print(f"processes stopped                  {self.stops:6,}")
-        print(f"  and then taken over              {self.taken_over:6,}")
-        print(f"  and told so when they went on    {self.refused_late:6,}")
+        print(f"  their shard was taken over       {self.taken_over:6,}")
+        print(f"  and they ended with an error     {self.refused_late:6,}")
         print(f"sequences needed                   {self.needed:6,}")
         print(f"  computed again                   {self.again:6,}")
-        print(f"claims left                        {len(self.litter):6,}")
+        print(f"claims left                        {len(self.leftovers):6,}")
         print(f"processes killed                   {self.kills:6,}")
         print(f"caches                             {self.extractions:6,}")
         print(f"lost or wrong examples             {len(self.wrong):6,}")
         print(f"processes that failed              {len(self.failed):6,}")
-        print(f"caches unlike the single process's {len(self.different):6,}")
+        print(f"caches unlike that of one process  {len(self.different):6,}")
         print(f"seconds                            {self.seconds:6.0f}")
         for fault in self.faults[:20]:
             print(f"! {fault}")
@@ -91,13 +92,13 @@ class Workers:
         self.cache = victim.place(cache_dir)
         self.folder = folder
         self.running: dict[int, int] = {}
-        """Process to its number."""
+        """For each process (its process id) its number: 0, 1, and so on."""
         self.stopped: dict[int, float] = {}
-        """Process to when it may go on."""
+        """For each stopped process, when it may continue at the latest."""
         self.held: dict[int, list[Path]] = {}
-        """Stopped process to its claims on shards."""
-        self.tainted = mmap.mmap(-1, 10_000)
-        """By number: whether the process has other states in its hands."""
+        """For each stopped process, its claims on shards."""
+        self.writes_wrong = mmap.mmap(-1, 10_000)
+        """For each number, whether the process writes wrong states now."""
         self.started = 0
 
     def start(self) -> None:
@@ -113,16 +114,16 @@ class Workers:
         write, leave = ShardWriter.write, sharing.HeldShard.__exit__
         batches = os.open(self.folder / "computed", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
-        def counted(writer: ShardWriter, states: Any) -> None:
+        def recorded(writer: ShardWriter, states: Any) -> None:
             os.write(batches, (json.dumps([int(i) for i in states.sequences]) + "\n").encode())
-            write(writer, replace(states, raw=states.raw + 1) if self.tainted[number] else states)
+            write(writer, replace(states, raw=states.raw + 1) if self.writes_wrong[number] else states)
 
-        def cleaned(held: sharing.HeldShard, *error: Any) -> bool:
-            self.tainted[number] = 0
+        def right_again(held: sharing.HeldShard, *error: Any) -> bool:
+            self.writes_wrong[number] = 0
             return leave(held, *error)
 
-        ShardWriter.write = counted  # type: ignore[method-assign]
-        sharing.HeldShard.__exit__ = cleaned  # type: ignore[method-assign]
+        ShardWriter.write = recorded  # type: ignore[method-assign]
+        sharing.HeldShard.__exit__ = right_again  # type: ignore[method-assign]
         extract.extract(self.plan)
 
     def kill(self, process: int) -> None:
@@ -144,16 +145,18 @@ class Workers:
             if (owner := claims._owner(claim)) is not None and owner.pid == process
         ]
 
-    def go_on(self, report: Crowd, *, all_now: bool = False) -> None:
+    def let_continue(self, report: Crowd, *, all_now: bool = False) -> None:
+        """Let stopped processes continue if they have lost their shard or their time is over, or if ``all_now``."""
         for process, moment in list(self.stopped.items()):
             taken_over = bool(self.held[process]) and not any(map(Path.exists, self.held[process]))
             if all_now or taken_over or time.monotonic() > moment:
-                self.tainted[self.running[process]] = taken_over
+                self.writes_wrong[self.running[process]] = taken_over
                 report.taken_over += taken_over
                 del self.stopped[process]
                 os.kill(process, signal.SIGCONT)
 
-    def reap(self, report: Crowd) -> None:
+    def collect_ended(self, report: Crowd) -> None:
+        """Forget processes that ended. Start a new one for each that ended because it lost its claim."""
         for process, number in list(self.running.items()):
             if process in self.stopped or (code := kills.ended(process, 0)) is None:
                 continue
@@ -163,7 +166,7 @@ class Workers:
                 report.refused_late += 1
                 self.start()
             elif code != 0:
-                report.failed.append(f"process {number} ended with {code}: {said}")
+                report.failed.append(f"process {number} ended with exit code {code}: {said}")
 
     def _forget(self, process: int) -> None:
         del self.running[process]
@@ -171,19 +174,19 @@ class Workers:
 
     @contextlib.contextmanager
     def frozen(self) -> Iterator[None]:
-        """Nobody moves inside the block."""
-        moving = [process for process in self.running if process not in self.stopped]
-        for process in moving:
+        """Inside the block, all processes are stopped."""
+        active = [process for process in self.running if process not in self.stopped]
+        for process in active:
             os.kill(process, signal.SIGSTOP)
-        for process in moving:
+        for process in active:
             os.waitid(os.P_PID, process, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
         yield
-        for process in moving:
+        for process in active:
             os.kill(process, signal.SIGCONT)
 
 
 def make_one(victim: kills.Victim, report: Crowd, disturbances: int, draw: random.Random) -> None:
-    """One cache, made by several processes of which some are killed or stopped; then compared."""
+    """Let several processes make one cache, and kill or stop some of them. Then compare the cache."""
     marked: set[str] = set()
     report.extractions += 1
     with victim.new_cache_dir() as cache_dir, tempfile.TemporaryDirectory(dir=victim.folder) as logs:
@@ -193,19 +196,20 @@ def make_one(victim: kills.Victim, report: Crowd, disturbances: int, draw: rando
         done, deadline = 0, time.monotonic() + kills.PATIENCE_S
         while workers.running:
             time.sleep(draw.uniform(0.02, 0.25))
-            workers.go_on(report, all_now=done >= disturbances and len(workers.stopped) == len(workers.running))
-            workers.reap(report)
-            moving = [process for process in workers.running if process not in workers.stopped]
-            # Most of the time at work: to start takes longer than all of the writing.
-            working = [process for process in moving if workers.shards_of(process)]
-            moving = moving if draw.random() < 0.1 else working
-            if moving and done < disturbances and len(marked) < len(workers.plan.index):
+            workers.let_continue(report, all_now=done >= disturbances and len(workers.stopped) == len(workers.running))
+            workers.collect_ended(report)
+            active = [process for process in workers.running if process not in workers.stopped]
+            # Mostly disturb processes that hold a shard. A start takes longer than all writes, so chance would rarely
+            # choose such a moment.
+            writing = [process for process in active if workers.shards_of(process)]
+            active = active if draw.random() < 0.1 else writing
+            if active and done < disturbances and len(marked) < len(workers.plan.index):
                 done += 1
-                if len(moving) == 1 or draw.random() < 0.6:
-                    workers.kill(draw.choice(moving))
+                if len(active) == 1 or draw.random() < 0.6:
+                    workers.kill(draw.choice(active))
                     report.kills += 1
                 else:
-                    workers.stop(draw.choice(moving), draw.uniform(1, 8))
+                    workers.stop(draw.choice(active), draw.uniform(1, 8))
                     report.stops += 1
             with workers.frozen():
                 marked = kills.check(workers.cache, victim.whole, marked, report)
@@ -215,10 +219,10 @@ def make_one(victim: kills.Victim, report: Crowd, disturbances: int, draw: rando
                 report.failed.append(f"{len(workers.running)} processes still run after {kills.PATIENCE_S:.0f} s")
                 return
         if kills.files_of(workers.cache) != victim.whole.files:
-            report.different.append(f"the files of {workers.cache} are not the single process's")
-        # A process that was killed at the very end left its claim; the next claim on the cache clears it away.
+            report.different.append(f"the files of {workers.cache} differ from those that one process makes")
+        # A process that was killed at the very end left its claim. The next claim on the cache removes it.
         claims.wait_for_claim(workers.cache, "after").release()
-        report.litter.extend(str(path) for path in workers.cache.parent.rglob(".*"))
+        report.leftovers.extend(str(path) for path in workers.cache.parent.rglob(".*"))
         _count(workers, report, done)
 
 
@@ -227,14 +231,14 @@ def _count(workers: Workers, report: Crowd, disturbances: int) -> None:
     times = Counter(i for batch in batches for i in batch)
     report.needed += len(workers.plan.index)
     report.again += sum(times.values()) - len(workers.plan.index)
-    # In flight: what the model runs on, what waits for the disk, what is written and not marked.
+    # A process that dies has incomplete batches: in the model, in the queue to the disk, and written but not marked.
     report.allowed_again += disturbances * max(map(len, batches)) * (PENDING_BATCHES + 3)
 
 
 def run(kill: int, folder: Path, *, seed: int = 0) -> Crowd:
-    """Make caches until so many processes were killed, and say what was found."""
+    """Make caches until ``kill`` processes were killed, and report what was found. ``seed`` decides the moments."""
     started, draw = time.monotonic(), random.Random(seed)
-    torch.set_num_threads(1)  # a forked process has no use of another's threads
+    torch.set_num_threads(1)  # a forked process cannot use the threads of its parent
     victim = kills.Victim(CASE, tiny.save_model(folder / "tiny-bert", layers=3, width=32), folder)
     report = Crowd(caches=1)
     while report.kills < kill and not report.faults:
@@ -246,8 +250,8 @@ def run(kill: int, folder: Path, *, seed: int = 0) -> Crowd:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200)
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--folder", type=Path, help="on the disk to be tried; by default the system's temporary one")
+    parser.add_argument("--seed", type=int, default=0, help="decides the moments")
+    parser.add_argument("--folder", type=Path, help="on the disk to test; by default the temporary folder")
     arguments = parser.parse_args()
     disable_progress_bar()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:

@@ -1,8 +1,8 @@
-"""Damage good caches in every way there is, and see what reading and ``kr2cache cache verify`` make of it.
+"""Damage caches in many ways. Is all damage found by reading or by ``kr2cache cache verify``?
 
     python tests/trust/damage.py --files 500
 
-Each damaged cache is opened, read from end to end and verified in a process of its own, which may crash or hang.
+A separate process opens, reads and verifies each damaged cache. If this process crashes or hangs, that is found too.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ from kr2cache.store import provenance
 
 PAGE = 4096
 PATIENCE_S = 120
-"""Before a process counts as hanging: HDF5 is given 30 seconds with a file that is not plain, up to three times."""
+"""Seconds after which a process counts as hanging. If a file is not plain, HDF5 gets 30 s, up to three times."""
 BY_SEQUENCE = ("hidden", "hidden_scale", "examples/xxh3", "examples/complete")
-"""Damage to these alone is damage of single sequences, which are named."""
+"""If only these are damaged, single sequences are damaged, and verify names them."""
 INDEX = (
     "examples/id",
     "examples/first_row",
@@ -54,12 +54,12 @@ INDEX = (
 )
 
 
-# Good caches ---------------------------------------------------------------------------------------------------------
+# Undamaged caches -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where one data set lies in its file, and where each sequence's part of it ends."""
+    """Where one data set is in its file, and where the part of each sequence ends, in bytes."""
 
     start: int
     stop: int
@@ -71,16 +71,16 @@ class Place:
 
 @dataclass(frozen=True)
 class Good:
-    """A sound cache, and another one of as many shards that differs from it."""
+    """An undamaged cache, and another one with as many shards but other content."""
 
     folder: Path
     other: Path
     digest: str
-    """Of all that reading it gives."""
+    """The digest of everything that reading gives (``read_everything``)."""
     ids: list[list[str]]
-    """By shard."""
+    """For each shard, its ids."""
     places: list[dict[str, Place]]
-    """By shard, from HDF5."""
+    """For each shard, the places of its data sets, as HDF5 gives them."""
 
     @property
     def shards(self) -> list[Path]:
@@ -88,7 +88,7 @@ class Good:
 
 
 def with_provenance(truth: tiny_cache.Truth, task: str) -> tiny_cache.Truth:
-    """The header as an extraction writes it: provenance and fingerprint are those of the content."""
+    """The same content with the header that an extraction writes: provenance and fingerprint fit the content."""
     chosen = provenance.Chosen(
         resource="gottbert",
         task=task,
@@ -110,7 +110,7 @@ def with_provenance(truth: tiny_cache.Truth, task: str) -> tiny_cache.Truth:
 
 
 def good_cache(folder: Path, dtype: str, *, several: bool, seed: int = 0) -> Good:
-    """13 sequences of up to 40 tokens, in one shard or three."""
+    """Make caches of 13 sequences of up to 40 tokens, in one shard or in several."""
     lengths = [40, 3, 17, 1, 22, 9, 31, 2, 14, 5, 28, 7, 12]
     ids = [f"train-ä{i}" for i in range(len(lengths))]
     stored = []
@@ -131,7 +131,7 @@ def good_cache(folder: Path, dtype: str, *, several: bool, seed: int = 0) -> Goo
 
 
 def places_of(path: Path) -> dict[str, Place]:
-    """Where HDF5 says that the data sets are."""
+    """The places of the data sets in a file, as HDF5 gives them."""
     result = {}
     with h5py.File(path, "r") as file:
         rows, tokens = file["examples/first_row"][...].tolist(), np.cumsum(file["examples/n_tokens"][...]).tolist()
@@ -150,7 +150,7 @@ def places_of(path: Path) -> dict[str, Place]:
 # Ways to damage them -------------------------------------------------------------------------------------------------
 
 Damage = Callable[[random.Random, Good, Path], bool]
-"""Damages the copy in the folder; False where that is impossible with this cache."""
+"""Damages the copy of the cache in the folder. Returns False if this damage is impossible with this cache."""
 
 
 def pick(draw: random.Random, folder: Path) -> tuple[int, Path]:
@@ -167,7 +167,7 @@ def flip_bits(path: Path, draw: random.Random, offsets: list[int]) -> None:
 
 
 def bit_in(*names: str, most: int = 1) -> Damage:
-    """Single bits of these data sets."""
+    """Flip up to ``most`` bits in these data sets."""
 
     def damage(draw: random.Random, good: Good, folder: Path) -> bool:
         number, path = pick(draw, folder)
@@ -197,8 +197,8 @@ def zeroed_page(draw: random.Random, good: Good, folder: Path) -> bool:
     return True
 
 
-def beside_data(good: Good, number: int, content: bytes) -> list[int]:
-    """Offsets of HDF5's own structures, attributes and the tail: all but data sets and unused space."""
+def outside_data(good: Good, number: int, content: bytes) -> list[int]:
+    """Offsets of all bytes that are not 0 and in no data set: HDF5's own structures, attributes and the tail."""
     inside: set[int] = set()
     for place in good.places[number].values():
         inside.update(range(place.start, place.stop))
@@ -206,10 +206,10 @@ def beside_data(good: Good, number: int, content: bytes) -> list[int]:
 
 
 def header_bytes(draw: random.Random, good: Good, folder: Path) -> bool:
-    """1 to 16 random bytes somewhere in headers or attributes."""
+    """Overwrite headers or attributes with 1, 4 or 16 random bytes, in one place or four."""
     number, path = pick(draw, folder)
     content = bytearray(path.read_bytes())
-    for at in draw.choices(beside_data(good, number, content), k=draw.choice((1, 1, 4))):
+    for at in draw.choices(outside_data(good, number, content), k=draw.choice((1, 1, 4))):
         run = draw.randbytes(draw.choice((1, 4, 16)))
         content[at : at + len(run)] = run[: len(content) - at]
     path.write_bytes(content)
@@ -252,7 +252,7 @@ ABSURD = (0, 1, 2**31 - 1, 2**32, 2**40, 2**55, 2**63 - 1, 2**64 - 1)
 
 
 def absurd_by_hdf5(draw: random.Random, good: Good, folder: Path) -> bool:
-    """A data set that only claims its size, or attributes that contradict it."""
+    """A data set of absurd size that has no content, or attributes that contradict the data sets."""
     number, path = pick(draw, folder)
     with h5py.File(path, "r+") as file:
         what = draw.choice(("layers", "model_layers", *sorted(good.places[number])))
@@ -270,7 +270,7 @@ def absurd_by_hdf5(draw: random.Random, good: Good, folder: Path) -> bool:
 
 
 def absurd_by_bytes(draw: random.Random, good: Good, folder: Path) -> bool:
-    """One dimension in a data set's header, its checksum made right again."""
+    """Overwrite one dimension in the header of a data set, and correct the checksum of this header."""
     _, path = pick(draw, folder)
     content = bytearray(path.read_bytes())
     spaces = [
@@ -283,7 +283,7 @@ def absurd_by_bytes(draw: random.Random, good: Good, folder: Path) -> bool:
 
 
 def with_checksums(content: bytearray) -> None:
-    """Make the checksum of every object header right."""
+    """Correct the checksum of every object header."""
     at = content.find(b"OHDR")
     while at >= 0:
         flags = content[at + 5]
@@ -305,16 +305,16 @@ def no_utf8(draw: random.Random, good: Good, folder: Path) -> bool:
 
 
 def foreign_shard(draw: random.Random, good: Good, folder: Path) -> bool:
-    """One shard of another cache among those of this one."""
+    """Replace one shard by a shard of another cache."""
     number, path = pick(draw, folder)
     if len(good.shards) == 1:
-        return False  # then it is that other cache
+        return False  # with a single shard, the result would be the other cache, undamaged
     shutil.copy(tiny_cache.shards(good.other)[number], path)
     return True
 
 
 def other_shard(draw: random.Random, good: Good, folder: Path) -> bool:
-    """Two shards of the cache are the same one, or have changed places."""
+    """Replace one shard by another shard of the same cache, or swap two shards."""
     paths = tiny_cache.shards(folder)
     if len(paths) == 1:
         return False
@@ -351,11 +351,11 @@ KINDS: dict[str, Damage] = {
 }
 
 
-# What is made of it --------------------------------------------------------------------------------------------------
+# What reading and verify find -----------------------------------------------------------------------------------------
 
 
 def read_everything(folder: Path) -> str:
-    """Digest of all that a reader can see."""
+    """The digest of everything that a reader can see."""
     cache = FeatureCache.open(folder)
     digest = hashlib.sha256(repr((cache.all_ids, cache.layers, cache.dtype, cache.fusion, len(cache))).encode())
     for name in cache.ids:
@@ -370,23 +370,23 @@ def read_everything(folder: Path) -> str:
 
 @dataclass
 class Seen:
-    """What became of one damaged cache."""
+    """What reading and verify found in one cache."""
 
     read: str = ""
-    """Digest of what reading gave; empty where it was refused."""
+    """The digest of what reading gave; empty if reading was refused."""
     refused: str = ""
-    """The message, where opening or reading ended in a ``CacheError``."""
+    """The message if opening or reading raised ``CacheError``."""
     found: bool = False
-    """By verify: damage, or something incomplete."""
+    """Whether verify found damage or something incomplete."""
     damaged: list[str] = field(default_factory=list)
     incomplete: list[str] = field(default_factory=list)
-    foreign: str = ""
-    """Any other exception; or ``crash``, or ``hang``."""
+    unexpected: str = ""
+    """Any other exception, or ``crash``, or ``hang``."""
     seconds: float = 0.0
 
 
 def examine(folder: Path) -> Seen:
-    """Open and read, then verify as ``kr2cache cache verify`` does."""
+    """Open and read a cache, then verify it as ``kr2cache cache verify`` does."""
     started = time.monotonic()
     seen = Seen()
     try:
@@ -404,7 +404,7 @@ def examine(folder: Path) -> Seen:
         except CacheError:
             seen.found = True
     except BaseException as error:
-        seen.foreign = repr(error)
+        seen.unexpected = repr(error)
     seen.seconds = time.monotonic() - started
     return seen
 
@@ -415,7 +415,7 @@ def serve(pipe: Connection) -> None:
 
 
 class Examiner:
-    """A process that may crash or hang; it is replaced then."""
+    """A process that examines caches. If it crashes or hangs, a new one takes its place."""
 
     def __init__(self) -> None:
         self._process: Any = None
@@ -453,12 +453,12 @@ class Examiner:
         except (EOFError, OSError):
             how = "crash"
         self._stop()
-        return Seen(foreign=how)
+        return Seen(unexpected=how)
 
 
 def expected_names(good: Good, folder: Path) -> tuple[set[str], set[str]] | None:
-    """Ids that verify has to name as damaged and as incomplete, exactly; None where more than the bytes of single
-    sequences differs.
+    """The ids that verify must name as damaged, and those that it must name as incomplete. None if more than the bytes
+    of single sequences differ.
     """
     damaged: set[str] = set()
     incomplete: set[str] = set()
@@ -479,26 +479,26 @@ def expected_names(good: Good, folder: Path) -> tuple[set[str], set[str]] | None
 
 @dataclass
 class Row:
-    """One kind of damage."""
+    """The results for one kind of damage."""
 
     files: int = 0
     found: int = 0
-    """By verify."""
+    """Caches in which verify found damage."""
     refused: int = 0
-    """At opening or reading."""
+    """Caches that could not be opened or read."""
     harmless: int = 0
-    """Verify is content, and reading gives what was written."""
+    """Verify found no damage, and reading gives what was written."""
     missed: list[str] = field(default_factory=list)
-    """Verify is content, but reading gives something else."""
+    """Verify found no damage, but reading gives something else."""
     misnamed: list[str] = field(default_factory=list)
-    """Other ids were named than those damaged."""
-    foreign: list[str] = field(default_factory=list)
-    """Crashes, hangs, exceptions other than ``CacheError``."""
+    """Verify named other ids than the damaged ones."""
+    unexpected: list[str] = field(default_factory=list)
+    """Crashes, hangs, and exceptions other than ``CacheError``."""
     slowest: float = 0.0
 
 
 def run(files: int, seed: int = 0, folder: Path | None = None) -> dict[str, Row]:
-    """Damage about so many caches, as many of each kind; the row ``none`` is of undamaged ones."""
+    """Damage ``files`` caches or a few more, as many by each kind of damage. Row ``none`` is for undamaged caches."""
     with tempfile.TemporaryDirectory(dir=folder) as made, Examiner() as examiner:
         goods = [
             good_cache(Path(made), dtype, several=several, seed=number)
@@ -528,8 +528,8 @@ def note(row: Row, good: Good, seen: Seen, folder: Path, what: str) -> None:
     row.found += seen.found
     row.refused += bool(seen.refused)
     row.slowest = max(row.slowest, seen.seconds)
-    if seen.foreign:
-        row.foreign.append(f"{what}: {seen.foreign}")
+    if seen.unexpected:
+        row.unexpected.append(f"{what}: {seen.unexpected}")
         return
     if not seen.found:
         if seen.read == good.digest:
@@ -542,11 +542,11 @@ def note(row: Row, good: Good, seen: Seen, folder: Path, what: str) -> None:
 
 
 def table(rows: dict[str, Row]) -> str:
-    """As Markdown."""
+    """The results as a table in Markdown."""
     width = max(map(len, rows))
     lines = [
         f"| {'damage':<{width}} | files | found by verify | refused at opening | harmless | missed | wrong ids | "
-        "crashes, hangs, foreign | slowest |",
+        "crashes, hangs, others  | slowest |",
         f"|{'-' * (width + 2)}|------:|----------------:|-------------------:|---------:|-------:|----------:|"
         "------------------------:|--------:|",
     ]
@@ -559,7 +559,7 @@ def table(rows: dict[str, Row]) -> str:
             "harmless": row.harmless,
             "missed": len(row.missed),
             "misnamed": len(row.misnamed),
-            "foreign": len(row.foreign),
+            "unexpected": len(row.unexpected),
         }
         if kind != "none":
             total.update(counts)
@@ -572,7 +572,7 @@ def table(rows: dict[str, Row]) -> str:
 def _line(kind: str, counts: dict[str, int], slowest: float, width: int) -> str:
     return (
         f"| {kind:<{width}} | {counts['files']:>5} | {counts['found']:>15} | {counts['refused']:>18} | "
-        f"{counts['harmless']:>8} | {counts['missed']:>6} | {counts['misnamed']:>9} | {counts['foreign']:>23} | "
+        f"{counts['harmless']:>8} | {counts['missed']:>6} | {counts['misnamed']:>9} | {counts['unexpected']:>23} | "
         f"{slowest:>5.2f} s |"
     )
 
@@ -586,7 +586,7 @@ def main() -> int:
     rows = run(arguments.files, arguments.seed)
     print(table(rows))
     print(f"\n{time.monotonic() - started:.0f} s")
-    bad = [line for row in rows.values() for line in (*row.missed, *row.misnamed, *row.foreign)]
+    bad = [line for row in rows.values() for line in (*row.missed, *row.misnamed, *row.unexpected)]
     print("\n".join(bad))
     return 1 if bad or rows["none"].found else 0
 

@@ -1,4 +1,4 @@
-"""Is a cache right at whatever moment its extraction dies?  Tiny caches, killed again and again until they are done.
+"""Is a cache correct, at whatever moment its extraction is killed?  Extracts tiny caches, and kills at random moments.
 
 python tests/trust/kills.py --kills 200
 """
@@ -50,15 +50,15 @@ from kr2cache.system.console import console
 from kr2cache.tasks import Example
 
 PATIENCE_S = 120.0
-"""After that a process that should end by itself counts as hanging."""
+"""A process that should end by itself counts as hanging after so many seconds."""
 WRITING_S = 0.4
-"""What a slowed extraction takes for its writes, so that a kill can fall between any two."""
+"""Seconds that a slowed extraction takes for all its writes, so that a kill can fall between any two of them."""
 MOST_KILLS = 20
-"""Of one extraction; then it may finish."""
+"""How often one extraction is killed at most; then it may finish."""
 FILLED_LATER = ("hidden", "hidden_scale", "examples/xxh3", "examples/complete")
-"""All other data sets are there from the first moment."""
+"""The data sets that are filled while states are written. All others have their values from the first moment."""
 SHARDS_MISSING = ("is not a folder", "holds no shard", "should hold")
-"""Why a cache may be refused whose shards are not all there yet."""
+"""Words of the errors that are right as long as not all shards exist."""
 
 
 class Phase(enum.Enum):
@@ -77,16 +77,16 @@ PHASES = tuple(Phase)
 
 @dataclass(frozen=True)
 class Case:
-    """A cache to be made."""
+    """The settings of a cache to be made."""
 
     name: str
     sequences: int
     settings: Mapping[str, Any]
     older: int = 0
-    """Sequences that an older cache beside it holds already."""
+    """How many of the sequences an older cache holds already."""
 
     def plan(self, model: Path, cache_dir: Path, sequences: int | None = None) -> extract.ExtractPlan:
-        """Of the first so many sequences; None for all of them."""
+        """The plan of an extraction of the first ``sequences`` sequences; None means all."""
         texts = tiny.sentences(self.sequences)[:sequences]
         examples = [Example(f"s{i}", (tuple(word for word, _ in text),), None) for i, text in enumerate(texts)]
         settings = {"tokens_per_batch": 64, **self.settings}
@@ -110,7 +110,7 @@ CASES = (
 
 @dataclass
 class Report:
-    """What was done and found; each list names what is wrong, and should be empty."""
+    """What was done and found. Each list describes faults, and should be empty."""
 
     kills: int = 0
     caches: int = 0
@@ -118,13 +118,13 @@ class Report:
     unreadable: list[str] = field(default_factory=list)
     """Files that h5py cannot read."""
     wrong: list[str] = field(default_factory=list)
-    """Complete sequences that are not the uninterrupted cache's, or are not complete any more."""
+    """Complete sequences that differ from the uninterrupted cache, or are not complete any more."""
     refused: list[str] = field(default_factory=list)
-    """Folders that ``FeatureCache`` would not open, or showed otherwise than they are."""
+    """Folders that ``FeatureCache`` did not open, or did not show as they are."""
     failed: list[str] = field(default_factory=list)
-    """Extractions that ended by themselves, but not well."""
+    """Extractions that ended by themselves with an error."""
     different: list[str] = field(default_factory=list)
-    """Finished caches whose files are not the uninterrupted cache's."""
+    """Finished caches whose files differ from those of the uninterrupted cache."""
     phases: Counter[Phase] = field(default_factory=Counter)
     seconds: float = 0.0
 
@@ -137,7 +137,7 @@ class Report:
         for phase in PHASES:
             print(f"  {phase.value:<33}{self.phases[phase]:6,}")
         print(f"caches                             {self.caches:6,}")
-        print(f"extractions, each killed and ended {self.extractions:6,}")
+        print(f"extractions, killed until finished {self.extractions:6,}")
         print(f"unreadable files                   {len(self.unreadable):6,}")
         print(f"lost or wrong examples             {len(self.wrong):6,}")
         print(f"folders refused or shown wrongly   {len(self.refused):6,}")
@@ -152,7 +152,9 @@ class Report:
 
 
 def forked(work: Callable[[], object], log: Path) -> int:
-    """A child process that does ``work``; it ends with 0, or with 1 and what went wrong in ``log``."""
+    """Start a child process that does ``work``, and return its number. It exits with 0. After an error it exits with 1,
+    and the traceback is in ``log``.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of threads
         child = os.fork()
@@ -166,7 +168,7 @@ def forked(work: Callable[[], object], log: Path) -> int:
     except BaseException as error:
         try:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
-        except KeyboardInterrupt:  # the second of two came here: what is written below is about the first
+        except KeyboardInterrupt:  # a second Ctrl-C came here; the traceback below is that of the first
             signal.signal(signal.SIGINT, signal.SIG_IGN)
         log.write_text("".join(traceback.format_exception(error)), "utf-8")
     finally:
@@ -174,7 +176,7 @@ def forked(work: Callable[[], object], log: Path) -> int:
 
 
 def ended(child: int, seconds: float) -> int | None:
-    """The exit code of a child (-N: by signal N), None if it still runs after so many seconds."""
+    """The exit code of a child (-N if signal N ended it); None if it still runs after ``seconds``."""
     deadline = time.monotonic() + seconds
     while True:
         done, status = os.waitpid(child, os.WNOHANG)
@@ -186,24 +188,24 @@ def ended(child: int, seconds: float) -> int | None:
 
 
 def killed(child: int) -> int:
-    """The exit code of a child that is killed now; it may have ended before."""
+    """Kill a child, and return its exit code. The child may have ended before."""
     os.kill(child, signal.SIGKILL)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def tell_phases(now: mmap.mmap) -> None:
-    """Let this process's extractions say in ``now`` where they are."""
+def record_phases(now: mmap.mmap) -> None:
+    """Let the extractions of this process write their current phase into ``now``, as its number in ``PHASES``."""
 
     def during(owner: Any, name: str, phase: Phase, after: Phase) -> None:
         real = getattr(owner, name)
 
-        def told(*arguments: Any, **options: Any) -> Any:
+        def recorded(*arguments: Any, **options: Any) -> Any:
             now[0] = PHASES.index(phase)
             result = real(*arguments, **options)
             now[0] = PHASES.index(after)
             return result
 
-        setattr(owner, name, told)
+        setattr(owner, name, recorded)
 
     during(sharing.SharedShards, "create", Phase.SHARDS, Phase.AGAIN)
     during(takeover.OlderCaches, "copy_into", Phase.TAKING, Phase.AGAIN)
@@ -212,8 +214,8 @@ def tell_phases(now: mmap.mmap) -> None:
 
 
 def slow_down(pause: float) -> None:
-    """Let this process's extractions mark often, and wait wherever a kill could do harm: before every write and in its
-    middle, while a shard is made, before and after every sync.
+    """Let the extractions of this process mark sequences often, and wait at every moment when a kill could do harm:
+    before and in the middle of each write, while a shard is made, and before and after each sync.
     """
     pwrite, write_whole, build = os.pwrite, writer.write_whole, create._build
 
@@ -248,11 +250,11 @@ def slow_down(pause: float) -> None:
     writer.sync = slowed(writer.sync, pause)
 
 
-# What is there -------------------------------------------------------------------------------------------------------
+# Comparing -------------------------------------------------------------------------------------------------------
 
 
 def read_whole(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
-    """Every data set and every attribute of a file, by plain h5py."""
+    """Every data set and every attribute of a file, read with h5py alone."""
     with h5py.File(path, "r") as file:
         arrays: dict[str, NDArray[Any]] = {}
         file.visititems(lambda name, item: arrays.update({name: item[...]}) if isinstance(item, h5py.Dataset) else None)
@@ -260,7 +262,7 @@ def read_whole(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
 
 
 def stored_bytes(arrays: Mapping[str, NDArray[Any]], i: int) -> bytes:
-    """Values, then scales if any, of one sequence."""
+    """The bytes of one sequence: its values, then its scales if it has any."""
     rows = slice(*arrays["examples/first_row"][i : i + 2])
     return b"".join(arrays[name][rows].tobytes() for name in ("hidden", "hidden_scale") if name in arrays)
 
@@ -289,10 +291,16 @@ class Whole:
 
 
 def check(folder: Path, whole: Whole, marked_before: set[str], report: Report) -> set[str]:
-    """Compare what a dead extraction left with the uninterrupted cache; what is wrong is added to ``report``.
+    """Compare the files of a killed extraction with the uninterrupted cache. Faults are added to ``report``.
+
+    Args:
+        folder: The cache of the killed extraction.
+        whole: The uninterrupted cache.
+        marked_before: Ids of the sequences that were marked complete at the last check.
+        report: Where faults are added.
 
     Returns:
-        Ids of the sequences that are marked complete.
+        Ids of the sequences that are marked complete now.
     """
     marked: set[str] = set()
     wrong_before = len(report.wrong)
@@ -304,7 +312,7 @@ def check(folder: Path, whole: Whole, marked_before: set[str], report: Report) -
             report.unreadable.append(f"{path}: {error}")
             continue
         if path.name not in whole.shards:
-            report.wrong.append(f"{path} is none of the uninterrupted cache's files")
+            report.wrong.append(f"{path}: the uninterrupted cache has no such file")
             continue
         expected, expected_attributes = whole.shards[path.name]
         fixed = [name for name in expected if name not in FILLED_LATER]
@@ -314,16 +322,16 @@ def check(folder: Path, whole: Whole, marked_before: set[str], report: Report) -
             or not all(np.array_equal(arrays[name], expected[name]) for name in fixed)
             or not np.isin(arrays["examples/complete"], (0, 1)).all()
         ):
-            report.wrong.append(f"{path}: its index or its attributes are not the uninterrupted cache's")
+            report.wrong.append(f"{path}: its index or its attributes differ from the uninterrupted cache")
             continue
         for i in np.flatnonzero(arrays["examples/complete"]).tolist():
             name = arrays["examples/id"][i].decode("utf-8")
             stored, digest = stored_bytes(arrays, i), int(arrays["examples/xxh3"][i])
             right = stored == stored_bytes(expected, i) and digest == int(expected["examples/xxh3"][i])
             if not right or digest != xxhash.xxh3_64_intdigest(stored):
-                report.wrong.append(f"{path}: {name} is marked complete, but is not the uninterrupted cache's")
+                report.wrong.append(f"{path}: {name} is marked complete, but differs from the uninterrupted cache")
             marked.add(name)
-    report.wrong.extend(f"{folder}: {name} was complete, and is no more" for name in sorted(marked_before - marked))
+    report.wrong.extend(f"{folder}: {name} is not complete any more" for name in sorted(marked_before - marked))
     all_there = [path.name for path in paths] == list(whole.shards)
     try:
         cache = FeatureCache.open(folder)
@@ -334,12 +342,12 @@ def check(folder: Path, whole: Whole, marked_before: set[str], report: Report) -
         report.refused.append(f"{folder} cannot be opened: {error!r}")
     else:
         if not all_there or set(cache.ids) != marked:
-            report.refused.append(f"{folder} opens, but does not show what is complete")
-        # Of wrong sequences there may be no bytes to map, and reading them would be the end of this process.
+            report.refused.append(f"{folder} opens, but does not show the right sequences as complete")
+        # Wrong sequences are not read: if their bytes are not in the file, reading the map would kill this process.
         elif len(report.wrong) == wrong_before and not all(
             np.array_equal(cache[name], whole.cache[name]) for name in cache.ids
         ):
-            report.wrong.append(f"{folder}: FeatureCache reads other states than from the uninterrupted cache")
+            report.wrong.append(f"{folder}: FeatureCache reads other states here than in the uninterrupted cache")
     return marked
 
 
@@ -347,7 +355,7 @@ def check(folder: Path, whole: Whole, marked_before: set[str], report: Report) -
 
 
 class Victim:
-    """One cache: made once without interruption, then as often as wanted with kills."""
+    """One cache. It is made once without interruption, and then again with kills, as often as wanted."""
 
     def __init__(self, case: Case, model: Path, folder: Path) -> None:
         self.case = case
@@ -355,7 +363,7 @@ class Victim:
         self.log = folder / "log.txt"
         cache_dir = folder / "whole"
         self.older: Path | None = None
-        """The older cache, below ``whole``."""
+        """The folder of the older cache, below ``whole``."""
         if case.older:
             self._made(case.plan(model, cache_dir, case.older))
             self.older = self._only_cache(cache_dir)
@@ -363,7 +371,7 @@ class Victim:
         started = time.monotonic()
         self._made(self.plan)
         self.seconds = time.monotonic() - started + 1.2 * WRITING_S
-        """About what a slowed extraction takes."""
+        """About how long a slowed extraction takes."""
         self.pause = WRITING_S / (6 * case.sequences)
         self.whole = Whole(self._only_cache(cache_dir, besides=self.older))
 
@@ -377,11 +385,11 @@ class Victim:
         return found
 
     def start(self, cache_dir: Path, now: mmap.mmap) -> int:
-        """A slowed extraction into ``cache_dir``, in a process of its own that says in ``now`` where it is."""
+        """Start a slowed extraction into ``cache_dir`` in a child process, which writes its phase into ``now``."""
         plan = dataclasses.replace(self.plan, config=dataclasses.replace(self.plan.config, cache_dir=cache_dir))
 
         def work() -> None:
-            tell_phases(now)
+            record_phases(now)
             slow_down(self.pause)
             extract.extract(plan)
             time.sleep(0.05)
@@ -391,12 +399,12 @@ class Victim:
         return forked(work, self.log)
 
     def place(self, folder: Path) -> Path:
-        """Where below another ``cache_dir`` a cache of the uninterrupted one's name lies."""
+        """The folder of this cache if the folder of all caches is ``folder``."""
         return folder / self.whole.folder.relative_to(self.folder / "whole")
 
     @contextlib.contextmanager
     def new_cache_dir(self) -> Iterator[Path]:
-        """A folder that holds the older cache alone, if there is one."""
+        """A new folder of all caches. It holds the older cache, if there is one, and nothing else."""
         with tempfile.TemporaryDirectory(dir=self.folder) as name:
             cache_dir = Path(name)
             if self.older is not None:
@@ -404,7 +412,7 @@ class Victim:
             yield cache_dir
 
     def kill_until_done(self, report: Report, kills: int, draw: random.Random) -> None:
-        """One extraction, killed at random moments, at most so many times, until it is done; then compared."""
+        """Kill one extraction at random moments, at most ``kills`` times, and let it finish. Then compare the cache."""
         now = mmap.mmap(-1, 1)
         marked: set[str] = set()
         report.extractions += 1
@@ -413,7 +421,7 @@ class Victim:
             for attempt in itertools.count():
                 child = self.start(cache_dir, now)
                 to_be_killed = attempt < min(kills, MOST_KILLS)
-                # Some of them early on purpose: making shards takes little of the time.
+                # A third of the kills come early on purpose, because shards are made in a short part of the time.
                 moment = draw.uniform(0, self.seconds * draw.choice((0.3, 1.0, 1.0)))
                 code = ended(child, moment if to_be_killed else PATIENCE_S)
                 if code is None:
@@ -422,7 +430,7 @@ class Victim:
                     break
                 report.kills += 1
                 phase = PHASES[now[0]]
-                # Before it goes on, a killed extraction looks at its model again.
+                # An extraction that continues begins in the phase START too, but its shards exist already.
                 again = phase is Phase.START and any(cache.glob("shard-*.h5"))
                 report.phases[Phase.AGAIN if again else phase] += 1
                 marked = check(cache, self.whole, marked, report)
@@ -432,10 +440,10 @@ class Victim:
     def _compare(self, cache_dir: Path, code: int, report: Report) -> None:
         cache = self.place(cache_dir)
         if code != 0:
-            said = self.log.read_text("utf-8") if self.log.exists() else "no word"
-            report.failed.append(f"{self.case.name}: ended with {code}: {said}")
+            said = self.log.read_text("utf-8") if self.log.exists() else "no traceback"
+            report.failed.append(f"{self.case.name}: ended with exit code {code}: {said}")
         elif files_of(cache) != self.whole.files:
-            report.different.append(f"{self.case.name}: the files of {cache} are not the uninterrupted cache's")
+            report.different.append(f"{self.case.name}: the files of {cache} differ from the uninterrupted cache")
         if self.older is not None:
             older = cache_dir / self.older.relative_to(self.folder / "whole")
             if files_of(older) != files_of(self.older):
@@ -443,13 +451,16 @@ class Victim:
 
 
 def run(kills: int, folder: Path, *, seed: int = 0, cases: Sequence[Case] = CASES) -> Report:
-    """Kill extractions of these caches so many times, and say what was found.
+    """Kill extractions of these caches, and report what was found.
 
     Args:
+        kills: How many extractions are killed in total.
         folder: Where the caches are made.
+        seed: Decides the moments.
+        cases: The caches.
     """
     started, draw = time.monotonic(), random.Random(seed)
-    torch.set_num_threads(1)  # a forked process has no use of another's threads
+    torch.set_num_threads(1)  # a forked process cannot use the threads of its parent
     model = tiny.save_model(folder / "tiny-bert", layers=3, width=32)
     victims = []
     for number, case in enumerate(cases):
@@ -467,8 +478,8 @@ def run(kills: int, folder: Path, *, seed: int = 0, cases: Sequence[Case] = CASE
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200)
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--folder", type=Path, help="on the disk to be tried; by default the system's temporary one")
+    parser.add_argument("--seed", type=int, default=0, help="decides the moments")
+    parser.add_argument("--folder", type=Path, help="on the disk to test; by default the temporary folder")
     arguments = parser.parse_args()
     disable_progress_bar()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:

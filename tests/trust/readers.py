@@ -1,4 +1,4 @@
-"""Do readers see right states, and nothing else, while a cache is being written?  Eight processes read what one writes.
+"""Do readers always see correct states while a cache is written?  Eight processes read caches that one process writes.
 
 python tests/trust/readers.py --seconds 60
 """
@@ -34,17 +34,17 @@ LAYERS = (0, 1, 2, 3)
 WIDTH = 24
 SHARD_BYTES = 200_000
 FILLING_S = 1.5
-"""What the writer takes for one cache."""
+"""Seconds in which the writer fills one cache."""
 SHARDS_MISSING = ("is not a folder", "holds no shard", "should hold")
-"""Why a cache may be refused whose shards are not all there yet."""
+"""Words of the errors that are right as long as not all shards exist."""
 METHODS = ("fork",) * 4 + ("spawn",) * 4
 LOADER = 0
-"""The reader that reads through a ``DataLoader`` with workers too."""
+"""The number of the reader that also reads through a ``DataLoader`` with worker processes."""
 
 
 @lru_cache(maxsize=4)
 def truth_of(number: int) -> tiny_cache.Truth:
-    """What cache ``number`` should hold; whoever knows the number knows the content."""
+    """The content of cache ``number``. It follows from the number alone."""
     draw = random.Random(number)
     return tiny_cache.make(
         [draw.randint(1, 40) for _ in range(SEQUENCES)],
@@ -65,7 +65,7 @@ def folder_of(root: Path, number: int) -> Path:
 
 
 def write_caches(root: Path, deadline: float) -> int:
-    """Fill one cache after the other, slowly and in any order, until the deadline; returns how many were begun."""
+    """Fill one cache after another until the deadline: slowly, and in random order. Returns how many were begun."""
     writer.SYNC_EVERY_S = 0.02
     for number in itertools.count():
         truth, folder = truth_of(number), folder_of(root, number)
@@ -86,15 +86,15 @@ def write_caches(root: Path, deadline: float) -> int:
 
 @dataclass
 class Seen:
-    """What readers did and found."""
+    """What readers read, and the faults that they found."""
 
     examples: int = 0
     wrong: int = 0
     opened: int = 0
     growing: int = 0
-    """Caches that were opened while some of their sequences were complete and some were not."""
+    """How often a cache was opened when some of its sequences were complete, and some were not."""
     too_early: int = 0
-    """Caches that were refused because shards were missing, as they should be."""
+    """How often a cache was refused because shards were missing, which is right."""
     from_loader: int = 0
     errors: list[str] = field(default_factory=list)
 
@@ -113,7 +113,7 @@ class Seen:
         self.wrong += not (states.shape == expected.shape and np.array_equal(states, expected))
 
     def read_some(self, cache: FeatureCache, truth: tiny_cache.Truth, draw: random.Random, count: int = 8) -> None:
-        """Random sequences, one by one and as one batch of some of their layers."""
+        """Read random sequences, first one by one, then as one batch of some layers."""
         ids = cache.ids
         if not ids:
             return
@@ -127,7 +127,7 @@ class Seen:
 
 
 class LoaderItems:
-    """The complete sequences of a cache, as a ``DataLoader`` wants them."""
+    """The complete sequences of a cache, as items for a ``DataLoader``."""
 
     def __init__(self, cache: FeatureCache) -> None:
         self.cache = cache
@@ -141,7 +141,7 @@ class LoaderItems:
 
 
 def loaded(cache: FeatureCache) -> Iterator[tuple[str, Any]]:
-    """Every complete sequence, read by two processes."""
+    """Every complete sequence, read by the two worker processes of a ``DataLoader``."""
     from torch.utils.data import DataLoader
 
     with warnings.catch_warnings():
@@ -157,8 +157,8 @@ def loaded(cache: FeatureCache) -> Iterator[tuple[str, Any]]:
 
 
 def read_caches(root: Path, deadline: float, seed: int, through_loader: bool) -> Seen:
-    """Open, read and compare, again and again, until the deadline: mostly the newest cache, at times an older one, and
-    at times what was opened long ago.
+    """Open, read and compare caches until the deadline. Most are the newest cache, some an older one, and some were
+    opened long before.
     """
     seen, draw = Seen(), random.Random(seed)
     complete_before: dict[int, set[str]] = {}
@@ -186,7 +186,7 @@ def read_caches(root: Path, deadline: float, seed: int, through_loader: bool) ->
             seen.opened += 1
             seen.growing += 0 < len(ids) < SEQUENCES
             if lost := complete_before.get(number, set()) - ids:
-                seen.errors.append(f"{sorted(lost)} of cache {number} were complete, and are no more")
+                seen.errors.append(f"{sorted(lost)} of cache {number} are not complete any more")
             complete_before[number] = ids
             seen.read_some(cache, truth, draw)
             if not kept or turn % 10 == 0:
@@ -214,11 +214,11 @@ def _read(root: Path, deadline: float, seed: int, through_loader: bool, said: Co
 
 @dataclass
 class Outcome:
-    """Of one run."""
+    """The results of one run."""
 
     caches: int = 0
     readers: int = 0
-    """That came to their end."""
+    """How many readers ran to their end."""
     seen: Seen = field(default_factory=Seen)
 
     @property
@@ -241,7 +241,7 @@ class Outcome:
 
 
 def run(seconds: float, root: Path) -> Outcome:
-    """One writer and eight readers for so many seconds."""
+    """Let one writer and eight readers work for ``seconds``."""
     outcome, started = Outcome(), []
     deadline = time.time() + seconds
     jobs: list[tuple[str, Any, tuple[Any, ...]]] = [("fork", _write, (root, deadline))]
@@ -267,7 +267,7 @@ def run(seconds: float, root: Path) -> Outcome:
             process.kill()
             process.join()
             name = f"reader {number}" if number else "the writer"
-            outcome.seen.errors.append(f"{name} did not come to its end (exit code {process.exitcode})")
+            outcome.seen.errors.append(f"{name} did not run to its end (exit code {process.exitcode})")
         elif number:
             outcome.readers += 1
             outcome.seen.add(said)

@@ -1,4 +1,4 @@
-"""Processes that fill one cache together, killed and stopped; also where file locks do nothing."""
+"""Several processes fill one cache; some are killed or stopped. It also works where file locks do nothing."""
 
 from __future__ import annotations
 
@@ -36,23 +36,23 @@ int fcntl64(int file, int what, ...) {
 """
 
 
-def test_killed_and_stopped_at_random_moments_the_bytes_are_those_of_one_process(tmp_path: Path) -> None:
+def test_kills_and_stops_at_random_moments_change_no_byte(tmp_path: Path) -> None:
     report = crowd.run(5, tmp_path, seed=2)
     assert report.faults == []
     assert report.kills >= 5
 
 
 @pytest.mark.long
-def test_many_killed_and_stopped(tmp_path: Path) -> None:
+def test_many_kills_and_stops_change_no_byte(tmp_path: Path) -> None:
     report = crowd.run(60, tmp_path, seed=1)
     assert report.faults == []
     assert report.taken_over > 0
-    assert report.again > 0, "some were killed with states in their hands"
+    assert report.again > 0, "some processes were killed before their states were complete"
 
 
 @pytest.fixture
 def no_locks(tmp_path: Path) -> Path:
-    """A library under which file locks succeed and do nothing."""
+    """A library to preload: with it, every file lock succeeds and does nothing."""
     compiler = shutil.which("cc")
     if compiler is None or not sys.platform.startswith("linux"):
         pytest.skip("needs cc and Linux")

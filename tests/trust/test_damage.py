@@ -1,4 +1,4 @@
-"""Whatever damages a cache is found by ``kr2cache cache verify``; nothing crashes, hangs, or is misread."""
+"""``kr2cache cache verify`` finds all damage to a cache. Nothing crashes or hangs, and no wrong states are read."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ def rows() -> dict[str, Row]:
 
 
 @pytest.mark.long
-def test_undamaged_caches_are_whole(rows: dict[str, Row]) -> None:
+def test_in_undamaged_caches_nothing_is_found(rows: dict[str, Row]) -> None:
     none = rows["none"]
     assert (none.files, none.found, none.refused, none.harmless) == (8, 0, 0, 8)
-    assert none.missed == none.misnamed == none.foreign == []
+    assert none.missed == none.misnamed == none.unexpected == []
 
 
 @pytest.mark.long
@@ -27,7 +27,7 @@ def test_undamaged_caches_are_whole(rows: dict[str, Row]) -> None:
 def test_all_damage_is_found(rows: dict[str, Row], kind: str) -> None:
     row = rows[kind]
     assert row.files >= 20
-    assert row.foreign == [], "crashes, hangs, other exceptions"
+    assert row.unexpected == [], "crashes, hangs, other exceptions"
     assert row.missed == []
     assert (row.found, row.harmless) == (row.files, 0)
     assert row.slowest < 30
@@ -35,7 +35,7 @@ def test_all_damage_is_found(rows: dict[str, Row], kind: str) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if "bit" in kind])
-def test_sequences_are_named_exactly(rows: dict[str, Row], kind: str) -> None:
+def test_exactly_the_damaged_sequences_are_named(rows: dict[str, Row], kind: str) -> None:
     assert rows[kind].misnamed == []
 
 
@@ -49,9 +49,9 @@ class Dies:
 def test_a_process_that_dies_is_noticed_and_replaced(tmp_path: Path) -> None:
     good = damage.good_cache(tmp_path, "float16", several=False)
     with Examiner() as examine:
-        assert examine(Dies()).foreign == "crash"  # type: ignore[arg-type]
+        assert examine(Dies()).unexpected == "crash"  # type: ignore[arg-type]
         seen = examine(good.folder)
-        assert (seen.read, seen.found, seen.foreign) == (good.digest, False, "")
+        assert (seen.read, seen.found, seen.unexpected) == (good.digest, False, "")
         (tmp_path / "file").write_text("")
         assert "is not a folder" in examine(tmp_path / "file").refused
 

@@ -1,4 +1,4 @@
-"""A disk that is full, really, and Ctrl-C, twice: said, nothing lost, and gone on from to the same bytes."""
+"""A disk that is really full, and Ctrl-C twice: the error is clear, nothing is lost, and the same bytes come out."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ ONE_SHARD = kills.Case("float16", 60, {"dtype": "float16"})
 SMALL_SHARDS = kills.Case("int8 in small shards", 60, {"dtype": "int8", "shard_gb": 40_000 / 2**30})
 MANY_BATCHES = kills.Case("float16", 600, {"dtype": "float16", "tokens_per_batch": 24})
 SOON_FULL = kills.Case("float16", 1000, {"dtype": "float16", "tokens_per_batch": 1024, "shard_gb": 1e6 / 2**30})
-"""So large that the states, not the index, decide whether they fit."""
+"""So many states that they, and not the index, decide whether a shard fits."""
 
 
 @pytest.fixture(scope="module", params=[ONE_SHARD, SMALL_SHARDS], ids=["one shard", "small shards"])
 def victim(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> kills.Victim:
-    """A cache that was made on a disk with room."""
+    """A cache that was made on a disk with enough space."""
     return victim_of(request.param, tmp_path_factory.mktemp("victim"))
 
 
@@ -53,7 +53,7 @@ def victim_of(case: kills.Case, folder: Path) -> kills.Victim:
 
 @dataclass(frozen=True)
 class SmallDisk:
-    """A file system of its own, of few bytes."""
+    """A small file system of its own."""
 
     folder: Path
 
@@ -66,7 +66,7 @@ class SmallDisk:
         return shutil.disk_usage(self.folder).free
 
     def fill(self, leave: int) -> None:
-        """Leave so many bytes free."""
+        """Fill the disk, and leave at most ``leave`` bytes free."""
         with self.ballast.open("wb") as file:
             file.write(bytes(max(0, self.free - leave)))
         assert self.free <= leave
@@ -77,12 +77,12 @@ class SmallDisk:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Callable[[int], SmallDisk]]:
-    """Mounts a disk in memory of so many bytes; skips where that is not allowed."""
+    """A function that mounts a disk of ``size`` bytes, in memory. The test is skipped if mounting is not allowed."""
     mounted: list[Path] = []
 
     def mount(size: int) -> SmallDisk:
         if not sys.platform.startswith("linux"):
-            pytest.skip("mounts are made on Linux alone")
+            pytest.skip("mounts only on Linux")
         folder = tmp_path / f"disk-{len(mounted)}"
         folder.mkdir()
         libc = ctypes.CDLL(None, use_errno=True)
@@ -93,7 +93,7 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[int], SmallDisk]]:
 
     yield mount
     for folder in mounted:
-        detach = 2  # also what something still has open
+        detach = 2  # unmounts even if a file is still open
         assert ctypes.CDLL(None).umount2(os.fsencode(folder), detach) == 0
 
 
@@ -102,20 +102,20 @@ def plan_in(victim: kills.Victim, cache_dir: Path) -> extract.ExtractPlan:
 
 
 def extraction(victim: kills.Victim, cache_dir: Path, log: Path) -> tuple[int, str]:
-    """Extract in a process of its own, which a signal may end; its exit code, and how it failed."""
+    """Extract in a child process, because a signal may end it. Returns its exit code and the traceback of an error."""
     log.unlink(missing_ok=True)
     code = kills.ended(kills.forked(lambda: extract.extract(plan_in(victim, cache_dir)), log), kills.PATIENCE_S)
-    assert code is not None, "it hangs"
+    assert code is not None, "the extraction hangs"
     return code, log.read_text("utf-8") if log.exists() else ""
 
 
 def no_fallocate(*_: int) -> None:
-    """As a file system that cannot reserve space."""
+    """Fails as it does on a file system that cannot reserve space."""
     raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
 
 
 def after(patch: pytest.MonkeyPatch, owner: Any, name: str, then: Callable[[], object]) -> None:
-    """Something happens each time a function has done its work."""
+    """Call ``then`` each time after the function ``name`` of ``owner`` has returned."""
     real = getattr(owner, name)
 
     def call(*arguments: Any, **options: Any) -> Any:
@@ -126,12 +126,12 @@ def after(patch: pytest.MonkeyPatch, owner: Any, name: str, then: Callable[[], o
     patch.setattr(owner, name, call)
 
 
-def assert_goes_on(victim: kills.Victim, cache_dir: Path, log: Path) -> None:
+def assert_completes(victim: kills.Victim, cache_dir: Path, log: Path) -> None:
     assert extraction(victim, cache_dir, log) == (0, "")
     assert kills.files_of(victim.place(cache_dir)) == victim.whole.files
 
 
-def test_a_disk_too_small_is_said_before_the_model_is_loaded(
+def test_a_disk_that_is_too_small_is_an_error_before_the_model_is_loaded(
     victim: kills.Victim, small_disk: Callable[[int], SmallDisk], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     disk = small_disk(victim.plan.state_bytes // 2)
@@ -146,7 +146,7 @@ def test_a_disk_too_small_is_said_before_the_model_is_loaded(
 def test_a_disk_that_fills_before_space_is_reserved(
     victim: kills.Victim, small_disk: Callable[[int], SmallDisk], tmp_path: Path, left: float
 ) -> None:
-    """It was large enough when that was asked, and full once the model was loaded."""
+    """There was enough space when it was checked, but none once the model was loaded."""
     disk, log = small_disk(2**20), tmp_path / "log"
     file_bytes = sum(map(len, victim.whole.files.values()))
     with pytest.MonkeyPatch.context() as patch:
@@ -157,13 +157,13 @@ def test_a_disk_that_fills_before_space_is_reserved(
     assert f"DiskSpaceError: No space left for {cache}/shard-" in said
     assert "Make room (or give another --cache-dir) and run the same command again" in said
     names = [name for name in disk.files() if name != "ballast"]
-    assert names == list(victim.whole.files)[: len(names)], "whole shards and nothing else"
+    assert names == list(victim.whole.files)[: len(names)], "only whole shards"
     assert len(names) < len(victim.whole.files)
     assert (len(names) > 0) == (len(victim.whole.files) > 1 and left > 0.5)
     kept = {path: path.stat().st_ino for path in cache.glob("*")}
     disk.ballast.unlink()
-    assert_goes_on(victim, disk.folder, log)
-    assert {path: path.stat().st_ino for path in kept} == kept, "what had its space was not made again"
+    assert_completes(victim, disk.folder, log)
+    assert {path: path.stat().st_ino for path in kept} == kept, "shards that had their space were not made again"
 
 
 @pytest.mark.parametrize("sparse_again", [True, False], ids=["sparse", "reserved"])
@@ -171,7 +171,7 @@ def test_a_disk_that_fills_before_space_is_reserved(
 def test_a_disk_that_fills_while_states_are_written_to_a_sparse_file(
     victim: kills.Victim, small_disk: Callable[[int], SmallDisk], tmp_path: Path, left: float, sparse_again: bool
 ) -> None:
-    """Some file systems cannot reserve: there the disk may fill at any write."""
+    """Some file systems cannot reserve space. There, any write may find a full disk."""
     disk, log, report = small_disk(2**20), tmp_path / "log", kills.Report()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "posix_fallocate", no_fallocate)
@@ -185,24 +185,24 @@ def test_a_disk_that_fills_while_states_are_written_to_a_sparse_file(
         marked = kills.check(cache, victim.whole, set(), report)
         assert report.faults == []
         assert 0 < len(marked) < victim.case.sequences
-        assert extraction(victim, disk.folder, log)[0] == 1, "it is full still"
+        assert extraction(victim, disk.folder, log)[0] == 1, "the disk is still full"
         assert kills.check(cache, victim.whole, marked, report) >= marked
         assert report.faults == []
         disk.ballast.unlink()
         if sparse_again:
-            assert_goes_on(victim, disk.folder, log)
-    assert_goes_on(victim, disk.folder, log)
+            assert_completes(victim, disk.folder, log)
+    assert_completes(victim, disk.folder, log)
 
 
-def test_a_limit_of_the_process_in_the_middle_of_a_file(
+def test_a_limit_on_file_sizes_in_the_middle_of_a_file(
     victim: kills.Victim, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As a disk that fills, where none can be mounted."""
+    """This acts like a full disk, also where no disk can be mounted."""
     log, report, writes, marked_some = tmp_path / "log", kills.Report(), itertools.count(1), threading.Event()
     limit = max(map(len, victim.whole.files.values())) // 10
 
     def limit_files() -> None:
-        """After some sequences were written, and once some of them are marked: how long a sync takes differs."""
+        """Set the limit after 12 writes and once some sequences are marked. When that is depends on the syncs."""
         if next(writes) == 12:
             assert marked_some.wait(kills.PATIENCE_S)
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
@@ -220,10 +220,10 @@ def test_a_limit_of_the_process_in_the_middle_of_a_file(
     marked = kills.check(cache, victim.whole, set(), report)
     assert report.faults == []
     assert 0 < len(marked) < victim.case.sequences
-    assert_goes_on(victim, tmp_path / "cache", log)
+    assert_completes(victim, tmp_path / "cache", log)
 
 
-def test_room_for_the_shards_that_are_missing_is_enough_to_go_on(
+def test_space_for_the_missing_shards_is_enough_to_continue(
     small_disk: Callable[[int], SmallDisk], tmp_path: Path
 ) -> None:
     victim, log = victim_of(SOON_FULL, tmp_path), tmp_path / "log"
@@ -236,7 +236,7 @@ def test_room_for_the_shards_that_are_missing_is_enough_to_go_on(
     kept = list(victim.place(disk.folder).glob("shard-*.h5"))
     assert 1 < len(kept) < len(victim.whole.files)
     disk.ballast.unlink()
-    assert_goes_on(victim, disk.folder, log)
+    assert_completes(victim, disk.folder, log)
 
 
 def test_a_disk_that_fills_while_a_sparse_shard_is_made(
@@ -250,7 +250,7 @@ def test_a_disk_that_fills_while_a_sparse_shard_is_made(
         code, said = extraction(victim, disk.folder, log)
     assert disk.files() == ["ballast"]
     disk.ballast.unlink()
-    assert_goes_on(victim, disk.folder, log)
+    assert_completes(victim, disk.folder, log)
     assert code == 1
     assert "DiskSpaceError: No space left for" in said
 
@@ -268,13 +268,13 @@ def interrupt_twice(child: int, gap: float) -> None:
 def wait_for(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + kills.PATIENCE_S
     while not condition():
-        assert time.monotonic() < deadline, "it never came so far"
+        assert time.monotonic() < deadline, "this takes too long"
         time.sleep(0.002)
 
 
 @pytest.mark.long
-def test_ctrl_c_twice_loses_nothing_at_whatever_moments(tmp_path: Path) -> None:
-    """The second one does not wait for the end of a batch."""
+def test_ctrl_c_twice_loses_nothing_at_any_moment(tmp_path: Path) -> None:
+    """The second Ctrl-C does not wait for the end of a batch."""
     victim, log, draw = victim_of(MANY_BATCHES, tmp_path), tmp_path / "log", random.Random(0)
     now, report, codes = mmap.mmap(-1, 1), kills.Report(), []
     for number in range(6):
@@ -282,7 +282,7 @@ def test_ctrl_c_twice_loses_nothing_at_whatever_moments(tmp_path: Path) -> None:
         plan = plan_in(victim, cache_dir)
 
         def work(plan: extract.ExtractPlan = plan) -> None:
-            kills.tell_phases(now)
+            kills.record_phases(now)
             writer.SYNC_EVERY_S = 0.01
             extract.extract(plan)
 
@@ -295,7 +295,7 @@ def test_ctrl_c_twice_loses_nothing_at_whatever_moments(tmp_path: Path) -> None:
         code = kills.ended(child, 20)
         if code is None:
             kills.killed(child)
-            pytest.fail("Ctrl-C did not end it")
+            pytest.fail("Ctrl-C did not end the extraction")
         codes.append(code)
         if code != 0:
             said = log.read_text("utf-8").strip()
@@ -303,7 +303,7 @@ def test_ctrl_c_twice_loses_nothing_at_whatever_moments(tmp_path: Path) -> None:
         marked = kills.check(victim.place(cache_dir), victim.whole, set(), report)
         assert report.faults == []
         assert (len(marked) < victim.case.sequences) == (code != 0)
-        assert_goes_on(victim, cache_dir, log)
+        assert_completes(victim, cache_dir, log)
     now.close()
     assert set(codes) <= {0, 1}
     assert 1 in codes
@@ -318,7 +318,7 @@ def test_the_command_after_ctrl_c_twice(workdir: Path, bert: Path) -> None:
     arguments += ["--split", "train", "--device", "cpu", "--tokens-per-batch", "24", "--cache-dir"]
 
     def whole(cache_dir: Path) -> dict[str, bytes]:
-        """The files of the cache once the command has run to its end."""
+        """Run the command to its end, and return the files of the cache."""
         log = workdir / "log"
         assert kills.ended(kills.forked(lambda: finish([*arguments, str(cache_dir)]), log), kills.PATIENCE_S) == 0
         (folder,) = {path.parent for path in cache_dir.rglob("*.h5")}
@@ -340,12 +340,12 @@ def test_the_command_after_ctrl_c_twice(workdir: Path, bert: Path) -> None:
         interrupt_twice(process.pid, 0.01)
         try:
             out, err = process.communicate(timeout=10)
-        except subprocess.TimeoutExpired:  # the second one fell into a lock
+        except subprocess.TimeoutExpired:  # the second Ctrl-C came inside a lock and had no effect
             process.send_signal(signal.SIGINT)
             out, err = process.communicate(timeout=10)
         finally:
             process.kill()
-    # The second one may come when all is said, and Python is on its way out.
+    # The second Ctrl-C may come after the output, while Python exits.
     assert process.returncode in (130, -signal.SIGINT), (out, err)
     if out:
         assert json.loads(out)["error"]["type"] == "InterruptedWorkError"

@@ -1,4 +1,4 @@
-"""Killed at random moments, a cache is never wrong; and what checks that sees what is wrong."""
+"""A cache is never wrong if its extraction is killed at random moments; and the check itself finds faults."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ FLOAT16, TAKEN_OVER = kills.CASES[0], kills.CASES[-1]
 
 
 @pytest.mark.long
-def test_killed_at_random_moments_nothing_is_lost_and_the_same_bytes_come_out(tmp_path: Path) -> None:
+def test_after_kills_at_random_moments_nothing_is_lost_and_the_bytes_are_the_same(tmp_path: Path) -> None:
     while_writing = 0
-    for seed in range(1, 9):  # on a busy machine, few kills of a round fall into the writing
+    for seed in range(1, 9):  # on a busy machine, few kills of a round come while states are written
         (tmp_path / str(seed)).mkdir()
         report = kills.run(25, tmp_path / str(seed), seed=seed, cases=(FLOAT16, TAKEN_OVER))
         assert report.faults == []
         assert report.kills == 25 == sum(report.phases.values())
         assert report.extractions >= report.caches == 2
-        assert report.phases[kills.Phase.WRITING] < 25, "they fall elsewhere too"
+        assert report.phases[kills.Phase.WRITING] < 25, "some come in other phases"
         while_writing += report.phases[kills.Phase.WRITING]
         if while_writing >= 5:
             break
     assert while_writing >= 5
 
 
-# What checks it sees what is wrong ------------------------------------------------------------------------------------
+# The check finds faults -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -45,11 +45,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def killed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[kills.Whole, dict[str, bytes]]:
-    """An uninterrupted cache, and the files of one that was killed when some of it was complete."""
+    """An uninterrupted cache; and the files of a cache whose extraction was killed when part of it was complete."""
     folder = tmp_path_factory.mktemp("killed")
     victim, report, now = kills.Victim(FLOAT16, model, folder), kills.Report(), mmap.mmap(-1, 1)
     cache = victim.place(folder / "cut")
-    victim.pause *= 5  # so that it is not done before it is seen
+    victim.pause *= 5  # so that it does not finish before it is killed
     child = victim.start(folder / "cut", now)
     deadline = time.monotonic() + kills.PATIENCE_S
     while True:
@@ -68,7 +68,7 @@ def killed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[kills
 
 @pytest.fixture
 def cut(killed: tuple[kills.Whole, dict[str, bytes]], tmp_path: Path) -> Path:
-    """The only shard of a copy of the killed cache."""
+    """A copy of the cache of the killed extraction; the path of its only shard."""
     for name, content in killed[1].items():
         (tmp_path / name).write_bytes(content)
     (shard,) = tmp_path.glob("shard-*.h5")
@@ -88,11 +88,13 @@ def test_a_changed_byte_of_a_complete_sequence_is_wrong(
         file.write(bytes([byte ^ 1]))
     report = kills.Report()
     kills.check(cut.parent, killed[0], set(), report)
-    assert f"s{done} is marked complete, but is not the uninterrupted cache's" in report.wrong[0]
+    assert f"s{done} is marked complete, but differs from the uninterrupted cache" in report.wrong[0]
     assert report.faults == report.wrong[:1]
 
 
-def test_a_mark_too_many_and_a_mark_too_few_are_wrong(killed: tuple[kills.Whole, dict[str, bytes]], cut: Path) -> None:
+def test_an_additional_mark_and_a_missing_mark_are_wrong(
+    killed: tuple[kills.Whole, dict[str, bytes]], cut: Path
+) -> None:
     with h5py.File(cut, "r+") as file:
         marks = file["examples/complete"][...]
         done, undone = int(marks.argmax()), int(marks.argmin())
@@ -100,8 +102,8 @@ def test_a_mark_too_many_and_a_mark_too_few_are_wrong(killed: tuple[kills.Whole,
         file["examples/complete"][...] = marks
     report = kills.Report()
     kills.check(cut.parent, killed[0], {f"s{done}"}, report)
-    assert any(f"s{undone} is marked complete, but is not" in fault for fault in report.wrong)
-    assert any(f"s{done} was complete, and is no more" in fault for fault in report.wrong)
+    assert any(f"s{undone} is marked complete, but differs" in fault for fault in report.wrong)
+    assert any(f"s{done} is not complete any more" in fault for fault in report.wrong)
 
 
 def test_a_changed_index_is_wrong(killed: tuple[kills.Whole, dict[str, bytes]], cut: Path) -> None:
@@ -109,20 +111,20 @@ def test_a_changed_index_is_wrong(killed: tuple[kills.Whole, dict[str, bytes]], 
         file["tokens/word_index"][0] += 1
     report = kills.Report()
     kills.check(cut.parent, killed[0], set(), report)
-    assert "its index or its attributes are not" in report.wrong[0]
+    assert "its index or its attributes differ" in report.wrong[0]
 
 
-def test_a_file_that_is_cut_off_is_unreadable_and_refused(
-    killed: tuple[kills.Whole, dict[str, bytes]], cut: Path
-) -> None:
+def test_a_truncated_file_is_unreadable_and_refused(killed: tuple[kills.Whole, dict[str, bytes]], cut: Path) -> None:
     os.truncate(cut, cut.stat().st_size // 2)
     report = kills.Report()
     kills.check(cut.parent, killed[0], set(), report)
     assert len(report.unreadable) == 1
-    assert len(report.refused) == 1, "a shard that is there is no excuse"
+    assert len(report.refused) == 1, "no shard is missing, so the cache should open"
 
 
-def test_a_missing_shard_is_an_excuse(killed: tuple[kills.Whole, dict[str, bytes]], tmp_path: Path) -> None:
+def test_a_cache_may_be_refused_while_shards_are_missing(
+    killed: tuple[kills.Whole, dict[str, bytes]], tmp_path: Path
+) -> None:
     report = kills.Report()
     assert kills.check(tmp_path / "nothing", killed[0], set(), report) == set()
     (tmp_path / "empty").mkdir()
@@ -137,13 +139,13 @@ def test_a_writer_that_marks_before_it_writes_is_found(tmp_path: Path, monkeypat
     def too_early(self: ShardWriter, states: PackedStates) -> None:
         for position in states.sequences:
             os.pwrite(self._file, b"\x01", self.shard.array_offset("examples/complete") + position - self.first)
-        time.sleep(0.02)  # long enough to be killed in, however busy the machine
+        time.sleep(0.02)  # long enough that some kills come now, even on a busy machine
         original(self, states)
 
     monkeypatch.setattr(ShardWriter, "_write", too_early)
     report = kills.run(8, tmp_path, seed=1, cases=(FLOAT16,))
     assert report.wrong
-    assert report.different, "what was marked too early is never written"
+    assert report.different, "sequences that were marked too early are never written"
     assert report.unreadable == []
 
 

@@ -1,4 +1,4 @@
-"""While one process writes, eight read nothing but right states; and what compares them sees a wrong one."""
+"""While one process writes, eight processes read only correct states; and the comparison itself finds wrong states."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from kr2cache.cache.writer import PackedStates, ShardWriter, unmark
 
 
 @pytest.mark.long
-def test_readers_see_right_states_and_no_others(tmp_path: Path) -> None:
+def test_readers_see_only_correct_states(tmp_path: Path) -> None:
     outcome = readers.run(6.0, tmp_path)
     assert outcome.right, outcome.seen.errors
     assert outcome.readers == 8
-    assert outcome.caches >= 2, "finished one, and began another"
+    assert outcome.caches >= 2, "the writer finished one cache and began another"
     assert outcome.seen.examples > 1_000
     assert outcome.seen.from_loader > 0
-    assert outcome.seen.growing > 20, "they read while it was written"
+    assert outcome.seen.growing > 20, "caches were read while they were written"
 
 
-# What compares them sees a wrong one ----------------------------------------------------------------------------------
+# The comparison finds wrong states ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number", range(len(tiny_cache.DTYPES)), ids=tiny_cache.DTYPES)
@@ -76,7 +76,7 @@ def read_for_a_while(root: Path) -> readers.Seen:
     return readers.read_caches(root, time.time() + 1.0, 0, through_loader=False)
 
 
-def test_a_damaged_shard_is_an_error_and_no_early_cache(tmp_path: Path) -> None:
+def test_a_damaged_shard_is_an_error_and_does_not_count_as_missing(tmp_path: Path) -> None:
     folder = tiny_cache.store(readers.folder_of(tmp_path, 0), readers.truth_of(0), shard_bytes=readers.SHARD_BYTES)
     shard = tiny_cache.shards(folder)[0]
     shard.write_bytes(shard.read_bytes()[:-1])
@@ -86,20 +86,20 @@ def test_a_damaged_shard_is_an_error_and_no_early_cache(tmp_path: Path) -> None:
     assert all(error.startswith("CacheError") for error in seen.errors)
 
 
-def test_a_mark_that_is_taken_back_and_a_shard_that_vanishes_are_errors(tmp_path: Path) -> None:
+def test_a_mark_that_is_removed_and_a_shard_that_is_removed_are_errors(tmp_path: Path) -> None:
     folder = tiny_cache.store(readers.folder_of(tmp_path, 0), readers.truth_of(0), shard_bytes=readers.SHARD_BYTES)
     first, second, *_ = tiny_cache.shards(folder)
 
-    def spoil() -> None:
+    def remove() -> None:
         unmark(open_shard(first), [0])
         time.sleep(0.3)
         second.unlink()
 
-    later = threading.Timer(0.3, spoil)
+    later = threading.Timer(0.3, remove)
     later.start()
     seen = read_for_a_while(tmp_path)
     later.join()
     assert seen.examples > 0
     assert seen.wrong == 0
-    assert "['s0'] of cache 0 were complete, and are no more" in seen.errors
+    assert "['s0'] of cache 0 are not complete any more" in seen.errors
     assert any("should hold" in error for error in seen.errors)
