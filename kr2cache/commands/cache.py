@@ -19,7 +19,7 @@ from kr2cache.commands.options import App, CacheDir, Data, Device, Json, merge, 
 from kr2cache.commands.settings import OPTIONS
 from kr2cache.config import default_cache_dir, read_toml
 from kr2cache.errors import CacheError, ConfigError
-from kr2cache.models.registry import known_models
+from kr2cache.models.registry import known_models, label
 from kr2cache.system.console import bytes_text, console, count_text, done, failed, note, ranges_text, seconds_text
 from kr2cache.system.device import check_device_name
 from kr2cache.system.utf8 import file_lines
@@ -126,7 +126,8 @@ def info_cli(cache: Cache, cache_dir: CacheDir = None, as_json: Json = False) ->
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     rows = {
         "cache": str(folder),
-        "resource": f"{about.resource}  ({opened.model_layers} layers of width {opened.width})",
+        "resource": f"{label(about.resource, recorded.get('model') or {})}  "
+        f"({opened.model_layers} layers of width {opened.width})",
         "data": f"{about.corpus}, {about.task}/{about.split}",
         "sequences": f"{about.complete:,} of {about.sequences:,} complete, {about.tokens:,} tokens, at most "
         f"{chosen['max_length']} each",

@@ -11,9 +11,8 @@ from kr2cache.commands.loading import loading
 from kr2cache.commands.options import Device, Json, Limit, checked, print_json
 from kr2cache.commands.settings import OPTIONS
 from kr2cache.config import read_toml
-from kr2cache.models.contents import fault
 from kr2cache.models.files import check_obtainable
-from kr2cache.models.registry import find_model, known_models
+from kr2cache.models.registry import control, find_model, known_models
 from kr2cache.system.console import console
 from kr2cache.system.device import check_device_name
 from kr2cache.system.disk import check_writable
@@ -24,12 +23,12 @@ def models_cli(as_json: Json = False) -> None:
     """List the registered models, and which of them are on this machine."""
     from rich.text import Text
 
-    from kr2cache.models.files import local_folder
+    from kr2cache.models.files import fault_of, local_folder
     from kr2cache.system.terminal import Column, print_table
 
     specs = known_models(read_toml(Path.cwd(), OPTIONS).models)
     there = {name: local_folder(spec) for name, spec in specs.items()}
-    faults = {name: fault(folder) for name, folder in there.items() if folder is not None}
+    faults = {name: fault_of(specs[name], folder) for name, folder in there.items() if folder is not None}
     folders = {name: folder for name, folder in there.items() if faults.get(name) is None}
     if as_json:
         print_json(
@@ -41,6 +40,7 @@ def models_cli(as_json: Json = False) -> None:
                     "folder": str(folders[name]) if folders.get(name) else None,
                     "fault": " ".join(wrong) if (wrong := faults.get(name)) else None,
                     "needs": spec.needs,
+                    **control(spec),
                 }
                 for name, spec in specs.items()
             ]
@@ -58,7 +58,7 @@ def models_cli(as_json: Json = False) -> None:
         folder, wrong = folders.get(name), faults.get(name)
         missing = wrong[0] if wrong else f"{spec.path} has no config.json" if spec.path else ""
         here = Text("yes", style="green") if folder else Text("no")
-        rows.append([name, spec.language or "many", spec.hub_id or "-", here, str(folder) if folder else missing])
+        rows.append([spec.label, spec.language or "many", spec.hub_id or "-", here, str(folder) if folder else missing])
     print_table("Registered models (a hub id or a folder is accepted too)", columns, rows)
     for name, spec in specs.items():
         if wrong := faults.get(name):

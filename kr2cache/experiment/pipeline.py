@@ -20,6 +20,7 @@ from kr2cache.experiment.prepare import Prepared, prepare
 from kr2cache.experiment.shared import Shared
 from kr2cache.experiment.teacher import SEED, Lesson, Teacher
 from kr2cache.methods import METHODS
+from kr2cache.models.registry import shown_name
 from kr2cache.system.allocator import objects_set_aside, return_free_memory
 from kr2cache.system.claims import Claim, claimed
 from kr2cache.system.console import console, count_text, done, note, seconds_text
@@ -257,5 +258,7 @@ def describe_training(result: TrainResult) -> None:
 
 
 def _title(config: TrainConfig) -> str:
-    models = METHODS[config.method].title.format_map(vars(config))
+    given = {part: getattr(config, part) for part in ("reader", "resource", "teacher")}
+    shown = {part: name and shown_name(name, config.models) for part, name in given.items()}
+    models = METHODS[config.method].title.format_map(vars(config) | shown)
     return f"{config.method} ({models})"

@@ -25,6 +25,7 @@ from kr2cache.extraction import budget, trial
 from kr2cache.extraction.batches import BatchRunner, by_weights
 from kr2cache.extraction.planning import ExtractPlan, check_disk, plan_extraction
 from kr2cache.extraction.together import Filled, Share, fill_with_workers, interrupted
+from kr2cache.models import registry
 from kr2cache.models.digests import OpenedModel, open_model
 from kr2cache.models.load import describe_dropped
 from kr2cache.store import folders, plans, provenance
@@ -247,6 +248,7 @@ def _new_header(
         "revision": plan.spec.revision,
         "type": model.encoder.config.model_type,
         "dropped": model.dropped,
+        **registry.control(plan.spec),
     }
     return ShardHeader(
         dtype=plan.config.dtype,

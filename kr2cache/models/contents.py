@@ -18,8 +18,13 @@ def weight_files(folder: Path) -> list[Path]:
     return [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]
 
 
-def fault(folder: Path) -> tuple[str, str] | None:
-    """The fault of a model's folder and its remedy, in words; None if its files are complete."""
+def fault(folder: Path, *, weights: bool = True) -> tuple[str, str] | None:
+    """The fault of a model's folder and its remedy, in words; None if its files are complete.
+
+    Args:
+        folder: The folder.
+        weights: Whether the model is loaded with weights from there.
+    """
     files = [path for path in folder.iterdir() if path.is_file()]
     pointers = sorted(path.name for path in files if _is_lfs_pointer(path))
     if pointers:
@@ -28,6 +33,8 @@ def fault(folder: Path) -> tuple[str, str] | None:
             f"{folder} was cloned without git-lfs: {pointers[0]} is only a pointer to the real content{more}.",
             "Run `git lfs pull` there, or copy the real files.",
         )
+    if not weights:
+        return None
     if not weight_files(folder):
         return (
             f"{folder} holds no weights (model.safetensors or pytorch_model.bin).",

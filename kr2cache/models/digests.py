@@ -169,7 +169,7 @@ def model_key(spec: ModelSpec) -> tuple[Any, ...]:
     folder = model_folder(spec)
     files = sorted([*weight_files(folder), folder / "config.json"])
     stamp = tuple((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files if path.is_file())
-    return (spec.name, spec.model_type, spec.layers, spec.dropout, stamp)
+    return (spec.name, spec.model_type, spec.layers, spec.dropout, spec.random_seed, stamp)
 
 
 _digests: dict[Any, Digests] = {}

@@ -76,8 +76,13 @@ def check_complete(spec: ModelSpec) -> None:
     check_files(spec, model_folder(spec))
 
 
+def fault_of(spec: ModelSpec, folder: Path) -> tuple[str, str] | None:
+    """What the folder of a model lacks, and the remedy; None if it is complete. A control needs no weights."""
+    return fault(folder, weights=spec.random_seed is None)
+
+
 def check_files(spec: ModelSpec, folder: Path) -> None:
-    wrong = fault(folder)
+    wrong = fault_of(spec, folder)
     if wrong is not None:
         what, remedy = wrong
         raise ModelUnavailableError(f"Model {spec.name!r} is not complete: {what}", remedy)

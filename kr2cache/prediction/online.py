@@ -173,6 +173,7 @@ def _find_resource(name: str, origin: Mapping[str, Any], models: Mapping[str, Ma
         package=origin.get("package"),
         layers=origin.get("layers"),
         model_type=origin.get("model_type"),
+        random_seed=origin.get("seed"),
     )
     on_hub = [dataclasses.replace(spec, path=None) for spec in (named, recorded) if spec.hub_id is not None]
     for spec in (named, recorded, *on_hub):

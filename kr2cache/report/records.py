@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kr2cache.methods import METHODS
+from kr2cache.models.registry import label
 
 WHOLE_TAGS = 3
 """The first ``procedure`` (in ``config.json``) whose F1 is that of XTREME. Before, CCONJ and SCONJ counted as one tag,
@@ -81,12 +82,17 @@ class Configuration:
 
     @property
     def reader(self) -> str:
-        return name_of(self.config.get("reader"))
+        return self._model("reader")
 
     @property
     def helper(self) -> str:
         """The resource, or the teacher of a distillation."""
-        return name_of(self.config.get("resource") or self.config.get("teacher"))
+        return self._model("resource") if self.config.get("resource") else name_of(self.config.get("teacher"))
+
+    def _model(self, part: str) -> str:
+        """The name of the reader or resource. It says what a control is."""
+        recorded = mapping(mapping(self.first.recorded.get("model")).get(part))
+        return label(name_of(self.config.get(part)), recorded)
 
     @property
     def fusion(self) -> str:

@@ -10,7 +10,7 @@ from transformers import AutoModelForMaskedLM, AutoModelForPreTraining, Pretrain
 
 from kr2cache.errors import UnsupportedModelError
 from kr2cache.models.digests import hash_encoder, model_key
-from kr2cache.models.load import class_of, head_names, load_config, load_pretrained, not_finite, quiet
+from kr2cache.models.load import class_of, head_names, load_config, load_encoder, load_pretrained, not_finite, quiet
 from kr2cache.models.registry import ModelSpec
 from kr2cache.tasks.base import Head
 from kr2cache.training.kreader import HEADS, task_class
@@ -63,7 +63,12 @@ class TaskCheckpoint:
 
     def _read(self) -> tuple[type[PreTrainedModel], dict[str, Tensor]]:
         config, key = self.task_config(), model_key(self.spec)
-        model, missing, misfit = load_pretrained(self.spec, task_class(self.head, config), config)
+        model_class, weights = task_class(self.head, config), None
+        if self.spec.random_seed is not None:  # no file has its weights
+            with torch.device("meta"), quiet():
+                model_class = type(model_class.from_config(config))
+            weights = load_encoder(self.spec).state_dict()
+        model, missing, misfit = load_pretrained(self.spec, model_class, config, weights)
         if damaged := not_finite(model):
             more = f" and {len(damaged) - 1} more" if len(damaged) > 1 else ""
             raise UnsupportedModelError(
