@@ -156,6 +156,8 @@ class TrainConfig:
     limit: int | None = None
     device: str = "auto"
     run_dir: Path = Path("runs")
+    keep_head: bool = False
+    """Whether the trained model keeps the head of its checkpoint, whose label names have to be those of the task."""
     keep_readers: bool = True
     """Whether a run keeps the trained reader beside its predictions."""
     temporary_readers: bool = False

@@ -68,6 +68,9 @@ TRAIN = {
     ),
     "method": Setting("; ".join(f"{method.name} ({method.summary})" for method in METHODS.values()) + "."),
     "projection": Setting("How states are brought to the reader's width: auto, none, mlp or direct."),
+    "keep_head": Setting(
+        "Keep the head that the model has from an earlier training. Its label names must be the task's, in any order."
+    ),
     "seeds": Setting("One run for each seed."),
     "epochs": Setting("How often the reader sees the train split."),
     "batch_size": Setting("Examples in one training step."),

@@ -114,6 +114,8 @@ def _taught(teacher: Teacher) -> Lesson:
     assert teacher.prepared is not None, "a teacher that is a run has its reader"
     if not any(run.is_finished for run in teacher.runs):
         note(f"Fine-tuning the teacher, {teacher.name}, on {teacher.student.job.task.name} first.")
+        if (said := teacher.prepared.job.checkpoint.head_note) is not None:
+            note(said)
         trained: list[Trained] = []
         _train_seeds(teacher.prepared, keep=trained.append)
         # If nothing was trained, another process has trained it meanwhile, for its own sake.

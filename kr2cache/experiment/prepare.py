@@ -28,7 +28,6 @@ from kr2cache.store import provenance
 from kr2cache.system.console import bytes_text, count_text, waiting
 from kr2cache.system.device import choose_device, device_name
 from kr2cache.training.batches import Batcher, SplitData
-from kr2cache.training.checkpoint import TaskCheckpoint
 from kr2cache.training.features import DeviceFeatures, Features, ResourceFeatures, room_on
 from kr2cache.training.resource_input import projection_kind
 from kr2cache.training.runs import configuration_folder
@@ -128,7 +127,9 @@ def prepare(config: TrainConfig, shared: Shared) -> Prepared:
     first = Batcher(splits["train"], task, ready.tokenizer).inputs(range(min(2, len(splits["train"].examples))))
     with waiting(f"Trying {reader_spec.name} on two examples"):
         shared.check_reader(checkpoint, first, positions=ready.training.positions)
-    notes = ready.corpus.notes + _unseen_words(job) + _left_out(checkpoint)
+    notes = ready.corpus.notes + _unseen_words(job)
+    if (said := checkpoint.head_note) is not None:
+        notes.append(said)
     if resource_spec is None:
         return Prepared(job=job, deciding=_deciding(job, ready.corpus), notes=notes)
     resource = Resource(config, resource_spec, task, shared)
@@ -157,19 +158,6 @@ def _unseen_words(job: Job) -> list[str]:
                 f"{missing.reasons(job.config.max_length, '--max-length')}."
             )
     return notes
-
-
-def _left_out(checkpoint: TaskCheckpoint) -> list[str]:
-    """A note if the checkpoint has the head of an earlier training."""
-    if not checkpoint.left_out:
-        return []
-    parts = sorted({name.partition(".")[0] for name in checkpoint.left_out})
-    names = list((checkpoint.config.id2label or {}).values())
-    labels = f", labels {', '.join(names)}" if any(not name.startswith("LABEL_") for name in names) else ""
-    return [
-        f"{checkpoint.spec.name} has the head of an earlier training ({', '.join(parts)}{labels}). It is not used: a "
-        "new training draws a new head."
-    ]
 
 
 def _with_features(job: Job, resource: Resource) -> tuple[Job, dict[str, FeatureCache]]:
@@ -224,6 +212,8 @@ def _deciding(job: Job, corpus: Corpus) -> dict[str, Any]:
         "learning_rate": config.learning_rate,
         "training": deciding_training(config.training),
         "procedure": PROCEDURE,
+        # Runs from before the option keep their folders.
+        **({"keep_head": True} if config.keep_head else {}),
     }
 
 

@@ -84,7 +84,7 @@ def open_models(training: Training, shared: Shared) -> tuple[TaskCheckpoint, Pre
     """
     config, reader, resource = training.config, training.reader, training.resource
     with waiting(f"Loading {reader.name}"):
-        checkpoint = shared.checkpoint(reader, training.task)
+        checkpoint = shared.checkpoint(reader, training.task, keep_head=config.keep_head)
     check_complete(reader)
     check_length(config.max_length, "--max-length", reader, checkpoint.config)
     tokenizer = shared.tokenizer(reader, words=training.task.words)

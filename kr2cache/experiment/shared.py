@@ -155,10 +155,10 @@ class Shared:
             )
         return self._tokenizer_files[key]
 
-    def checkpoint(self, spec: ModelSpec, task: Task) -> TaskCheckpoint:
-        """The checkpoint that a reader of ``task`` starts from."""
-        key = (repr(spec), task.head, task.labels)
-        found = self._checkpoints.pop(key, None) or TaskCheckpoint(spec, task.head, task.labels)
+    def checkpoint(self, spec: ModelSpec, task: Task, *, keep_head: bool = False) -> TaskCheckpoint:
+        """The checkpoint that a reader of ``task`` starts from; arguments as for ``TaskCheckpoint``."""
+        key = (repr(spec), task.head, task.labels, keep_head)
+        found = self._checkpoints.pop(key, None) or TaskCheckpoint(spec, task.head, task.labels, keep_head=keep_head)
         self._checkpoints[key] = found  # at the end of the order: used most recently
         if len(self._checkpoints) > MAX_CHECKPOINTS:
             self._checkpoints.popitem(last=False)
@@ -183,7 +183,7 @@ class Shared:
             checks["plain"] = lambda model: admission.check_plain(model, head, inputs, len(checkpoint.labels), who)
         if positions is not None:
             checks[positions] = lambda model: admission.check_appended(model, head, positions, who)
-        keys = {name: (repr(spec), head, checkpoint.labels, name) for name in checks}
+        keys = {name: (repr(spec), head, checkpoint.labels, checkpoint.keep_head, name) for name in checks}
         if self._admitted.issuperset(keys.values()):
             return
         with torch.random.fork_rng(devices=[]):  # the random numbers of a training stay the same

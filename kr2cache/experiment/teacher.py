@@ -87,7 +87,8 @@ def teacher_config(config: TrainConfig) -> TrainConfig | None:
         raise ConfigError(f"The teacher {run.path} holds runs, one a seed.", f"Give one of them: {seeds[0].path}.")
     if run.is_finished and run.config_file.is_file():
         return None
-    return dataclasses.replace(config, method="kresource", resource=config.teacher, teacher=None, seeds=(SEED,))
+    changes: dict[str, Any] = {"method": "kresource", "resource": config.teacher, "teacher": None, "seeds": (SEED,)}
+    return dataclasses.replace(config, **changes, keep_head=False)  # that option is about the student
 
 
 class Teacher:

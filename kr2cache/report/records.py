@@ -19,6 +19,8 @@ and an X at the end of a sentence was ignored."""
 
 _DIGESTS = ("weights", "config", "tokens")
 _NOT_SETTINGS = ("task", "method", "data", "metric", "seed", "fusion")
+_ADDED_LATER = {"keep_head": "False"}
+"""Settings that runs from before them do not have, and what they were then."""
 OLDER = "older"
 """Marks a score that an older version computed differently."""
 
@@ -130,7 +132,7 @@ class Configuration:
     @property
     def settings(self) -> dict[str, str]:
         """All settings by dotted name, without models, fusion and digests."""
-        settings: dict[str, str] = {}
+        settings = dict(_ADDED_LATER)
         for name, value in self.config.items():
             if name in _NOT_SETTINGS:
                 continue

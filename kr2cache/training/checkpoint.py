@@ -1,38 +1,84 @@
-"""The checkpoint that readers are trained from: the Hugging Face task model with a new head."""
+"""The checkpoint that readers are trained from: the Hugging Face task model, with a new head unless it is kept."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForMaskedLM, AutoModelForPreTraining, PretrainedConfig, PreTrainedModel
 
-from kr2cache.errors import UnsupportedModelError
+from kr2cache.errors import ConfigError, UnsupportedModelError
 from kr2cache.models.digests import hash_encoder, model_key
 from kr2cache.models.load import class_of, head_names, load_config, load_encoder, load_pretrained, not_finite, quiet
 from kr2cache.models.registry import ModelSpec
 from kr2cache.tasks.base import Head
-from kr2cache.training.kreader import HEADS, task_class
+from kr2cache.training.kreader import HEADS, some, task_class
 
 
 class TaskCheckpoint:
     """The weights that readers start from. They are read once, for any number of trainings.
 
-    Each training gets a new head. If the checkpoint has the head of an earlier training, it is not used: its labels may
-    be the same in another order.
+    Each training gets a new head. If the checkpoint has the head of an earlier training, it is not used: it may have
+    learned another task, or the same labels in another order. ``keep_head`` keeps it, with its labels put in order.
     """
 
-    def __init__(self, spec: ModelSpec, head: Head, labels: tuple[str, ...]) -> None:
+    def __init__(self, spec: ModelSpec, head: Head, labels: tuple[str, ...], *, keep_head: bool = False) -> None:
+        """
+        Args:
+            labels: The task's.
+            keep_head: Keep the head of the checkpoint.
+
+        Raises:
+            ConfigError: If the head has to be kept, but its label names are not the task's.
+        """
         self.spec = spec
         self.head = head
         self.labels = labels
+        self.keep_head = keep_head
         self.config = load_config(spec)
         """As in its file, without the labels of the task."""
-        self.left_out: tuple[str, ...] = ()
-        """Names of unused weights: the head of an earlier training. Empty until the weights are read."""
+        self.earlier_head: tuple[str, ...] = ()
+        """Names of the weights of the head of an earlier training. Empty until the weights are read."""
+        if keep_head and head != "choice":
+            self._label_order()
         self._loaded: tuple[type[PreTrainedModel], dict[str, Tensor]] | None = None
         """Class of the task model, and the weights that a new reader takes over."""
+
+    @property
+    def head_note(self) -> str | None:
+        """What became of the head of an earlier training, as a sentence; None if the checkpoint has none."""
+        if not self.earlier_head:
+            return None
+        parts = sorted({name.partition(".")[0] for name in self.earlier_head})
+        names = self._label_names()
+        labels = f", labels {', '.join(names)}" if any(not name.startswith("LABEL_") for name in names) else ""
+        has = f"{self.spec.name} has the head of an earlier training ({', '.join(parts)}{labels})."
+        if self.keep_head:
+            return f"{has} It is kept, as --keep-head asks."
+        return f"{has} It is not used: a new training draws a new head."
+
+    def _label_names(self) -> list[str]:
+        """The labels of the checkpoint's own configuration, in the order of its head."""
+        names: Mapping[int, str] = self.config.id2label or {}  # type: ignore[assignment]  # transformers says text
+        return [names[number] for number in sorted(names)]
+
+    def _label_order(self) -> list[int]:
+        """For each label of the task, its number in the head of the checkpoint. Upper and lower case are alike.
+
+        Raises:
+            ConfigError: If the label names are not the same.
+        """
+        theirs = [name.casefold() for name in self._label_names()]
+        ours = [label.casefold() for label in self.labels]
+        if sorted(theirs) != sorted(ours):
+            raise ConfigError(
+                f"--keep-head cannot keep the head of {self.spec.name!r}: its labels are {some(self._label_names())}, "
+                f"those of the task {some(self.labels)}.",
+                "Leave out --keep-head: then a new head is trained.",
+            )
+        return [theirs.index(name) for name in ours]
 
     def task_config(self) -> PretrainedConfig:
         """The configuration of a reader: that of the checkpoint, with the labels of the task."""
@@ -78,12 +124,38 @@ class TaskCheckpoint:
             )
         if (encoder := self._encoder(model, missing)) is not None:
             hash_encoder(self.spec, encoder, key)  # so that nobody loads the model a second time to hash it
-        left_out = head_names(model) - missing
-        if left_out:
-            left_out -= _weights_of_pretraining(config) - misfit
-        self.left_out = tuple(sorted(left_out))
-        drawn = missing | left_out
-        return type(model), {name: tensor for name, tensor in model.state_dict().items() if name not in drawn}
+        earlier = head_names(model) - missing
+        if earlier:
+            earlier -= _weights_of_pretraining(config) - misfit
+        self.earlier_head = tuple(sorted(earlier))
+        drawn = missing if self.keep_head else missing | earlier
+        weights = {name: tensor for name, tensor in model.state_dict().items() if name not in drawn}
+        if self.keep_head:
+            self._check_head(model, missing | misfit)
+            if self.head != "choice":
+                order = torch.tensor(self._label_order())
+                weights |= {name: weights[name].index_select(axis, order) for name, axis in _label_axes(model).items()}
+        return type(model), weights
+
+    def _check_head(self, model: PreTrainedModel, drawn: frozenset[str]) -> None:
+        """Raise ``ConfigError`` unless the checkpoint has a whole head of this kind.
+
+        Args:
+            drawn: Names of the weights that the checkpoint does not have in this shape.
+        """
+        kinds = self.config.architectures or [type(model).__name__]
+        lacking = sorted(head_names(model) & drawn)
+        if type(model).__name__ in kinds and not lacking:
+            return
+        what = (
+            f"it lacks {some(lacking)}"
+            if lacking
+            else f"it is of a {kinds[0]}, the task needs a {type(model).__name__}"
+        )
+        raise ConfigError(
+            f"--keep-head cannot keep the head of {self.spec.name!r}: {what}.",
+            "Leave out --keep-head: then a new head is trained.",
+        )
 
     def _encoder(self, model: PreTrainedModel, missing: frozenset[str]) -> PreTrainedModel | None:
         """The base model, if it surely equals what ``open_encoder`` loads: it has the same class and all weights.
@@ -100,6 +172,20 @@ class TaskCheckpoint:
         ):
             return encoder
         return None
+
+
+def _label_axes(model: PreTrainedModel) -> dict[str, int]:
+    """The weights of a head that have an axis of labels, and which axis: it grows with the number of labels."""
+    config = copy.deepcopy(model.config)
+    config.num_labels = len(config.id2label or ()) + 1
+    with torch.device("meta"), quiet():
+        wider = type(model)(config).state_dict()
+    return {
+        name: axis
+        for name, tensor in model.state_dict().items()
+        for axis, size in enumerate(tensor.shape)
+        if size != wider[name].shape[axis]
+    }
 
 
 def _weights_of_pretraining(config: PretrainedConfig) -> frozenset[str]:

@@ -252,8 +252,8 @@ class KReader(nn.Module):
         if self.head == task.head and (task.head == "choice" or names == dict(enumerate(task.labels))):
             return
         raise CacheError(
-            f"The reader in {folder} (head {self.head}, labels {_some(names.values())}) does not fit task "
-            f"{task.name!r} of this version of kr2cache (head {task.head}, labels {_some(task.labels)}).",
+            f"The reader in {folder} (head {self.head}, labels {some(names.values())}) does not fit task "
+            f"{task.name!r} of this version of kr2cache (head {task.head}, labels {some(task.labels)}).",
             "Train the run again.",
         )
 
@@ -263,6 +263,7 @@ def _flat(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.flatten(0, -2) for name, tensor in inputs.items()}
 
 
-def _some(labels: Iterable[object]) -> str:
+def some(labels: Iterable[object]) -> str:
+    """The first four, and how many there are."""
     names = list(map(str, labels))
     return ", ".join(names[:4]) + (f", ... ({len(names)})" if len(names) > 4 else "")

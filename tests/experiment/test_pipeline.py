@@ -307,6 +307,8 @@ NOT_DECIDING: dict[str, Any] = {
 }
 CONTENT_DECIDES = {"task", "reader", "resource", "data", "cache_dir", "models"}
 """These fields name things whose content decides, wherever it is: other tests change the content."""
+HEAD = {"keep_head"}
+"""It needs a reader with a head that fits (tests/training/test_checkpoint.py)."""
 TEACHES = {"teacher", "temperature", "soft_weight"}
 """These fields count for a distillation alone (``Lesson.given_to``)."""
 
@@ -314,7 +316,7 @@ TEACHES = {"teacher", "temperature", "soft_weight"}
 def test_every_setting_decides_a_run_or_does_not(world: World) -> None:
     """A new field has to be put into one of these lists. If it decides and is not recorded, old runs pass for new."""
     fields = {field.name for field in dataclasses.fields(TrainConfig)}
-    assert fields == {*DECIDING, *NOT_DECIDING, *CONTENT_DECIDES, *TEACHES}
+    assert fields == {*DECIDING, *NOT_DECIDING, *CONTENT_DECIDES, *TEACHES, *HEAD}
 
     def deciding(**changes: Any) -> dict[str, Any]:
         return prepare(world.config(**{"fusion": "fuse"} | changes), Shared()).deciding

@@ -131,7 +131,7 @@ def test_a_reader_from_memory_is_the_one_from_the_files(tmp_path: Path, model_ty
         mine, own = weights(common, seed), drawn_by_transformers(seed)
         assert mine.keys() == own.keys()
         assert all(torch.equal(mine[name], own[name]) for name in mine)
-    assert common.left_out == ()
+    assert common.earlier_head == ()
 
 
 def test_few_checkpoints_stay_in_memory(tmp_path: Path) -> None:

@@ -471,6 +471,13 @@ def test_learned_weights_have_the_names_of_their_fusions(tmp_path: Path) -> None
     assert found["softmax"][0]["gamma"] is None
 
 
+def test_a_kept_head_is_a_setting_that_older_runs_did_not_have(tmp_path: Path) -> None:
+    for digits, settings in (("1", {}), ("2", {"keep_head": True})):
+        make_run(tmp_path, f"piqa/kreader-x-{digits * 8}", 1, 0.5, settings=settings)
+    (table,) = report(tmp_path, None).tables
+    assert [row[table.columns.index("keep_head")].text for row in table.rows] == ["False", "True"]
+
+
 def test_each_plot_is_a_file_of_its_own_as_svg_and_png(tmp_path: Path) -> None:
     everything(tmp_path)
     made = report(tmp_path, None)

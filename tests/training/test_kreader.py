@@ -551,7 +551,7 @@ def test_the_head_of_an_earlier_training_is_not_used(tmp_path: Path, model_type:
         for name in ("plain", folder):
             checkpoint = TaskCheckpoint(find_model(str(tmp_path / name), {}), head, labels[:wanted])
             torch.manual_seed(4)
-            drawn.append((checkpoint.task_model(), torch.rand(2), checkpoint.left_out))
+            drawn.append((checkpoint.task_model(), torch.rand(2), checkpoint.earlier_head))
         (expected, next_expected, none), (found, next_found, left_out) = drawn
         assert torch.equal(next_found, next_expected), "and so is what comes after"
         theirs = expected.state_dict()
@@ -570,12 +570,12 @@ def test_what_pre_training_made_outside_the_base_model_is_kept(tmp_path: Path) -
     checkpoint = TaskCheckpoint(find_model(str(tmp_path / "pretrained"), {}), "token", ("a", "b", "c"))
     found = checkpoint.task_model().state_dict()
     assert torch.equal(found["head.dense.weight"], masked.state_dict()["head.dense.weight"])
-    assert checkpoint.left_out == ()
+    assert checkpoint.earlier_head == ()
     # A tagger's head holds that layer as well, further trained; its classifier alone is new.
     AutoModelForTokenClassification.from_pretrained(tmp_path / "pretrained").save_pretrained(tmp_path / "tagger")
     tagger = TaskCheckpoint(find_model(str(tmp_path / "tagger"), {}), "token", ("a", "b"))
     assert torch.equal(tagger.task_model().state_dict()["head.dense.weight"], masked.state_dict()["head.dense.weight"])
-    assert tagger.left_out == ("classifier.bias", "classifier.weight")
+    assert tagger.earlier_head == ("classifier.bias", "classifier.weight")
 
 
 @pytest.mark.parametrize("head", HEAD_NAMES)
