@@ -146,7 +146,7 @@ def test_a_control_can_be_trained(tmp_path: Path) -> None:
     drawn = load_encoder(spec(tmp_path)).state_dict()
     for name, tensor in model.base_model.state_dict().items():
         assert torch.equal(tensor, drawn[name]), name
-    assert checkpoint.left_out == ()
+    assert checkpoint.earlier_head == ()
     digests = known_digests(spec(tmp_path))
     assert digests is not None
     assert digests.weights == DIGEST
