@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from kr2cache.cache.format import SequenceIndex, encode_ids, range_indices, text_xxh3
 from kr2cache.errors import ConfigError, DataError
+from kr2cache.models.words import reading_of
 from kr2cache.tasks import Example, Task
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ def encode(
     Raises:
         ConfigError: If ``max_length`` leaves no room beside the special tokens.
         DataError: If a text becomes no token, or the tokenizer's outputs contradict each other.
+        UnsupportedModelError: If the tokenizer cannot read words (``reading_of``).
     """
     special = tokenizer.num_special_tokens_to_add(pair=not words and any(len(text) > 1 for text in texts))
     if max_length <= special:
@@ -118,8 +120,12 @@ def _encode_fast(
         "verbose": False,
     }
     if words:
-        encoded = tokenizer([list(text) for text in texts], is_split_into_words=True, **options)
-    elif any(len(text) > 1 for text in texts):
+        read = reading_of(tokenizer, f"The tokenizer {type(tokenizer).__name__}")
+        return [
+            Aligned(token_ids, [SPECIAL if word is None else word for word in word_index], [])
+            for token_ids, word_index in read(tokenizer, texts, **options)
+        ]
+    if any(len(text) > 1 for text in texts):
         encoded = tokenizer([text[0] for text in texts], [text[1] for text in texts], **options)
     else:
         encoded = tokenizer([text[0] for text in texts], **options)

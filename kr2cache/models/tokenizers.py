@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kr2cache.errors import ModelUnavailableError, UnsupportedModelError
+from kr2cache.errors import ModelUnavailableError
 from kr2cache.models.files import model_folder
 from kr2cache.models.load import accepts, class_of, explained, load_config, vocabulary
 from kr2cache.models.registry import ModelSpec
+from kr2cache.models.words import load_for_words
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -19,13 +20,13 @@ def load_tokenizer(spec: ModelSpec, *, words: bool) -> PreTrainedTokenizerBase:
     """The model's tokenizer.
 
     Args:
-        words: Whether it will get texts as lists of words. A byte-level BPE (RoBERTa's) is then set to put a space
-            before each word. Without this, every word would silently lose its space prefix.
+        words: Whether it will get texts as lists of words. Then each word has to get the tokens that it has in
+            running text, with its space (``load_for_words``).
 
     Raises:
         ModelUnavailableError: If it cannot be loaded, or has no vocabulary: without its files, transformers makes a
             tokenizer of special tokens only.
-        UnsupportedModelError: If a byte-level BPE has no such setting.
+        UnsupportedModelError: If words do not get these tokens in any way.
     """
     folder = model_folder(spec)
     arguments: dict[str, Any] = {**spec.tokenizer, "trust_remote_code": spec.trust_remote_code}
@@ -35,22 +36,19 @@ def load_tokenizer(spec: ModelSpec, *, words: bool) -> PreTrainedTokenizerBase:
     with explained(spec, "tokenizer"):
         loader = _loader(spec, folder)
         tokenizer: PreTrainedTokenizerBase = loader.from_pretrained(folder, **arguments)
-        if words and _drops_the_space(tokenizer):
-            tokenizer = loader.from_pretrained(folder, **arguments, add_prefix_space=True)
-            if _drops_the_space(tokenizer):
-                raise UnsupportedModelError(
-                    f"The tokenizer of {spec.name!r} cannot read texts that are lists of words: it is a byte-level BPE "
-                    f"saved as the generic class {type(tokenizer).__name__}, which puts no space before a word: every "
-                    "word would be read as the middle of a longer one.",
-                    f'Set "add_prefix_space": true in the pre_tokenizer of {folder / "tokenizer.json"} (a text then '
-                    "begins with a space too), or choose another model. It serves for tasks with plain text.",
-                )
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
         raise ModelUnavailableError(
             f"The tokenizer of {spec.name!r} knows no word: {folder} holds no vocabulary (tokenizer.json, vocab.txt or "
             "the like), and every word would be read as unknown.",
             "Copy the tokenizer's files there too, beside config.json and the weights.",
         )
+    if words and tokenizer.is_fast:
+        with explained(spec, "tokenizer"):
+            tokenizer = load_for_words(
+                tokenizer,
+                lambda: loader.from_pretrained(folder, **arguments, add_prefix_space=True),
+                f"The tokenizer of {spec.name!r}",
+            )
     if not 0 <= pad_id(tokenizer) < vocabulary(config):
         tokenizer.pad_token = None  # the model has no embedding for it
     # The tokenizer's class does not tell this: models without segments use BertTokenizer, and models with segments use
@@ -87,15 +85,3 @@ def _has_segments(config: PretrainedConfig) -> bool:
     architecture = class_of(config)
     forward = getattr(architecture, "forward", None)
     return int(getattr(config, "type_vocab_size", None) or 0) > 1 and accepts(forward, "token_type_ids")
-
-
-def _drops_the_space(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether this is a byte-level BPE that encodes a given word without a space before it."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return False
-    steps = json.loads(backend.to_str()).get("pre_tokenizer") or {}
-    return any(
-        step.get("type") == "ByteLevel" and not step.get("add_prefix_space")
-        for step in (steps, *steps.get("pretokenizers", ()))
-    )

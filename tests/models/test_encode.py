@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from transformers import (
 )
 
 from kr2cache.cache.format import SequenceIndex, encode_ids, text_xxh3
-from kr2cache.errors import ConfigError, DataError, UnsupportedModelError
+from kr2cache.errors import ConfigError, DataError
 from kr2cache.models.encode import (
     SPECIAL,
     TEXTS_AT_ONCE,
@@ -305,8 +304,8 @@ def test_mecab_with_ipadic_is_aligned_word_by_word(tmp_path: Path) -> None:
 SPACED = ["das haus ist schön und das ist gut", "ich gehe heute nach haus und das ist gut", "zwölf hunde gehen"]
 
 
-def byte_level(folder: Path, *, as_roberta: bool) -> Path:
-    """A tiny byte-level BPE as gottbert's is stored: vocab and merges of RoBERTa, or a bare tokenizer.json."""
+def byte_level(folder: Path) -> Path:
+    """A tiny byte-level BPE as gottbert's is stored: vocab and merges of RoBERTa."""
     backend = Tokenizer(tokenizer_models.BPE(unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -319,30 +318,15 @@ def byte_level(folder: Path, *, as_roberta: bool) -> Path:
     backend.train_from_iterator(SPACED * 20, trainer)
     folder.mkdir(parents=True)
     RobertaConfig(vocab_size=backend.get_vocab_size()).save_pretrained(folder)
-    if as_roberta:
-        backend.model.save(str(folder))
-        RobertaTokenizer.from_pretrained(folder).save_pretrained(folder)
-        return folder
-    backend.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), add_prefix_space=False)
-    PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
-    ).save_pretrained(folder)
+    backend.model.save(str(folder))
+    RobertaTokenizer.from_pretrained(folder).save_pretrained(folder)
     return folder
 
 
-@pytest.mark.parametrize("as_roberta", [True, False], ids=["RobertaTokenizer", "PreTrainedTokenizerFast"])
-def test_byte_level_bpe_gets_its_space_before_every_word(tmp_path: Path, as_roberta: bool) -> None:
-    folder = byte_level(tmp_path / "gottbert", as_roberta=as_roberta)
+def test_gottberts_byte_level_bpe_gets_its_space_before_every_word(tmp_path: Path) -> None:
+    folder = byte_level(tmp_path / "gottbert")
     plain = AutoTokenizer.from_pretrained(folder)
     spec = ModelSpec(name="gottbert", path=folder)
-    if not as_roberta:
-        with pytest.raises(UnsupportedModelError, match=r"'gottbert'.* the generic class Tokenizers") as caught:
-            load_tokenizer(spec, words=True)
-        assert load_tokenizer(spec, words=False)(SPACED[0])["input_ids"] == plain(SPACED[0])["input_ids"]
-        assert f'Set "add_prefix_space": true in the pre_tokenizer of {folder}/tokenizer.json' in caught.value.remedy
-        content = json.loads((folder / "tokenizer.json").read_text("utf-8"))
-        content["pre_tokenizer"]["add_prefix_space"] = True
-        (folder / "tokenizer.json").write_text(json.dumps(content), "utf-8")
     tokenizer = load_tokenizer(spec, words=True)
     for text in SPACED:
         ((ids, words),) = encode_words(tokenizer, [text.split(" ")])
@@ -355,7 +339,7 @@ def test_byte_level_bpe_gets_its_space_before_every_word(tmp_path: Path, as_robe
 
 
 def test_plain_text_keeps_the_tokenizer_as_it_is(tmp_path: Path) -> None:
-    folder = byte_level(tmp_path / "gottbert", as_roberta=True)
+    folder = byte_level(tmp_path / "gottbert")
     tokenizer = load_tokenizer(ModelSpec(name="gottbert", path=folder), words=False)
     assert tokenizer(SPACED[0])["input_ids"] == AutoTokenizer.from_pretrained(folder)(SPACED[0])["input_ids"]
 
