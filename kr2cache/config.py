@@ -30,6 +30,7 @@ DEFAULT_READER = "xlm-r"
 DEFAULT_MAX_LENGTH = 128
 DEFAULT_DTYPE = "float16"
 DEFAULT_COMPUTE_DTYPE: ComputeDtype = "float32"
+DEFAULT_WEIGHTS_DTYPE: ComputeDtype = "float32"
 DEFAULT_FUSION = "last4"
 
 
@@ -80,7 +81,11 @@ class ExtractConfig:
     dtype: str = DEFAULT_DTYPE
     """On disk: float16, float32, bfloat16 or int8."""
     compute_dtype: ComputeDtype = DEFAULT_COMPUTE_DTYPE
-    """The dtype of the forward pass; bfloat16 and float16 use autocast."""
+    """The dtype of the forward pass; bfloat16 and float16 use autocast. With float32, the weights' dtype decides."""
+    weights_dtype: ComputeDtype = DEFAULT_WEIGHTS_DTYPE
+    """The dtype of the model's weights in memory."""
+    device_map: str | None = None
+    """``auto`` to spread the model's layers over all GPUs and the computer's memory; None for one device."""
     device: str = "auto"
     """Where the model runs. It does not decide which cache fits."""
     tokens_per_batch: int | None = None
@@ -171,6 +176,10 @@ class TrainConfig:
     """Dtype of the cache to use or make; None for the cache's, or float16 if there is no cache. ``dtype`` and
     ``compute_dtype`` come from ``[defaults]``."""
     compute_dtype: ComputeDtype | None = None
+    weights_dtype: ComputeDtype | None = None
+    """Dtype of the resource's weights; None for that of its caches, or float32 if there is no cache."""
+    device_map: str | None = None
+    """As in ``ExtractConfig``, where missing caches are made."""
     models: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
     """``[training]`` of ``kr2cache.toml``: passed on to transformers.TrainingArguments."""

@@ -13,8 +13,8 @@ from transformers import AutoModel
 from kr2cache import demo
 from kr2cache.errors import ModelUnavailableError
 from kr2cache.models.files import local_folder, model_folder
-from kr2cache.models.load import load_encoder
 from kr2cache.models.registry import REGISTRY, find_model
+from kr2cache.models.stack import load_encoder
 from kr2cache.models.tokenizers import load_tokenizer
 from kr2cache.tasks import find_task
 

@@ -20,8 +20,9 @@ from kr2cache.bench.training import load_online, online_index, online_split
 from kr2cache.experiment.pipeline import train
 from kr2cache.experiment.prepare import prepare
 from kr2cache.experiment.shared import CorpusSplit, Shared
-from kr2cache.models.load import encoder_shape, load_config
+from kr2cache.models.load import encoder_shape
 from kr2cache.models.registry import find_model
+from kr2cache.models.stack import resource_config
 from kr2cache.system.allocator import objects_set_aside
 from kr2cache.system.device import choose_device
 from kr2cache.system.memory import peak_of
@@ -46,7 +47,7 @@ def run(config: BenchConfig, folder: Path) -> Race:
     }
     seeds = itertools.count(1)
     base = dataclasses.replace(training, cache_dir=folder / "caches", epochs=1.0, keep_readers=False)
-    layers, _ = encoder_shape(load_config(find_model(base.resource or "", base.models)))
+    layers, _ = encoder_shape(resource_config(find_model(base.resource or "", base.models)))
     fusions = [name for name in FUSIONS if int(re.sub(r"\D", "", name) or 0) < layers]
     in_steps: list[float] = []
 

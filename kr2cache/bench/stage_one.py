@@ -21,7 +21,7 @@ from kr2cache.extraction.extract import extract, fill_shards
 from kr2cache.extraction.planning import ExtractPlan, plan_extraction
 from kr2cache.models.encode import length_sorted_batches
 from kr2cache.models.forward import cheaper_forward
-from kr2cache.models.load import open_encoder
+from kr2cache.models.stack import open_encoder
 from kr2cache.models.states import hidden_states
 from kr2cache.store.sharing import SharedShards
 from kr2cache.system.device import choose_device

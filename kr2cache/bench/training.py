@@ -20,8 +20,8 @@ from kr2cache.experiment.prepare import prepare
 from kr2cache.experiment.shared import Shared
 from kr2cache.models.encode import encode_examples
 from kr2cache.models.forward import cheaper_forward
-from kr2cache.models.load import load_encoder
 from kr2cache.models.registry import find_model
+from kr2cache.models.stack import load_encoder
 from kr2cache.models.tokenizers import load_tokenizer
 from kr2cache.prediction.online import OnlineFeatures, OnlineResource
 from kr2cache.system.device import choose_device
@@ -160,6 +160,7 @@ def load_online(job: Job) -> OnlineResource:
         tokenizer=load_tokenizer(spec, words=job.task.words),
         max_length=job.config.resource_max_length or job.config.max_length,
         compute_dtype="float32",
+        weights_dtype="float32",
         padded=True,
     )
 

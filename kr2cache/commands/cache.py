@@ -101,6 +101,23 @@ def list_cli(cache_dir: CacheDir = None, as_json: Json = False) -> None:
             )
 
 
+def _last_layer(is_output: bool | None, last: int) -> str:
+    """Whether the last layer is normalised as the model's output is."""
+    if is_output is None:
+        return f"layer {last}; whether it is the model's output was not recorded"
+    if is_output:
+        return f"layer {last} is the model's output, after its final norm if it has one"
+    return f"layer {last} is not the model's output: the final norm comes after it"
+
+
+def _dtypes(chosen: dict[str, Any]) -> str:
+    """The dtypes of the forward pass and, if they were not float32, of the weights."""
+    compute, weights = chosen["compute_dtype"], chosen.get("weights_dtype")
+    if weights is None:
+        return str(compute)
+    return f"{weights}, the dtype of its weights," if compute == "float32" else f"{compute} with weights in {weights}"
+
+
 def _layers(layers: Sequence[int], fusion: dict[str, Any] | None) -> str:
     return ranges_text(layers) if fusion is None else f"average of {ranges_text(fusion['layers'])}"
 
@@ -134,8 +151,9 @@ def info_cli(cache: Cache, cache_dir: CacheDir = None, as_json: Json = False) ->
         "states": f"layers {_layers(about.layers, about.fusion)} as {about.dtype}, {bytes_text(about.bytes)} on disk "
         f"in {count_text(len(list(folder.glob('*.h5'))), 'shard')}, "
         f"{'mapped' if opened.mapped else 'read through HDF5 (rewritten by another tool)'}",
-        "computed": f"in {chosen['compute_dtype']} on {recorded.get('device', '?')}, torch {versions.get('torch', '?')}"
+        "computed": f"in {_dtypes(chosen)} on {recorded.get('device', '?')}, torch {versions.get('torch', '?')}"
         f", transformers {versions.get('transformers', '?')}",
+        "last layer": _last_layer(recorded.get("model", {}).get("last_is_output"), opened.model_layers - 1),
         "weights": f"digest {opened.provenance['found'].get('weights', '?')}",
         "fingerprint": about.fingerprint,
     }

@@ -31,6 +31,13 @@ TASK = Setting(f"udpos-LANG, udpos, {ROW_TASK_NAMES} (kr2cache tasks). Default: 
 DATA = Setting("Folder with train, dev and test in the task's format, or a hub data set. Default: the task's own data.")
 LIMIT = Setting("Only the first N examples of each split.", default="all")
 DEVICE = Setting("Where models run: auto, cpu, cuda, cuda:1 or mps.")
+WEIGHTS_DTYPE = Setting(
+    f"Dtype of the resource's weights in memory: {', '.join(COMPUTE_DTYPES)}. A large model needs half of float32's."
+)
+DEVICE_MAP = Setting(
+    "auto: spread the resource's layers over all GPUs, and what does not fit over the computer's memory.",
+    default="one device",
+)
 CACHE_DIR = Setting("Where caches are.", default="$KR2CACHE_DIR, else .kr2cache")
 
 EXTRACT = {
@@ -42,7 +49,9 @@ EXTRACT = {
     "layers": Setting("all, lastN (last4), or a list: 0,3,5. Layer 0 is the embeddings."),
     "dtype": Setting(f"Dtype on disk: {', '.join(DTYPES)}."),
     "compute_dtype": Setting(f"Dtype of the forward pass: {', '.join(COMPUTE_DTYPES)} (autocast)."),
+    "weights_dtype": WEIGHTS_DTYPE,
     "device": DEVICE,
+    "device_map": DEVICE_MAP,
     "tokens_per_batch": Setting(
         "Maximum number of positions in one forward pass.", default="1024 on CPU, 16384 on CUDA"
     ),
@@ -84,7 +93,9 @@ TRAIN = {
     "temperature": Setting("For kd: temperature of the soft labels."),
     "soft_weight": Setting("For kd: weight of the teacher's loss; the loss on the labels has weight 1."),
     "limit": LIMIT,
+    "weights_dtype": dataclasses.replace(WEIGHTS_DTYPE, default="the cache's, else float32"),
     "device": DEVICE,
+    "device_map": DEVICE_MAP,
     "run_dir": Setting("Where runs go."),
     "cache_dir": CACHE_DIR,
     "check_states": Setting("Compare cached states with their checksums when they are first read."),

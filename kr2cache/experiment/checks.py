@@ -8,14 +8,14 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from kr2cache.config import PROJECTIONS, TrainConfig
+from kr2cache.config import COMPUTE_DTYPES, PROJECTIONS, TrainConfig
 from kr2cache.errors import ConfigError, unknown_name
 from kr2cache.fusion import check_fusion_name, parse_fusion
 from kr2cache.methods import METHODS
 from kr2cache.models.files import check_obtainable, layers_in_config
 from kr2cache.models.registry import ModelSpec, find_model, known_models
 from kr2cache.store.stored import find_resource, has_caches
-from kr2cache.system.device import check_device_name
+from kr2cache.system.device import check_device_map, check_device_name
 from kr2cache.tasks import Task, find_task
 
 
@@ -52,7 +52,10 @@ def check_names(config: TrainConfig) -> Training:
     method = METHODS[config.method]
     if config.projection not in PROJECTIONS:
         raise unknown_name("projection", config.projection, PROJECTIONS)
+    if config.weights_dtype is not None and config.weights_dtype not in COMPUTE_DTYPES:
+        raise unknown_name("weights dtype", config.weights_dtype, COMPUTE_DTYPES)
     check_device_name(config.device)
+    check_device_map(config.device_map, config.device)
     task = find_task(config.task)
     if method.frozen == "reader":  # the reader is the resource, whatever resource is given
         config = dataclasses.replace(config, resource=config.reader)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from kr2cache.cache.reader import FeatureCache
-from kr2cache.config import TrainConfig, deciding_training
+from kr2cache.config import DEFAULT_WEIGHTS_DTYPE, TrainConfig, deciding_training
 from kr2cache.experiment.ready import check_ready
 from kr2cache.experiment.resource import Resource
 from kr2cache.experiment.shared import Corpus, Shared
@@ -236,6 +236,8 @@ def _resource_decides(job: Job, resource: Resource, caches: Mapping[str, Feature
             "max_length": chosen["max_length"],
             "dtype": chosen["dtype"],
             "compute_dtype": chosen["compute_dtype"],
+            # Runs of earlier versions had float32 weights, and did not say so.
+            **({"weights_dtype": resource.weights_dtype} if resource.weights_dtype != DEFAULT_WEIGHTS_DTYPE else {}),
             # These states were rounded twice, so they differ slightly from those of an extraction.
             **({"rounded_again": rounded} if rounded else {}),
         },

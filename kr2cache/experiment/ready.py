@@ -17,8 +17,9 @@ from kr2cache.experiment.shared import Corpus, Shared
 from kr2cache.extraction.planning import check_length
 from kr2cache.fusion import parse_fusion
 from kr2cache.models.files import check_complete, local_folder
-from kr2cache.models.load import encoder_shape, load_config
+from kr2cache.models.load import encoder_shape
 from kr2cache.models.registry import ModelSpec
+from kr2cache.models.stack import resource_config
 from kr2cache.store.stored import has_caches
 from kr2cache.system.console import waiting
 from kr2cache.system.disk import check_writable
@@ -98,7 +99,7 @@ def _check_resource(training: Training, spec: ModelSpec, reader_config: Pretrain
     config = training.config
     if local_folder(spec) is None and (has_caches(config.cache_dir, config.task, spec.name) or not config.extract):
         return
-    model_config = load_config(spec)
+    model_config = resource_config(spec)
     check_complete(spec)
     layers, width = encoder_shape(model_config)
     parse_fusion(config.fusion, layers)

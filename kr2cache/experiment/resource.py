@@ -19,6 +19,7 @@ from kr2cache.config import (
     DEFAULT_COMPUTE_DTYPE,
     DEFAULT_DTYPE,
     DEFAULT_MAX_LENGTH,
+    DEFAULT_WEIGHTS_DTYPE,
     ExtractConfig,
     TrainConfig,
     default_cache_dir,
@@ -33,7 +34,7 @@ from kr2cache.models.encode import missing_words
 from kr2cache.models.files import local_folder
 from kr2cache.models.registry import ModelSpec
 from kr2cache.store.derive import derive, plan_fusion
-from kr2cache.store.find import StoredCaches, Wanted, choose, find_caches
+from kr2cache.store.find import StoredCaches, Wanted, choose, common_weights_dtype, find_caches
 from kr2cache.system.console import bytes_text, count_text, note, seconds_text, waiting
 from kr2cache.tasks import Task
 from kr2cache.training.features import fits_in_memory
@@ -61,12 +62,18 @@ class Resource:
         self.max_length = config.resource_max_length
         self.dtype = config.dtype
         self.compute_dtype = config.compute_dtype
+        # The weights are hashed as they run, so this is settled before caches are compared.
+        self.weights_dtype = (
+            config.weights_dtype
+            or common_weights_dtype(config.cache_dir, task.name, spec.name)
+            or DEFAULT_WEIGHTS_DTYPE
+        )
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._model: OpenedModel | None = None
         self._note_once = shared.note_once
         if self.on_this_machine:
             with waiting(f"Reading the weights of {spec.name}"):
-                digests = known_digests(spec) or self._opened_model().digests
+                digests = known_digests(spec, self.weights_dtype) or self._opened_model().digests
                 self._tokenizer = shared.tokenizer(spec, words=task.words)
             self.weights, self.config_digest = digests.weights, digests.config
         else:
@@ -93,7 +100,7 @@ class Resource:
     def _opened_model(self) -> OpenedModel:
         """The model, loaded and hashed once for the extractions of all splits."""
         if self._model is None:
-            self._model = open_model(self.spec)
+            self._model = open_model(self.spec, self.weights_dtype, self.config.device_map)
         return self._model
 
     def _cache(self, split: str) -> FeatureCache:
@@ -106,6 +113,7 @@ class Resource:
             max_length=self.max_length,
             dtype=self.dtype,
             compute_dtype=self.compute_dtype,
+            weights_dtype=self.weights_dtype,
             fusion=self.config.fusion,
             layers_apart=self.config.projection == "direct",
             weights=self.weights,
@@ -248,7 +256,9 @@ class Resource:
             max_length=self.max_length or DEFAULT_MAX_LENGTH,
             dtype=self.dtype or DEFAULT_DTYPE,
             compute_dtype=self.compute_dtype or DEFAULT_COMPUTE_DTYPE,
+            weights_dtype=self.weights_dtype,  # type: ignore[arg-type]  # checked, or from a cache
             device=self.config.device,
+            device_map=self.config.device_map,
             limit=self.config.limit,
             cache_dir=self.config.cache_dir,
             models=self.config.models,
@@ -273,6 +283,8 @@ class Resource:
             ("--max-length", self.max_length),
             ("--dtype", self.dtype),
             ("--compute-dtype", self.compute_dtype),
+            ("--weights-dtype", None if self.weights_dtype == DEFAULT_WEIGHTS_DTYPE else self.weights_dtype),
+            ("--device-map", self.config.device_map),
         ):
             if value is not None:
                 words += [option, str(value)]

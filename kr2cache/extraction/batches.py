@@ -19,6 +19,7 @@ from kr2cache.extraction.planning import ExtractPlan
 from kr2cache.models.encode import length_sorted_batches
 from kr2cache.models.forward import cheaper_forward
 from kr2cache.models.load import not_finite
+from kr2cache.models.states import device_of
 from kr2cache.system.allocator import return_free_memory
 from kr2cache.system.console import WorkProgress, bytes_text, count_text, note
 from kr2cache.system.device import freeing, is_out_of_memory
@@ -55,7 +56,7 @@ class BatchRunner:
         self.batch_plan = batch_plan
         self.planned = planned
         self.progress = progress
-        self._pack = Packer(plan.index, plan.layers, plan.config.dtype, encoder.device)
+        self._pack = Packer(plan.index, plan.layers, plan.config.dtype, device_of(encoder))
         self._tokens, self._seconds, self._bytes = 0, 0.0, 0
         # The size of the whole plan decides, so that a continued extraction computes in the same way.
         positions = plan.tokens if plan.config.compute_dtype == "float32" else 0
@@ -88,10 +89,11 @@ class BatchRunner:
             DeviceMemoryError: If a batch does not fit into the device's memory.
         """
         plan, computed, started = self.plan, 0, time.monotonic()
+        fresh = bool(self.batch_plan.get(trial.FRESH))
         try:
             for batch in self._unfinished_batches(writer):
-                with _fitting(plan, batch, self.encoder.device, writer.shard.path.parent):
-                    for ready in self._pack(batch, trial.layers_of(plan, self.encoder, batch)):
+                with _fitting(plan, batch, device_of(self.encoder), writer.shard.path.parent):
+                    for ready in self._pack(batch, trial.layers_of(plan, self.encoder, batch, fresh=fresh)):
                         writer.write(ready)
                 check()
                 return_free_memory(RETURN_MEMORY_EVERY_S)

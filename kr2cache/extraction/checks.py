@@ -13,7 +13,7 @@ from kr2cache.errors import ConfigError, unknown_name
 from kr2cache.fusion import check_layers_form, parse_layers
 from kr2cache.models.files import check_obtainable, layers_in_config
 from kr2cache.models.registry import ModelSpec, find_model
-from kr2cache.system.device import check_device_name
+from kr2cache.system.device import check_device_map, check_device_name
 from kr2cache.tasks import Task, find_task
 from kr2cache.workers import check_engine
 
@@ -36,7 +36,10 @@ def check_extraction(config: ExtractConfig) -> Extraction:
         raise unknown_name("dtype", config.dtype, DTYPES)
     if config.compute_dtype not in COMPUTE_DTYPES:
         raise unknown_name("compute dtype", config.compute_dtype, COMPUTE_DTYPES)
+    if config.weights_dtype not in COMPUTE_DTYPES:
+        raise unknown_name("weights dtype", config.weights_dtype, COMPUTE_DTYPES)
     check_device_name(config.device)
+    check_device_map(config.device_map, config.device)
     check_workers(config.engine, config.workers, config.device)
     check_layers_form(config.layers)
     task = find_task(config.task)

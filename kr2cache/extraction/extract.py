@@ -26,8 +26,9 @@ from kr2cache.extraction.batches import BatchRunner, by_weights
 from kr2cache.extraction.planning import ExtractPlan, check_disk, plan_extraction
 from kr2cache.extraction.together import Filled, Share, fill_with_workers, interrupted
 from kr2cache.models import registry
-from kr2cache.models.digests import OpenedModel, open_model
-from kr2cache.models.load import describe_dropped
+from kr2cache.models.digests import OpenedModel
+from kr2cache.models.stack import describe_dropped
+from kr2cache.models.states import device_of
 from kr2cache.store import folders, plans, provenance
 from kr2cache.store.sharing import CACHE, SharedShards, existing_header
 from kr2cache.store.takeover import Donors, OlderCaches, as_mask, find_donors
@@ -84,7 +85,9 @@ def extract(settings: ExtractConfig | ExtractPlan, model: OpenedModel | None = N
     check_disk(plan)
     if model is None:
         with waiting(f"Loading {plan.spec.name}"):
-            model = open_model(plan.spec)
+            model = trial.open_resource(plan)
+    if model.part:
+        note(f"{plan.spec.name}: only its {model.part} is used.")
     if dropped := describe_dropped(plan.spec, model.dropped):
         note(f"{dropped}.")
     found = provenance.found(plan.index, model.digests.weights, model.digests.config, plan.template)
@@ -121,7 +124,7 @@ def _work(share: Share) -> Filled:
     plan, folder, fingerprint = share.plan, share.folder, share.fingerprint
     if _is_finished(folder, fingerprint):  # nothing is left for a worker that started late
         return Filled()
-    model = open_model(plan.spec)
+    model = trial.open_resource(plan)
     found = provenance.found(plan.index, model.digests.weights, model.digests.config, plan.template)
     if provenance.fingerprint(plan.chosen, found) != fingerprint:
         raise CacheMismatchError(
@@ -147,13 +150,15 @@ def _make_shards(
         header = existing_header(folder, fingerprint)
         if header is not None:
             with contextlib.suppress(DeviceMemoryError):  # the missing sequences may be shorter, and fit
-                trial.check_history(plan, model.encoder)
+                trial.check_history(plan, model.encoder, header.batch_plan)
         else:
-            padded = trial.check_states(plan, model.encoder)
+            tried = trial.check_states(plan, model.encoder)
             batch_plan = budget.plan_batches(
-                plan, lambda batch: trial.layers_of(plan, model.encoder, batch), padded=padded
+                plan, lambda batch: trial.layers_of(plan, model.encoder, batch, fresh=tried.fresh), padded=tried.padded
             )
-            header = _new_header(plan, model, found, fingerprint, batch_plan)
+            if tried.fresh:
+                batch_plan[trial.FRESH] = True
+            header = _new_header(plan, model, found, fingerprint, batch_plan, tried.last_is_output)
             donors = find_donors(plan.config.cache_dir, folder, header, plan.index)
             if donors.covered.any():
                 # Record for which sequences the model runs: a continued extraction has to form the same batches.
@@ -239,6 +244,7 @@ def _new_header(
     found: provenance.Found,
     fingerprint: str,
     batch_plan: dict[str, Any],
+    last_is_output: bool | None,
 ) -> ShardHeader:
     import torch
 
@@ -248,6 +254,8 @@ def _new_header(
         "revision": plan.spec.revision,
         "type": model.encoder.config.model_type,
         "dropped": model.dropped,
+        "part": model.part,
+        "last_is_output": last_is_output,
         **registry.control(plan.spec),
     }
     return ShardHeader(
@@ -257,10 +265,10 @@ def _new_header(
         width=plan.width,
         fingerprint=fingerprint,
         provenance={
-            "chosen": asdict(plan.chosen),
+            "chosen": plan.chosen.stored(),
             "found": asdict(found),
             "recorded": {
-                **provenance.recorded(device_name(model.encoder.device), torch.get_num_threads(), origin),
+                **provenance.recorded(device_name(device_of(model.encoder)), torch.get_num_threads(), origin),
                 **plan.recorded,
             },
         },

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
@@ -18,8 +18,9 @@ from kr2cache.extraction.checks import check_extraction
 from kr2cache.fusion import parse_layers
 from kr2cache.models import tokenizers
 from kr2cache.models.encode import MissingWords, check_token_ids
-from kr2cache.models.load import encoder_shape, load_config, max_positions, vocabulary
+from kr2cache.models.load import encoder_shape, max_positions, vocabulary
 from kr2cache.models.registry import ModelSpec
+from kr2cache.models.stack import resource_config
 from kr2cache.models.tokenise import Tokenised, tokenise, tokenise_first
 from kr2cache.models.tokenizers import load_tokenizer
 from kr2cache.store import folders, plans, provenance
@@ -75,6 +76,7 @@ class ExtractPlan:
             fusion=None,
             dtype=self.config.dtype,
             compute_dtype=self.config.compute_dtype,
+            weights_dtype=self.config.weights_dtype,
         )
 
     def bytes_by_choice(self) -> dict[str, dict[str, int]]:
@@ -97,7 +99,7 @@ def plan_extraction(config: ExtractConfig, examples: Iterable[Example] | None = 
     checked = check_extraction(config)
     spec, task = checked.spec, checked.task
     choose_device(config.device)
-    model_config = load_config(spec)
+    model_config = resource_config(spec)
     model_layers, width = encoder_shape(model_config)
     layers = parse_layers(config.layers, model_layers)
     check_length(config.max_length, "--max-length", spec, model_config)
@@ -184,7 +186,7 @@ def check_disk(plan: ExtractPlan) -> None:
 
 def _reserved(plan: ExtractPlan) -> int:
     """Bytes on disk of the shards that an earlier extraction made for this cache."""
-    wanted = canonical_json(asdict(plan.chosen))
+    wanted = canonical_json(plan.chosen.stored())
     config = plan.config
     most = 0
     for folder in folders.matching(config.cache_dir, task=config.task, split=config.split, name=plan.spec.name):

@@ -24,7 +24,6 @@ from kr2cache.errors import CacheError, CacheMismatchError, ConfigError, DeviceM
 from kr2cache.extraction import trial
 from kr2cache.extraction.extract import fill_shards
 from kr2cache.extraction.planning import ExtractPlan
-from kr2cache.models.digests import open_model
 from kr2cache.models.encode import MissingWords, encode_examples
 from kr2cache.models.registry import ModelSpec, find_model, name_of_stored
 from kr2cache.models.tokenizers import load_tokenizer, pad_id
@@ -144,7 +143,7 @@ def _mend(
         _remove_marks(found)
         return lambda: (0, derive.refill(config.folder, header, source))
     plan = _plan(config, chosen, made, header, whole_index)
-    model = open_model(plan.spec)
+    model = trial.open_resource(plan)
     for name in ("weights", "config"):
         then, now = getattr(made, name), getattr(model.digests, name)
         if then != now:
@@ -154,7 +153,7 @@ def _mend(
                 "Give --resource with the folder of the model that made it.",
             )
     with contextlib.suppress(DeviceMemoryError):  # the damaged sequences may be shorter and fit
-        trial.check_history(plan, model.encoder)
+        trial.check_history(plan, model.encoder, header.batch_plan)
     _remove_marks(found)
     shards = SharedShards(config.folder, header, plan.index)
     shards.create(claim.folder)
@@ -204,6 +203,7 @@ def _plan(
             max_length=chosen.max_length,
             dtype=chosen.dtype,
             compute_dtype=chosen.compute_dtype,  # type: ignore[arg-type]  # the fingerprint was compared
+            weights_dtype=chosen.weights_dtype,  # type: ignore[arg-type]  # as above
             device=config.device,
             cache_dir=folders.cache_dir_of(config.folder, chosen.task, chosen.split) or config.folder.absolute().parent,
             models=config.models,

@@ -5,17 +5,21 @@ Shape letters: B sequences, T positions (padded), D width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import contextlib
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kr2cache.cache.format import SequenceIndex
 from kr2cache.errors import DeviceMemoryError, UnsupportedModelError, error_text
 from kr2cache.extraction import budget
 from kr2cache.extraction.planning import ExtractPlan
-from kr2cache.models.repeatable import check_repeatable
-from kr2cache.models.states import hidden_states, padding_is_harmless
+from kr2cache.models.digests import OpenedModel, open_model
+from kr2cache.models.repeatable import as_loaded, depends_on_history
+from kr2cache.models.states import device_of, hidden_states, model_output, padding_is_harmless
 from kr2cache.system.console import bytes_text
 from kr2cache.system.device import choose_device, drop_unused_memory, is_out_of_memory, memory_advice
 
@@ -24,12 +28,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+def open_resource(plan: ExtractPlan) -> OpenedModel:
+    """Load and hash the model as the plan says."""
+    return open_model(plan.spec, plan.config.weights_dtype, plan.config.device_map)
+
+
 def move_to_device(plan: ExtractPlan, encoder: PreTrainedModel) -> torch.device:
-    """Move the model to the device of the plan.
+    """Move the model to the device of the plan. A model with a device map stays where it is.
 
     Raises:
         DeviceMemoryError: If it does not fit into the device's memory.
     """
+    if hasattr(encoder, "hf_device_map"):
+        return device_of(encoder)
     device = choose_device(plan.config.device)
     try:
         encoder.to(device)  # type: ignore[arg-type]  # transformers annotates only its own calls
@@ -45,17 +56,47 @@ def move_to_device(plan: ExtractPlan, encoder: PreTrainedModel) -> torch.device:
 
 
 def layers_of(
-    plan: ExtractPlan, encoder: PreTrainedModel, sequences: Sequence[int] | NDArray[np.intp]
+    plan: ExtractPlan, encoder: PreTrainedModel, sequences: Sequence[int] | NDArray[np.intp], *, fresh: bool
 ) -> tuple[torch.Tensor, ...]:
-    """All layers of a batch, each (B, T, D), computed as the plan says."""
+    """All layers of a batch, each (B, T, D), computed as the plan says.
+
+    Args:
+        fresh: Whether the batch runs in the model as it was loaded, whatever ran before.
+    """
+    if fresh:
+        encoder = as_loaded(encoder)
     return hidden_states(encoder, plan.index, sequences, pad_id=plan.pad_id, compute_dtype=plan.config.compute_dtype)
 
 
-def check_history(plan: ExtractPlan, encoder: PreTrainedModel) -> None:
-    """Check that the model accepts these sequences, and that their states do not depend on what ran before.
+FRESH = "fresh"
+"""The field of a batch plan that is true if every batch runs in the model as it was loaded."""
+
+
+def check_history(plan: ExtractPlan, encoder: PreTrainedModel, batch_plan: Mapping[str, Any]) -> None:
+    """Check that the model can continue a cache: that its states do not depend on what ran before, or each batch runs
+    in the model as it was loaded.
+
+    Args:
+        batch_plan: Of the cache.
 
     Raises:
-        UnsupportedModelError: If the model fails on a sequence, or its states depend on what ran before.
+        UnsupportedModelError: If the cache may hold states that depend on what ran before.
+        DeviceMemoryError: As ``_depends_on_history``.
+    """
+    moved = _depends_on_history(plan, encoder)
+    if moved is not None and not batch_plan.get(FRESH):
+        raise UnsupportedModelError(
+            f"{plan.spec.name!r} ({encoder.config.model_type}) computes other states for a text if other texts ran "
+            f"before it ({moved}), and this cache was made without regard to that: it would mix both.",
+            "Remove the cache and extract again: then each batch runs in the model as it was loaded.",
+        )
+
+
+def _depends_on_history(plan: ExtractPlan, encoder: PreTrainedModel) -> str | None:
+    """Whether states depend on what ran before, in words (``depends_on_history``).
+
+    Raises:
+        UnsupportedModelError: If the model fails on a sequence, or its states are random.
         DeviceMemoryError: If the model or the longest sequence does not fit into the device's memory.
     """
     device = move_to_device(plan, encoder)
@@ -64,7 +105,7 @@ def check_history(plan: ExtractPlan, encoder: PreTrainedModel) -> None:
         return hidden_states(model, plan.index, [sequence], pad_id=plan.pad_id, compute_dtype="float32")
 
     try:
-        check_repeatable(encoder, plan.index.n_tokens, run, repr(plan.spec.name))
+        return depends_on_history(encoder, plan.index.n_tokens, run, repr(plan.spec.name))
     except UnsupportedModelError:
         raise
     except Exception as error:  # this is the model's first pass, and its code may raise anything
@@ -77,31 +118,85 @@ def check_history(plan: ExtractPlan, encoder: PreTrainedModel) -> None:
         ) from error
 
 
-def check_states(plan: ExtractPlan, encoder: PreTrainedModel) -> bool:
+class Trial(NamedTuple):
+    """What a model needs so that the states of a sequence depend on nothing else."""
+
+    padded: bool
+    """Whether batches may be padded: padding does not change the states."""
+    fresh: bool
+    """Whether each batch has to run in the model as it was loaded: states depend on what ran before."""
+    last_is_output: bool | None
+    """Whether the last layer is the model's output, after its final norm. None if the model has no such output."""
+
+
+def check_states(plan: ExtractPlan, encoder: PreTrainedModel) -> Trial:
     """Check that the model gives L + 1 layers of T x D, as its configuration says.
 
-    Returns:
-        Whether batches may be padded: padding does not change the states.
-
     Raises:
-        UnsupportedModelError: If layers or shapes differ from the configuration, or states depend on what ran before.
-        DeviceMemoryError: As for ``check_history``.
+        UnsupportedModelError: If layers or shapes differ from the configuration, or states are random.
+        DeviceMemoryError: If the model or the longest sequence does not fit into the device's memory.
     """
-    check_history(plan, encoder)
+    fresh = _depends_on_history(plan, encoder) is not None
     shortest = int(np.argmin(plan.index.n_tokens))
     expected = (1, int(plan.index.n_tokens[shortest]), plan.width)
-    alone = layers_of(plan, encoder, [shortest])
+    alone = layers_of(plan, encoder, [shortest], fresh=fresh)
     shapes = {tuple(layer.shape) for layer in alone}
     if len(alone) != plan.model_layers or shapes != {expected}:
+        lengths = list(dict.fromkeys(layer.shape[1] for layer in alone if layer.ndim == 3))
         raise UnsupportedModelError(
             f"{plan.spec.name!r} ({encoder.config.model_type}) gives {len(alone)} layers of shapes {sorted(shapes)}; "
-            f"{plan.model_layers} layers of {expected} were expected.",
-            "A resource has one state of the same width per token in every layer.",
+            f"{plan.model_layers} layers of {expected} were expected."
+            + (f" Its layers shorten the text: {lengths} positions." if len(lengths) > 1 else ""),
+            "A resource has one state of the same width per token in every layer. Choose another model.",
         )
-    longest, beside = _beside_the_longest(plan, encoder, shortest)
-    if beside[0].shape[1] < longest:
-        return False
-    return padding_is_harmless(alone, beside, plan.config.compute_dtype)
+    output = _last_is_output(plan, encoder, int(np.argmax(plan.index.n_tokens)))
+    if fresh:  # what one text does to the model, it does to the texts beside it
+        return Trial(padded=False, fresh=True, last_is_output=output)
+    harmless = _may_be_padded(plan, encoder, shortest, alone)
+    middle = int(np.argsort(plan.index.n_tokens, kind="stable")[len(plan.index) // 2])
+    if harmless and middle != shortest:  # a short text may be all that a sparse attention looks at
+        with contextlib.suppress(DeviceMemoryError):  # then no batch that is planned holds two such sequences
+            harmless = _may_be_padded(plan, encoder, middle, layers_of(plan, encoder, [middle], fresh=False))
+    return Trial(padded=harmless, fresh=False, last_is_output=output)
+
+
+def _may_be_padded(plan: ExtractPlan, encoder: PreTrainedModel, sequence: int, alone: tuple[torch.Tensor, ...]) -> bool:
+    """Whether the sequence has the same states ``alone`` and beside the longest sequence."""
+    longest, beside = _beside_the_longest(plan, encoder, sequence)
+    return beside[0].shape[1] >= longest and padding_is_harmless(
+        alone, beside, plan.config.compute_dtype, plan.config.weights_dtype
+    )
+
+
+def _last_is_output(plan: ExtractPlan, encoder: PreTrainedModel, sequence: int) -> bool | None:
+    """Compare the last hidden state with the model's output.
+
+    Raises:
+        UnsupportedModelError: If the model adds positions in front of the text.
+    """
+
+    def run(index: SequenceIndex) -> Any:
+        return model_output(
+            as_loaded(encoder), index, [sequence], pad_id=plan.pad_id, compute_dtype=plan.config.compute_dtype
+        )
+
+    output, end = run(plan.index), int(plan.index.first_token[sequence + 1])
+    T = int(plan.index.n_tokens[sequence])
+    if output.hidden_states[0].shape[1] > T:  # hidden_states() takes the first T: see that they are the text's
+        changed = plan.index.input_id.copy()
+        changed[end - 1] = next(iter(changed[changed != changed[end - 1]]), plan.pad_id)
+        other = run(dataclasses.replace(plan.index, input_id=changed))
+        moved = (output.hidden_states[0] != other.hidden_states[0]).any(dim=-1)[0].nonzero().flatten().tolist()
+        if moved != [T - 1]:
+            raise UnsupportedModelError(
+                f"{plan.spec.name!r} ({encoder.config.model_type}) adds positions that are not behind the text: its "
+                f"last token, {T - 1}, changes the states at {moved}.",
+                "Choose another model.",
+            )
+    last, states = output.hidden_states[-1], getattr(output, "last_hidden_state", None)
+    if states is None or states.shape != last.shape:
+        return None
+    return bool((states == last).all())
 
 
 def _beside_the_longest(
@@ -121,11 +216,11 @@ def _beside_the_longest(
     while True:
         try:
             other = int(order[place])
-            return int(plan.index.n_tokens[other]), layers_of(plan, encoder, [sequence, other])
+            return int(plan.index.n_tokens[other]), layers_of(plan, encoder, [sequence, other], fresh=False)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             if place == 0:
-                raise budget.too_long(plan, encoder.device) from None
+                raise budget.too_long(plan, device_of(encoder)) from None
         drop_unused_memory()
         place //= 2

@@ -10,12 +10,15 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
+from kr2cache.config import DEFAULT_WEIGHTS_DTYPE
 from kr2cache.models.contents import weight_files
 from kr2cache.models.files import model_folder
-from kr2cache.models.load import load_config, open_encoder, quiet
+from kr2cache.models.load import load_config, quiet
 from kr2cache.models.registry import ModelSpec
+from kr2cache.models.stack import open_encoder
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PretrainedConfig, PreTrainedModel
 
 
@@ -130,13 +133,23 @@ class OpenedModel:
     dropped: tuple[str, ...]
     """As ``open_encoder``."""
     digests: Digests
+    part: str = ""
+    """As ``open_encoder``."""
 
 
-def open_model(spec: ModelSpec) -> OpenedModel:
-    """Load and hash a model on this machine. ``model_digests`` knows its digests from then on."""
-    key = model_key(spec)
-    encoder, dropped = open_encoder(spec)
-    return OpenedModel(encoder=encoder, dropped=dropped, digests=hash_encoder(spec, encoder, key))
+def open_model(
+    spec: ModelSpec, weights_dtype: str = DEFAULT_WEIGHTS_DTYPE, device_map: str | None = None
+) -> OpenedModel:
+    """Load and hash a model on this machine. ``known_digests`` knows its digests from then on. Arguments as for
+    ``open_encoder``."""
+    key = model_key(spec, weights_dtype)
+    opened = open_encoder(spec, weights_dtype, device_map)
+    return OpenedModel(
+        encoder=opened.encoder,
+        dropped=opened.dropped,
+        digests=hash_encoder(spec, opened.encoder, key),
+        part=opened.part,
+    )
 
 
 def hash_encoder(spec: ModelSpec, encoder: PreTrainedModel, key: tuple[Any, ...]) -> Digests:
@@ -154,9 +167,9 @@ def hash_encoder(spec: ModelSpec, encoder: PreTrainedModel, key: tuple[Any, ...]
     return _digests[key]
 
 
-def known_digests(spec: ModelSpec) -> Digests | None:
+def known_digests(spec: ModelSpec, weights_dtype: str = DEFAULT_WEIGHTS_DTYPE) -> Digests | None:
     """The digests of a model, if this process hashed it before and its files have not changed since; else None."""
-    return _digests.get(model_key(spec))
+    return _digests.get(model_key(spec, weights_dtype))
 
 
 def model_digests(spec: ModelSpec) -> Digests:
@@ -164,27 +177,45 @@ def model_digests(spec: ModelSpec) -> Digests:
     return known_digests(spec) or open_model(spec).digests
 
 
-def model_key(spec: ModelSpec) -> tuple[Any, ...]:
+def model_key(spec: ModelSpec, weights_dtype: str = DEFAULT_WEIGHTS_DTYPE) -> tuple[Any, ...]:
     """A key that changes when the model may have changed: its settings, and the sizes and times of its files."""
     folder = model_folder(spec)
     files = sorted([*weight_files(folder), folder / "config.json"])
     stamp = tuple((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files if path.is_file())
-    return (spec.name, spec.model_type, spec.layers, spec.dropout, spec.random_seed, stamp)
+    return (spec.name, spec.model_type, spec.layers, spec.dropout, spec.random_seed, weights_dtype, stamp)
 
 
 _digests: dict[Any, Digests] = {}
+AT_ONCE = 2**24
+"""Weights of a smaller dtype that are float32 at the same time."""
 
 
 def weights_digest(encoder: PreTrainedModel) -> str:
     """XXH3-128 of the encoder's weights: names, shapes and float32 bytes, by name; without the pooler.
 
     The loaded weights are hashed, so the hub id, the folder, the file format and the file's dtype make no difference.
+    Weights that are loaded in a smaller dtype than the file's were rounded, and give another digest.
     """
+    import torch
     import xxhash
 
     digest = xxhash.xxh3_128()
     for name, tensor in sorted(encoder.state_dict().items()):
         if not name.startswith("pooler."):
             digest.update(f"{name}{tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().numpy().data)
+            values = _in_memory(encoder, name, tensor).detach().flatten()
+            for start in range(0, len(values), AT_ONCE):
+                part = values[start : start + AT_ONCE]
+                small = part.dtype in (torch.bfloat16, torch.float16)
+                digest.update((part.float() if small else part).cpu().numpy().data)
     return digest.hexdigest()
+
+
+def _in_memory(encoder: PreTrainedModel, name: str, tensor: Tensor) -> Tensor:
+    """The values of a weight. Accelerate keeps those that are not on their device now beside the module."""
+    if tensor.device.type != "meta":
+        return tensor
+    module, _, own_name = name.rpartition(".")
+    hook: Any = encoder.get_submodule(module)._hf_hook
+    values: Tensor = hook.weights_map[own_name]
+    return values

@@ -1,4 +1,4 @@
-"""Configurations, encoders and task models, loaded from a model's folder."""
+"""Configurations and task models, loaded from a model's folder."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import contextlib
 import copy
 import inspect
 import json
-import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -112,22 +110,45 @@ def load_config(spec: ModelSpec) -> PretrainedConfig:
             config: PretrainedConfig = AutoConfig.for_model(model_type, **fields)
         else:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=spec.trust_remote_code)
+    config.architectures = config.architectures or []  # transformers cannot choose between two classes without it
     # Each call asks for the outputs it needs. A tuple has no names for its outputs, and transformers does not
     # save a trained model whose configuration asks for attentions that its fast attention does not return.
-    config.return_dict, config.output_attentions, config.output_hidden_states = True, False, False
+    for part in (config, *_parts(config)):
+        part.return_dict, part.output_attentions, part.output_hidden_states = True, False, False
     if spec.layers is not None:
-        there = _count(config, "num_hidden_layers")
+        part = text_config(config)
+        there = _count(part, "num_hidden_layers")
         if spec.layers > there:
             raise ConfigError(
                 f"Model {spec.name!r} should have the first {spec.layers} layers of a model that has {there}.",
                 f"Correct layers under [models.{spec.name}] in kr2cache.toml.",
             )
-        config.num_hidden_layers = spec.layers
+        part.num_hidden_layers = spec.layers
     if spec.dropout is not None:
         for name in config.to_dict():
             if "dropout" in name and isinstance(getattr(config, name), int | float):
                 setattr(config, name, float(spec.dropout))
     return config
+
+
+def _parts(config: PretrainedConfig) -> Iterator[PretrainedConfig]:
+    """The configurations inside a configuration, such as those of text and of pictures."""
+    from transformers import PretrainedConfig
+
+    for name in getattr(config, "sub_configs", ()):
+        part = getattr(config, name, None)
+        if isinstance(part, PretrainedConfig):
+            yield part
+            yield from _parts(part)
+
+
+def text_config(config: PretrainedConfig) -> PretrainedConfig:
+    """The part of a configuration that describes the reading of text; the whole of it for a model of text."""
+    try:
+        found: PretrainedConfig = config.get_text_config()
+    except ValueError:  # it has one for texts that are read, and one for texts that are written
+        found = config.get_text_config(encoder=True)
+    return found
 
 
 def encoder_shape(config: PretrainedConfig) -> tuple[int, int]:
@@ -145,7 +166,7 @@ def vocabulary(config: PretrainedConfig) -> int:
     Raises:
         UnsupportedModelError: If the configuration does not give it.
     """
-    return _count(config, "vocab_size")
+    return _count(config if hasattr(config, "vocab_size") else text_config(config), "vocab_size")
 
 
 def _count(config: PretrainedConfig, name: str) -> int:
@@ -202,89 +223,6 @@ def _has_positions_by_default(config: PretrainedConfig) -> bool:
     return isinstance(default, int) and default > 0
 
 
-def load_encoder(spec: ModelSpec) -> PreTrainedModel:
-    """The model without a head, in float32 and frozen: no gradients, no dropout.
-
-    Raises:
-        UnsupportedModelError: If the checkpoint lacks weights of the encoder (they would be random), or the model is an
-            encoder-decoder.
-    """
-    return open_encoder(spec)[0]
-
-
-def open_encoder(spec: ModelSpec) -> tuple[PreTrainedModel, tuple[str, ...]]:
-    """(the result of ``load_encoder``, names of checkpoint tensors that the encoder ignores: heads, image parts)."""
-    import torch
-    from transformers import AutoModel
-
-    config = load_config(spec)
-    if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(
-            f"Model {spec.name!r} ({config.model_type}) is an encoder-decoder; a resource is an encoder.",
-            "Choose a model with one stack of layers (BERT, RoBERTa, ...).",
-        )
-    with explained(spec, WEIGHTS):
-        architecture = class_of(config)
-        folder = model_folder(spec)
-        check_files(spec, folder)
-        # The states do not include the pooler, and many checkpoints lack it.
-        headless = {"add_pooling_layer": False} if accepts(architecture, "add_pooling_layer") else {}
-        if spec.random_seed is not None:
-            return _drawn(spec, config, **headless), ()
-        model, report = _from_pretrained(
-            spec,
-            AutoModel,
-            folder,
-            config,
-            dtype=torch.float32,
-            output_loading_info=True,
-            weights_only=True,
-            ignore_mismatched_sizes=True,
-            trust_remote_code=spec.trust_remote_code,
-            **headless,
-        )
-    _check_shapes(spec, report["mismatched_keys"])
-    missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
-    if missing:
-        raise UnsupportedModelError(
-            f"The checkpoint of {spec.name!r} lacks {len(missing)} weights of its encoder: {', '.join(missing[:3])}"
-            f"{', ...' if len(missing) > 3 else ''}. They would have random values.",
-            "Give a complete checkpoint of this architecture.",
-        )
-    model.requires_grad_(False)
-    cut = spec.layers is not None  # then most unused tensors belong to the other layers
-    return model.eval(), () if cut else tuple(sorted(report["unexpected_keys"]))
-
-
-def _drawn(spec: ModelSpec, config: PretrainedConfig, **options: Any) -> PreTrainedModel:
-    """The model of a control, as ``load_encoder`` returns it: its weights are drawn by its seed."""
-    import torch
-    from transformers import AutoModel
-
-    from kr2cache.models.control import drawn_by
-
-    assert spec.random_seed is not None, "it is a control"
-    with drawn_by(spec.random_seed):
-        model: PreTrainedModel = AutoModel.from_config(  # type: ignore[no-untyped-call]
-            config, dtype=torch.float32, trust_remote_code=spec.trust_remote_code, **options
-        )
-    model.requires_grad_(False)
-    model.eval()  # type: ignore[no-untyped-call]
-    return model
-
-
-HEADS_OF_PRETRAINING = re.compile(r"(.*\.)?(pooler|cls|lm_head|mlm|classifier|vocab_\w+|\w+_predictions)\b.*")
-
-
-def describe_dropped(spec: ModelSpec, dropped: Sequence[str]) -> str | None:
-    """The unused tensors of a checkpoint, in one line, if they are more than the usual heads of pre-training."""
-    if all(HEADS_OF_PRETRAINING.fullmatch(name) for name in dropped):
-        return None
-    parts = Counter(re.split(r"\.(?=\w+$)", name)[0] for name in dropped)
-    names = ", ".join(name if count == 1 else f"{name} ({count})" for name, count in parts.items())
-    return f"{spec.name}: left out {len(dropped)} tensors that are not part of the checkpoint's text encoder: {names}"
-
-
 def load_pretrained(
     spec: ModelSpec, model_class: Any, config: PretrainedConfig, weights: Mapping[str, Tensor] | None = None
 ) -> tuple[PreTrainedModel, frozenset[str], frozenset[str]]:
@@ -307,7 +245,7 @@ def load_pretrained(
         if weights is None:
             folder = model_folder(spec)
             check_files(spec, folder)
-        model, report = _from_pretrained(
+        model, report = from_pretrained(
             spec,
             model_class,
             folder,
@@ -320,12 +258,12 @@ def load_pretrained(
             trust_remote_code=spec.trust_remote_code,
         )
     head = head_names(model)
-    _check_shapes(spec, [one for one in report["mismatched_keys"] if one[0] not in head])
+    check_shapes(spec, [one for one in report["mismatched_keys"] if one[0] not in head])
     other = frozenset(name for name, *_ in report["mismatched_keys"])
     return model, frozenset(report["missing_keys"]), other
 
 
-def _from_pretrained(
+def from_pretrained(
     spec: ModelSpec, model_class: Any, folder: Path | None, config: PretrainedConfig, **options: Any
 ) -> Any:
     """``model_class.from_pretrained``. If the padding token has no embedding, the model gets no padding token.
@@ -336,27 +274,45 @@ def _from_pretrained(
     try:
         return model_class.from_pretrained(folder, config=config, **options)
     except Exception as error:
-        pad, known = getattr(config, "pad_token_id", None), getattr(config, "vocab_size", None)
-        outside = pad is not None and known is not None and not -known <= pad < known
-        if isinstance(error, AssertionError) and outside:  # of torch.nn.Embedding
-            config = copy.deepcopy(config)
-            config.pad_token_id = None
-            return model_class.from_pretrained(folder, config=config, **options)
-        _check_builds(spec, model_class, config)
+        if isinstance(error, AssertionError) and (without := without_padding(config)) is not None:
+            return model_class.from_pretrained(folder, config=without, **options)
+        without_weights(spec, model_class, config)
         raise
 
 
-def _check_builds(spec: ModelSpec, model_class: Any, config: PretrainedConfig) -> None:
-    """Raise ``UnsupportedModelError`` if loading fails because of the configuration alone."""
+def without_padding(config: PretrainedConfig) -> PretrainedConfig | None:
+    """A copy that has no padding token, if the one of ``config`` has no embedding: torch.nn.Embedding refuses it."""
+    wrong = []
+    for number, part in enumerate((config, *_parts(config))):
+        pad, known = getattr(part, "pad_token_id", None), getattr(part, "vocab_size", None)
+        if isinstance(pad, int) and isinstance(known, int) and not -known <= pad < known:
+            wrong.append(number)
+    if not wrong:
+        return None
+    config = copy.deepcopy(config)
+    parts = [config, *_parts(config)]
+    for number in wrong:
+        parts[number].pad_token_id = None
+    return config
+
+
+def without_weights(spec: ModelSpec, model_class: Any, config: PretrainedConfig) -> PreTrainedModel:
+    """The model that the configuration describes, on torch's device meta: it takes no memory and has no weights.
+
+    Raises:
+        UnsupportedModelError: If no model can be built from the configuration.
+    """
     import torch
 
     automatic = hasattr(model_class, "from_config")
     try:
-        with torch.device("meta"):  # no memory, no random numbers
+        with torch.device("meta"), quiet():
             if automatic:
-                model_class.from_config(copy.deepcopy(config), trust_remote_code=spec.trust_remote_code)
+                model: PreTrainedModel = model_class.from_config(
+                    copy.deepcopy(config), trust_remote_code=spec.trust_remote_code
+                )
             else:
-                model_class(copy.deepcopy(config))
+                model = model_class(copy.deepcopy(config))
     except Exception as error:
         remedy = "Correct that in its config.json, or copy the file again from the model."
         if isinstance(error, ImportError):
@@ -365,6 +321,7 @@ def _check_builds(spec: ModelSpec, model_class: Any, config: PretrainedConfig) -
             f"No model can be built from the configuration of {spec.name!r} ({config.model_type}): {error_text(error)}",
             remedy,
         ) from error
+    return model
 
 
 def head_names(model: PreTrainedModel) -> frozenset[str]:
@@ -373,7 +330,7 @@ def head_names(model: PreTrainedModel) -> frozenset[str]:
     return frozenset(name for name in model.state_dict() if not name.startswith(prefix))
 
 
-def _check_shapes(spec: ModelSpec, mismatched: Iterable[tuple[str, Sequence[int], Sequence[int]]]) -> None:
+def check_shapes(spec: ModelSpec, mismatched: Iterable[tuple[str, Sequence[int], Sequence[int]]]) -> None:
     """Raise ``UnsupportedModelError`` if weights have other shapes than the configuration gives.
 
     Args:
@@ -397,7 +354,7 @@ def not_finite(model: PreTrainedModel) -> list[str]:
     return [
         name
         for name, tensor in model.state_dict().items()
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all())
+        if tensor.is_floating_point() and tensor.device.type != "meta" and not bool(torch.isfinite(tensor).all())
     ]
 
 

@@ -12,11 +12,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kr2cache.cache.format import SequenceIndex
+from kr2cache.errors import UnsupportedModelError
 from kr2cache.models.encode import pad, padding_mask
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
+
+
+def device_of(encoder: PreTrainedModel) -> torch.device:
+    """The device of a model's input and of its states: with a device map, its first GPU."""
+    import torch
+
+    spread = getattr(encoder, "hf_device_map", None)
+    if spread is None:
+        return encoder.device
+    return torch.device(next((place for place in spread.values() if place not in ("cpu", "disk")), "cpu"))
 
 
 def hidden_states(
@@ -28,13 +39,37 @@ def hidden_states(
     compute_dtype: str,
 ) -> tuple[torch.Tensor, ...]:
     """All layers of these sequences, padded to the longest: L + 1 tensors of shape (B, T, D) on the encoder's device.
+    What a model adds behind a text, as BigBird does to fill its last block, is left out.
 
     Args:
         compute_dtype: ``float32``, or autocast's dtype.
+
+    Raises:
+        UnsupportedModelError: If the model gives none.
     """
+    states = model_output(encoder, index, sequences, pad_id=pad_id, compute_dtype=compute_dtype).hidden_states
+    if not states:
+        raise UnsupportedModelError(
+            f"A {encoder.config.model_type} model gives no hidden states: its code in transformers ignores "
+            "output_hidden_states.",
+            "Choose another model.",
+        )
+    T = int(index.n_tokens[np.asarray(sequences)].max())
+    return tuple(layer[:, :T] if layer.ndim == 3 else layer for layer in states)
+
+
+def model_output(
+    encoder: PreTrainedModel,
+    index: SequenceIndex,
+    sequences: Sequence[int] | NDArray[np.intp],
+    *,
+    pad_id: int,
+    compute_dtype: str,
+) -> Any:
+    """What the model returns for these sequences, hidden states included; arguments as for ``hidden_states``."""
     import torch
 
-    device = encoder.device
+    device = device_of(encoder)
 
     def moved(array: NDArray[Any]) -> torch.Tensor:
         # From pinned memory, the copy to a GPU does not make this thread wait for the running batch.
@@ -52,25 +87,24 @@ def hidden_states(
     autocast = compute_dtype != "float32"
     dtype = getattr(torch, compute_dtype) if autocast else torch.bfloat16
     with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=autocast):
-        output = encoder(**inputs, output_hidden_states=True)
-    states: tuple[torch.Tensor, ...] = output.hidden_states
-    return states
+        return encoder(**inputs, output_hidden_states=True)
 
 
 PADDING_TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2, "float16": 1e-2}
 """Largest change by rounding when a sequence runs beside another sequence, relative to the largest state."""
 
 
-def padding_is_harmless(alone: Sequence[torch.Tensor], beside: Sequence[torch.Tensor], compute_dtype: str) -> bool:
+def padding_is_harmless(alone: Sequence[torch.Tensor], beside: Sequence[torch.Tensor], *dtypes: str) -> bool:
     """Whether a sequence has the same states alone and beside a longer sequence. In some architectures (FNet, ConvBERT,
     Nystromformer, YOSO) padding changes the states in spite of the mask. Such a model gets batches of equal lengths.
 
     Args:
         alone: Layers of one sequence, (1, T, D).
         beside: Layers of two sequences, the same sequence first, (2, at least T, D).
+        dtypes: Of the forward pass and of the weights.
     """
     T = alone[0].shape[1]
-    tolerance = PADDING_TOLERANCE[compute_dtype]
+    tolerance = max(PADDING_TOLERANCE[dtype] for dtype in dtypes)
     for one, other in zip(alone, beside, strict=True):
         largest = float(one.float().abs().max())
         # nan passes here; the writer reports it.

@@ -18,13 +18,15 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kr2cache.cache.format import SequenceIndex
+from kr2cache.config import DEFAULT_WEIGHTS_DTYPE
 from kr2cache.errors import CacheMismatchError, ModelUnavailableError, UnknownNameError
 from kr2cache.models.digests import config_digest, weights_digest
 from kr2cache.models.encode import encode, padding_mask
 from kr2cache.models.files import local_folder
-from kr2cache.models.load import encoder_shape, load_encoder
+from kr2cache.models.load import encoder_shape
 from kr2cache.models.registry import ModelSpec, find_model
-from kr2cache.models.repeatable import check_repeatable
+from kr2cache.models.repeatable import as_loaded, depends_on_history
+from kr2cache.models.stack import load_encoder
 from kr2cache.models.states import hidden_states, padding_is_harmless
 from kr2cache.models.tokenizers import load_tokenizer, pad_id
 from kr2cache.tasks import Task
@@ -39,14 +41,16 @@ class OnlineResource:
     tokenizer: PreTrainedTokenizerBase
     max_length: int
     compute_dtype: str
+    weights_dtype: str
     padded: bool
     """Whether sequences of different lengths may run in one batch."""
+    fresh: bool = False
+    """Whether each batch runs in the model as it was loaded: its states depend on what ran before."""
 
     def states(self, index: SequenceIndex, sequences: Sequence[int] | NDArray[np.intp]) -> tuple[Tensor, ...]:
         """Hidden states of these sequences of ``index``, as ``models.states.hidden_states`` returns them."""
-        return hidden_states(
-            self.encoder, index, sequences, pad_id=pad_id(self.tokenizer), compute_dtype=self.compute_dtype
-        )
+        encoder = as_loaded(self.encoder) if self.fresh else self.encoder
+        return hidden_states(encoder, index, sequences, pad_id=pad_id(self.tokenizer), compute_dtype=self.compute_dtype)
 
 
 class OnlineFeatures:
@@ -126,11 +130,12 @@ def load_resource(
     Raises:
         CacheMismatchError: If the model has other weights or another configuration.
         ModelUnavailableError: If the model is not on this machine and cannot be downloaded.
-        UnsupportedModelError: If its states depend on what ran before.
+        UnsupportedModelError: If its states are random.
     """
     name = str(config["name"])
     spec = _find_resource(name, origin, models)
-    encoder = load_encoder(spec)
+    weights_dtype = str(config.get("weights_dtype", DEFAULT_WEIGHTS_DTYPE))
+    encoder = load_encoder(spec, weights_dtype)
     weights = weights_digest(encoder)
     where = local_folder(spec)
     differs = None
@@ -152,9 +157,11 @@ def load_resource(
         tokenizer=load_tokenizer(spec, words=task.words),
         max_length=int(config["max_length"]),
         compute_dtype=str(config["compute_dtype"]),
+        weights_dtype=weights_dtype,
         padded=False,
     )
-    _check_history(resource, words=task.words)
+    if _depends_on_history(resource, words=task.words):
+        return dataclasses.replace(resource, fresh=True)
     return dataclasses.replace(resource, padded=_may_be_padded(resource, words=task.words))
 
 
@@ -187,9 +194,8 @@ def _find_resource(name: str, origin: Mapping[str, Any], models: Mapping[str, Ma
     )
 
 
-def _check_history(resource: OnlineResource, *, words: bool) -> None:
-    """Raise ``UnsupportedModelError`` if the resource's states depend on what ran before, at any length up to its
-    longest."""
+def _depends_on_history(resource: OnlineResource, *, words: bool) -> bool:
+    """Whether the resource's states depend on what ran before, at any length up to its longest."""
     longest = tuple(str(number % 10) for number in range(resource.max_length))
     texts = [longest[:1], longest[: len(longest) // 2], longest]
     if not words:
@@ -199,7 +205,7 @@ def _check_history(resource: OnlineResource, *, words: bool) -> None:
     def run(model: PreTrainedModel, sequence: int) -> tuple[Tensor, ...]:
         return dataclasses.replace(resource, encoder=model, compute_dtype="float32").states(index, [sequence])
 
-    check_repeatable(resource.encoder, index.n_tokens, run, repr(resource.name))
+    return depends_on_history(resource.encoder, index.n_tokens, run, repr(resource.name)) is not None
 
 
 def _may_be_padded(resource: OnlineResource, *, words: bool) -> bool:
@@ -210,4 +216,6 @@ def _may_be_padded(resource: OnlineResource, *, words: bool) -> bool:
     short, long = index.n_tokens.tolist()
     if long <= short:
         return False
-    return padding_is_harmless(resource.states(index, [0]), resource.states(index, [0, 1]), resource.compute_dtype)
+    return padding_is_harmless(
+        resource.states(index, [0]), resource.states(index, [0, 1]), resource.compute_dtype, resource.weights_dtype
+    )

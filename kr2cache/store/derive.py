@@ -228,7 +228,7 @@ def _plan(
             model_layers=source.model_layers,
             width=source.width,
             fingerprint=digest,
-            provenance={"chosen": asdict(chosen), "found": asdict(found), "recorded": recorded},
+            provenance={"chosen": chosen.stored(), "found": asdict(found), "recorded": recorded},
             # The model runs for no sequence of it.
             batch_plan={**source.batch_plan, "computed": []},
             fusion=stored_fusion,

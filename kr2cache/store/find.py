@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from kr2cache.cache.format import SequenceIndex
 from kr2cache.cache.reader import FeatureCache
-from kr2cache.config import DEFAULT_COMPUTE_DTYPE, DEFAULT_DTYPE, DEFAULT_MAX_LENGTH
+from kr2cache.cache.shard import readable_headers
+from kr2cache.config import DEFAULT_COMPUTE_DTYPE, DEFAULT_DTYPE, DEFAULT_MAX_LENGTH, DEFAULT_WEIGHTS_DTYPE
 from kr2cache.errors import CacheError, ConfigError
 from kr2cache.fusion import parse_fusion
 from kr2cache.store import folders, provenance
@@ -35,6 +36,7 @@ class Wanted:
     max_length: int | None
     dtype: str | None
     compute_dtype: str | None
+    weights_dtype: str = DEFAULT_WEIGHTS_DTYPE
     fusion: str
     """The fusion's name. Which layers it needs depends on how many the cache's model has."""
     layers_apart: bool = False
@@ -122,6 +124,15 @@ def find_caches(cache_dir: Path, wanted: Wanted, tokenise: Callable[[int], Seque
     return found
 
 
+def common_weights_dtype(cache_dir: Path, task: str, resource: str) -> str | None:
+    """The dtype of the weights in all caches of a task that the resource has; None if there are none or they differ."""
+    dtypes = set()
+    for folder in folders.matching(cache_dir, task=task, name=resource):
+        headers = readable_headers(shard) if (shard := next(folder.glob("*.h5"), None)) is not None else []
+        dtypes |= {provenance.weights_dtype_of(one.provenance) for one in headers if "chosen" in one.provenance}
+    return dtypes.pop() if len(dtypes) == 1 else None
+
+
 def choose(fitting: list[FeatureCache], resource: str, length_option: str) -> FeatureCache:
     """The fitting cache with the default settings, or the only one if all have the same settings.
 
@@ -167,6 +178,9 @@ def chosen_differences(cache: FeatureCache, wanted: Wanted) -> list[Difference]:
         asked = getattr(wanted, name)
         if asked is not None and chosen[name] != asked:
             result.append(Difference(field=name, text=f"{name} is {chosen[name]} there, {asked} was asked for"))
+    if (there := provenance.weights_dtype_of(cache.provenance)) != wanted.weights_dtype:
+        text = f"its weights were {there}, {wanted.weights_dtype} was asked for (--weights-dtype)"
+        result.append(Difference(field="weights_dtype", text=text))
     try:
         fusion = parse_fusion(wanted.fusion, cache.model_layers)
     except ConfigError as error:  # the cache is of a model with fewer layers; the run's own resource was checked before

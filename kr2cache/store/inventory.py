@@ -139,7 +139,9 @@ def _changes(older: Path, newer: Path) -> list[str]:
     """
     then, now = FeatureCache.open(older), FeatureCache.open(newer)
     made, remade = then.provenance["found"], now.provenance["found"]
-    changes = [text for name, text in _FOUND.items() if made.get(name) != remade.get(name)]
+    rounded = provenance.weights_dtype_of(then.provenance) != provenance.weights_dtype_of(now.provenance)
+    compared = {name: text for name, text in _FOUND.items() if not (rounded and name == "weights")}
+    changes = [text for name, text in compared.items() if made.get(name) != remade.get(name)]
     positions = now.find(then.ids)
     in_both = positions >= 0
     changed = int(np.count_nonzero(then.text_xxh3[in_both] != now.text_xxh3[positions[in_both]]))

@@ -22,6 +22,7 @@ import xxhash
 from kr2cache.cache.dtypes import DTYPES
 from kr2cache.cache.format import SequenceIndex, canonical_json
 from kr2cache.cache.reader import FeatureCache
+from kr2cache.config import DEFAULT_WEIGHTS_DTYPE
 from kr2cache.errors import CacheError
 from kr2cache.version import __version__
 
@@ -42,6 +43,23 @@ class Chosen:
     fusion: dict[str, Any] | None
     dtype: str
     compute_dtype: str
+    weights_dtype: str = DEFAULT_WEIGHTS_DTYPE
+
+    def stored(self) -> dict[str, Any]:
+        """The fields as a cache records them: older versions had float32 weights alone, and did not say so."""
+        fields = asdict(self)
+        if self.weights_dtype == DEFAULT_WEIGHTS_DTYPE:
+            del fields["weights_dtype"]
+        return fields
+
+
+def weights_dtype_of(recorded: Mapping[str, Any]) -> str:
+    """The dtype of the model's weights when a cache was made.
+
+    Args:
+        recorded: The cache's provenance.
+    """
+    return str(recorded["chosen"].get("weights_dtype", DEFAULT_WEIGHTS_DTYPE))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +123,7 @@ def fingerprint(chosen: Chosen, found: Found) -> str:
     """SHA-256 of everything that decides the states and their order. Digests take the place of the names of resource
     and corpus.
     """
-    deciding = {key: value for key, value in asdict(chosen).items() if key not in ("resource", "corpus")}
+    deciding = {key: value for key, value in chosen.stored().items() if key not in ("resource", "corpus")}
     return hashlib.sha256(canonical_json({"chosen": deciding, "found": asdict(found)}).encode()).hexdigest()
 
 
@@ -141,8 +159,13 @@ def chosen_of(recorded: Mapping[str, Any], folder: Path) -> Chosen:
         CacheError: If its provenance has no such fields, as in a file of another program.
     """
     stored, made = recorded.get("chosen"), recorded.get("found")
-    if isinstance(stored, dict) and isinstance(made, dict) and set(stored) == {f.name for f in fields(Chosen)}:
-        names = ("resource", "task", "corpus", "split", "dtype", "compute_dtype")
+    if (
+        isinstance(stored, dict)
+        and isinstance(made, dict)
+        and (set(stored) | {"weights_dtype"} == {f.name for f in fields(Chosen)})
+    ):
+        stored = {"weights_dtype": DEFAULT_WEIGHTS_DTYPE, **stored}
+        names = ("resource", "task", "corpus", "split", "dtype", "compute_dtype", "weights_dtype")
         strings = all(isinstance(stored[name], str) for name in names)
         numbers = isinstance(stored["max_length"], int) and isinstance(stored["layers"], list)
         if strings and numbers:

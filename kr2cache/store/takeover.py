@@ -127,6 +127,7 @@ def _candidates(cache_dir: Path, folder: Path, header: ShardHeader) -> list[Feat
         return (
             all(found[name] == found_there.get(name) for name in ("weights", "config", "template", "segments"))
             and all(chosen[name] == chosen_there[name] for name in ("dtype", "compute_dtype"))
+            and provenance.weights_dtype_of(header.provenance) == provenance.weights_dtype_of(cache.provenance)
             and (cache.width, cache.model_layers) == (header.width, header.model_layers)
         )
 

@@ -7,7 +7,7 @@ import os
 import re
 from typing import TYPE_CHECKING
 
-from kr2cache.errors import ConfigError
+from kr2cache.errors import ConfigError, unknown_name
 
 if TYPE_CHECKING:
     import torch
@@ -17,6 +17,22 @@ def check_device_name(name: str) -> None:
     """Raise ``ConfigError`` for a name that is not a device on any machine. Does not import torch."""
     if not re.fullmatch(r"auto|mps|(cpu|cuda)(:[0-9]+)?", name):
         raise ConfigError(f"--device {name!r} is not a device.", "Give auto, cpu, cuda, cuda:1 or mps.")
+
+
+DEVICE_MAPS = ("auto",)
+
+
+def check_device_map(device_map: str | None, device: str) -> None:
+    """Raise an error unless ``--device-map`` exists and goes together with ``--device``. Does not import torch."""
+    if device_map is None:
+        return
+    if device_map not in DEVICE_MAPS:
+        raise unknown_name("device map", device_map, DEVICE_MAPS)
+    if device != "auto":
+        raise ConfigError(
+            f"--device-map {device_map} chooses devices by itself, so --device {device} has no meaning.",
+            "Leave out one of the two; CUDA_VISIBLE_DEVICES says which GPUs may be used.",
+        )
 
 
 def choose_device(name: str) -> torch.device:

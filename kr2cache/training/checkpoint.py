@@ -11,8 +11,9 @@ from transformers import AutoModelForMaskedLM, AutoModelForPreTraining, Pretrain
 
 from kr2cache.errors import ConfigError, UnsupportedModelError
 from kr2cache.models.digests import hash_encoder, model_key
-from kr2cache.models.load import class_of, head_names, load_config, load_encoder, load_pretrained, not_finite, quiet
+from kr2cache.models.load import class_of, head_names, load_config, load_pretrained, not_finite, quiet
 from kr2cache.models.registry import ModelSpec
+from kr2cache.models.stack import find_stack, load_encoder
 from kr2cache.tasks.base import Head
 from kr2cache.training.kreader import HEADS, some, task_class
 
@@ -109,6 +110,12 @@ class TaskCheckpoint:
 
     def _read(self) -> tuple[type[PreTrainedModel], dict[str, Tensor]]:
         config, key = self.task_config(), model_key(self.spec)
+        if part := find_stack(self.spec, config).path:
+            raise UnsupportedModelError(
+                f"{self.spec.name!r} ({config.model_type}) cannot be trained: kr2cache reads texts with its {part} "
+                "alone.",
+                "It can be a frozen resource. Choose a model with one stack of layers (BERT, RoBERTa, ...).",
+            )
         model_class, weights = task_class(self.head, config), None
         if self.spec.random_seed is not None:  # no file has its weights
             with torch.device("meta"), quiet():
@@ -168,7 +175,6 @@ class TaskCheckpoint:
             and type(encoder) is class_of(config)
             and all(name.startswith("pooler.") for name in drawn)
             and not self.spec.trust_remote_code
-            and not getattr(config, "is_encoder_decoder", False)
         ):
             return encoder
         return None

@@ -22,7 +22,7 @@ from kr2cache.config import ExtractConfig
 from kr2cache.extraction.planning import ExtractPlan, plan_extraction
 from kr2cache.models import forward
 from kr2cache.models.encode import length_sorted_batches
-from kr2cache.models.load import open_encoder
+from kr2cache.models.stack import open_encoder
 from kr2cache.models.states import hidden_states
 from kr2cache.system.allocator import keep_free_memory
 
@@ -81,7 +81,7 @@ def main() -> None:
     plan = plan_extraction(config)
     if plan.tokens < forward.WORTHWHILE:
         parser.error(f"{plan.tokens:,} tokens are too few: the cheaper ways need at least {forward.WORTHWHILE:,}.")
-    encoder, _ = open_encoder(plan.spec)
+    encoder = open_encoder(plan.spec).encoder
     keep_free_memory()  # as the command line does
     with contextlib.ExitStack() as inside:
 

@@ -15,8 +15,9 @@ from transformers import BertConfig, BertModel, BertTokenizer
 
 from kr2cache import FeatureCache, cli
 from kr2cache.errors import ModelUnavailableError, UnsupportedModelError
-from kr2cache.models.load import describe_dropped, load_config, load_encoder, open_encoder
+from kr2cache.models.load import load_config
 from kr2cache.models.registry import find_model
+from kr2cache.models.stack import describe_dropped, load_encoder, open_encoder
 from kr2cache.training.checkpoint import TaskCheckpoint
 
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "dog", "##s", "ran", "a", "cat", "slept", "."]
@@ -83,7 +84,7 @@ def test_the_text_encoder_is_whole_by_name_and_by_folder(oscar: Path) -> None:
 
 def test_what_was_dropped_is_listed(oscar: Path, capsys: pytest.CaptureFixture[str]) -> None:
     spec = find_model(str(oscar), {})
-    _, dropped = open_encoder(spec)
+    dropped = open_encoder(spec).dropped
     assert {name for name in dropped if "pooler" not in name} == set(IMAGE_PARTS)
     (oscar.parent / "snli").mkdir()
     rows = [{"gold_label": "neutral", "sentence1": "the dogs ran .", "sentence2": "a cat slept ."}]

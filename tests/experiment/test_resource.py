@@ -27,10 +27,10 @@ from kr2cache.experiment.pipeline import describe_training
 from kr2cache.experiment.resource import Resource
 from kr2cache.experiment.shared import Shared
 from kr2cache.fusion import TRAINABLE
-from kr2cache.models import digests, load
+from kr2cache.models import digests, stack
 from kr2cache.models.digests import weights_digest
-from kr2cache.models.load import load_encoder
 from kr2cache.models.registry import ModelSpec, find_model
+from kr2cache.models.stack import load_encoder
 from kr2cache.store import find
 from kr2cache.tasks import find_task
 
@@ -383,9 +383,9 @@ def test_a_cache_of_every_word_has_no_such_column(world: World, capsys: pytest.C
 def test_a_training_loads_and_hashes_its_resource_once(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[str] = []
 
-    def counted(spec: ModelSpec) -> tuple[Any, ...]:
+    def counted(spec: ModelSpec, *settings: Any) -> tuple[Any, ...]:
         opened.append(spec.name)
-        return load.open_encoder(spec)
+        return stack.open_encoder(spec, *settings)
 
     monkeypatch.setattr(digests, "open_encoder", counted)
     monkeypatch.setattr(digests, "_digests", {})

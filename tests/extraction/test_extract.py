@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import copy
 import hashlib
 import json
 import os
@@ -42,9 +43,9 @@ from kr2cache.extraction import extract, planning, trial
 from kr2cache.extraction.repair import RepairConfig, repair
 from kr2cache.models.digests import weights_digest
 from kr2cache.models.encode import length_sorted_batches
-from kr2cache.models.load import load_encoder
 from kr2cache.models.registry import ModelSpec, find_model
-from kr2cache.models.repeatable import check_repeatable
+from kr2cache.models.repeatable import depends_on_history
+from kr2cache.models.stack import load_encoder
 from kr2cache.system import claims
 from kr2cache.tasks import Example
 
@@ -91,8 +92,9 @@ def extracted(model: Path | str, cache_dir: Path, texts: Sequence[str] | None = 
 
 
 def states_alone(folder: Path, texts: Sequence[str], max_length: int = 128) -> list[NDArray[np.float32]]:
-    """What transformers gives for each text in a batch of its own, without padding: (L + 1, T, D)."""
-    model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+    """What transformers gives for each text in a batch of its own, without padding: (L + 1, T, D). Nothing ran in the
+    model before."""
+    loaded = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     result = []
     for text in texts:
@@ -105,7 +107,7 @@ def states_alone(folder: Path, texts: Sequence[str], max_length: int = 128) -> l
             return_token_type_ids=False,
         )
         with torch.no_grad():
-            hidden = model(**inputs, output_hidden_states=True).hidden_states
+            hidden = copy.deepcopy(loaded)(**inputs, output_hidden_states=True).hidden_states
         result.append(torch.cat(hidden).numpy())
     return result
 
@@ -365,10 +367,10 @@ def test_the_model_runs_the_planned_batches(lively: Path, tmp_path: Path, monkey
         return original(encoder, index, sequences, **settings)
 
     monkeypatch.setattr(trial, "hidden_states", watched)
-    monkeypatch.setattr(trial, "check_history", lambda *_: None)  # its batches are not planned ones
+    monkeypatch.setattr(trial, "depends_on_history", lambda *_: None)  # its batches are not planned ones
     plan = plan_of(lively, tmp_path, tokens_per_batch=40)
     result = extract.extract(plan)
-    ran = seen[2:]  # the first two try the shortest sequence alone and beside the longest
+    ran = seen[4:]  # the first four try the shortest and a middle sequence, alone and beside the longest
     assert sorted(i for batch in ran for i in batch) == list(range(len(TEXTS)))
     longest = [max(int(plan.index.n_tokens[i]) for i in batch) for batch in ran]
     assert longest == sorted(longest, reverse=True)
@@ -425,12 +427,12 @@ def interrupt_after(batches: int, error: BaseException, monkeypatch: pytest.Monk
     def interrupted(*arguments: Any, **settings: Any) -> Any:
         nonlocal count
         count += 1
-        if count > batches + 2:  # two more: the shortest sequence is tried first, alone and beside the longest
+        if count > batches + 4:  # four more: two sequences are tried first, alone and beside the longest
             raise error
         return original(*arguments, **settings)
 
     monkeypatch.setattr(trial, "hidden_states", interrupted)
-    monkeypatch.setattr(trial, "check_history", lambda *_: None)  # its batches are not counted
+    monkeypatch.setattr(trial, "depends_on_history", lambda *_: None)  # its batches are not counted
 
 
 @pytest.mark.parametrize("shards", [{"tokens_per_batch": 24}, SMALL_SHARDS], ids=["one shard", "shards"])
@@ -476,7 +478,7 @@ import os, signal, sys, time
 sys.path[:0] = {tests!r}
 import test_extract
 from kr2cache.extraction import trial
-from kr2cache.models.load import load_encoder
+from kr2cache.models.stack import load_encoder
 from kr2cache.models.registry import ModelSpec, find_model
 from kr2cache.cache import writer
 from pathlib import Path
@@ -488,13 +490,13 @@ original, count = trial.hidden_states, 0
 def killed(*arguments, **settings):
     global count
     count += 1
-    if count == 4:
+    if count == 6:
         time.sleep(0.5)  # the writer's thread marks what it has
         os.kill(os.getpid(), signal.SIGKILL)
     return original(*arguments, **settings)
 
 trial.hidden_states = killed
-trial.check_history = lambda *_: None  # its batches are not counted
+trial.depends_on_history = lambda *_: None  # its batches are not counted
 test_extract.extracted({model!r}, Path({cache!r}), tokens_per_batch=24)
 """
 
@@ -621,7 +623,7 @@ def test_a_disk_too_small_is_said_before_the_model_is_loaded(
 
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: DiskUsage(10_000, 9_000, 1_000))
-        patch.setattr(extract, "open_model", not_yet)
+        patch.setattr(trial, "open_resource", not_yet)
         with pytest.raises(DiskSpaceError, match="free") as caught:
             extracted(lively, tmp_path / "cache")
         assert "--layers last4" in caught.value.remedy
@@ -662,24 +664,32 @@ def big_bird(folder: Path, **settings: Any) -> Path:
     return tiny.save_model(folder, "big_bird", block_size=4, num_random_blocks=1, **LIVELY, **settings)
 
 
-def test_a_model_that_a_short_text_changes_is_refused(tmp_path: Path) -> None:
-    folder = big_bird(tmp_path / "model")
+def test_states_of_a_model_that_a_short_text_changes_depend_on_nothing_else(tmp_path: Path) -> None:
+    folder, texts = big_bird(tmp_path / "model"), [*TEXTS, LONG]
     # Independently: the same text before and after a short one.
     model, ids = AutoModel.from_pretrained(folder).eval(), torch.arange(60)[None] % 40 + 5
     with torch.no_grad():
         before, _, after = (model(input_ids=one).last_hidden_state for one in (ids, ids[:, :6], ids))
     assert (before - after).abs().max() > 0.1
-    with pytest.raises(UnsupportedModelError, match=r"'model' \(big_bird\).*if other texts ran before") as caught:
-        extracted(folder, tmp_path / "cache", [*TEXTS, LONG])
-    assert '"attention_type": "original_full"' in caught.value.remedy
-    assert not list(tmp_path.rglob("*.h5"))
-    # What its texts never switch is right, and so is what cannot switch.
-    short = extracted(folder, tmp_path / "cache", TEXTS)
-    assert_states(short, states_alone(folder, TEXTS), rounding=ROUNDING["float16"])
-    fields = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(fields | {"attention_type": "original_full"}))
-    full = extracted(folder, tmp_path / "cache", [*TEXTS, LONG])
-    assert_states(full, states_alone(folder, [*TEXTS, LONG]), rounding=ROUNDING["float16"])
+    cache = extracted(folder, tmp_path / "cache", texts)
+    assert_states(cache, states_alone(folder, texts), rounding=ROUNDING["float16"])
+    assert cache.batch_plan["fresh"]
+    # What these texts never switch runs as any model.
+    assert "fresh" not in extracted(folder, tmp_path / "short", TEXTS).batch_plan
+
+
+REFORMER = {
+    "attn_layers": ["local", "lsh"],
+    "attention_head_size": 8,
+    "axial_pos_embds": False,
+    "feed_forward_size": 32,
+    "is_decoder": False,
+    "local_attn_chunk_length": 8,
+    "lsh_attn_chunk_length": 8,
+    "num_buckets": 4,
+    "num_hashes": 1,
+    "hash_seed": None,
+}
 
 
 @pytest.mark.parametrize(
@@ -709,38 +719,54 @@ def test_any_memory_of_what_ran_is_seen(lengths: tuple[int, ...], attribute: str
             return torch.ones(1, length, 4), torch.full((1, length, 4), 1.0 + memory)
 
     model: Any = Remembers()
-    with pytest.raises(UnsupportedModelError, match="layer 1 moves by"):
-        check_repeatable(model, np.array(lengths), lambda one, i: one(lengths[i]), "it")
+    moved = depends_on_history(model, np.array(lengths), lambda one, i: one(lengths[i]), "it")
+    assert moved is not None
+    assert moved.startswith("layer 1 moves by")
     assert model.memory == 0, "copies ran"
 
 
-def test_a_cache_of_such_a_model_is_neither_resumed_nor_repaired(
+def test_a_model_that_draws_random_numbers_is_refused(tmp_path: Path) -> None:
+    folder = tiny.save_model(tmp_path / "model", "reformer", **REFORMER)
+    with pytest.raises(UnsupportedModelError, match=r"'model' \(reformer\) gives other states .* each time") as caught:
+        extracted(folder, tmp_path / "cache")
+    assert "hash_seed" in caught.value.remedy
+    assert not list(tmp_path.rglob("*.h5"))
+
+
+def test_a_cache_of_such_a_model_is_resumed_and_repaired_with_the_same_bytes(tmp_path: Path) -> None:
+    folder, texts = big_bird(tmp_path / "model"), [*TEXTS, LONG]
+    cache = extracted(folder, tmp_path / "cache", texts)
+    (shard,), whole = cache.folder.glob("*.h5"), shard_bytes(cache)
+    for mend in (
+        lambda: extracted(folder, tmp_path / "cache", texts),
+        lambda: repair(RepairConfig(folder=cache.folder, resource=str(folder), device="cpu")),
+    ):
+        with h5py.File(shard, "r+") as file:
+            file["examples/complete"][2] = 0
+        mend()
+        assert shard_bytes(cache) == whole
+
+
+def test_a_cache_that_was_made_without_regard_to_it_is_neither_resumed_nor_repaired(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, texts = big_bird(tmp_path / "model"), [*TEXTS, LONG]
     with monkeypatch.context() as patch:  # as version 0.1 without the check made it
-        patch.setattr(trial, "check_history", lambda *_: None)
+        patch.setattr(trial, "depends_on_history", lambda *_: None)
         cache = extracted(folder, tmp_path / "cache", texts)
     (shard,) = cache.folder.glob("*.h5")
     assert extract.extract(plan_of(folder, tmp_path / "cache", texts)).cache == cache.folder, "complete, it is found"
     with h5py.File(shard, "r+") as file:
         file["examples/complete"][2] = 0
     before = shard_bytes(cache)
-    with pytest.raises(UnsupportedModelError, match="interrupted or repaired cache would mix both"):
+    with pytest.raises(UnsupportedModelError, match="it would mix both"):
         extracted(folder, tmp_path / "cache", texts)
-    with pytest.raises(UnsupportedModelError, match="interrupted or repaired cache would mix both"):
+    with pytest.raises(UnsupportedModelError, match="it would mix both"):
         repair(RepairConfig(folder=cache.folder, resource=str(folder), device="cpu"))
     assert shard_bytes(cache) == before
 
 
 # Models that cannot serve --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("model_type", ["t5", "bart"])
-def test_an_encoder_decoder_is_refused(model_type: str, tmp_path: Path) -> None:
-    folder = tiny.save_model(tmp_path / "model", model_type)
-    with pytest.raises(UnsupportedModelError, match=f"{model_type}.*encoder-decoder"):
-        extracted(folder, tmp_path / "cache")
 
 
 def test_a_model_that_fails_on_its_first_text_is_refused_by_name(tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[Batch]:
         return HIDDEN_STATES(encoder, index, sequences, **settings)
 
     monkeypatch.setattr(trial, "hidden_states", recording)
-    monkeypatch.setattr(trial, "check_history", lambda *_: None)  # its batches are not planned ones
+    monkeypatch.setattr(trial, "depends_on_history", lambda *_: None)  # its batches are not planned ones
     return batches
 
 

@@ -32,7 +32,7 @@ from kr2cache.extraction.packing import Packer
 from kr2cache.extraction.planning import ExtractPlan
 from kr2cache.extraction.repair import RepairConfig, repair
 from kr2cache.fusion import parse_fusion
-from kr2cache.models.load import load_encoder
+from kr2cache.models.stack import load_encoder
 from kr2cache.models.states import hidden_states
 from kr2cache.prediction.predict import Predictor
 from kr2cache.training.batches import SplitData

@@ -31,7 +31,7 @@ from kr2cache.cache.shard import open_shard
 from kr2cache.extraction.extract import extract, fill_shards
 from kr2cache.extraction.planning import ExtractPlan
 from kr2cache.models.encode import length_sorted_batches
-from kr2cache.models.load import open_encoder
+from kr2cache.models.stack import open_encoder
 from kr2cache.models.states import hidden_states
 from kr2cache.store.sharing import SharedShards
 from kr2cache.system.device import choose_device

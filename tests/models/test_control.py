@@ -23,8 +23,8 @@ from kr2cache.errors import CacheMismatchError, ConfigError, KR2CacheError
 from kr2cache.experiment.pipeline import describe_training
 from kr2cache.models.control import drawn_by
 from kr2cache.models.digests import known_digests, open_model
-from kr2cache.models.load import load_encoder
 from kr2cache.models.registry import ModelSpec, find_model
+from kr2cache.models.stack import load_encoder
 from kr2cache.prediction.predict import Predictor
 from kr2cache.report import report
 from kr2cache.tasks.udpos import UdPos

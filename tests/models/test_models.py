@@ -52,11 +52,11 @@ from kr2cache.models.load import (
     encoder_shape,
     explained,
     load_config,
-    load_encoder,
     load_pretrained,
     max_positions,
 )
 from kr2cache.models.registry import REGISTRY, ModelSpec, find_model, known_models
+from kr2cache.models.stack import load_encoder
 from kr2cache.models.tokenizers import load_tokenizer, pad_id
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
@@ -379,13 +379,6 @@ def test_a_checkpoint_without_a_pooler_is_complete(tmp_path: Path) -> None:
     assert len(left) < len(weights)
     save_file(left, folder / "model.safetensors", metadata={"format": "pt"})
     assert weights_digest(load_encoder(find_model(str(folder), {}))) == whole
-
-
-def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:
-    folder = tiny.save_model(tmp_path / "t5", seed=0)
-    (folder / "config.json").write_text(json.dumps({"model_type": "t5", "d_model": 16, "num_layers": 2}))
-    with pytest.raises(UnsupportedModelError, match=r"t5.*encoder-decoder"):
-        load_encoder(find_model(str(folder), {}))
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])

@@ -1,0 +1,161 @@
+"""Weights in bfloat16, and spread over devices: what runs, which cache fits, and what is recorded."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import tiny
+import torch
+from accelerate import cpu_offload
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoTokenizer
+from world import World
+
+from kr2cache.cache.reader import FeatureCache
+from kr2cache.cli import run
+from kr2cache.config import ExtractConfig
+from kr2cache.errors import ConfigError, UnknownNameError
+from kr2cache.experiment.checks import check_names
+from kr2cache.extraction.checks import check_extraction
+from kr2cache.extraction.planning import plan_extraction
+from kr2cache.extraction.repair import RepairConfig, repair
+from kr2cache.models.digests import open_model, weights_digest
+from kr2cache.models.registry import ModelSpec
+from kr2cache.models.repeatable import as_loaded
+from kr2cache.models.stack import load_encoder
+from kr2cache.prediction.predict import Predictor
+from kr2cache.prediction.texts import read_lines
+from kr2cache.store import provenance
+
+
+def in_bfloat16(model: Path) -> None:
+    """Store the weights of a folder in bfloat16."""
+    weights = {name: tensor.bfloat16() for name, tensor in load_file(model / "model.safetensors").items()}
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_states_are_those_of_a_model_in_bfloat16(world: World) -> None:
+    cache = FeatureCache.open(world.extract(dtype="float32", weights_dtype="bfloat16").cache)
+    model = AutoModel.from_pretrained(world.resource, dtype=torch.bfloat16).eval()
+    exact = AutoModel.from_pretrained(world.resource, dtype=torch.float32).eval()
+    away = []
+    for name in cache.ids:
+        position = int(cache.find([name])[0])
+        tokens = cache.tokens()
+        ids = tokens.input_id[tokens.first_token[position] : tokens.first_token[position + 1]]
+        with torch.no_grad():
+            theirs, precise = (
+                torch.cat(
+                    one(input_ids=torch.from_numpy(ids.astype(np.int64))[None], output_hidden_states=True).hidden_states
+                )
+                .float()
+                .numpy()
+                for one in (model, exact)
+            )
+        # A batch of another shape rounds otherwise, but far less than bfloat16 weights differ from float32 ones.
+        np.testing.assert_allclose(cache[name], theirs, atol=3e-2 * float(np.abs(theirs).max()))
+        away.append((np.abs(cache[name] - theirs).mean(), np.abs(cache[name] - precise).mean()))
+    assert np.mean([one for one, _ in away]) < 0.5 * np.mean([other for _, other in away])
+
+
+def test_a_bfloat16_checkpoint_is_the_same_model_in_both_dtypes(world: World) -> None:
+    in_bfloat16(world.resource)
+    spec = ModelSpec(name="res", path=world.resource)
+    small, large = open_model(spec, "bfloat16"), open_model(spec)
+    assert {weight.dtype for weight in small.encoder.parameters()} == {torch.bfloat16}
+    assert small.digests == large.digests
+    made = [FeatureCache.open(world.extract(**more).cache) for more in ({}, {"weights_dtype": "bfloat16"})]
+    assert made[0].provenance["found"] == made[1].provenance["found"]
+    assert made[0].fingerprint != made[1].fingerprint
+    assert "weights_dtype" not in made[0].provenance["chosen"], "as older versions have it"
+    assert made[1].provenance["chosen"]["weights_dtype"] == "bfloat16"
+    for cache in made:
+        assert provenance.contradictions(cache) == []
+
+
+def test_a_cache_of_the_other_dtype_is_another_cache(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also where the checkpoint is float32, so that both have other digests."""
+    float32 = world.train(epochs=1.0).runs[0]
+    folders = set(world.cache_folders())
+    bfloat16 = world.train(epochs=1.0, weights_dtype="bfloat16").runs[0]
+    assert folders < set(world.cache_folders())
+    assert bfloat16.folder.parent != float32.folder.parent
+    assert world.train(epochs=1.0, weights_dtype="float32").runs[0].seconds is None, "it is there already"
+    assert world.train(epochs=1.0).runs[0].folder == float32.folder, "float32 is the default where both exist"
+    assert world.train(epochs=1.0, weights_dtype="bfloat16", extract=False).runs[0].folder == bfloat16.folder
+    capsys.readouterr()
+    assert run(["cache", "list", "--cache-dir", str(world.caches)]) == 0
+    assert "stale" not in capsys.readouterr().out
+
+
+def test_a_training_takes_the_dtype_of_the_caches_and_so_does_predict(
+    world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for split in ("train", "dev", "test"):
+        world.extract(split, weights_dtype="bfloat16")
+    trained = world.train(epochs=1.0, extract=False).runs[0]
+    predictor = Predictor.load(trained.folder, device="cpu")
+    assert predictor.resource is not None
+    assert predictor.resource.encoder.dtype == torch.bfloat16
+    predictor(read_lines(predictor.task, ["das haus und ich"]))
+    capsys.readouterr()
+    assert run(["cache", "info", str(world.cache_folders()[0])]) == 0
+    assert "in bfloat16, the dtype of its weights" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_repair_gives_the_same_bytes(world: World) -> None:
+    folder = world.extract(weights_dtype="bfloat16").cache
+    (shard,) = folder.glob("*.h5")
+    before = shard.read_bytes()
+    with h5py.File(shard, "r+") as file:
+        file["examples/complete"][3] = 0
+    repair(RepairConfig(folder=folder, resource=str(world.resource), device="cpu"))
+    assert shard.read_bytes() == before
+
+
+# Device maps ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_device_map_on_a_machine_without_a_gpu_gives_the_same_cache(world: World) -> None:
+    plain = world.extract().cache
+    (shard,) = plain.glob("*.h5")
+    before = shard.read_bytes()
+    shutil.rmtree(plain)
+    mapped = world.extract(device="auto", device_map="auto")
+    assert (mapped.cache, mapped.computed) == (plain, 12)
+    if not torch.cuda.is_available():
+        assert shard.read_bytes() == before
+
+
+def test_weights_that_are_not_on_their_device_are_hashed_and_run(tmp_path: Path) -> None:
+    """As accelerate leaves a layer that does not fit: its weights come when it runs."""
+    spec = ModelSpec(name="m", path=tiny.save_model(tmp_path / "m", "t5", d_model=16, d_kv=8, d_ff=32, num_heads=2))
+    plain = load_encoder(spec)
+    offloaded = cpu_offload(copy.deepcopy(plain), torch.device("cpu"))
+    assert {weight.device.type for weight in offloaded.parameters()} == {"meta"}
+    assert weights_digest(offloaded) == weights_digest(plain)
+    ids = AutoTokenizer.from_pretrained(spec.path)("das haus", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        expected = plain(input_ids=ids).last_hidden_state
+        for model in (offloaded, as_loaded(offloaded), offloaded):
+            assert torch.equal(model(input_ids=ids).last_hidden_state, expected)
+
+
+def config(world: World, **more: str) -> ExtractConfig:
+    return ExtractConfig(resource=str(world.resource), split="train", task="udpos", data=str(world.data), **more)  # type: ignore[arg-type]
+
+
+def test_settings_that_make_no_sense_are_refused(world: World) -> None:
+    for wrong in ({"weights_dtype": "bfloat61"}, {"device_map": "autp"}):
+        name = next(iter(wrong.values()))
+        with pytest.raises(UnknownNameError, match=name):
+            check_extraction(config(world, **wrong))
+        with pytest.raises(UnknownNameError, match=name):
+            check_names(world.config(device="auto", **wrong))
+    with pytest.raises(ConfigError, match="--device cpu has no meaning"):
+        plan_extraction(config(world, device_map="auto", device="cpu"))

@@ -1,0 +1,242 @@
+"""Every architecture of transformers' ``AutoModel``, as a tiny random model: can it be a resource?
+
+``python tests/models/architectures.py [NAME ...]`` tries them and prints a table in Markdown.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+import tempfile
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import numpy as np
+import tiny
+import torch
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+from transformers.utils import logging
+
+from kr2cache.cache.reader import FeatureCache
+from kr2cache.config import ExtractConfig
+from kr2cache.errors import KR2CacheError, UnsupportedModelError
+from kr2cache.extraction.extract import extract
+from kr2cache.extraction.planning import plan_extraction
+from kr2cache.models.load import load_config
+from kr2cache.models.registry import ModelSpec
+from kr2cache.models.stack import find_stack
+from kr2cache.system.console import console
+
+NAMES = tuple(sorted(MODEL_MAPPING_NAMES))
+"""``model_type`` of every architecture."""
+TEXTS = ("das haus", "ich", "und the dog ran 7", "über schön zwölf nebenan there das ich", "the dog")
+TOLERANCE = 1e-4
+"""Between a state of the cache and transformers' own, relative to the largest state of the layer."""
+MOST_WEIGHTS = 80_000_000
+"""A model with more is not tiny."""
+
+
+# Tiny configurations --------------------------------------------------------------------------------------------------
+
+LAYERS, WIDTH, HEADS, WORDS, UNUSED = 2, 32, 2, len(tiny.VOCABULARY), 4
+"""UNUSED is a token that no text has: it stands for pictures."""
+LAYER_COUNT = r"(num|n)_?(hidden|encoder|decoder)?_?layers?|(encoder|decoder)_layers|depth|num_blocks"
+SIZES: tuple[tuple[str, int], ...] = (
+    (r".*vocab_size.*|.*num_embeddings", WORDS),
+    (r"pad_token_id", tiny.PAD_ID),
+    (r".*_token_(id|index)|.*_(start|end)_id", UNUSED),
+    (r"max_position_embeddings|n_positions|max_seq_len.*|.*_positions|seq_len(gth)?", 128),
+    (r".*(num|n)_.*experts_per_tok.*|(moe|router)?_?top_?k.*|topk_group|n_group", 1),
+    (r".*(num|n)_.*experts", 2),
+    (r".*head_dim|.*_head_size|d_kv|d_head|.*channels_per_head", WIDTH // HEADS),
+    (r".*heads.*|n_head", HEADS),
+    (LAYER_COUNT, LAYERS),
+    (r"hidden_sizes?|d_model|n_embd|.*dim|.*width|embedding_size|.*hidden_size", WIDTH),
+    (r".*(intermediate|ffn|inner|mlp|feed_forward|d_ff).*", 2 * WIDTH),
+    (r"image_size|.*resolution.*", 16),
+    (r"patch_size", 8),
+)
+"""Fields by what their names say, and a tiny value."""
+KEPT = re.compile(r".*(eps|range|theta|factor|scale|id2label|label2id|dropout|version|std).*")
+
+
+MORE: dict[str, dict[str, Any]] = {
+    "bamba": {"mamba_d_head": 32},
+    "falcon_h1": {"mamba_d_head": 32, "mamba_d_ssm": 64},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "granitemoehybrid": {"mamba_d_head": 32},
+    "mamba2": {"head_dim": 32},
+}
+"""Fields of one architecture that its other fields have to fit."""
+
+
+def tiny_config(name: str) -> PretrainedConfig:
+    """The architecture's own configuration with tiny numbers."""
+    fields = _shrunk(AutoConfig.for_model(name).to_dict())
+    config: PretrainedConfig = AutoConfig.for_model(name, **(fields | MORE.get(name, {})))
+    config.architectures = config.architectures or []  # AutoModel cannot choose between two classes without it
+    return config
+
+
+def _shrunk(fields: dict[str, Any]) -> dict[str, Any]:
+    layers = next((fields[one] for one in fields if re.fullmatch(LAYER_COUNT, one) and fields[one]), None)
+    result: dict[str, Any] = {}
+    for key, value in fields.items():
+        name = str(key)
+        if name in ("model_type", "transformers_version", "architectures", "per_layer_config"):
+            continue
+        if isinstance(value, dict) and not KEPT.fullmatch(name):
+            result[key] = _shrunk(value) | ({"model_type": value["model_type"]} if "model_type" in value else {})
+        elif isinstance(value, list) and len(value) == layers:  # one value for each layer
+            result[key] = [_tiny(name, one) for one in _of_each_kind(value)]
+        else:
+            result[key] = _tiny(name, value)
+    return result
+
+
+def _of_each_kind(values: list[Any]) -> list[Any]:
+    """As many of the values as there are layers, of different kinds if there are."""
+    kinds = [one for number, one in enumerate(values) if one not in values[:number]]
+    return (kinds + values)[:LAYERS]
+
+
+def _tiny(name: str, value: Any) -> Any:
+    if KEPT.fullmatch(name) or isinstance(value, bool | float | str) or value is None:
+        return value
+    if name == "mrope_section":  # it sums to half of a head
+        return [4, 2, 2]
+    if isinstance(value, list):
+        return [_tiny(name, one) for one in value]
+    if not isinstance(value, int):
+        return value
+    for pattern, small in SIZES:
+        if re.fullmatch(pattern, name):
+            return min(value, small) if value >= 0 and "token" not in name and "vocab" not in name else small
+    return value
+
+
+# Trying ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of an architecture as a resource."""
+
+    name: str
+    kind: str
+    """``equal`` to transformers, ``differs``, ``refused`` with an explanation, ``failed`` without one, or ``large``: no
+    tiny model could be made."""
+    text: str = ""
+    """The explanation, or the difference."""
+
+
+def try_resource(name: str, folder: Path) -> Outcome:
+    """Make a tiny model, extract a few texts beside each other, and compare with each text alone in transformers.
+
+    Args:
+        folder: An empty folder.
+    """
+    try:
+        config, untiny = tiny_config(name), ""
+    except Exception as error:
+        config, untiny = AutoConfig.for_model(name), f"no tiny configuration: {_said(error)}"
+    model = folder / "model"
+    try:
+        config.save_pretrained(model)
+        tiny.tokenizer().save_pretrained(model)
+        (model / "model.safetensors").touch()
+        plan_extraction(settings(model, folder))
+        (model / "model.safetensors").unlink()
+        if too_large := untiny or _save_weights(config, model):
+            return Outcome(name, "large", too_large)
+        worst = difference(extract(settings(model, folder)).cache, model)
+    except UnsupportedModelError as error:
+        return Outcome(name, "refused", error.message)
+    except KR2CacheError as error:
+        return Outcome(name, "refused", f"{type(error).__name__}: {error.message}")
+    except Exception as error:
+        return Outcome(name, "failed", _said(error))
+    return Outcome(name, "equal" if worst <= TOLERANCE else "differs", f"{worst:.1e}")
+
+
+def settings(model: Path, folder: Path, **more: Any) -> ExtractConfig:
+    """Settings that extract ``TEXTS``; corpus and caches go into ``folder``."""
+    corpus = folder / "corpus"
+    corpus.mkdir(exist_ok=True)
+    words = [[(word, "NOUN") for word in text.split()] for text in TEXTS]
+    (corpus / "train.conllu").write_text(tiny.conllu(words), "utf-8")
+    fields: dict[str, Any] = {
+        "resource": str(model),
+        "split": "train",
+        "task": "udpos",
+        "data": str(corpus),
+        "max_length": 64,
+        "dtype": "float32",
+        "device": "cpu",
+        "cache_dir": folder / "cache",
+    }
+    return ExtractConfig(**(fields | more))
+
+
+def _save_weights(config: PretrainedConfig, folder: Path) -> str:
+    """Save a random model; returns why not, if it is too large or cannot be made."""
+    with torch.device("meta"):
+        weights = sum(one.numel() for one in AutoModel.from_config(config).parameters())
+    if weights > MOST_WEIGHTS:
+        return f"{weights:,} weights"
+    torch.manual_seed(0)
+    AutoModel.from_config(config).save_pretrained(folder)
+    return ""
+
+
+def difference(cache_folder: Path, model: Path, dtype: torch.dtype = torch.float32) -> float:
+    """The largest difference between the cache and transformers' own states of each text alone, relative to the largest
+    state of the layer. Each text runs in the whole model, loaded anew.
+    """
+    cache, tokenizer = FeatureCache.open(cache_folder), AutoTokenizer.from_pretrained(model)
+    worst = 0.0
+    for number, text in enumerate(TEXTS):
+        whole = AutoModel.from_pretrained(model, dtype=dtype).eval()
+        ids = tokenizer(text, return_tensors="pt")["input_ids"]
+        writes = "decoder_input_ids" in inspect.signature(whole.forward).parameters
+        more = {"decoder_input_ids": ids} if writes else {}
+        with torch.no_grad():
+            try:
+                output = whole(input_ids=ids, output_hidden_states=True, return_dict=True, **more)
+            except (AttributeError, TypeError, ValueError):  # it wants a picture too: its part that reads text, alone
+                part = find_stack(ModelSpec(name="m", path=model), load_config(ModelSpec(name="m", path=model))).path
+                output = whole.get_submodule(part)(input_ids=ids, output_hidden_states=True, return_dict=True)
+                writes = False
+        states = output.encoder_hidden_states if writes else output.hidden_states
+        ours = cache[cache.ids[number]]
+        assert len(ours) == len(states)
+        for layer, expected in zip(ours, states, strict=True):
+            assert layer.shape == expected.shape[1:]
+            largest = float(expected.abs().max()) or 1.0
+            worst = max(worst, float(np.abs(layer - expected[0].float().numpy()).max()) / largest)
+    return worst
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def main() -> None:
+    console.quiet = True
+    logging.set_verbosity_error()
+    warnings.simplefilter("ignore")
+    print("| architecture | extract | |\n|---|---|---|")
+    for name in sys.argv[1:] or NAMES:
+        with tempfile.TemporaryDirectory() as folder:
+            outcome = try_resource(name, Path(folder))
+        print(f"| {outcome.name} | {outcome.kind} | {outcome.text} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
