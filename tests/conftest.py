@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
 
@@ -60,6 +62,19 @@ def programs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     """
     if request.param == "forked":
         monkeypatch.setattr(subprocess, "Popen", ForkedPython)
+
+
+@pytest.fixture
+def looked_up(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The hosts that the test looks up. None is found, as without a network."""
+    hosts: list[str] = []
+
+    def look_up(host: str, *more: Any, **named: Any) -> NoReturn:
+        hosts.append(host)
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    return hosts
 
 
 @pytest.fixture(scope="session")

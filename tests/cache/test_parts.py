@@ -185,7 +185,7 @@ class States:
 
 
 @FORKING
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.long)])
 def test_data_loader_workers_read_all_folders(tmp_path: Path, method: str) -> None:
     from torch.utils.data import DataLoader
 

@@ -301,7 +301,7 @@ def test_another_process_reads_the_same(folder: Path, method: str) -> None:
 
 
 @FORKING
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.long)])
 def test_data_loader_workers_read_the_same(folder: Path, method: str) -> None:
     from torch.utils.data import DataLoader
 
@@ -792,7 +792,7 @@ def test_a_name_that_promises_countless_shards_is_refused_at_once(tmp_path: Path
         [sys.executable, "-c", program, tmp_path],
         capture_output=True,
         text=True,
-        timeout=20,
+        timeout=60,
         check=False,
         env=environment,
     )

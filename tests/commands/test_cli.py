@@ -578,10 +578,10 @@ def interrupt(arguments: str, ready: Callable[[], bool]) -> tuple[int, str, str]
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
         try:
-            out, err = process.communicate(timeout=20)
+            out, err = process.communicate(timeout=60)
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGABRT)  # faulthandler then shows where every thread is
-            pytest.fail(f"Ctrl-C did not end it within 20 s:\n{process.communicate()[1]}")
+            pytest.fail(f"Ctrl-C did not end it within 60 s:\n{process.communicate()[1]}")
     return process.returncode, out, err
 
 

@@ -137,7 +137,7 @@ def test_processes_that_start_together_tokenise_once(
     real = planning.tokenise
 
     def slowly(*arguments: Any) -> Any:
-        time.sleep(0.5)
+        time.sleep(0.2)
         return real(*arguments)
 
     monkeypatch.setattr(planning, "tokenise", slowly)

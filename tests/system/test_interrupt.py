@@ -49,7 +49,7 @@ def interrupted(module: str, line: str, how: str = "raised") -> subprocess.Compl
         capture_output=True,
         text=True,
         check=False,
-        timeout=30,
+        timeout=120,
     )
 
 

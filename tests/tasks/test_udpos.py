@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import random
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -615,12 +614,13 @@ def test_tags_as_text_are_read_too(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert [(e.id, e.texts, e.label) for e in examples] == expected_hub_examples("train")
 
 
-def test_hub_data_that_is_not_here_says_so_quickly(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_data_that_is_not_here_says_so_without_a_look_at_the_network(
+    workdir: Path, monkeypatch: pytest.MonkeyPatch, looked_up: list[str]
+) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", workdir / "empty")
-    started = time.monotonic()
     with pytest.raises(DataError) as caught:
         UdPos("de").read("train", None)
-    assert time.monotonic() - started < 5
+    assert looked_up == []
     assert "google/xtreme" in caught.value.message
     assert "udpos.German" in caught.value.message
     assert "HF_HOME" in caught.value.remedy

@@ -216,7 +216,7 @@ def test_a_missing_installation_of_ray_is_an_error(
 
 
 def test_a_missing_cluster_is_an_error_within_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "ANSWER_S", 2.0)
+    monkeypatch.setattr(engine, "ANSWER_S", 1.0)
     with socket.create_server(("127.0.0.1", 0)) as silent:  # it is no Ray: it accepts connections, and sends nothing
         port = silent.getsockname()[1]
         for address, why in (
@@ -231,7 +231,7 @@ def test_a_missing_cluster_is_an_error_within_seconds(monkeypatch: pytest.Monkey
                 run(describe)
             assert address in caught.value.message
             assert "RAY_ADDRESS" in caught.value.remedy
-            assert time.monotonic() - began < 10
+            assert time.monotonic() - began < 30
 
 
 @pytest.mark.parametrize(
