@@ -6,8 +6,9 @@ not depend on its size.
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import tiny
@@ -52,9 +53,7 @@ Sentences = list[tuple[str, ...]]
 def sentences(language: str, limit: int = 100) -> Sentences:
     """Words of some sentences in ``en``, ``de`` or ``ko``: of a real treebank if there is one, else of our own text."""
     treebank = SHARED / language / "test.conllu"
-    if treebank.is_file():
-        return _words_in(treebank)[:limit]
-    return own_sentences(language)[:limit]
+    return list(itertools.islice(_words_in(treebank), limit)) if treebank.is_file() else own_sentences(language)[:limit]
 
 
 def own_sentences(language: str) -> Sentences:
@@ -64,11 +63,11 @@ def own_sentences(language: str) -> Sentences:
 
 
 def everyday(split: str, language: str) -> Sentences:
-    return _words_in(EVERYDAY / split / f"{language}.conllu")
+    return list(_words_in(EVERYDAY / split / f"{language}.conllu"))
 
 
-def _words_in(path: Path) -> Sentences:
-    return [tuple(forms) for _, _, forms, _ in read_conllu(path)]
+def _words_in(path: Path) -> Iterator[tuple[str, ...]]:
+    return (tuple(forms) for _, _, forms, _ in read_conllu(path))
 
 
 def texts() -> list[str]:

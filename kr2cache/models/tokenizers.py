@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,7 +36,13 @@ def load_tokenizer(spec: ModelSpec, *, words: bool) -> PreTrainedTokenizerBase:
         arguments["config"] = config  # it decides the tokenizer's class
     with explained(spec, "tokenizer"):
         loader = _loader(spec, folder)
-        tokenizer: PreTrainedTokenizerBase = loader.from_pretrained(folder, **arguments)
+        try:
+            tokenizer: PreTrainedTokenizerBase = loader.from_pretrained(folder, **arguments)
+        except Exception as error:  # transformers then takes the file for another kind, and names what that needs
+            missing = _needed_for_sentencepiece(folder)
+            if missing is not None:
+                raise ImportError(missing) from error
+            raise
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
         raise ModelUnavailableError(
             f"The tokenizer of {spec.name!r} knows no word: {folder} holds no vocabulary (tokenizer.json, vocab.txt or "
@@ -73,6 +80,25 @@ def _loader(spec: ModelSpec, folder: Path) -> Any:
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
     return get_class_from_dynamic_module(reference, folder)
+
+
+def _needed_for_sentencepiece(folder: Path) -> str | None:
+    """What must be installed to read a vocabulary that is only a file of SentencePiece (DeBERTa-v3's spm.model)."""
+    files = [path.name for path in folder.glob("*.model")]
+    packages = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
+    missing = [package for package, module in packages.items() if not _is_installed(module)]
+    if not (files and missing) or (folder / "tokenizer.json").is_file():
+        return None
+    return (
+        f"{' and '.join(missing)} must read {files[0]}, and there is no tokenizer.json. pip install {' '.join(missing)}"
+    )
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the package that it would be in
+        return False
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:

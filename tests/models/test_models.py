@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import os
 import re
@@ -321,6 +322,22 @@ def test_a_tokenizer_without_a_vocabulary_is_refused(tmp_path: Path, model_type:
             path.unlink()
     with pytest.raises(ModelUnavailableError, match=r"partial-copy.*tokeni[sz]er"):
         load_tokenizer(find_model(str(folder), {}), words=True)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("sentencepiece") is not None, reason="sentencepiece is installed")
+def test_what_reads_a_sentencepiece_file_is_named(tmp_path: Path) -> None:
+    """DeBERTa-v3's folder on the hub has no tokenizer.json; without the package, transformers asks for another one."""
+    folder = tiny.save_model(tmp_path / "deberta-v3", "deberta-v2")
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    (folder / "tokenizer_config.json").write_text('{"do_lower_case": false, "vocab_type": "spm"}')
+    (folder / "spm.model").write_bytes(b"\n\x0e\n\x05[PAD]\x15\0\0\0\0\x18\x03")
+    with pytest.raises(
+        ModelUnavailableError, match=r"deberta-v3.* reading spm\.model .* needs sentencepiece"
+    ) as caught:
+        load_tokenizer(find_model(str(folder), {}), words=True)
+    assert "pip install sentencepiece" in caught.value.message
+    assert caught.value.remedy.startswith("Install what is missing")
 
 
 def test_remote_code_runs_only_for_the_model_that_asks_for_it() -> None:
