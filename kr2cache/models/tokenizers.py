@@ -89,9 +89,7 @@ def _needed_for_sentencepiece(folder: Path) -> str | None:
     missing = [package for package, module in packages.items() if not _is_installed(module)]
     if not (files and missing) or (folder / "tokenizer.json").is_file():
         return None
-    return (
-        f"{' and '.join(missing)} must read {files[0]}, and there is no tokenizer.json. pip install {' '.join(missing)}"
-    )
+    return f"reading {files[0]} without a tokenizer.json needs {' and '.join(missing)}: pip install {' '.join(missing)}"
 
 
 def _is_installed(module: str) -> bool:
