@@ -21,6 +21,7 @@ from kr2cache.report.significance import Comparer
 from kr2cache.report.svg import Plot
 from kr2cache.report.tables import FORMS, Table, to_rich
 from kr2cache.system.console import console, count_text
+from kr2cache.system.disk import check_writable
 
 TITLE = "kr2cache report"
 PAGE = "report.html"
@@ -76,8 +77,11 @@ def report(run_dir: Path, out: Path | None) -> Report:
 
     Raises:
         CacheError: If ``run_dir`` holds no finished run.
+        ConfigError: If the report's folder cannot be written.
     """
     found = collect(run_dir)
+    folder = run_dir / "report" if out is None else out
+    check_writable(folder, "--out")
     notes, comparer = list(found.notes), Comparer()
     tables = [table for sweep in found.sweeps for table in sweep_tables(sweep, comparer, notes)]
     outdated = stale(found.configurations)
@@ -91,7 +95,7 @@ def report(run_dir: Path, out: Path | None) -> Report:
         failures=[sentence for sweep in found.sweeps for sentence in failures(sweep)],
         notes=list(dict.fromkeys(notes)),
         found=found,
-        folder=run_dir / "report" if out is None else out,
+        folder=folder,
         files=[
             PAGE,
             *(f"{table.name}.{ending}" for table in tables for ending in FORMS),

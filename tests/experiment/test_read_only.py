@@ -34,6 +34,34 @@ def test_caches_on_a_read_only_disk_serve_every_reader(
             options = f" --cache-dir {world.caches}" if command == "list" else ""
             assert cli.run(shlex.split(f"cache {command}{options}")) == 0, capsys.readouterr()
         elsewhere = world.folder / "elsewhere"
-        command = f"cache slice {made.cache} --limit 2 --cache-dir {elsewhere}"
-        assert cli.run(shlex.split(command)) == 0, capsys.readouterr()
-        assert list(elsewhere.rglob("*.h5"))
+        for command in ("slice --limit 2", "fuse --fusion last2"):
+            assert cli.run(shlex.split(f"cache {command} {made.cache} --cache-dir {elsewhere}")) == 0
+        assert len(list(elsewhere.rglob("*.h5"))) == 2
+
+
+def test_where_nothing_can_be_written_a_trained_reader_works(
+    world: World, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Models, data, caches and runs lie on one read-only disk, as a finished experiment in an archive."""
+    run, runs = world.train(fusion="last2").runs[0].folder, world.folder / "runs"
+    made = world.cache_folders()[0]
+    with mounts.read_only(world.folder):
+        for command in (
+            f"predict --run {run} --device cpu 'ein haus'",
+            f"predict --run {run} --device cpu --file {next(world.data.glob('*test*'))}",
+            f"report {runs} --out {tmp_path_factory.mktemp('report')}",
+            f"cache info {made}",
+            f"cache verify {made}",
+        ):
+            assert cli.run(shlex.split(command)) == 0, (command, capsys.readouterr())
+        for command, option in (
+            (f"report {runs}", f"--out {runs / 'report'}"),
+            (f"cache repair {made}", f"the cache {made}"),
+            (f"cache remove --yes {made}", ""),
+        ):
+            capsys.readouterr()
+            assert cli.run(shlex.split(command)) == 1
+            said = " ".join(capsys.readouterr().err.split())
+            assert f"ConfigError: {option}" in said
+            assert "not writable" in said
+    assert made.is_dir()
