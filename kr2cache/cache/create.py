@@ -18,6 +18,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from kr2cache.cache.dtypes import SCALE_BYTES
 from kr2cache.cache.format import (
     TAIL_MARK,
     SequenceIndex,
@@ -25,10 +26,9 @@ from kr2cache.cache.format import (
     chunk_rows,
     header_copy,
     shard_name,
-    states_xxh3,
 )
 from kr2cache.cache.layout import read_layout
-from kr2cache.cache.shard import Shard, fixed_xxh3, is_structure_intact, open_shard, readable_headers
+from kr2cache.cache.shard import Shard, fixed_xxh3, is_structure_intact, open_shard, read_intact, readable_headers
 from kr2cache.errors import CacheError, CacheVersionError
 from kr2cache.system.disk import disk_error, free_bytes, reserve, sync_folder, write_whole
 
@@ -157,11 +157,11 @@ def create_shard(
 
 
 def _recover(damaged: Path, fresh: Shard, descriptor: int) -> None:
-    """Copy sequences from a damaged file: those that are marked complete, match their checksum, and have the id and
-    tokens of the new file. Both files have the same offsets, so the structures of the damaged file are not read.
+    """Copy sequences from a damaged file: those that match their checksum, and have the id and tokens of the new file.
+    They need not be marked: a process that was killed or stopped may have written them and not marked them yet. Both
+    files have the same offsets, so the structures of the damaged file are not read.
     """
-    places = {name: fresh.array_offset(name) for name in ("examples/id", "tokens/input_id", "examples/xxh3", "hidden")}
-    marks, width = fresh.array_offset("examples/complete"), fresh.header.hidden_row_bytes
+    ids, tokens = fresh.array_offset("examples/id"), fresh.array_offset("tokens/input_id")
     id_bytes = fresh.ids.dtype.itemsize
     first_token = fresh.first_row // len(fresh.header.layers)
     # Check the fingerprint: a cache of the same corpus and another model can have the same ids and tokens.
@@ -170,30 +170,20 @@ def _recover(damaged: Path, fresh: Shard, descriptor: int) -> None:
     old = os.open(damaged, os.O_RDONLY)
     try:
         for i in range(len(fresh.ids)):
-            start, stop = int(fresh.first_row[i]), int(fresh.first_row[i + 1])
-            tokens = 4 * int(first_token[i]), 4 * int(first_token[i + 1] - first_token[i])
+            start, stop = 4 * int(first_token[i]), 4 * int(first_token[i + 1])
             same = all(
                 os.pread(old, count, at) == os.pread(descriptor, count, at)
-                for at, count in (
-                    (places["examples/id"] + i * id_bytes, id_bytes),
-                    (places["tokens/input_id"] + tokens[0], tokens[1]),
-                )
+                for at, count in ((ids + i * id_bytes, id_bytes), (tokens + start, stop - start))
             )
-            if not same or os.pread(old, 1, marks + i) != b"\x01":
+            intact = read_intact(old, fresh, i) if same else None
+            if intact is None:
                 continue
-            raw = np.frombuffer(os.pread(old, (stop - start) * width, places["hidden"] + start * width), dtype=np.uint8)
-            scale = None
-            if fresh.header.stored.has_scales:
-                at = fresh.array_offset("hidden_scale") + start * 4
-                scale = np.frombuffer(os.pread(old, (stop - start) * 4, at), dtype=np.uint8)
-            digest = os.pread(old, 8, places["examples/xxh3"] + 8 * i)
-            if states_xxh3(raw, scale) != int.from_bytes(digest, "little") or len(raw) != (stop - start) * width:
-                continue
-            write_whole(descriptor, raw.data, places["hidden"] + start * width)
-            if scale is not None:
-                write_whole(descriptor, scale.data, fresh.array_offset("hidden_scale") + start * 4)
-            write_whole(descriptor, digest, places["examples/xxh3"] + 8 * i)
-            write_whole(descriptor, b"\x01", marks + i)
+            row = int(fresh.first_row[i])
+            write_whole(descriptor, intact.raw.data, fresh.array_offset("hidden") + row * fresh.header.hidden_row_bytes)
+            if intact.scale is not None:
+                write_whole(descriptor, intact.scale.data, fresh.array_offset("hidden_scale") + row * SCALE_BYTES)
+            write_whole(descriptor, intact.digest, fresh.array_offset("examples/xxh3") + 8 * i)
+            write_whole(descriptor, b"\x01", fresh.array_offset("examples/complete") + i)
     finally:
         os.close(old)
 

@@ -11,13 +11,13 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from kr2cache.cache.dtypes import DTYPES
+from kr2cache.cache.dtypes import DTYPES, SCALE_BYTES
 from kr2cache.cache.format import (
     FORMAT,
     HEADER_XXH3,
@@ -27,6 +27,7 @@ from kr2cache.cache.format import (
     ShardHeader,
     offsets,
     read_tail,
+    states_xxh3,
 )
 from kr2cache.cache.hdf5 import cache_errors, check_in_process, examine, read_rows
 from kr2cache.cache.layout import REMEDY, Layout, NotPlainError, read_layout
@@ -175,6 +176,46 @@ def _read(path: Path, layout: Layout, name: str) -> NDArray[Any]:
     if len(array) != dataset.shape[0]:
         raise CacheError(f"{path}: /{name} reaches past the end of the file.", REMEDY)
     return array
+
+
+class IntactStates(NamedTuple):
+    """The states of one sequence as a file stores them. They match their checksum."""
+
+    raw: NDArray[Any]
+    """(rows, D)"""
+    scale: NDArray[np.float32] | None
+    """(rows,) if rows have scales, else None."""
+    digest: bytes
+    """The checksum as stored, 8 bytes."""
+
+
+def read_intact(descriptor: int, shard: Shard, i: int) -> IntactStates | None:
+    """Read a sequence, whether it is marked complete or not.
+
+    Args:
+        descriptor: An open file whose data sets have the same offsets as those of ``shard``.
+        shard: A shard that the writer can complete.
+        i: Position in the shard.
+
+    Returns:
+        None if the sequence was never written, or does not match its checksum.
+    """
+    digest = os.pread(descriptor, 8, shard.array_offset("examples/xxh3") + 8 * i)
+    if digest == bytes(8):
+        return None
+    first, rows = int(shard.first_row[i]), int(shard.first_row[i + 1] - shard.first_row[i])
+    size = shard.header.hidden_row_bytes
+    values = os.pread(descriptor, rows * size, shard.array_offset("hidden") + first * size)
+    if len(values) != rows * size:
+        return None
+    raw = np.frombuffer(values, dtype=shard.header.stored.on_disk).reshape(rows, shard.header.width)
+    scale = None
+    if shard.header.stored.has_scales:
+        scales = os.pread(descriptor, rows * SCALE_BYTES, shard.array_offset("hidden_scale") + first * SCALE_BYTES)
+        if len(scales) != rows * SCALE_BYTES:
+            return None
+        scale = np.frombuffer(scales, dtype="<f4")
+    return IntactStates(raw, scale, digest) if states_xxh3(raw, scale).to_bytes(8, "little") == digest else None
 
 
 def _check_text(ids: NDArray[np.bytes_]) -> None:

@@ -3,6 +3,11 @@
 ``create`` made the shard, so HDF5 is not needed here. States are written in place with ``pwrite``, synced, and then
 marked complete. (If the disk is full, ``pwrite`` raises an error; a memory map would cause a signal.) If the machine
 loses power between two steps, work is lost, but every marked sequence is complete.
+
+What a process has passed to ``pwrite`` belongs to the system: it is not lost if the process is killed. The next writer
+finds it by its checksum (``keep_written``). So a process that is killed loses only what its own memory holds: the batch
+that the model computes, the batch that is being written, and those that wait for it (``PENDING_BATCHES`` at most; none
+if the disk is faster than the model). On a GPU, one more batch is being copied to this memory.
 """
 
 from __future__ import annotations
@@ -22,13 +27,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kr2cache.cache.format import states_xxh3
-from kr2cache.cache.shard import Shard, open_shard
+from kr2cache.cache.shard import Shard, open_shard, read_intact
 from kr2cache.errors import CacheError, ValueRangeError
 from kr2cache.system.disk import disk_error, sync, write_whole
 
 SYNC_EVERY_S = 0.5
-"""Seconds between two syncs, and so the most work that a power failure loses. The end of an extraction waits for
-unsynced bytes: with 5 seconds, this wait was a tenth of a short extraction.
+"""Seconds between two syncs. So a power failure loses the work of half a second, and of the time that a sync takes. The
+end of an extraction waits for unsynced bytes: with 5 seconds, this wait was a tenth of a short extraction.
 """
 SYNC_EVERY_BYTES = 2**26
 """Sync earlier if so many bytes are unsynced. Until the sync, the disk may be idle."""
@@ -36,8 +41,12 @@ PENDING_BATCHES = 4
 """The largest number of batches that wait for the disk. It limits memory if the disk is slower than the model."""
 
 
-def unmark(shard: Shard, sequences: Sequence[int]) -> None:
+def unmark(shard: Shard, sequences: Sequence[int], check: Callable[[], object] = lambda: None) -> None:
     """Remove the marks of damaged sequences. From then on they count as not written.
+
+    Args:
+        sequences: Positions in the shard.
+        check: Called when the file is open, before the first change. What it raises ends the work.
 
     Raises:
         CacheError: If another tool rewrote the file.
@@ -47,6 +56,7 @@ def unmark(shard: Shard, sequences: Sequence[int]) -> None:
         raise _rewritten(shard)
     descriptor = os.open(shard.path, os.O_RDWR)
     try:
+        check()
         for i in sequences:
             os.pwrite(descriptor, b"\0", offset + i)
         os.fsync(descriptor)
@@ -130,6 +140,8 @@ class ShardWriter:
         self._check = check
         self.unfinished = ~self.shard.complete
         """(n,) True for sequences of the shard that are neither complete nor passed to ``write``."""
+        self.kept = 0
+        """Sequences that ``keep_written`` found."""
         self.bytes_written = 0
         self._file = os.open(path, os.O_RDWR)
         # Ctrl-C inside a SimpleQueue leaves no lock held, so no thread can wait for ever.
@@ -157,6 +169,20 @@ class ShardWriter:
         os.close(self._file)
         if error is None:
             self._raise_failure()
+
+    def keep_written(self) -> None:
+        """Mark the sequences that an earlier process wrote and did not mark before it ended. To be called before
+        ``unfinished`` is read.
+
+        They are written once more: if a sync of the earlier process failed, the next sync would not say so.
+        """
+        n, start = len(self.unfinished), self.shard.array_offset("examples/xxh3")
+        digests = np.frombuffer(os.pread(self._file, 8 * n, start), dtype="<u8")
+        for i in np.flatnonzero(self.unfinished & (digests != 0)).tolist():
+            intact = read_intact(self._file, self.shard, i)
+            if intact is not None:
+                self.write(PackedStates([self.first + i], intact.raw, intact.scale))
+                self.kept += 1
 
     def write(self, states: PackedStates) -> None:
         """Pass a batch to the writing thread. Returns at once unless ``PENDING_BATCHES`` batches are already waiting.

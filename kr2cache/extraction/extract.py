@@ -208,10 +208,12 @@ def fill_shards(
                 BatchRunner(plan, encoder, header.batch_plan, planned, progress) as runner,
             ):
                 for held in shards.unfinished(check_interrupt):
-                    with held, held.writer() as writer:
-                        taken_over += older.copy_into(writer, progress, held.check)
-                        computed += runner.run(writer, held.check)
-                    runner.show_written(writer)
+                    with held:  # what is in it ends if another process takes the shard over
+                        with held.writer() as writer:
+                            progress.advance(writer.kept)
+                            taken_over += older.copy_into(writer, progress, held.check)
+                            computed += runner.run(writer, held.check)
+                        runner.show_written(writer)
         except KeyboardInterrupt:
             raise interrupted(shards.folder, shards.complete_count(), len(shards.index)) from None
         except ValueRangeError as error:

@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,7 @@ from kr2cache.models.encode import MissingWords, encode_examples
 from kr2cache.models.registry import ModelSpec, find_model, name_of_stored
 from kr2cache.models.tokenizers import load_tokenizer, pad_id
 from kr2cache.store import derive, folders, provenance
-from kr2cache.store.sharing import SharedShards, whole_cache
-from kr2cache.system.claims import Claim
+from kr2cache.store.sharing import HeldCache, SharedShards, whole_cache
 from kr2cache.system.console import count_text, done, note, seconds_text
 from kr2cache.system.disk import check_writable
 from kr2cache.system.process import process_unchanged
@@ -79,14 +79,14 @@ def repair(config: RepairConfig) -> RepairResult:
     started = time.monotonic()
     check_writable(config.folder, "the cache")
     mend: Callable[[], tuple[int, int]] = lambda: (0, 0)  # noqa: E731
-    with whole_cache(config.folder) as claim:
+    with whole_cache(config.folder) as held:
         found = check_cache(config.folder)
         damaged = found.damaged_ids + found.incomplete_ids
         rebuilt = [shard.path.name for shard in found.shards if shard.needs_rebuild]
         astray = bool(found.faults) or (found.intact and _contradicts_itself(config.folder))
         if damaged or rebuilt or astray:
             whole_index = not astray and not any(s.unreadable or s.index_damaged for s in found.shards)
-            mend = _mend(config, found, _header(found), claim, whole_index=whole_index)
+            mend = _mend(config, found, _header(found), held, whole_index=whole_index)
     computed, taken = mend()  # other processes may help now
     if found.damaged_ids:
         note(
@@ -129,7 +129,7 @@ def _header(found: CacheCheck) -> ShardHeader:
 
 
 def _mend(
-    config: RepairConfig, found: CacheCheck, header: ShardHeader, claim: Claim, *, whole_index: bool
+    config: RepairConfig, found: CacheCheck, header: ShardHeader, held: HeldCache, *, whole_index: bool
 ) -> Callable[[], tuple[int, int]]:
     """Remove the marks of damaged sequences, once every check has passed.
 
@@ -140,7 +140,7 @@ def _mend(
     made = provenance.found_of(header.provenance, config.folder)
     if header.fusion is not None or "converted_from" in header.provenance.get("recorded", {}):
         source = derive.source_of(config.folder, header)
-        _remove_marks(found)
+        _remove_marks(found, held)
         return lambda: (0, derive.refill(config.folder, header, source))
     plan = _plan(config, chosen, made, header, whole_index)
     model = trial.open_resource(plan)
@@ -154,16 +154,16 @@ def _mend(
             )
     with contextlib.suppress(DeviceMemoryError):  # the damaged sequences may be shorter and fit
         trial.check_history(plan, model.encoder, header.batch_plan)
-    _remove_marks(found)
+    _remove_marks(found, held)
     shards = SharedShards(config.folder, header, plan.index)
-    shards.create(claim.folder)
+    shards.create(held.build_in)
     return lambda: fill_shards(plan, model.encoder, shards)
 
 
-def _remove_marks(found: CacheCheck) -> None:
+def _remove_marks(found: CacheCheck, held: HeldCache) -> None:
     for shard in found.shards:
         if not shard.unreadable and shard.damaged:
-            unmark(open_shard(shard.path), shard.damaged)
+            unmark(open_shard(shard.path), shard.damaged, partial(held.check, shard.path.name))
 
 
 def _model_of(config: RepairConfig, stored: str) -> ModelSpec:

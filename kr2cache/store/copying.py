@@ -101,6 +101,7 @@ def fill_from(shards: SharedShards, stored: Callable[[int], Stored], origin: str
             with interrupt_between_batches() as check_interrupt:
                 for held in shards.unfinished(check_interrupt):
                     with held, held.writer() as writer:
+                        progress.advance(writer.kept)
                         missing = (held.part.start + np.flatnonzero(writer.unfinished)).tolist()
                         written += copy_states(writer, ((i, stored(i)) for i in missing), progress, held.check)
         except KeyboardInterrupt:

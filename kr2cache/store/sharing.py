@@ -2,7 +2,7 @@
 
 Each process claims a shard that is not complete and that no other process holds, fills it, releases it, and claims the
 next shard. If a process dies, another process takes over its shard. If the first process may still be alive, the new
-one replaces the shard by a copy of its complete sequences. The first process then writes to a file that nobody reads.
+one replaces the shard by a copy of what is written in it. The first process then writes to a file that nobody reads.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from kr2cache.cache.format import SequenceIndex, ShardHeader
 from kr2cache.cache.shard import open_shard, readable_headers
 from kr2cache.cache.writer import ShardWriter
 from kr2cache.errors import CacheError, CacheVersionError
-from kr2cache.system.claims import Claim, claimed, held_units, holder, try_claim, wait_for_claim
+from kr2cache.system.claims import Claim, claimed, held_units, holder, taken_over, try_claim, wait_for_claim
 from kr2cache.system.console import note, note_waiting
 
 CACHE = "cache"
@@ -57,6 +57,7 @@ class HeldShard:
         with ShardWriter(self.part.path, self.part.start, self._check_held) as writer:
             # Check after opening: if this process was stopped before that, the file may belong to another process now.
             self._check_held()
+            writer.keep_written()
             yield writer
 
     def _check_held(self) -> None:
@@ -203,9 +204,33 @@ def existing_header(folder: Path, fingerprint: str) -> ShardHeader | None:
     return None
 
 
+@dataclass
+class HeldCache:
+    """A cache that this process holds as a whole."""
+
+    folder: Path
+    claims: dict[str, Claim]
+    """By unit: ``CACHE``, and the name of every shard."""
+
+    @property
+    def build_in(self) -> Path:
+        """Where a missing shard is made."""
+        return self.claims[CACHE].folder
+
+    def check(self, shard: str) -> None:
+        """To be called before a shard is changed in place, when its file is open. A process that takes the shard over
+        later makes a copy of the file.
+
+        Raises:
+            BusyError: If another process took the shard over.
+        """
+        if not self.claims[shard].is_held:
+            raise taken_over(self.folder)
+
+
 @contextlib.contextmanager
-def whole_cache(folder: Path, *, wait: bool = True) -> Iterator[Claim]:
-    """Claim a whole cache: inside the block, no other process writes to it. Yields the claim on ``CACHE``.
+def whole_cache(folder: Path, *, wait: bool = True) -> Iterator[HeldCache]:
+    """Claim a whole cache: inside the block, no other process writes to it.
 
     Args:
         folder: The folder of the cache.
@@ -215,8 +240,8 @@ def whole_cache(folder: Path, *, wait: bool = True) -> Iterator[Claim]:
         BusyError: If another process writes to the cache and ``wait`` is False.
     """
     with contextlib.ExitStack() as held:
-        claim = held.enter_context(claimed(folder, CACHE, wait=wait))
-        names = {path.name for path in folder.glob("shard-*.h5")} | held_units(folder)
+        claims = {CACHE: held.enter_context(claimed(folder, CACHE, wait=wait))}
+        names = {path.name for path in folder.glob("*.h5")} | held_units(folder)
         for name in sorted(names - {CACHE}):
-            held.enter_context(wait_for_claim(folder, name, wait=wait))
-        yield claim
+            claims[name] = held.enter_context(wait_for_claim(folder, name, wait=wait))
+        yield HeldCache(folder, claims)

@@ -193,7 +193,7 @@ def _decide(request: Path, unit: str, owner: Owner) -> Claim | None:
         if not rivals:
             break
         # A process with a larger token may have looked before this request existed: wait until it is a claim, or gone.
-        if time.monotonic() > until or any(not _is_request(one) or _token(one) < _token(request) for one in rivals):
+        if time.monotonic() > until or any(not _is_request(one) or one.suffix < request.suffix for one in rivals):
             _remove(request)
             return None
         time.sleep(pause)
@@ -261,11 +261,13 @@ def claimed(place: Path, unit: str = "all", *, wait: bool = True) -> Iterator[Cl
         except OSError:
             if claim.is_held:
                 raise
-            raise BusyError(
-                f"Another process took over {place}: this process was stopped, or cut off from the file system, for "
-                f"more than {TIMEOUT_S:.0f} s.",
-                "Run the same command again.",
-            ) from None
+            raise taken_over(place) from None
+
+
+def taken_over(place: Path) -> BusyError:
+    """The error of a process that lost its claim."""
+    why = f"this process was stopped, or cut off from the file system, for more than {TIMEOUT_S:.0f} s"
+    return BusyError(f"Another process took over {place}: {why}.", "Run the same command again.")
 
 
 def holder(place: Path, unit: str) -> str:
@@ -312,10 +314,6 @@ def _names(folder: Path) -> list[str]:
 
 def _is_request(claim: Path) -> bool:
     return not (claim / "alive").exists()
-
-
-def _token(claim: Path) -> str:
-    return claim.name.split(".")[-1]
 
 
 def _is_free(claim: Path) -> bool:

@@ -154,6 +154,35 @@ def test_a_sequence_is_marked_only_after_its_bytes_were_synced(
     assert tiny_cache.marked_sequences(folder, truth) == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_what_was_written_and_not_marked_is_kept_if_it_matches_its_checksum(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    truth = tiny_cache.make((3, 1, 5, 2, 4), dtype=dtype)
+    folder = tmp_path / "cache"
+    tiny_cache.create_shards(folder, truth.header, truth.index, 60)
+    with monkeypatch.context() as patch:  # as if killed before the sync
+        patch.setattr(writer_module.ShardWriter, "_mark", lambda writer, unmarked: None)
+        tiny_cache.write(folder, truth, [0, 1, 2, 3])
+    assert tiny_cache.marked_sequences(folder, truth) == []
+    path = tiny_cache.shards(folder)[-2]  # of sequence 3 only one half arrived
+    content = bytearray(path.read_bytes())
+    content[tiny_cache.byte_offset(path, "hidden_scale" if dtype == "int8" else "hidden") + 1] ^= 1
+    path.write_bytes(content)
+
+    with tiny_cache.FolderWriter(folder) as out:
+        calls = traced(monkeypatch, "pwrite", "fdatasync")
+        for shard in out.shards:
+            shard.keep_written()
+    assert sum(shard.kept for shard in out.shards) == 3
+    assert tiny_cache.marked_sequences(folder, truth) == [0, 1, 2]
+    written = sum(len(memoryview(data).cast("B")) for name, _, *rest in calls if name == "pwrite" for data in rest[:1])
+    sequence = truth.header.stored.row_bytes(truth.header.width) * len(truth.header.layers)
+    assert written == sequence * (3 + 1 + 5) + 3 * 9, "written once more, with checksum and mark"
+    tiny_cache.write(folder, truth, [3, 4])
+    assert tiny_cache.marked_sequences(folder, truth) == [0, 1, 2, 3, 4]
+
+
 def test_a_sync_that_failed_once_is_not_taken_back_by_one_that_works(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

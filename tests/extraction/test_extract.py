@@ -556,6 +556,24 @@ def test_one_extraction_at_a_time_the_second_waits_and_finds_it_done(
     assert [(one.cache, one.computed) for one in results] == [(first.cache, 0)]
 
 
+def test_a_shard_that_is_lost_before_it_is_open_is_done_later(
+    lively: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = extracted(lively, tmp_path / "whole")
+    opened, lost = ShardWriter.__init__, []
+
+    def stopped_before(writer: ShardWriter, path: Path, *more: Any) -> None:
+        if not lost:  # another process took it over meanwhile, and let it go
+            lost.append(path)
+            shutil.rmtree(claims.claims_folder(path.parent))
+        opened(writer, path, *more)
+
+    monkeypatch.setattr(ShardWriter, "__init__", stopped_before)
+    late = extracted(lively, tmp_path / "late")
+    assert f"{lost[0].name} was taken over by another process" in capsys.readouterr().out
+    assert shard_bytes(late) == shard_bytes(whole)
+
+
 # What cannot be stored -----------------------------------------------------------------------------------------------
 
 

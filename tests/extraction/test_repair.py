@@ -22,12 +22,14 @@ from kr2cache import FeatureCache
 from kr2cache.cache.check import check_cache
 from kr2cache.cache.dtypes import DTYPES
 from kr2cache.cli import run
-from kr2cache.errors import CacheError, CacheMismatchError, CacheVersionError, ConfigError
+from kr2cache.errors import BusyError, CacheError, CacheMismatchError, CacheVersionError, ConfigError
+from kr2cache.extraction import repair as repairs
 from kr2cache.extraction import trial
 from kr2cache.extraction.repair import RepairConfig, RepairResult, repair
 from kr2cache.models.encode import length_sorted_batches
 from kr2cache.store.derive import derive, plan_fusion, plan_slice
 from kr2cache.store.provenance import contradictions
+from kr2cache.system import claims
 
 Batch = tuple[int, ...]
 """Positions of the sequences that run together, over all shards."""
@@ -120,7 +122,9 @@ def begins(path: Path, name: str) -> int:
 
 
 def needed_by(path: Path, first: int = 0) -> dict[int, int]:
-    """For every byte without which a sequence is computed again: its position; the shard's begin at ``first``."""
+    """For every byte without which a sequence is computed again: its position; the shard's begin at ``first``. (Not its
+    mark: states that match their checksum are kept.)
+    """
     with h5py.File(path, "r") as file:
         rows, tokens = file["examples/first_row"][...], file["examples/n_tokens"][...]
         width = file["hidden"].dtype.itemsize * file["hidden"].shape[1]
@@ -128,7 +132,7 @@ def needed_by(path: Path, first: int = 0) -> dict[int, int]:
     token = np.concatenate([[0], np.cumsum(tokens)])
     places = {"hidden": rows * width, "tokens/input_id": 4 * token}
     count = np.arange(len(tokens) + 1)
-    places |= {"examples/xxh3": 8 * count, "examples/complete": count, "examples/id": id_bytes * count}
+    places |= {"examples/xxh3": 8 * count, "examples/id": id_bytes * count}
     if scales:
         places["hidden_scale"] = 4 * rows
     needed = {}
@@ -274,7 +278,30 @@ def test_marks_that_are_no_marks_are_mended(original: Original, place: World, ra
     ids = FeatureCache.open(good).ids
     assert sorted(result.damaged) == sorted([ids[3], ids[4]])
     assert contents(folder) == contents(good)
-    assert sorted(ran) == holding(planned(good), {3, 4})
+    assert ran == [], "their states are intact"
+
+
+def test_a_repair_that_was_stopped_removes_no_mark_of_its_successor(
+    original: Original, place: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is stopped after its check. Meanwhile another process takes the shard over, mends it and completes it."""
+    good = original()
+    folder = copied(good, tmp_path)
+    flip(shards(folder)[0], begins(shards(folder)[0], "hidden"))
+    found = check_cache
+
+    def stopped_afterwards(folder: Path) -> Any:
+        damaged = found(folder)
+        with monkeypatch.context() as later:
+            later.setattr(repairs, "check_cache", found)
+            later.setattr(claims, "TIMEOUT_S", -1.0)  # the first process is silent
+            mend(folder, place)
+        return damaged
+
+    monkeypatch.setattr(repairs, "check_cache", stopped_afterwards)
+    with pytest.raises(BusyError, match="Another process took over"):
+        mend(folder, place)
+    assert contents(folder) == contents(good)
 
 
 HEADERS = {
@@ -827,7 +854,8 @@ def test_a_derived_cache_is_mended_from_its_source(
     good, path = contents(folder), shards(folder)[0]
     hidden, marks = begins(path, "hidden"), begins(path, "examples/complete")
     for damage in ([hidden], [hidden, hidden + 2000, marks + 2], [begins(path, "examples/xxh3")]):
-        lost = {needed_by(path)[at] for at in damage}
+        needed = needed_by(path)
+        lost = {needed[at] for at in damage if at in needed}
         flip(path, *damage)
         nothing = str(tmp_path / "no-data")
         result = mend(folder, place, data=nothing)
@@ -986,7 +1014,7 @@ def test_verify_and_repair_from_the_command_line(
     assert (mended.document["cache"], sorted(mended.document["damaged"])) == (cache, sorted(ids[:2]))
     assert mended.document["rebuilt"] == [second.name, third.name]
     assert "remove their folders" in mended.people
-    assert mended.document["computed"] == sum(map(len, holding(planned(good), {0, 1})))
+    assert mended.document["computed"] == sum(map(len, holding(planned(good), {0}))), "states without a mark are kept"
     assert contents(folder) == contents(good)
     assert Answer(capsys, "cache", "verify", cache).code == 0
 

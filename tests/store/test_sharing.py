@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "cache"))
 import tiny_cache
 
 from kr2cache import FeatureCache
+from kr2cache.cache import writer as writers
 from kr2cache.cache.writer import PackedStates, ShardWriter
 from kr2cache.errors import BusyError, CacheError
 from kr2cache.store import sharing
@@ -111,16 +112,30 @@ def test_several_processes_write_each_sequence_once(
     assert tiny_cache.folder_bytes(shards.folder) == whole
 
 
-def test_the_shard_of_a_killed_process_is_filled_without_a_copy(shards: SharedShards, whole: dict[str, bytes]) -> None:
+def digest_of_first(path: Path) -> int:
+    """Where the checksum of the shard's first sequence lies."""
+    return tiny_cache.byte_offset(path, "examples/xxh3")
+
+
+def wait_for_first_digest(path: Path) -> None:
+    """It is the last thing that is written of a sequence, but for its mark."""
+    at = digest_of_first(path)
+    while not any(path.read_bytes()[at : at + 8]):
+        time.sleep(0.01)
+
+
+def test_the_shard_of_a_killed_process_is_filled_without_a_copy(
+    shards: SharedShards, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writers, "SYNC_EVERY_S", 60.0)
     child = in_child(lambda: fill(shards, pause=60))
     part = shards.parts[0]
-    while not claims.held_units(shards.folder):
-        time.sleep(0.01)
-    time.sleep(0.3)
+    wait_for_first_digest(part.path)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     inode = part.path.stat().st_ino
-    assert fill(shards) == list(range(8)), "nothing was marked yet"
+    assert shards.complete_count() == 0, "nothing was marked yet"
+    assert fill(shards) == list(range(1, 8)), "what it wrote is kept"
     assert part.path.stat().st_ino == inode
     assert tiny_cache.folder_bytes(shards.folder) == whole
 
@@ -182,6 +197,7 @@ def test_a_process_that_was_stopped_never_writes_to_the_file_of_another(
             with held.writer() as writer:
                 writer.write(states(0, other))
                 if stopped == "before it marks":
+                    wait_for_first_digest(held.part.path)
                     wait()
 
     child = in_child(late)
@@ -190,6 +206,9 @@ def test_a_process_that_was_stopped_never_writes_to_the_file_of_another(
     os.kill(child, signal.SIGSTOP)
     if stopped == "before it marks":  # remove all claims, so that no process knows of this holder
         shutil.rmtree(claims.claims_folder(shards.folder))
+        with shards.parts[0].path.open("r+b") as file:  # else its states would be kept
+            file.seek(digest_of_first(shards.parts[0].path))
+            file.write(bytes(8))
     else:
         claims.wait_for_claim(shards.folder, shards.parts[0].path.name).release()
     held = next(shards.unfinished(lambda: None))
@@ -217,6 +236,22 @@ def test_complete_sequences_in_the_shard_of_a_stopped_process_are_kept(
     assert tiny_cache.folder_bytes(shards.folder) == whole
 
 
+def test_what_a_stopped_process_wrote_and_did_not_mark_is_kept(
+    shards: SharedShards, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writers, "SYNC_EVERY_S", 60.0)
+    child = in_child(lambda: fill(shards, pause=60))
+    part = shards.parts[0]
+    wait_for_first_digest(part.path)
+    os.kill(child, signal.SIGSTOP)
+    inode = part.path.stat().st_ino
+    assert sorted(fill(shards)) == list(range(1, 8))
+    assert part.path.stat().st_ino != inode, "a copy"
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert tiny_cache.folder_bytes(shards.folder) == whole
+
+
 def test_a_damaged_shard_is_made_again_with_its_intact_sequences(
     shards: SharedShards, whole: dict[str, bytes], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -241,7 +276,8 @@ def test_a_claim_on_the_whole_cache_waits_for_every_shard(shards: SharedShards) 
     with pytest.raises(BusyError, match="is being written by"), whole_cache(shards.folder, wait=False):
         pass
     claim.release()
-    with whole_cache(shards.folder, wait=False):
+    with whole_cache(shards.folder, wait=False) as held:
+        held.check(shards.parts[0].path.name)
         for unit in (CACHE, *(part.path.name for part in shards.parts)):
             assert try_claim(shards.folder, unit) is None
 
