@@ -6,12 +6,17 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import crowd
 import kills
 import pytest
 import tiny
+
+from kr2cache.cache.writer import PackedStates, ShardWriter
+from kr2cache.store import sharing
+from kr2cache.system import claims
 
 NO_LOCKS = r"""
 #define _GNU_SOURCE
@@ -47,7 +52,45 @@ def test_many_kills_and_stops_change_no_byte(tmp_path: Path) -> None:
     report = crowd.run(60, tmp_path, seed=1)
     assert report.faults == []
     assert report.taken_over > 0
-    assert report.again > 0, "some processes were killed before their states were complete"
+    assert 0 < report.lost_most <= crowd.LOST_AT_ONCE, "some processes were killed before their states were written"
+
+
+def late_marks(patch: pytest.MonkeyPatch) -> None:
+    """Nobody asks whether the claim is still held, and a late holder has the file of its successor open."""
+    patch.setattr(sharing.HeldShard, "_check_held", lambda held: None)
+    patch.setattr(claims.Claim, "earlier_may_live", False)
+
+
+def given_twice(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(sharing, "try_claim", lambda place, unit: claims.try_claim(place, f"{unit}-{os.getpid()}"))
+
+
+def marked_early(patch: pytest.MonkeyPatch) -> None:
+    write = ShardWriter._write
+
+    def too_early(writer: ShardWriter, states: PackedStates) -> None:
+        for position in states.sequences:
+            os.pwrite(writer._file, b"\x01", writer.shard.array_offset("examples/complete") + position - writer.first)
+        write(writer, states)
+
+    patch.setattr(ShardWriter, "_write", too_early)
+
+
+def not_kept(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(ShardWriter, "keep_written", lambda writer: None)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("broken", "seen_in"),
+    [(late_marks, "wrong"), (given_twice, "twice"), (marked_early, "wrong"), (not_kept, "wasted")],
+)
+def test_a_fault_of_the_code_is_seen(
+    broken: Callable[[pytest.MonkeyPatch], None], seen_in: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken(monkeypatch)
+    report = crowd.run(60, tmp_path, seed=3)
+    assert getattr(report, seen_in), report.faults
 
 
 @pytest.fixture
