@@ -5,11 +5,16 @@ share the manifest ``RUN_DIR/sweeps/NAME.json``. It says which run belongs to wh
 any time. While processes work, each cell in the manifest also has
 
     done        true once the runs of the cell exist. Runs of earlier sweeps do not count: the data may have changed
-    failed_by   the processes that tried the cell and failed
+    taken_by    the processes that began to train the cell
+    failed_by   the processes that tried the cell and failed, or died in it
     not_for     the processes that cannot train the cell, as their checks found
 
+A process died in a cell if it took the cell, left no result and does not hold the cell any more: the system killed it
+because memory was too small, or it crashed. The next process that takes the cell counts this as a failure.
+
 A cell is settled if it is done, if two processes failed, or if no process is left that may try it. The first process
-that joins starts a new manifest. The last process that leaves removes the three entries.
+that joins starts a new manifest. The last process that leaves removes the four entries. Only a death is remembered: its
+cell comes last in the next sweep. Otherwise it could end every sweep before the other cells are trained.
 """
 
 from __future__ import annotations
@@ -21,27 +26,35 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Self
 
 from kr2cache.errors import BusyError, KR2CacheError
 from kr2cache.experiment.cells import Cell
 from kr2cache.experiment.grid import Grid
 from kr2cache.system.claims import Claim, claimed, ended_units, held_units, holder, try_claim
-from kr2cache.system.console import note
+from kr2cache.system.console import failed, note
+from kr2cache.system.interrupt import check_asked
 from kr2cache.training.runs import write_json
 
 MANIFESTS = "sweeps"
 """The folder of the manifests, in the run folder."""
 MANIFEST = "manifest"
 """The unit that a process holds while it changes the manifest."""
-PRESENT = "process-"
-"""Each process that works on the grid holds a unit whose name begins with this."""
-WORK_KEYS = ("done", "failed_by", "not_for")
+WORKER = "process-"
+"""Each process that trains cells of the grid holds a unit whose name begins with this."""
+DRIVER = "driver-"
+"""Each process that has workers for the grid holds a unit whose name begins with this."""
+WORK_KEYS = ("done", "taken_by", "failed_by", "not_for")
 """The entries that a cell has in the manifest only while processes work."""
 TRIES = 2
 """How many processes try a cell that fails."""
 LOOK_EVERY_S = 0.5
 """A process that waits for other processes checks again after so many seconds."""
+DIED = KR2CacheError(
+    "The process that trained this cell was killed, or it crashed.",
+    "If memory was too small (the system then sends SIGKILL), give a smaller --batch-size or fewer --workers.",
+)
 
 Entry = dict[str, Any]
 """One cell of the manifest."""
@@ -50,9 +63,14 @@ Entry = dict[str, Any]
 class HeldCell:
     """A cell that this process may train. The end of the ``with`` block releases it."""
 
-    def __init__(self, cell: Cell, claim: Claim) -> None:
+    def __init__(self, cell: Cell, claim: Claim, give_back: Callable[[Cell], None]) -> None:
+        """
+        Args:
+            give_back: Called if the ``with`` block ends by an error: the cell was not tried.
+        """
         self.cell = cell
         self._claim = claim
+        self._give_back = give_back
 
     @property
     def is_held(self) -> bool:
@@ -62,8 +80,14 @@ class HeldCell:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self._claim.release()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if error is not None:
+                self._give_back(self.cell)
+        finally:
+            self._claim.release()
 
 
 class SharedCells:
@@ -71,6 +95,8 @@ class SharedCells:
 
     The results of other processes (folder, error) are copied from the manifest into ``cells``.
     """
+
+    role = WORKER
 
     def __init__(self, grid: Grid, cells: Sequence[Cell], manifest: Path) -> None:
         """
@@ -83,6 +109,7 @@ class SharedCells:
         self.manifest = manifest
         self._unit = {cell: unit_of(cell) for cell in cells}
         self._process = uuid.uuid4().hex[:8]
+        self._sign = self.role + self._process
         self._entries: dict[str, Entry] = {}
         self._present: set[str] = set()
         self._presence: Claim | None = None
@@ -109,16 +136,20 @@ class SharedCells:
         """Claim the next cell. If other processes hold all cells that are left, wait.
 
         Args:
-            order: The cells that this process can train; earlier ones are tried first. A distillation is not claimed
-                before its teacher is settled.
+            order: The cells that this process can train. Cells that were tried before come last. A distillation is not
+                claimed before its teacher is settled.
 
         Returns:
             The claimed cell; None once all cells are settled.
+
+        Raises:
+            KeyboardInterrupt: If the driver asked this process to stop.
         """
         order = list(order)
         while True:
+            check_asked()
             self._refresh()
-            for cell in filter(self._is_open, order):
+            for cell in sorted(filter(self._is_open, order), key=self._count_tries):
                 if (held := self._claim(cell)) is not None:
                     return held
             left = [cell for cell in self.cells if not self.is_settled(cell)]
@@ -135,20 +166,46 @@ class SharedCells:
             until_handed_over.enter_context(claim)
             claim.fenced()  # this unit has no files: each run has its own claim
             self._refresh()
-            if not self._is_open(cell):  # another process has trained it meanwhile
+            self._count_dead(cell)
+            if not self._is_open(cell):  # another process has trained it meanwhile, or too many died in it
                 return None
+            self._begin(cell)
             until_handed_over.pop_all()
-        return HeldCell(cell, claim)
+        return HeldCell(cell, claim, self._give_back)
+
+    def _count_dead(self, cell: Cell) -> None:
+        """Count as failures the processes that died in a cell, which this process holds now."""
+        if dead := _dead_in(self._entries[self._unit[cell]]):
+            failed(f"{cell.name}: {DIED.message}")
+            cell.fail(DIED)
+            self._write_failures(cell, *dead)
+
+    def _begin(self, cell: Cell) -> None:
+        def change(entries: dict[str, Entry]) -> None:
+            entry = entries.get(self._unit[cell], cell.json())
+            entries[self._unit[cell]] = entry | _work(entry, "taken_by", self._process)
+
+        self._change(change)
+
+    def _give_back(self, cell: Cell) -> None:
+        def change(entries: dict[str, Entry]) -> None:
+            entry = entries.get(self._unit[cell], {})
+            if self._process in _dead_in(entry):
+                entry["taken_by"].remove(self._process)
+
+        self._change(change)
 
     def settle(self, cell: Cell) -> None:
         """Write the result of a cell into the manifest: the folder of its runs, or its error."""
+        if cell.error is None:
+            self._change(lambda entries: entries.update({self._unit[cell]: cell.json() | {"done": True}}))
+        else:
+            self._write_failures(cell, self._process)
 
+    def _write_failures(self, cell: Cell, *processes: str) -> None:
         def change(entries: dict[str, Entry]) -> None:
             unit = self._unit[cell]
-            if cell.error is None:
-                entries[unit] = cell.json() | {"done": True}
-            else:
-                entries[unit] = cell.json() | self._with_this_process(entries.get(unit, {}), "failed_by")
+            entries[unit] = cell.json() | _work(entries.get(unit, {}), "failed_by", *processes)
 
         self._change(change)
 
@@ -164,6 +221,9 @@ class SharedCells:
         teachers = [other for other in self.cells if other.teaches(cell)]
         failed = self._process in self._entries[self._unit[cell]].get("failed_by", ())
         return not failed and not self.is_settled(cell) and all(map(self.is_settled, teachers))
+
+    def _count_tries(self, cell: Cell) -> int:
+        return len(self._entries[self._unit[cell]].get("taken_by", ()))
 
     def _note_waiting(self, left: Sequence[Cell]) -> None:
         if self._noted_waiting:
@@ -182,27 +242,23 @@ class SharedCells:
         if not self._others():
             for cell, unit in self._unit.items():
                 # Keep the folder of an earlier sweep, so that a report shows its runs until there are new ones.
-                cell.folder = entries.get(unit, {}).get("folder") if cell.error is None else None
-            entries.clear()
+                entry = entries.pop(unit, {})
+                cell.folder = entry.get("folder") if cell.error is None else None
+                if dead := _dead_in(entry):
+                    entries[unit] = cell.json() | {"taken_by": dead[:1]}  # one: it is tried at least once
         elif entries and entries.keys() != set(self._unit.values()):
-            others = (unit for unit in held_units(self.manifest) if unit.startswith(PRESENT))
             raise BusyError(
                 f"Another version of the grid {self.grid.name} is being trained in {self.manifest.parent.parent} by "
-                f"{holder(self.manifest, next(others, ''))}.",
+                f"{holder(self.manifest, next(iter(self._others()), ''))}.",
                 "Give the same grid and options as there, or another --run-dir, or wait until it is done.",
             )
-        self._presence = try_claim(self.manifest, PRESENT + self._process)
+        self._presence = try_claim(self.manifest, self._sign)
         for cell in self.cells:
             if cell.error is None:
                 continue
             entry = entries.get(self._unit[cell], {})
-            kept = entry if "done" in entry else cell.json()
-            entries[self._unit[cell]] = kept | self._with_this_process(entry, "not_for")
-
-    def _with_this_process(self, entry: Entry, key: str) -> Entry:
-        """The ``WORK_KEYS`` of ``entry``, with this process added to the list under ``key``."""
-        work = {name: entry[name] for name in WORK_KEYS if name in entry}
-        return work | {key: [*work.get(key, ()), self._process]}
+            work = _work(entry, "not_for", self._process)
+            entries[self._unit[cell]] = (entry if "done" in entry else cell.json()) | work
 
     def _leave(self, entries: dict[str, Entry]) -> None:
         if self._presence is not None:
@@ -213,18 +269,20 @@ class SharedCells:
                 claim.release()
         if not self._others():
             for entry in entries.values():
+                dead = _dead_in(entry)
                 for key in WORK_KEYS:
                     entry.pop(key, None)
+                if dead:
+                    entry["taken_by"] = dead
 
     def _others(self) -> set[str]:
-        """The other processes that work on the grid."""
-        units = held_units(self.manifest)
-        return {unit.removeprefix(PRESENT) for unit in units if unit.startswith(PRESENT)} - {self._process}
+        """The signs of the other processes that work on the grid."""
+        return {unit for unit in held_units(self.manifest) if unit.startswith((WORKER, DRIVER))} - {self._sign}
 
     def _refresh(self) -> None:
         """Read the results of the other processes, and make sure that this process counts as working."""
         if self._presence is None or not self._presence.is_held:  # it was stopped for so long that it counted as ended
-            self._presence = try_claim(self.manifest, PRESENT + self._process)
+            self._presence = try_claim(self.manifest, self._sign)
         entries = read_manifest(self.manifest)
         if any(unit not in entries for unit in self._unit.values()):  # the file was removed or damaged
             self._change(lambda _: None)
@@ -232,7 +290,8 @@ class SharedCells:
             self._update_cells(entries)
 
     def _update_cells(self, entries: dict[str, Entry]) -> None:
-        self._present = {self._process} | self._others()
+        signs = {self._sign} | self._others()
+        self._present = {sign.removeprefix(WORKER) for sign in signs if sign.startswith(WORKER)}
         self._entries = entries
         for cell in self.cells:
             update_cell(cell, entries[self._unit[cell]])
@@ -248,6 +307,30 @@ class SharedCells:
             write_json(new, _grid_fields(self.grid) | {"cells": list(written.values())})
             new.replace(self.manifest)
         self._update_cells(written)
+
+
+class DrivenCells(SharedCells):
+    """The cells as the driver of workers sees them. It takes none. While it is there, what workers that died have found
+    out is kept, even if no worker is left.
+    """
+
+    role = DRIVER
+
+
+def _work(entry: Entry, key: str, *processes: str) -> Entry:
+    """What ``entry`` has only while processes work, with ``processes`` added under ``key``."""
+    work = {name: entry[name] for name in WORK_KEYS if name in entry}
+    return work | {key: [*work.get(key, ()), *processes]}
+
+
+def _dead_in(entry: Entry) -> list[str]:
+    """The processes that took a cell and left no result. If nobody holds the cell, they died in it."""
+    return [process for process in entry.get("taken_by", ()) if process not in entry.get("failed_by", ())]
+
+
+def count_outcomes(entries: Iterable[Entry]) -> int:
+    """How many cells are done, and how often processes failed at the others, also by dying in them."""
+    return sum(1 if "done" in entry else len(entry.get("failed_by", ())) for entry in entries)
 
 
 def read_manifest(manifest: Path) -> dict[str, Entry]:

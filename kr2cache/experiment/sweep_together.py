@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kr2cache.config import SweepWorkers
 from kr2cache.errors import InterruptedWorkError
 from kr2cache.experiment.cells import Cell
 from kr2cache.experiment.grid import Grid
-from kr2cache.experiment.shared_cells import SharedCells, read_manifest, unit_of, update_cell
+from kr2cache.experiment.shared_cells import DrivenCells, count_outcomes, read_manifest, unit_of, update_cell
 from kr2cache.experiment.sweep import Sweep, SweepResult, show_score
 from kr2cache.extraction.checks import check_workers
 from kr2cache.system.console import WorkProgress, count_text, failed
@@ -35,34 +35,34 @@ def sweep_with_workers(sweep: Sweep, workers: SweepWorkers, *, keep_going: bool 
     Raises:
         ConfigError: If the engine is not installed, or if the setting for the device names one GPU for several workers.
         KR2CacheError: The errors of ``Sweep.run``.
-        WorkerLostError: If too many workers die.
+        WorkerLostError: If too many workers die outside of cells.
     """
     for device in {cell.config.device for cell in sweep.cells}:
         check_workers(workers.engine, workers.workers, device)
     sweep.check(keep_going=keep_going)
-    with SharedCells(sweep.grid, sweep.cells, sweep.manifest):
-        pass  # this writes the manifest, and removes what a killed sweep left in it
     result = SweepResult(grid=sweep.grid, manifest=sweep.manifest, cells=sweep.cells)
-    share = Share(sweep.grid, sweep.cells, sweep.keep_readers)
+    # The cells as they are now: an error that other processes of this sweep met must not keep the workers from trying.
+    share = Share(sweep.grid, [replace(cell) for cell in sweep.cells], sweep.keep_readers)
     with WorkProgress(sweep.grid.title, "cells", len(sweep.cells)) as progress:
         progress.advance(len(result.failed), count_text(workers.workers, "worker"))
         display = _Display(result, progress)
-        try:
-            run_workers(
-                workers.engine,
-                workers.workers,
-                train_share,
-                share,
-                watch=display.update,
-                gpus_per_worker=workers.gpus_per_worker,
-            )
-        except KeyboardInterrupt:
-            raise InterruptedWorkError(
-                f"Interrupted. The sweep {sweep.grid.name} stopped after {display.shown_count} of "
-                f"{count_text(len(sweep.cells), 'cell')}.",
-                "Run the same command again: it skips finished runs.",
-            ) from None
-        display.finish()
+        with DrivenCells(sweep.grid, sweep.cells, sweep.manifest):
+            try:
+                run_workers(
+                    workers.engine,
+                    workers.workers,
+                    train_share,
+                    share,
+                    watch=display.update,
+                    gpus_per_worker=workers.gpus_per_worker,
+                )
+            except KeyboardInterrupt:
+                raise InterruptedWorkError(
+                    f"Interrupted. The sweep {sweep.grid.name} stopped after {display.shown_count} of "
+                    f"{count_text(len(sweep.cells), 'cell')}.",
+                    "Run the same command again: it skips finished runs.",
+                ) from None
+            display.finish()
     return result
 
 
@@ -84,8 +84,12 @@ class _Display:
     def shown_count(self) -> int:
         return len(self._result.cells) - len(self._left)
 
-    def update(self) -> None:
-        """Show the cells that were done, or failed, since the last call."""
+    def update(self) -> int:
+        """Show the cells that were done, or failed, since the last call.
+
+        Returns:
+            How many outcomes there are.
+        """
         entries = read_manifest(self._result.manifest)
         for cell in list(self._left):
             entry = entries.get(unit_of(cell), {})
@@ -94,6 +98,7 @@ class _Display:
                 failed(f"{cell.name}: {entry['error']}")
             if "done" in entry:
                 self._show(cell, entry)
+        return count_outcomes(entries.values())
 
     def finish(self) -> None:
         """Show the cells that are left, and copy the results of all cells from the manifest."""

@@ -152,12 +152,15 @@ class Teacher:
             CacheError: If the teacher was given as a run and its reader is gone, or does not give the task's labels in
                 their order.
         """
-        for run in self.runs:
-            if run.reader.is_dir():
-                trusted = self._spec(run).trust_remote_code
-                reader = KReader.load(run.reader, trust_remote_code=trusted)
-                reader.check_task(self.student.job.task, run.reader)
-                return self.from_trained(reader)
+        for run in filter(lambda run: run.reader.is_dir(), self.runs):
+            try:
+                reader = KReader.load(run.reader, trust_remote_code=self._spec(run).trust_remote_code)
+            except Exception:
+                if run.reader.is_dir():
+                    raise
+                continue  # another sweep has dropped it meanwhile
+            reader.check_task(self.student.job.task, run.reader)
+            return self.from_trained(reader)
         if self.prepared is None:
             raise CacheError(
                 f"{self.runs[0].path} holds no trained reader. {self.runs[0].why_no_reader()}",

@@ -53,11 +53,12 @@ def fill_with_workers(share: Share, work: Callable[[Share], Filled]) -> Filled:
     with WorkProgress(f"{share.plan.spec.name} on {config.task}/{config.split}", "sequences") as progress:
         progress.total = len(share.plan.index) - complete
 
-        def watch() -> None:
+        def watch() -> int:
             nonlocal complete
             now = progress_on_disk.count()
             progress.advance(now - complete, count_text(config.workers, "worker"))
             complete = now
+            return 0  # a batch that kills its workers is tried by every new worker: count the losses of the whole run
 
         try:
             parts = run_workers(

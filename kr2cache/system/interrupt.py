@@ -68,6 +68,12 @@ def also_stopped_by(asked: Callable[[], bool]) -> Iterator[None]:
         _askers.remove(asked)
 
 
+def check_asked() -> None:
+    """Raise KeyboardInterrupt if a driver that cannot send a signal asked this process to stop."""
+    if any(asked() for asked in _askers):
+        raise KeyboardInterrupt
+
+
 @contextlib.contextmanager
 def interrupt_between_batches() -> Iterator[Callable[[], None]]:
     """Yields a function to call after each batch; it raises KeyboardInterrupt if Ctrl-C was pressed.
@@ -87,8 +93,9 @@ def interrupt_between_batches() -> Iterator[Callable[[], None]]:
         pressed = True
 
     def check() -> None:
-        if pressed or any(asked() for asked in _askers):
+        if pressed:
             raise KeyboardInterrupt
+        check_asked()
 
     before = signal.signal(signal.SIGINT, remember)
     try:

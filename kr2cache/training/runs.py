@@ -11,6 +11,7 @@ complete.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -170,8 +171,12 @@ class RunFolder:
     # The trained reader ----------------------------------------------------------------------------------------------
 
     def drop_reader(self) -> None:
-        """Remove the trained reader; predictions and metrics stay."""
-        shutil.rmtree(self.reader, ignore_errors=True)
+        """Remove the trained reader; predictions and metrics stay. Another process sees all files of it, or none."""
+        gone = self.path / "reader.dropped"
+        with contextlib.suppress(OSError):
+            self.reader.rename(gone)
+        for folder in (gone, self.reader):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def drop_temporary_reader(self) -> None:
         """Remove the reader of a finished run, unless the run was trained to keep it."""

@@ -43,22 +43,22 @@ def run_workers(
     work: Callable[[A], R],
     argument: A,
     *,
-    watch: Callable[[], None],
+    watch: Callable[[], int],
     gpus_per_worker: float | None = None,
 ) -> list[R]:
     """Start workers that each call ``work(argument)``, and wait for them.
 
     The user sees each message once, even if every worker sends it. A worker that dies is replaced, but only a few times
-    in one run. On an error or on Ctrl-C, the workers are asked (SIGINT) to finish their current batch, and the driver
-    waits for them. A second Ctrl-C ends them at once.
+    before a unit of work is done. On an error or on Ctrl-C, the workers are asked (SIGINT) to finish their current
+    batch, and the driver waits for them. A second Ctrl-C ends them at once.
 
     Args:
         engine: A name in ``ENGINES``.
         count: How many workers.
         work: A function at the top level of a module, so that a worker can import it.
         argument: An object that can be pickled. The workers of one machine share the memory of its arrays.
-        watch: Called in this process about every half second and after the last result, to show progress. An error in
-            it stops the workers and is raised.
+        watch: Called in this process about every half second and after the last result, to show progress. It returns
+            how many units of work are done or given up. An error in it stops the workers and is raised.
         gpus_per_worker: For Ray: GPUs of each worker. 0.5 is half a GPU. None means one GPU if the cluster has GPUs.
 
     Returns:

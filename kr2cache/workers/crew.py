@@ -13,18 +13,25 @@ from kr2cache.system.interrupt import interrupt_between_batches
 
 WATCH_EVERY_S = 0.5
 MOST_REPLACED = 3
-"""The largest number of workers that are replaced in one run."""
+"""So many workers are replaced, or each worker once if there are more, before a unit of work is done."""
 
 
 class Crew(ABC):
     """The workers of one run. At the end of the ``with`` block, workers that still run are ended."""
 
-    def __init__(self) -> None:
+    def __init__(self, count: int) -> None:
+        """
+        Args:
+            count: How many workers.
+        """
+        self.count = count
         self.results: dict[int, Any] = {}
         """The result of each worker, by its place (0, 1, ...)."""
         self.shown: set[str] = set()
         """What workers sent or printed and the user saw."""
+        self._done = 0
         self._replaced = 0
+        """Workers that were replaced since ``_done`` grew."""
 
     @property
     @abstractmethod
@@ -74,9 +81,9 @@ class Crew(ABC):
             advice: What the user can do about it.
 
         Raises:
-            WorkerLostError: If ``MOST_REPLACED`` workers were replaced before.
+            WorkerLostError: If too many workers were replaced before.
         """
-        if self._replaced == MOST_REPLACED:
+        if self._replaced == max(MOST_REPLACED, self.count):
             raise WorkerLostError(
                 f"{what}, and so did {count_text(self._replaced, 'other')} before. What they completed is kept.",
                 f"{advice} Run the same command again to continue.",
@@ -84,16 +91,15 @@ class Crew(ABC):
         self._replaced += 1
         note(f"{what}; another one takes its place.")
 
+    def see_done(self, done: int) -> None:
+        """Count lost workers from 0 again if more is done than before, as ``run_workers`` says."""
+        if done > self._done:
+            self._done, self._replaced = done, 0
 
-def drive(crew: Crew, watch: Callable[[], None]) -> list[Any]:
-    """Let a crew work until it is done. ``run_workers`` describes the behaviour.
 
-    Args:
-        crew: Call this function inside the ``with`` block of the crew.
-        watch: Called about every half second.
-
-    Returns:
-        What each worker returned.
+def drive(crew: Crew, watch: Callable[[], int]) -> list[Any]:
+    """Let a crew work until it is done. ``run_workers`` describes the behaviour. Call this function inside the ``with``
+    block of the crew.
     """
     with interrupt_between_batches() as check_interrupt:
         try:
@@ -101,7 +107,7 @@ def drive(crew: Crew, watch: Callable[[], None]) -> list[Any]:
             while crew.is_working:
                 crew.listen(WATCH_EVERY_S)
                 check_interrupt()
-                watch()
+                crew.see_done(watch())
         except BaseException:
             crew.stop()
             raise

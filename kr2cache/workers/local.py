@@ -40,7 +40,7 @@ def run(
     work: Callable[[Any], Any],
     argument: Any,
     *,
-    watch: Callable[[], None],
+    watch: Callable[[], int],
     gpus_per_worker: float | None = None,
 ) -> list[Any]:
     """See ``run_workers``. ``gpus_per_worker`` has no effect: each worker sees one GPU."""
@@ -66,9 +66,8 @@ class _Worker:
 
 class _Processes(Crew):
     def __init__(self, count: int, job: IO[bytes], spans: list[tuple[int, int]]) -> None:
-        super().__init__()
+        super().__init__(count)
         self.working: list[_Worker] = []
-        self._count = count
         self._ended: list[_Worker] = []
         self._gpus = visible_gpus()
         self._job = job
@@ -91,7 +90,7 @@ class _Processes(Crew):
             worker.relay.join(EXIT_S)
 
     def start(self) -> None:
-        for place in range(self._count):
+        for place in range(self.count):
             self._start_worker(place)
 
     def listen(self, seconds: float) -> None:
@@ -166,7 +165,7 @@ class _Processes(Crew):
         # A worker can import everything that this process can import.
         environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)  # noqa: PTH109
         if not environment.get("OMP_NUM_THREADS"):
-            environment["OMP_NUM_THREADS"] = str(max(1, cores() // self._count))
+            environment["OMP_NUM_THREADS"] = str(max(1, cores() // self.count))
         if self._gpus:
             environment["CUDA_VISIBLE_DEVICES"] = self._gpus[place % len(self._gpus)]
         return environment

@@ -16,7 +16,7 @@ import threading
 from multiprocessing.connection import Connection
 from typing import Any
 
-from kr2cache.system import allocator, threads
+from kr2cache.system import allocator, interrupt, threads
 from kr2cache.system.console import as_worker
 from kr2cache.system.interrupt import interrupt_between_batches
 from kr2cache.workers.outcome import Outcome, outcome_of, sendable
@@ -35,8 +35,7 @@ def main(connection_number: int, job_number: int, driver: int) -> None:
         spans = connection.recv()
     except EOFError:  # the driver has ended already
         return
-    # If a shell started the command in the background, this process ignores Ctrl-C until here.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    interrupt.listen()  # if a shell started the command in the background, this process ignored Ctrl-C until here
     threading.Thread(target=_stop_with_driver, args=(connection, driver, done), daemon=True).start()
     sending = threading.Lock()
 

@@ -53,7 +53,7 @@ def run(
     work: Callable[[Any], Any],
     argument: Any,
     *,
-    watch: Callable[[], None],
+    watch: Callable[[], int],
     gpus_per_worker: float | None = None,
 ) -> list[Any]:
     """See ``run_workers``.
@@ -113,8 +113,7 @@ class _Worker:
 
 class _Actors(Crew):
     def __init__(self, count: int, job: Any, cpus: float, gpus: float) -> None:
-        super().__init__()
-        self._count = count
+        super().__init__(count)
         self._job = job
         self._working: list[_Worker] = []
         self._began = time.monotonic()
@@ -125,7 +124,7 @@ class _Actors(Crew):
         return bool(self._working)
 
     def start(self) -> None:
-        for place in range(self._count):
+        for place in range(self.count):
             self._start_actor(place)
 
     def listen(self, seconds: float) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import mounts
+import sweeps
 from world import World
 
 from kr2cache import cli
@@ -65,3 +66,13 @@ def test_where_nothing_can_be_written_a_trained_reader_works(
             assert f"ConfigError: {option}" in said
             assert "not writable" in said
     assert made.is_dir()
+
+
+def test_a_sweep_reads_caches_on_a_read_only_disk(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    for split in ("train", "dev", "test"):
+        world.extract(split)
+    sweeps.with_grid(world)
+    monkeypatch.chdir(world.folder)
+    with mounts.read_only(world.caches):
+        assert cli.run(["sweep", "grid.toml"]) == 0
+    assert len(sweeps.scores(world)) == 3 * len(sweeps.CELLS)

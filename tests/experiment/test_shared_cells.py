@@ -6,15 +6,35 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import is_alive, wait_until
+from sweeps import (
+    CELLS,
+    GRID,
+    LONG,
+    a_world,
+    holders,
+    kill_whoever_trains,
+    let_both_come,
+    manifest_of,
+    scores,
+    signal_in_training,
+    start,
+    table,
+    trained,
+    training,
+    wait_for,
+    with_grid,
+)
 from world import World
 
 from kr2cache import cli
@@ -24,50 +44,11 @@ from kr2cache.errors import BusyError, ConfigError, TrainingError
 from kr2cache.experiment import pipeline, shared_cells
 from kr2cache.experiment.cells import Cell, cells_of
 from kr2cache.experiment.grid import Grid, read_grid
-from kr2cache.experiment.shared_cells import SharedCells
+from kr2cache.experiment.shared_cells import DrivenCells, SharedCells
 from kr2cache.experiment.sweep import Sweep
 from kr2cache.system import claims
+from kr2cache.training.kreader import KReader
 from kr2cache.training.runs import RunFolder
-
-GRID = """
-title = "A shared table"
-[settings]
-task = "udpos"
-reader = "reader"
-resource = "res"
-data = "corpus"
-device = "cpu"
-epochs = 1
-batch-size = 4
-learning-rate = 1e-3
-seeds = [1]
-[[columns]]
-name = "X"
-[[columns]]
-name = "Y"
-batch-size = 3
-[[rows]]
-name = "KD"
-method = "kd"
-[[rows]]
-name = "KR2"
-fusion = "last4"
-[[rows]]
-name = "KResource"
-method = "kresource"
-[[rows]]
-name = "All"
-fusion = "all"
-"""
-CELLS = {f"{column} · {row}" for column in "XY" for row in ("KD", "KR2", "KResource", "All")}
-TOML = '[defaults]\ncache-dir = "cache"\n[models.res]\npath = "models/res"\n[models.reader]\npath = "models/reader"\n'
-
-
-def with_grid(world: World) -> World:
-    """The world with a grid of eight cells. The grid's paths are relative, so they are the same in every world."""
-    (world.folder / "grid.toml").write_text(GRID, "utf-8")
-    (world.folder / "kr2cache.toml").write_text(TOML, "utf-8")
-    return world
 
 
 @pytest.fixture
@@ -79,12 +60,8 @@ def here(world: World, monkeypatch: pytest.MonkeyPatch) -> World:
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory, bert: Path, reader_model: Path, corpus: Path) -> World:
     """A world in which one process has run the sweep."""
-    folder = tmp_path_factory.mktemp("alone")
-    (folder / "models").mkdir()
-    for name, there in (("models/res", bert), ("models/reader", reader_model), ("corpus", corpus)):
-        (folder / name).symlink_to(there)
-    world = with_grid(World(folder))
-    with contextlib.chdir(folder):
+    world = a_world(tmp_path_factory.mktemp("alone"), bert, reader_model, corpus)
+    with contextlib.chdir(world.folder):
         assert cli.run(["sweep", "grid.toml"]) == 0
     return world
 
@@ -102,54 +79,6 @@ def started(here: World) -> Iterator[Callable[[], subprocess.Popen[str]]]:
         yield begin
 
 
-def start(world: World, *options: str) -> subprocess.Popen[str]:
-    """One process of the sweep."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "kr2cache.cli", "sweep", "grid.toml", *options],
-        cwd=world.folder,
-        env=os.environ | {"PYTHONUNBUFFERED": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def manifest_of(world: World) -> Path:
-    return world.folder / "runs" / "sweeps" / "grid.json"
-
-
-def trained(shown: str) -> list[str]:
-    """The cells that a process worked on, in order."""
-    return re.findall(r"^─* ?\d/8 +(.+?) ─", shown, flags=re.MULTILINE)
-
-
-def table(shown: str) -> str:
-    """The table that a process shows at the end."""
-    return shown[shown.index("A shared table ─") :]
-
-
-def scores(world: World) -> dict[str, bytes]:
-    """The files with scores and predictions of every run."""
-    runs = world.folder / "runs"
-    names = ("metrics.json", "history.json", "predictions-test.jsonl")
-    return {str(path.relative_to(runs)): path.read_bytes() for name in names for path in runs.rglob(name)}
-
-
-def signal_in_training(world: World, process: subprocess.Popen[str], how: signal.Signals) -> None:
-    """Send a signal to a process once it trains a cell."""
-    while not any(str(process.pid) in holder for holder in holders(world.folder / "runs" / "udpos")):
-        assert process.poll() is None, "the process ended too early"
-        time.sleep(0.01)
-    process.send_signal(how)
-
-
-def holders(folder: Path) -> Iterator[str]:
-    """The content of the owner files of all claims on runs."""
-    for path in folder.glob("*/.seed-*.claims/*/owner.json"):
-        with contextlib.suppress(FileNotFoundError):
-            yield path.read_text("utf-8")
-
-
 # Whole sweeps --------------------------------------------------------------------------------------------------------
 
 
@@ -158,6 +87,7 @@ def test_two_processes_share_the_cells_and_show_the_same(
     here: World, alone: World, started: Callable[[], subprocess.Popen[str]]
 ) -> None:
     processes = [started(), started()]
+    let_both_come(here, *processes)
     shown = [process.communicate()[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], shown
     one, other = map(trained, shown)
@@ -241,6 +171,199 @@ def test_wrong_settings_of_workers_are_refused(
     assert cli.run(["sweep", "grid.toml", *options]) == 1
     assert options[1] in capsys.readouterr().err
     assert not (here.folder / "runs").exists()
+
+
+# Processes that are killed -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def long(here: World) -> World:
+    (here.folder / "grid.toml").write_text(LONG, "utf-8")
+    return here
+
+
+@pytest.fixture(scope="module")
+def long_scores(tmp_path_factory: pytest.TempPathFactory, bert: Path, reader_model: Path, corpus: Path) -> Any:
+    """What one process makes of the long grid."""
+    world = a_world(tmp_path_factory.mktemp("long"), bert, reader_model, corpus, LONG)
+    with contextlib.chdir(world.folder):
+        assert cli.run(["sweep", "grid.toml"]) == 0
+    return scores(world)
+
+
+@pytest.mark.long
+def test_a_process_that_is_killed_beside_another_costs_its_cell_alone(
+    long: World, long_scores: dict[str, bytes], started: Callable[[], subprocess.Popen[str]]
+) -> None:
+    one, other = started(), started()
+    let_both_come(long, one, other)
+    runs = long.folder / "runs"
+
+    def both_train() -> bool:
+        return training(long) == {one.pid, other.pid} and bool(list(runs.rglob("seed-1/metrics.json")))
+
+    wait_for(long, other, both_train)
+    one.kill()
+    finished = {path: path.stat().st_ino for path in runs.rglob("seed-1/metrics.json")}
+    lost, shown = one.communicate()[0], other.communicate()[0]
+    assert other.returncode == 0, shown
+    assert one.returncode == -signal.SIGKILL
+    killed = trained(lost)[-1]
+    assert sorted(trained(lost) + trained(shown)) == sorted([*CELLS, killed]), "no other cell was begun twice"
+    assert f"✗ {killed}: The process that trained this cell was killed, or it crashed." in shown
+    assert "8 of 8 cells filled." in shown
+    assert scores(long) == long_scores
+    assert finished and all(path.stat().st_ino == inode for path, inode in finished.items())
+    assert not list(long.folder.rglob("*.claims"))
+
+
+@pytest.mark.long
+def test_a_worker_that_is_killed_is_replaced(long: World, long_scores: dict[str, bytes]) -> None:
+    driver = start(long, "--workers", "2")
+    wait_for(long, driver, lambda: len(training(long)) == 2)
+    os.kill(min(training(long)), signal.SIGKILL)
+    shown = driver.communicate()[0]
+    assert driver.returncode == 0, shown
+    assert shown.count("was ended by SIGKILL; another one takes its place.") == 1
+    assert shown.count(": The process that trained this cell was killed, or it crashed.") == 1
+    assert "8 of 8 cells filled." in shown
+    assert scores(long) == long_scores
+    assert not list(long.folder.rglob("*.claims"))
+
+
+@pytest.mark.long
+def test_a_cell_that_kills_every_worker_is_reported_and_the_others_are_trained(
+    long: World, long_scores: dict[str, bytes]
+) -> None:
+    driver = start(long, "--workers", "2")
+    killed = kill_whoever_trains(long, "*-all-*", driver)
+    shown = driver.communicate()[0]
+    assert driver.returncode == 1, shown
+    assert len(killed) == 4, "two workers for each of two cells"
+    assert "6 of 8 cells filled." in shown
+    assert "X · All, Y · All: The process that trained this cell was killed, or it crashed." in shown
+    assert scores(long) == {path: content for path, content in long_scores.items() if "-all-" not in path}
+    again = start(long, "--workers", "2")
+    shown = again.communicate()[0]
+    assert again.returncode == 0, shown
+    assert scores(long) == long_scores
+    assert not list(long.folder.rglob("*.claims"))
+
+
+def no_worker_left(workers: set[int]) -> bool:
+    return not any(map(is_alive, workers))
+
+
+@pytest.mark.long
+def test_after_ctrl_c_and_after_the_death_of_the_driver_the_next_sweep_goes_on(
+    long: World, long_scores: dict[str, bytes]
+) -> None:
+    for how in (signal.SIGINT, signal.SIGKILL):
+        driver = start(long, "--workers", "2")
+        wait_for(long, driver, lambda: len(training(long)) == 2)
+        workers = training(long)
+        driver.send_signal(how)
+        said = driver.communicate()[0]
+        assert driver.returncode == (130 if how is signal.SIGINT else -signal.SIGKILL), said
+        if how is signal.SIGINT:
+            assert no_worker_left(workers)
+            assert not list(long.folder.rglob("*.claims"))
+        wait_until(partial(no_worker_left, workers))
+    last = start(long, "--workers", "2")
+    shown = last.communicate()[0]
+    assert last.returncode == 0, shown
+    assert "was killed, or it crashed" not in shown, "workers that were asked to stop did not die"
+    assert scores(long) == long_scores
+    assert not list(long.folder.rglob("*.claims"))
+
+
+def test_processes_that_die_in_a_cell_are_failures(
+    world: World, quick: None, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    real = pipeline.train_seed
+
+    def dying(job: Any, *rest: Any) -> Any:
+        if job.config.fusion == "all" and job.config.batch_size == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(job, *rest)
+
+    monkeypatch.setattr(pipeline, "train_seed", dying)
+    monkeypatch.setattr(Sweep, "_check", lambda *_: time.sleep(1.0))  # so that all have come before one has ended
+
+    def work() -> None:
+        result = Sweep(*cells_in(world), keep_readers=False).run()
+        assert [cell.name for cell in result.failed] == ["X · All"]
+        assert result.failed[0].error is not None
+        assert result.failed[0].error.message == shared_cells.DIED.message
+
+    children = [in_child(work) for _ in range(3)]
+    codes = sorted(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children)
+    assert codes == [-signal.SIGKILL, -signal.SIGKILL, 0], capfd.readouterr().out
+    cells = json.loads((world.folder / "runs" / "sweeps" / "small.json").read_text("utf-8"))["cells"]
+    assert [cell["row"] for cell in cells if cell["folder"] is None] == ["All"]
+    assert not any(key in cell for cell in cells for key in shared_cells.WORK_KEYS)
+
+
+def die_in_a_cell(sharing: Callable[[], SharedCells], name: str) -> None:
+    def work() -> None:
+        shared = sharing()
+        shared.__enter__()
+        held = shared.take(cell for cell in shared.cells if cell.name == name)
+        assert held is not None
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    assert os.waitstatus_to_exitcode(os.waitpid(in_child(work), 0)[1]) == -signal.SIGKILL
+
+
+def fill(shared: SharedCells) -> list[str]:
+    """Fill all cells that are left; returns their names."""
+    names = []
+    while (held := shared.take(shared.cells)) is not None:
+        with held:
+            names.append(held.cell.name)
+            held.cell.error, held.cell.folder = None, "udpos/here"
+            shared.settle(held.cell)
+    return names
+
+
+def test_a_cell_in_which_a_process_died_comes_last_in_the_next_sweep(
+    world: World, sharing: Callable[[], SharedCells], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for _ in range(3):
+        die_in_a_cell(sharing, "X · KR2")
+    with sharing() as shared:
+        names = fill(shared)
+        manifest = shared.manifest
+    assert len(names) == 8 and names[-1] == "X · KR2", "the sweeps before have ended: it is tried"
+    assert capsys.readouterr().out == "✗ X · KR2: The process that trained this cell was killed, or it crashed.\n"
+    assert not any(key in manifest.read_text("utf-8") for key in shared_cells.WORK_KEYS)
+
+
+def test_the_deaths_of_workers_count_while_their_driver_is_there(
+    world: World, sharing: Callable[[], SharedCells]
+) -> None:
+    alone = sharing()
+    with DrivenCells(alone.grid, alone.cells, alone.manifest):
+        for _ in range(2):
+            die_in_a_cell(sharing, "X · KR2")
+        with sharing() as last:
+            names = fill(last)
+            assert len(names) == 7 and "X · KR2" not in names, "two died in it"
+            assert last.cells[1].error is not None and last.cells[1].error.remedy == shared_cells.DIED.remedy
+        assert "failed_by" in alone.manifest.read_text("utf-8")
+    assert not any(key in alone.manifest.read_text("utf-8") for key in shared_cells.WORK_KEYS)
+
+
+def test_a_process_that_is_interrupted_did_not_die(world: World, sharing: Callable[[], SharedCells]) -> None:
+    with sharing() as other:
+        with pytest.raises(KeyboardInterrupt), sharing() as one:
+            held = one.take(one.cells)
+            assert held is not None and held.cell.name == "X · KR2"
+            with held:
+                assert "taken_by" in one.manifest.read_text("utf-8")
+                raise KeyboardInterrupt
+        assert fill(other)[0] == "X · KR2"
+        assert all(cell.error is None for cell in other.cells)
 
 
 # One cell that fails -------------------------------------------------------------------------------------------------
@@ -402,7 +525,9 @@ def test_a_distillation_is_not_taken_while_its_teacher_is_being_trained(
             one.settle(teacher)
         following = other.take([other.cells[0]])
         assert following is not None and following.cell is other.cells[0]
-        free.__exit__(), following.__exit__()
+        for taken in (free, following):
+            with taken:
+                pass
 
 
 def test_a_reader_is_dropped_when_no_process_needs_it_any_more(world: World, quick: None) -> None:
@@ -423,8 +548,8 @@ def test_a_reader_is_dropped_when_no_process_needs_it_any_more(world: World, qui
         sweep._drop_readers(one)
         assert run.reader.is_dir(), "the other process still learns from it"
         held.cell.folder = "udpos/learner"
-        other.settle(held.cell)
-        held.__exit__()
+        with held:
+            other.settle(held.cell)
         one._refresh()
         sweep._drop_readers(one)
         assert not run.reader.is_dir()
@@ -522,3 +647,36 @@ def test_two_distillations_train_their_teacher_once(world: World, monkeypatch: p
     children = [in_child(work(1)), in_child(work(2))]
     assert all(map(ended_well, children))
     assert sorted(log.read_text().split()) == ["kd", "kd", "kresource"]
+
+
+def test_a_teacher_whose_reader_another_sweep_drops_meanwhile_is_trained_again(
+    world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dropped = {"keep_readers": True, "temporary_readers": True}  # as a sweep trains teachers
+    teacher = world.train(method="kresource", epochs=1.0, **dropped).runs[0].folder
+    real = KReader.load
+
+    def late(folder: Path, **options: Any) -> KReader:
+        RunFolder(teacher).drop_temporary_reader()
+        return real(folder, **options)
+
+    monkeypatch.setattr(KReader, "load", late)
+    capsys.readouterr()
+    result = world.train(method="kd", teacher=str(world.resource), resource=None, epochs=1.0)
+    assert result.runs[0].metrics["test"]
+    assert "its reader: fine-tuning it again." in capsys.readouterr().out
+
+
+def test_no_process_sees_half_of_a_reader_that_is_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = RunFolder(tmp_path)
+    run.reader.mkdir()
+    (run.reader / "model.safetensors").touch()
+    real = shutil.rmtree
+
+    def watched(folder: Path, **options: Any) -> None:
+        assert not run.reader.exists()
+        real(folder, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", watched)
+    run.drop_reader()
+    assert not list(tmp_path.iterdir())

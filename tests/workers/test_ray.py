@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,6 +16,7 @@ from typing import Any
 
 import h5py
 import pytest
+import sweeps
 import test_workers
 import torch
 from tiny import save_corpus
@@ -32,7 +34,7 @@ from ray.cluster_utils import Cluster  # noqa: E402
 
 
 def run(work: Callable[[Any], Any], argument: Any = None, count: int = 2, **options: Any) -> list[Any]:
-    return run_workers("ray", count, work, argument, **{"watch": lambda: None, **options})
+    return run_workers("ray", count, work, argument, **{"watch": lambda: 0, **options})
 
 
 @pytest.fixture
@@ -148,6 +150,39 @@ def test_after_the_loss_of_a_node_the_bytes_are_the_same(cluster: Cluster, world
 
 
 @pytest.mark.long
+def test_the_loss_of_a_node_changes_no_score(
+    cluster: Cluster, world: World, make: Callable[[Path], World], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then, on the nodes that are left, a cell that kills each of its workers."""
+    alone = sweeps.with_grid(make(world.folder / "alone"), sweeps.LONG)
+    with monkeypatch.context() as patch:
+        patch.chdir(alone.folder)
+        assert command_line(["sweep", "grid.toml"]) == 0
+    expected = sweeps.scores(alone)
+    driver = sweeps.start(sweeps.with_grid(world, sweeps.LONG), "--engine=ray", "--workers=3")
+    sweeps.wait_for(world, driver, lambda: len(sweeps.training(world)) == 3)
+    cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
+    shown, _ = driver.communicate(timeout=180)
+    assert driver.returncode == 0, shown
+    assert shown.count("was lost; another one takes its place.") == 1
+    assert shown.count(": The process that trained this cell was killed, or it crashed.") == 1
+    assert "8 of 8 cells filled." in shown
+    assert "aylet" not in shown
+    assert sweeps.scores(world) == expected
+    assert not list(world.folder.rglob("*.claims"))
+
+    shutil.rmtree(world.folder / "runs")
+    driver = sweeps.start(world, "--engine=ray", "--workers=2")
+    killed = sweeps.kill_whoever_trains(world, "*-all-*", driver)
+    shown, _ = driver.communicate()
+    assert driver.returncode == 1, shown
+    assert len(killed) == 4, "two workers for each of two cells"
+    assert "6 of 8 cells filled." in shown
+    assert "X · All, Y · All: The process that trained this cell was killed, or it crashed." in shown
+    assert sweeps.scores(world) == {path: content for path, content in expected.items() if "-all-" not in path}
+
+
+@pytest.mark.long
 def test_ctrl_c_leaves_no_process_and_no_claim(world: World) -> None:
     """On a Ray that the command starts itself."""
     save_corpus(world.data, train=SENTENCES)
@@ -176,7 +211,7 @@ import sys
 from pathlib import Path
 import test_workers
 from kr2cache.workers import run_workers
-run_workers("ray", 2, test_workers.run_batches, Path(sys.argv[1]), watch=lambda: None)
+run_workers("ray", 2, test_workers.run_batches, Path(sys.argv[1]), watch=lambda: 0)
 """
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from processes import is_alive, wait_until
 
 from kr2cache.errors import CacheError, ConfigError, UnknownNameError, WorkerLostError
 from kr2cache.system.console import WorkProgress, console, note, note_waiting
@@ -25,14 +26,7 @@ from kr2cache.workers import local, run_workers
 
 
 def run(work: Callable[[Any], Any], argument: Any = None, count: int = 2, **options: Any) -> list[Any]:
-    return run_workers("local", count, work, argument, **{"watch": lambda: None, **options})
-
-
-def wait_until(is_so: Callable[[], object], seconds: float = 60.0) -> None:
-    end = time.monotonic() + seconds
-    while not is_so():
-        assert time.monotonic() < end, "it takes too long"
-        time.sleep(0.02)
+    return run_workers("local", count, work, argument, **{"watch": lambda: 0, **options})
 
 
 def claim_a_name(folder: Path) -> str:
@@ -42,13 +36,6 @@ def claim_a_name(folder: Path) -> str:
             (folder / name).touch(exist_ok=False)
             return name
     raise AssertionError(folder)
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def sum_of(argument: tuple[np.ndarray[Any, Any], int]) -> tuple[int, int, bool]:
@@ -195,9 +182,10 @@ def run_batches(folder: Path) -> None:
 
 
 def test_an_error_in_watch_stops_the_workers(tmp_path: Path) -> None:
-    def watch() -> None:
+    def watch() -> int:
         if len(list(tmp_path.iterdir())) == 2:
             raise CacheError("no disk")
+        return 0
 
     with pytest.raises(CacheError, match="no disk"):
         run(run_batches, tmp_path, watch=watch)
@@ -258,8 +246,8 @@ def test_a_second_ctrl_c_ends_workers_at_once(tmp_path: Path) -> None:
 
 def test_an_engine_that_does_not_exist_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UnknownNameError, match=r"Unknown engine 'locale'\. Did you mean 'local'"):
-        run_workers("locale", 1, sum_of, None, watch=lambda: None)  # type: ignore[arg-type]
+        run_workers("locale", 1, sum_of, None, watch=lambda: 0)  # type: ignore[arg-type]
     monkeypatch.setitem(sys.modules, "ray", None)
     assert importlib.util.find_spec("ray") is None
     with pytest.raises(ConfigError, match="Ray is not installed"):
-        run_workers("ray", 1, sum_of, None, watch=lambda: None)  # type: ignore[arg-type]
+        run_workers("ray", 1, sum_of, None, watch=lambda: 0)  # type: ignore[arg-type]
