@@ -3,30 +3,52 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kr2cache.commands.loading import loading
-from kr2cache.commands.options import Device, Json, Limit, checked, print_json
+from kr2cache.commands.options import Device, Json, Limit, checked, model_names, print_json
 from kr2cache.commands.settings import OPTIONS
 from kr2cache.config import read_toml
-from kr2cache.models.files import check_obtainable
-from kr2cache.models.registry import control, find_model, known_models
+from kr2cache.models.files import check_here, check_obtainable
+from kr2cache.models.registry import ModelSpec, control, find_model, known_models
 from kr2cache.system.console import console
 from kr2cache.system.device import check_device_name
 from kr2cache.system.disk import check_writable
 from kr2cache.tasks import find_task
 
+if TYPE_CHECKING:
+    from kr2cache.experiment.suitability import Suitability
 
-def models_cli(as_json: Json = False) -> None:
-    """List the registered models, and which of them are on this machine."""
+
+def models_cli(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[NAME]",
+            help="A model: a name, a hub id or a folder.",
+            show_default="list the registered models",
+            autocompletion=model_names,
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """List the registered models, and which of them are on this machine.
+
+    With NAME: say of one model what it can serve as and why not, with its layers, width, positions and the bytes that
+    a cache takes. The model is loaded and tried on two short texts.
+    """
     from rich.text import Text
 
     from kr2cache.models.files import fault_of, local_folder
     from kr2cache.system.terminal import Column, print_table
 
-    specs = known_models(read_toml(Path.cwd(), OPTIONS).models)
+    overrides = read_toml(Path.cwd(), OPTIONS).models
+    if model is not None:
+        _one_model(find_model(model, overrides), as_json)
+        return
+    specs = known_models(overrides)
     there = {name: local_folder(spec) for name, spec in specs.items()}
     faults = {name: fault_of(specs[name], folder) for name, folder in there.items() if folder is not None}
     folders = {name: folder for name, folder in there.items() if faults.get(name) is None}
@@ -65,6 +87,65 @@ def models_cli(as_json: Json = False) -> None:
             console.print(f"{name}: {wrong[1]}", markup=False, soft_wrap=True)
         elif spec.needs and folders.get(name) is None:
             console.print(f"{name} needs {spec.needs}.", markup=False, soft_wrap=True)
+
+
+HEADS = {"token": "tagging", "sequence": "classification", "choice": "multiple choice"}
+
+
+def _one_model(spec: ModelSpec, as_json: bool) -> None:
+    """Show what a model can serve as."""
+    from rich.text import Text
+
+    from kr2cache.system.terminal import Column, print_table
+
+    check_here(spec)
+    with loading(as_json):
+        from kr2cache.experiment.suitability import ROLES, reasons, suitability
+
+    found = suitability(spec)
+    if as_json:
+        print_json(found.json())
+        return
+    _print_facts(found)
+    console.print()
+    words = {True: ("yes", "green"), False: ("no", "red"), None: ("not tried", "yellow")}
+    able: dict[tuple[str, str], Text] = {(one.role, one.head): Text(*words[one.able]) for one in found.answers}
+    rows: list[list[str | Text]] = [[role, *(able[role, head] for head in HEADS)] for role in ROLES]
+    print_table("Can serve as", [Column(text) for text in ("", *HEADS.values())], rows)
+    for (why, remedy), answers in reasons(found.answers).items():
+        parts = {role: [HEADS[one.head] for one in answers if one.role == role] for role in ROLES}
+        where = "; ".join(
+            role + ("" if len(heads) == len(HEADS) else f" for {', '.join(heads)}")
+            for role, heads in parts.items()
+            if heads
+        )
+        console.print(f"{where}: {why} {remedy or ''}".rstrip(), markup=False, soft_wrap=True)
+
+
+def _print_facts(found: Suitability) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    spec, tokenizer = found.spec, found.tokenizer
+    sizes = [f"{name} {size:,}" for name, size in found.token_bytes.items()]
+    aligned = "words are aligned with tokens" if tokenizer["aligns_words"] else "words cannot be aligned with tokens"
+    kind = "" if tokenizer["fast"] else " (written in Python)"
+    rows = {
+        "model": f"{spec.label} ({found.architecture}){f', hub id {spec.hub_id}' if spec.hub_id else ''}",
+        "folder": str(found.folder),
+        "layers": f"{found.layers} of width {found.width}, the embedding output included"
+        if sizes
+        else "not in its configuration",
+        "positions": "no limit" if found.positions is None else f"{found.positions:,}",
+        "bytes per token": ", ".join(sizes) + " (all layers)" if sizes else "",
+        "tokenizer": f"{tokenizer['class']}{kind}, {tokenizer['tokens']:,} tokens; {aligned}"
+        if tokenizer["class"]
+        else "cannot be used",
+    }
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for title, text in rows.items():
+        table.add_row(Text(title, style="bold"), Text(text))
+    console.print(table)
 
 
 def tasks_cli(as_json: Json = False) -> None:

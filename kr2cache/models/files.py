@@ -71,6 +71,16 @@ def check_obtainable(spec: ModelSpec) -> None:
         check_files(spec, folder)
 
 
+def check_here(spec: ModelSpec) -> None:
+    """Raise ``ModelUnavailableError`` if a model is not on this machine. Downloads nothing."""
+    if local_folder(spec) is None:
+        hub_id = _obtainable(spec)
+        raise ModelUnavailableError(
+            f"Model {spec.name!r} (hub id {hub_id}) is not on this machine. This command downloads nothing.",
+            f"Run `hf download {hub_id}` first.",
+        )
+
+
 def check_complete(spec: ModelSpec) -> None:
     """Raise ``ModelUnavailableError`` if a model's folder lacks weights, or holds pointers instead of weights."""
     check_files(spec, model_folder(spec))

@@ -1,0 +1,277 @@
+"""What a model can serve as, and why not. The checks are those that ``extract`` and ``train`` run before they start."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from kr2cache.cache.dtypes import DTYPES
+from kr2cache.cache.format import SequenceIndex
+from kr2cache.config import DEFAULT_MAX_LENGTH, ExtractConfig
+from kr2cache.errors import DataError, DeviceMemoryError, KR2CacheError, UnsupportedModelError, ValueRangeError
+from kr2cache.experiment.shared import Shared
+from kr2cache.extraction import trial
+from kr2cache.extraction.batches import by_weights
+from kr2cache.extraction.planning import ExtractPlan
+from kr2cache.models.encode import MissingWords, check_token_ids, encode_examples, missing_words
+from kr2cache.models.files import fault_of, model_folder
+from kr2cache.models.load import encoder_shape, load_config, max_positions, vocabulary
+from kr2cache.models.registry import ModelSpec, control
+from kr2cache.models.tokenizers import load_tokenizer, pad_id
+from kr2cache.system.console import waiting
+from kr2cache.tasks import Example, Task, find_task
+from kr2cache.tasks.base import Head
+from kr2cache.training.batches import Batcher, SplitData
+
+RESOURCE, READER, PLAIN = "resource", "reader with a resource", "reader alone"
+ROLES = (RESOURCE, READER, PLAIN)
+Found = TypeVar("Found")
+TASKS: dict[Head, str] = {"token": "udpos", "sequence": "snli", "choice": "swag"}
+"""A task of each head. Its data is not read."""
+SHORT, LONG = "A dog ran home .", "It is half past ten , and the old house by the river is still dark . " * 30
+"""Two texts: a short one, and one that is longer than ``DEFAULT_MAX_LENGTH`` tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """Whether a model can serve in one role for tasks with one head."""
+
+    role: str
+    """One of ``ROLES``."""
+    head: Head
+    able: bool | None
+    """None if it could not be tried here: its weights are not complete, or memory is too small."""
+    why: str | None = None
+    """Why not."""
+    remedy: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suitability:
+    """A model: its sizes, and what it can serve as."""
+
+    spec: ModelSpec
+    folder: Path
+    """Where its files lie."""
+    architecture: str
+    layers: int | None
+    """With the embedding output; None if its configuration does not give it."""
+    width: int | None
+    positions: int | None
+    """Tokens of the longest text, special tokens included; None without a limit."""
+    tokenizer: dict[str, Any]
+    """Class, whether it is fast, number of tokens, and whether it aligns words (if not, why)."""
+    answers: tuple[Answer, ...]
+    tried_length: int
+    """Tokens of the longest text of the checks."""
+
+    @property
+    def token_bytes(self) -> dict[str, int]:
+        """Bytes of one token in all layers, by dtype; empty without layers and width."""
+        if self.layers is None or self.width is None:
+            return {}
+        return {name: self.layers * dtype.row_bytes(self.width) for name, dtype in DTYPES.items()}
+
+    def json(self) -> dict[str, Any]:
+        return {
+            "name": self.spec.name,
+            "hub_id": self.spec.hub_id,
+            "folder": str(self.folder),
+            "architecture": self.architecture,
+            "layers": self.layers,
+            "width": self.width,
+            "positions": self.positions,
+            "bytes_per_token": self.token_bytes,
+            "tokenizer": self.tokenizer,
+            "tried_length": self.tried_length,
+            "serves": [asdict(answer) for answer in self.answers],
+            **control(self.spec),
+        }
+
+
+def suitability(spec: ModelSpec) -> Suitability:
+    """Try a model in every role, on two short texts and on this computer's processor.
+
+    Raises:
+        KR2CacheError: If the model is not on this machine, or its configuration cannot be loaded.
+    """
+    folder = model_folder(spec)
+    config = load_config(spec)
+    shape = _or_none(lambda: encoder_shape(config))
+    positions = _or_none(lambda: max_positions(config))
+    length = min(DEFAULT_MAX_LENGTH, positions or DEFAULT_MAX_LENGTH)
+    tokenizers = {words: _tokenizer(spec, config, words=words) for words in (False, True)}
+    trials = _Trials(spec, config, length, tokenizers)
+    fault = fault_of(spec, folder)
+    return Suitability(
+        spec=spec,
+        folder=folder,
+        architecture=config.model_type,
+        layers=shape and shape[0],
+        width=shape and shape[1],
+        positions=positions,
+        tokenizer=_about(tokenizers),
+        answers=tuple(trials.answers() if fault is None else _untried(*fault)),
+        tried_length=length,
+    )
+
+
+Loaded = PreTrainedTokenizerBase | KR2CacheError
+"""A tokenizer, or why it cannot be used."""
+
+
+def _tokenizer(spec: ModelSpec, config: PretrainedConfig, *, words: bool) -> Loaded:
+    """The tokenizer, if it gives each word of a text its tokens and no ids that the model does not know."""
+    task = find_task(TASKS["token" if words else "sequence"])
+    try:
+        tokenizer = load_tokenizer(spec, words=words)
+        examples = list(_examples(task))[:1]
+        index = encode_examples(tokenizer, examples, task, DEFAULT_MAX_LENGTH)
+        check_token_ids(index, vocabulary(config), repr(spec.name))
+        if words and (lost := missing_words(index, [one.texts[0] for one in examples], DEFAULT_MAX_LENGTH).total):
+            raise DataError(
+                f"The tokenizer of {spec.name!r} gives {lost} of the {len(SHORT.split())} words of {SHORT!r} no token.",
+                "Choose another model for tasks on words.",
+            )
+    except KR2CacheError as error:
+        return error
+    return tokenizer
+
+
+def _about(tokenizers: dict[bool, Loaded]) -> dict[str, Any]:
+    words = tokenizers[True]
+    known = next((one for one in tokenizers.values() if isinstance(one, PreTrainedTokenizerBase)), None)
+    about: dict[str, Any] = {"class": None, "fast": None, "tokens": None, "padding": None}
+    if known is not None:
+        about = {
+            "class": type(known).__name__,
+            "fast": known.is_fast,
+            "tokens": len(known),
+            "padding": known.pad_token,
+        }
+    refused = isinstance(words, KR2CacheError)
+    return {**about, "aligns_words": not refused, "why": words.message if refused else None}
+
+
+def _examples(task: Task) -> Iterator[Example]:
+    """A short and a long example, without labels."""
+    for number, text in enumerate((SHORT, LONG)):
+        if task.words:
+            texts: tuple[tuple[str, ...], ...] = (tuple(text.split()),)
+        else:
+            texts = ((text, SHORT),) * (len(task.labels) if task.head == "choice" else 1)
+        yield Example(id=f"text {number + 1}", texts=texts, label=None)
+
+
+def _untried(what: str, remedy: str) -> Iterator[Answer]:
+    for role in ROLES:
+        for head in TASKS:
+            yield Answer(role=role, head=head, able=None, why=what, remedy=remedy)
+
+
+@dataclass(frozen=True)
+class _Trials:
+    """Runs the checks of each role."""
+
+    spec: ModelSpec
+    config: PretrainedConfig
+    length: int
+    """Longer texts are cut."""
+    tokenizers: dict[bool, Loaded]
+    """By whether texts are lists of words."""
+
+    def answers(self) -> Iterator[Answer]:
+        """An answer for each role and head. The model is loaded once for each kind of loading: it may be large."""
+        with waiting(f"Trying {self.spec.name} as resource"):
+            refused = _refusal(self._try_resource)
+        for head in TASKS:
+            yield _answer(RESOURCE, head, refused or _refusal(partial(self._index, head)))
+        found: dict[str, list[Answer]] = {READER: [], PLAIN: []}
+        for head in TASKS:
+            with waiting(f"Trying {self.spec.name} as reader ({head})"):
+                plain, beside = self._try_reader(head)
+            found[READER].append(_answer(READER, head, plain or beside))
+            found[PLAIN].append(_answer(PLAIN, head, plain))
+        yield from found[READER]
+        yield from found[PLAIN]
+
+    def _index(self, head: Head) -> tuple[Task, PreTrainedTokenizerBase, list[Example], SequenceIndex]:
+        task = find_task(TASKS[head])
+        tokenizer = self.tokenizers[task.words]
+        if isinstance(tokenizer, KR2CacheError):
+            raise tokenizer
+        examples = list(_examples(task))
+        return task, tokenizer, examples, encode_examples(tokenizer, examples, task, self.length)
+
+    def _try_resource(self) -> None:
+        layers, width = encoder_shape(self.config)
+        words = isinstance(self.tokenizers[False], KR2CacheError)
+        task, tokenizer, _, index = self._index("token" if words else "sequence")
+        plan = ExtractPlan(
+            config=ExtractConfig(resource=self.spec.name, split="test", task=task.name, device="cpu"),
+            spec=self.spec,
+            index=index,
+            layers=tuple(range(layers)),
+            model_layers=layers,
+            width=width,
+            pad_id=pad_id(tokenizer),
+            template=task.template,
+            corpus="",
+            missing_words=MissingWords(0, 0),
+        )
+        encoder = trial.open_resource(plan).encoder
+        fresh = trial.check_states(plan, encoder).fresh
+        if not all(bool(torch.isfinite(layer).all()) for layer in trial.layers_of(plan, encoder, [0], fresh=fresh)):
+            wrong = ValueRangeError(f"{self.spec.name!r} gives states that are not finite numbers.", "")
+            raise by_weights(wrong, encoder, self.spec.name)
+
+    def _try_reader(self, head: Head) -> tuple[KR2CacheError | None, KR2CacheError | None]:
+        """What is wrong with the reader alone, and with the reader with a resource. The second is not tried after a
+        failure of the first."""
+        shared = Shared()  # it keeps the weights of this head only
+        try:
+            task, tokenizer, examples, index = self._index(head)
+            inputs = Batcher(SplitData(examples=examples, index=index), task, tokenizer).inputs(range(len(examples)))
+            checkpoint = shared.checkpoint(self.spec, task)
+            shared.check_reader(checkpoint, inputs, positions=None)
+        except KR2CacheError as error:
+            return error, None
+        return None, _refusal(lambda: shared.check_reader(checkpoint, None, positions=2 * self.length))
+
+
+def _refusal(check: Callable[[], object]) -> KR2CacheError | None:
+    try:
+        check()
+    except KR2CacheError as error:
+        return error
+    return None
+
+
+def _answer(role: str, head: Head, refused: KR2CacheError | None) -> Answer:
+    if refused is None:
+        return Answer(role=role, head=head, able=True)
+    able = None if isinstance(refused, DeviceMemoryError) else False
+    return Answer(role=role, head=head, able=able, why=refused.message, remedy=refused.remedy or None)
+
+
+def reasons(answers: Iterable[Answer]) -> dict[tuple[str, str | None], list[Answer]]:
+    """The answers that are not yes, by reason and remedy."""
+    result: dict[tuple[str, str | None], list[Answer]] = {}
+    for answer in answers:
+        if answer.why is not None:
+            result.setdefault((answer.why, answer.remedy), []).append(answer)
+    return result
+
+
+def _or_none(ask: Callable[[], Found]) -> Found | None:
+    """What the configuration gives, or None if it does not: the trials then say what is wrong with it."""
+    try:
+        return ask()
+    except UnsupportedModelError:
+        return None
