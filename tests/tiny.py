@@ -104,7 +104,7 @@ READERS: dict[str, dict[str, Any]] = {
     "eurobert": {"num_key_value_heads": 1},
     "albert": {"embedding_size": 8},
     "rembert": {"input_embedding_size": 8},
-    "esm": {"position_embedding_type": "rotary", "token_dropout": True, "mask_token_id": 4},
+    "esm": {"position_embedding_type": "rotary", "token_dropout": True, "mask_token_id": 48},
     "luke": {"entity_vocab_size": 20, "entity_emb_size": 8},
     "xmod": {"languages": ["de_DE", "en_XX"], "default_language": "en_XX"},
 }

@@ -150,10 +150,12 @@ class World:
         return Predictor.load(self.run, device="cpu")
 
 
-def make(folder: Path, task: str = "udpos", resource: str = "bert", **changes: Any) -> World:
-    """Train one run on tiny models."""
+def make(
+    folder: Path, task: str = "udpos", resource: str = "bert", reader: str = "xlm-roberta", **changes: Any
+) -> World:
+    """Train one run on tiny models of these architectures; the reader is one of ``tiny.READERS``."""
     save_model(folder / "models" / "res", resource, layers=4)
-    save_model(folder / "models" / "reader", "xlm-roberta", width=24, seed=5)
+    save_model(folder / "models" / "reader", **({"model_type": reader} | tiny.READERS[reader]), width=24, seed=5)
     settings: dict[str, Any] = {
         "task": task,
         "reader": str(folder / "models" / "reader"),
@@ -192,6 +194,9 @@ CASES: dict[str, dict[str, Any]] = {
     "kreader": {"method": "kreader"},
     "kresource": {"method": "kresource"},
     "kd": {"method": "kd"},
+    "a reader of rotary positions": {"reader": "modernbert"},
+    "a reader of narrow embeddings": {"task": "snli", "reader": "albert", "dtype": "float32"},
+    "a reader that scores choices": {"task": "piqa", "reader": "deberta"},
     "padding leaks (fnet)": {"resource": "fnet"},
     "padding leaks (convbert)": {"resource": "convbert"},
     "snli last4": {"task": "snli"},

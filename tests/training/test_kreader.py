@@ -533,6 +533,25 @@ def test_heads(head: Head, bert: Path) -> None:
     assert found.shape == {"token": (BATCH, TOKENS, 5), "sequence": (BATCH, 5), "choice": (BATCH, CHOICES)}[head]
 
 
+@pytest.mark.parametrize("name", ["deberta", "nomic_bert", "roformer"])
+def test_an_architecture_without_a_model_for_choices_scores_each(name: str, tmp_path: Path) -> None:
+    """From the checkpoint to the stored reader."""
+    torch.manual_seed(0)
+    AutoModel.from_config(tiny.reader_config(name, initializer_range=0.4)).save_pretrained(tmp_path / "model")
+    spec = find_model(str(tmp_path / "model"), {})
+    model = TaskCheckpoint(spec, "choice", ("a", "b", "c")).task_model()
+    assert type(model).__name__.endswith("ForSequenceClassification")
+    fusion = parse_fusion("fuse", 3)
+    reader = KReader(model, "choice", fusion=fusion, projection="mlp", resource_width=10).eval()
+    inputs = inputs_of("choice", resource_width=10)
+    with torch.no_grad():
+        expected = reader(**inputs)["logits"]
+    assert expected.shape == (BATCH, CHOICES)
+    reader.save(tmp_path / "reader")
+    with torch.no_grad():
+        torch.testing.assert_close(KReader.load(tmp_path / "reader")(**inputs)["logits"], expected, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("head", HEAD_NAMES)
 @pytest.mark.parametrize("model_type", ["bert", "roberta", "distilbert", "electra"])
 def test_the_head_of_an_earlier_training_is_not_used(tmp_path: Path, model_type: str, head: Head) -> None:
