@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import is_alive, wait_until
 from sweeps import (
     CELLS,
     GRID,
@@ -35,6 +34,7 @@ from sweeps import (
     wait_for,
     with_grid,
 )
+from waiting import is_alive, wait_until
 from world import World
 
 from kr2cache import cli

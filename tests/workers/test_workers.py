@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from processes import is_alive, wait_until
+from waiting import is_alive, wait_until
 
 from kr2cache.errors import CacheError, ConfigError, UnknownNameError, WorkerLostError
 from kr2cache.system.console import WorkProgress, console, note, note_waiting
