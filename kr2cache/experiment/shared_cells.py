@@ -33,7 +33,7 @@ from kr2cache.errors import BusyError, KR2CacheError
 from kr2cache.experiment.cells import Cell
 from kr2cache.experiment.grid import Grid
 from kr2cache.system.claims import Claim, claimed, ended_units, held_units, holder, try_claim
-from kr2cache.system.console import failed, note
+from kr2cache.system.console import failed, note_waiting
 from kr2cache.system.interrupt import check_asked
 from kr2cache.training.runs import write_json
 
@@ -232,9 +232,10 @@ class SharedCells:
         held = held_units(self.manifest)
         for cell in left:
             if self._unit[cell] in held:
-                note(f"{cell.name} is being trained by {holder(self.manifest, self._unit[cell])}; waiting for it.")
+                by = holder(self.manifest, self._unit[cell])
+                note_waiting(f"{cell.name} is being trained by {by}; waiting for it.")
                 return
-        note(f"Another process of this sweep tries {left[0].name} once more; waiting for it.")
+        note_waiting(f"Another process of this sweep tries {left[0].name} once more; waiting for it.")
 
     # The manifest ----------------------------------------------------------------------------------------------------
 

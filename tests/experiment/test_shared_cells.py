@@ -47,6 +47,7 @@ from kr2cache.experiment.grid import Grid, read_grid
 from kr2cache.experiment.shared_cells import DrivenCells, SharedCells
 from kr2cache.experiment.sweep import Sweep
 from kr2cache.system import claims
+from kr2cache.system.console import as_worker
 from kr2cache.training.kreader import KReader
 from kr2cache.training.runs import RunFolder
 
@@ -458,6 +459,21 @@ def test_a_cell_that_another_process_can_train_is_no_failure(world: World, shari
         one._refresh()
         assert one.is_settled(cell)
         assert (cell.error, cell.folder) == (None, "udpos/here")
+
+
+def test_a_process_says_for_whom_it_waits_but_a_worker_does_not(
+    world: World, sharing: Callable[[], SharedCells], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with sharing() as one, sharing() as other:
+        held = one.take([one.cells[1]])
+        assert held is not None
+        with held:
+            said: list[str] = []
+            with as_worker(said.append):
+                one._note_waiting(one.cells)
+            assert (said, capsys.readouterr().out) == ([], "")
+            other._note_waiting(other.cells)
+            assert capsys.readouterr().out.startswith(f"! X · KR2 is being trained by process {os.getpid()} of ")
 
 
 def test_a_failure_is_final_once_no_process_is_left_to_try(world: World, sharing: Callable[[], SharedCells]) -> None:
