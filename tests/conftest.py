@@ -55,13 +55,19 @@ def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def forked_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python programs that the test starts, and their workers, are forks of it."""
+    monkeypatch.setattr(subprocess, "Popen", ForkedPython)
+
+
 @pytest.fixture(params=["forked", pytest.param("new", marks=pytest.mark.long)])
-def programs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def programs(request: pytest.FixtureRequest) -> None:
     """Python programs that the test starts, and their workers, are forks of it. In the long tests they are new
     interpreters, as for a user.
     """
     if request.param == "forked":
-        monkeypatch.setattr(subprocess, "Popen", ForkedPython)
+        request.getfixturevalue("forked_programs")
 
 
 @pytest.fixture

@@ -365,6 +365,7 @@ def rewrite(path: Path, **options: Any) -> None:
     copy.replace(path)
 
 
+@pytest.mark.usefixtures("forked_programs")
 @pytest.mark.parametrize("options", [{"compression": "gzip"}, {"shuffle": True, "compression": "lzf"}, {}], ids=str)
 def test_files_that_another_tool_rewrote_are_checked_too(folder: Path, dtype: str, options: dict[str, Any]) -> None:
     stored(folder, dtype, positions=[0, 1, 2, 4, 5, 6, 7])

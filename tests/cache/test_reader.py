@@ -344,6 +344,7 @@ REWRITTEN = {
 }
 
 
+@pytest.mark.usefixtures("forked_programs")
 @pytest.mark.parametrize("how", REWRITTEN)
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
 def test_a_rewritten_file_gives_the_same_results(folder: Path, dtype: str, how: str) -> None:
@@ -505,6 +506,7 @@ def outcomes_of(shard: Path, damages: list[dict[int, int]]) -> list[str]:
     return outcomes
 
 
+@pytest.mark.usefixtures("forked_programs")
 @FORKING
 @pytest.mark.parametrize("seed", range(3))
 def test_flipped_bits_never_end_in_anything_but_a_cache_error(shard: Path, seed: int) -> None:
@@ -576,6 +578,7 @@ ATTRIBUTES = {
 }
 
 
+@pytest.mark.usefixtures("forked_programs")
 @pytest.mark.parametrize("what", ATTRIBUTES)
 def test_an_attribute_that_is_wrong_is_refused(shard: Path, what: str) -> None:
     name, value = ATTRIBUTES[what]
@@ -599,6 +602,7 @@ def test_a_data_set_that_is_missing_is_refused(shard: Path, name: str) -> None:
     refused(shard)
 
 
+@pytest.mark.usefixtures("forked_programs")
 @pytest.mark.parametrize("name", tiny_cache.DATASETS)
 @pytest.mark.parametrize(
     "options",
@@ -633,6 +637,7 @@ def test_a_group_where_a_data_set_belongs_or_the_reverse_is_refused(shard: Path,
     refused(shard)
 
 
+@pytest.mark.usefixtures("forked_programs")
 @pytest.mark.parametrize(
     ("kind", "name"),
     [("soft", name) for name in tiny_cache.DATASETS]
@@ -691,6 +696,7 @@ def test_an_index_that_contradicts_itself_is_refused(shard: Path, what: str) -> 
     refused(shard)
 
 
+@pytest.mark.usefixtures("forked_programs")
 @pytest.mark.parametrize("name", [name for name in tiny_cache.DATASETS if name != "hidden"])
 def test_an_index_of_another_length_is_refused(shard: Path, name: str) -> None:
     with h5py.File(shard, "r") as file:

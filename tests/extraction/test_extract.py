@@ -501,6 +501,7 @@ test_extract.extracted({model!r}, Path({cache!r}), tokens_per_batch=24)
 """
 
 
+@pytest.mark.usefixtures("programs")
 def test_a_killed_extraction_leaves_valid_hdf5_and_goes_on(lively: Path, tmp_path: Path) -> None:
     folders = [str(folder) for folder in Path(__file__).parents[:2]]
     code = KILLED.format(tests=folders, model=str(lively), cache=str(tmp_path / "cut"))

@@ -530,6 +530,7 @@ def test_the_index_of_the_first_examples_alone_is_made_again(
     assert (contents(folder), ran) == (contents(good), [])
 
 
+@pytest.mark.usefixtures("forked_programs")
 @pytest.mark.parametrize("compression", ["gzip", None])
 def test_a_file_that_another_tool_rewrote(
     original: Original, place: World, tmp_path: Path, compression: str | None

@@ -56,6 +56,7 @@ def environment(_: object) -> tuple[str | None, str | None]:
     return os.environ.get("OMP_NUM_THREADS"), os.environ.get("CUDA_VISIBLE_DEVICES")
 
 
+@pytest.mark.usefixtures("forked_programs")
 @pytest.mark.parametrize(("machine", "count", "share"), [(8, 3, "2"), (2, 4, "1")])
 def test_workers_share_cores_and_gpus(machine: int, count: int, share: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS")
@@ -64,6 +65,7 @@ def test_workers_share_cores_and_gpus(machine: int, count: int, share: str, monk
     assert run(environment, count=count) == [(share, gpu) for gpu in ("4", "6", "4", "6")[:count]]
 
 
+@pytest.mark.usefixtures("forked_programs")
 def test_workers_use_the_number_of_threads_that_the_user_sets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert [threads for threads, _ in run(environment)] == ["3", "3"]
@@ -104,6 +106,7 @@ def die(_: object) -> None:
     os._exit(3)
 
 
+@pytest.mark.usefixtures("forked_programs")
 def test_workers_that_die_again_and_again_are_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(WorkerLostError, match="ended with exit code 3, and so did 3 others before"):
         run(die)
@@ -124,6 +127,7 @@ def fail_or_stop(folder: Path) -> None:
             (folder / "second done").touch()
 
 
+@pytest.mark.usefixtures("forked_programs")
 def test_an_error_of_one_worker_stops_the_others_and_is_raised_once(tmp_path: Path) -> None:
     with pytest.raises(CacheError, match="A shard was removed") as caught:
         run(fail_or_stop, tmp_path)
@@ -146,6 +150,7 @@ def fail_plainly(_: object) -> None:
     {}["key"]  # type: ignore[var-annotated]
 
 
+@pytest.mark.usefixtures("forked_programs")
 @pytest.mark.parametrize(
     ("work", "kind", "text"), [(fail_oddly, RuntimeError, "OddError: 1 is not 2"), (fail_plainly, KeyError, "key")]
 )
@@ -160,6 +165,7 @@ def give_a_function(_: object) -> Any:
     return lambda: None
 
 
+@pytest.mark.usefixtures("forked_programs")
 def test_a_result_that_cannot_be_sent_is_an_error_and_the_worker_is_not_replaced() -> None:
     with pytest.raises((AttributeError, pickle.PicklingError), match="give_a_function"):
         run(give_a_function)
@@ -181,6 +187,7 @@ def run_batches(folder: Path) -> None:
                 raise
 
 
+@pytest.mark.usefixtures("forked_programs")
 def test_an_error_in_watch_stops_the_workers(tmp_path: Path) -> None:
     def watch() -> int:
         if len(list(tmp_path.iterdir())) == 2:
@@ -216,6 +223,7 @@ def driver_at_work(folder: Path) -> tuple[subprocess.Popen[bytes], list[int]]:
     return driver, [int(path.name.partition("-")[2]) for path in folder.iterdir()]
 
 
+@pytest.mark.usefixtures("programs")
 def test_ctrl_c_lets_workers_finish_their_batch_and_leaves_no_process(tmp_path: Path) -> None:
     driver, workers = driver_at_work(tmp_path)
     os.killpg(driver.pid, signal.SIGINT)  # as a terminal does on Ctrl-C
@@ -224,6 +232,7 @@ def test_ctrl_c_lets_workers_finish_their_batch_and_leaves_no_process(tmp_path: 
     assert [path.read_text() for path in tmp_path.iterdir()] == ["stopped"] * 2
 
 
+@pytest.mark.usefixtures("programs")
 def test_workers_stop_when_their_driver_is_killed(tmp_path: Path) -> None:
     driver, workers = driver_at_work(tmp_path)
     driver.kill()
@@ -232,6 +241,7 @@ def test_workers_stop_when_their_driver_is_killed(tmp_path: Path) -> None:
     assert [path.read_text() for path in tmp_path.iterdir()] == ["stopped"] * 2
 
 
+@pytest.mark.usefixtures("programs")
 def test_a_second_ctrl_c_ends_workers_at_once(tmp_path: Path) -> None:
     driver, workers = driver_at_work(tmp_path)
     os.kill(workers[0], signal.SIGSTOP)  # this worker never finishes its batch
