@@ -35,7 +35,7 @@ from kr2cache.store.takeover import Donors, OlderCaches, as_mask, find_donors
 from kr2cache.system.allocator import return_free_memory
 from kr2cache.system.claims import claimed
 from kr2cache.system.console import WorkProgress, bytes_text, count_text, done, note, seconds_text, waiting
-from kr2cache.system.device import device_name
+from kr2cache.system.device import device_name, drop_unused_memory
 from kr2cache.system.disk import check_writable
 from kr2cache.system.interrupt import interrupt_between_batches
 from kr2cache.system.process import process_unchanged
@@ -101,7 +101,8 @@ def extract(settings: ExtractConfig | ExtractPlan, model: OpenedModel | None = N
             shards, donors = _make_shards(plan, model, folder, found, fingerprint)
             filled = fill_shards(plan, model.encoder, shards, donors)
         else:
-            del model  # each worker loads its own
+            del model  # each worker loads its own, and with a device map it may be on a GPU
+            drop_unused_memory()
             return_free_memory(0.0)
             filled = fill_with_workers(Share(plan, folder, fingerprint), _work)
     return ExtractResult(

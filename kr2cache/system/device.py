@@ -119,7 +119,7 @@ def memory_advice(device: torch.device, *others: str) -> str:
 
 
 def drop_unused_memory() -> None:
-    """Free the blocks of a GPU's memory that torch keeps for later. Called after a batch that did not fit."""
+    """Free unused objects, and the blocks of a GPU's memory that torch keeps for later."""
     import torch
 
     gc.collect()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,8 +26,10 @@ from safetensors.torch import load_file, save_file
 from kr2cache.cache.reader import FeatureCache
 from kr2cache.cli import run
 from kr2cache.config import ExtractConfig
-from kr2cache.extraction import budget, extract, together
+from kr2cache.errors import InterruptedWorkError
+from kr2cache.extraction import budget, extract, together, trial
 from kr2cache.extraction.planning import ExtractPlan, plan_extraction
+from kr2cache.models.digests import OpenedModel
 
 SENTENCES = 800
 SHARDS = {"shard_gb": 60_000 / 2**30, "tokens_per_batch": 64}
@@ -138,6 +142,29 @@ def test_a_complete_cache_needs_no_worker(
     extract.extract(config)
     monkeypatch.delattr(together, "run_workers")
     assert extract.extract(dataclasses.replace(config, workers=2)).computed == 0
+
+
+def test_the_driver_has_freed_its_model_when_the_workers_start(
+    config: ExtractConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models, open_resource = [], trial.open_resource
+
+    def opened(plan: ExtractPlan) -> OpenedModel:
+        model = open_resource(plan)
+        gc.disable()  # it could run by chance
+        model.encoder.__dict__["again"] = [model.encoder]  # a circle, as the hooks of a device map make one
+        models.append(weakref.ref(model.encoder))
+        return model
+
+    def no_workers(*arguments: Any, **options: Any) -> list[Any]:
+        gc.enable()
+        assert [model() for model in models] == [None]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trial, "open_resource", opened)
+    monkeypatch.setattr(together, "run_workers", no_workers)
+    with pytest.raises(InterruptedWorkError):
+        extract.extract(dataclasses.replace(config, split="dev", workers=2))
 
 
 @pytest.mark.usefixtures("programs")
