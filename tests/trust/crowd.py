@@ -193,17 +193,18 @@ class Workers:
         if number % 2:  # what is written waits long for its mark
             writers.SYNC_EVERY_S = 0.3
         self._keep_journal(number)
-        write, leave = ShardWriter.write, sharing.HeldShard.__exit__
+        write, try_claim = ShardWriter.write, sharing.try_claim
 
         def write_either(writer: ShardWriter, states: PackedStates) -> None:
             write(writer, replace(states, raw=states.raw + 1) if self.writes_wrong[number] else states)
 
-        def right_again(held: sharing.HeldShard, *error: Any) -> bool:
-            self.writes_wrong[number] = 0
-            return leave(held, *error)
+        def right_again(place: Path, unit: str) -> claims.Claim | None:
+            claim = try_claim(place, unit)
+            self.writes_wrong[number] = 0  # it was stopped without this claim
+            return claim
 
         ShardWriter.write = write_either  # type: ignore[method-assign]
-        sharing.HeldShard.__exit__ = right_again  # type: ignore[method-assign]
+        sharing.try_claim = right_again
         extract.extract(self.plan)
 
     def _keep_journal(self, number: int) -> None:
@@ -241,9 +242,10 @@ class Workers:
         self.start()
 
     def stop(self, process: int, draw: random.Random) -> None:
-        """Stop it for a moment; or, if it holds something, until another process took that over."""
+        """Stop it for a moment; or, if it holds a claim, until another process has taken it over."""
         self.journal.note("disturbed", self.running[process])
         os.kill(process, signal.SIGSTOP)
+        os.waitid(os.P_PID, process, os.WSTOPPED | os.WEXITED | os.WNOWAIT)  # it may just release a claim
         self.held[process] = self.claims_of(process)
         long = self.held[process] and draw.random() < 0.7
         self.stopped[process] = time.monotonic() + (TAKEN_OVER_S if long else draw.uniform(0.1, 2))
