@@ -320,8 +320,10 @@ def test_every_setting_decides_a_run_or_does_not(world: World) -> None:
     fields = {field.name for field in dataclasses.fields(TrainConfig)}
     assert fields == {*DECIDING, *NOT_DECIDING, *CONTENT_DECIDES, *TEACHES, *HEAD}
 
+    shared = Shared()
+
     def deciding(**changes: Any) -> dict[str, Any]:
-        return prepare(world.config(**{"fusion": "fuse", "device": "auto"} | changes), Shared()).deciding
+        return prepare(world.config(**{"fusion": "fuse", "device": "auto"} | changes), shared).deciding
 
     base = deciding()
     assert [name for name, value in NOT_DECIDING.items() if deciding(**{name: value}) != base] == []

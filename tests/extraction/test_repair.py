@@ -191,7 +191,7 @@ def test_random_damage_is_mended_and_only_its_batches_run(
         with h5py.File(path, "r") as file:
             first += len(file["examples/id"])
     kinds = {"few": 0, "rebuilt": 0}
-    for number in range(13):
+    for number in range(9):
         # At most one flip outside what is counted by sequence: two could destroy both copies of the attributes.
         flips = draw.sample(sorted(needed), draw.randint(0, 3))
         if number % 3 or not flips:
