@@ -7,6 +7,7 @@ import errno
 import io
 import json
 import os
+import random
 import tarfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from safetensors.torch import load_file, save_file
 from transformers.models.bert.modeling_bert import BertEncoder
@@ -79,6 +81,27 @@ class World:
 
     def cache_folders(self) -> list[Path]:
         return sorted({path.parent for path in self.caches.rglob("*.h5")})
+
+
+def world_of_pairs(folder: Path) -> World:
+    """A resource that takes segment ids, and 20 pairs of sentences with a label, in ``folder``."""
+    model = tiny.save_model(folder / "models" / "res", layers=2, initializer_range=0.4)
+    path = model / "tokenizer_config.json"
+    inputs = ["input_ids", "token_type_ids", "attention_mask"]
+    path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | {"model_input_names": inputs}), "utf-8")
+    draw = random.Random(4)
+    rows = [
+        {
+            "pairID": f"p{i}",
+            "sentence1": " ".join(draw.choices(tiny.WORDS, k=draw.randint(1, 9))),
+            "sentence2": " ".join(draw.choices(tiny.WORDS, k=draw.randint(1, 9))),
+            "gold_label": draw.choice(["entailment", "neutral", "contradiction"]),
+        }
+        for i in range(20)
+    ]
+    (folder / "corpus").mkdir()
+    (folder / "corpus" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return World(folder)
 
 
 @contextmanager

@@ -11,16 +11,15 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from kr2cache.cache.check import CacheCheck
 from kr2cache.cache.dtypes import DTYPES
-from kr2cache.cache.shard import readable_headers
 from kr2cache.commands.loading import loading
 from kr2cache.commands.options import App, CacheDir, Data, Device, Json, merge, print_json
 from kr2cache.commands.settings import OPTIONS
+from kr2cache.commands.verify import verify
 from kr2cache.config import default_cache_dir, read_toml
 from kr2cache.errors import CacheError, ConfigError
-from kr2cache.models.registry import known_models, label
-from kr2cache.system.console import bytes_text, console, count_text, done, failed, note, ranges_text, seconds_text
+from kr2cache.models.registry import label
+from kr2cache.system.console import bytes_text, console, count_text, done, note, ranges_text, seconds_text
 from kr2cache.system.device import check_device_name
 from kr2cache.system.utf8 import file_lines
 
@@ -34,6 +33,7 @@ Caches = Annotated[
     list[str] | None,
     typer.Argument(help="Folders, or names below --cache-dir. Default: every cache.", metavar="CACHE"),
 ]
+Resource = Annotated[str | None, typer.Option(help="The model, if this machine does not know the name in the cache.")]
 Dtype = Annotated[
     str | None,
     typer.Option(help=f"Dtype of the new cache, not a larger one: {', '.join(DTYPES)}.", show_default="the same"),
@@ -184,120 +184,52 @@ def _bars(title: str, names: Sequence[str], values: Sequence[float], text: Any) 
 
 
 @app.command("verify")
-def verify_cli(caches: Caches = None, cache_dir: CacheDir = None, as_json: Json = False) -> None:
+def verify_cli(
+    caches: Caches = None,
+    against_model: Annotated[
+        bool, typer.Option("--against-model", help="Also run a few sequences through the model, and compare.")
+    ] = False,
+    resource: Resource = None,
+    data: Data = None,
+    device: Device = None,
+    cache_dir: CacheDir = None,
+    as_json: Json = False,
+) -> None:
     """Compare every byte of caches with its checksum, and name damaged sequences.
 
-    The exit code is 1 unless every cache is intact.
+    With --against-model, the shortest, a middle and a long sequence of each cache run through the model again. Their
+    states must agree within the rounding of the stored dtype.
+
+    The exit code is 1 unless every cache is intact, and agrees.
     """
     from kr2cache.store.inventory import cache_folders
 
+    toml = read_toml(Path.cwd(), OPTIONS)
+    model = None
+    if against_model:
+        given = merge(toml, data=data, device=device)
+        check_device_name(given.get("device", "auto"))
+        model = {"resource": resource, "models": toml.models, **given}
+    elif (unused := resource or data or device) is not None:
+        raise ConfigError(f"{unused!r} is for the comparison with the model.", "Give --against-model too.")
     where = _cache_dir(cache_dir)
     folders = [_folder(name, cache_dir) for name in caches] if caches else cache_folders(where)
     if not folders:
         raise ConfigError(f"No cache in {where}.", "Give --cache-dir, or the folder of a cache.")
-    results = [_verify(folder) for folder in folders]
+    if model is not None:
+        with loading(as_json):
+            import kr2cache.extraction.canaries  # noqa: F401
+    results = [verify(folder, model) for folder in folders]
     if as_json:
         print_json({"caches": results, "ok": all(result["ok"] for result in results)})
     if not all(result["ok"] for result in results):
         raise typer.Exit(1)
 
 
-def _verify(folder: Path) -> dict[str, Any]:
-    """Check one cache and print the faults; returns what ``--json`` prints of it."""
-    from kr2cache.cache.reader import FeatureCache
-    from kr2cache.store import provenance
-
-    found = _check_with_progress(folder)
-    faults = list(found.faults)
-    if found.intact:
-        try:
-            faults += provenance.contradictions(FeatureCache.open(folder))
-        except CacheError as error:
-            faults.append(error.message)
-    ok = found.intact and not faults and not found.incomplete_ids
-    if ok:
-        speed = f"{bytes_text(found.bytes)} in {seconds_text(found.seconds)}"
-        done(f"{folder}: {count_text(found.sequences, 'sequence')} intact ({speed})")
-    else:
-        _show_faults(found, faults)
-    return {
-        "cache": str(folder),
-        "ok": ok,
-        "sequences": found.sequences,
-        "bytes": found.bytes,
-        "seconds": found.seconds,
-        "damaged": found.damaged_ids,
-        "incomplete": len(found.incomplete_ids),
-        "damaged_index": [shard.path.name for shard in found.shards if shard.index_damaged],
-        "damaged_structure": [shard.path.name for shard in found.shards if shard.structure_damaged],
-        "unreadable": {shard.path.name: shard.unreadable for shard in found.shards if shard.unreadable},
-        "faults": faults,
-    }
-
-
-def _check_with_progress(folder: Path) -> CacheCheck:
-    from kr2cache.cache.check import check_cache
-    from kr2cache.system.console import WorkProgress
-
-    size = sum(path.stat().st_size for path in folder.glob("*.h5") if path.is_file())
-    total, read = max(1, size // 10**6), 0
-    with WorkProgress(folder.name, "MB", total) as progress:
-
-        def advance(count: int) -> None:
-            nonlocal read
-            progress.advance((read + count) // 10**6 - read // 10**6)
-            read += count
-
-        found = check_cache(folder, advance)
-        progress.advance(total - read // 10**6)  # unreadable parts were not counted
-    return found
-
-
-def _show_faults(found: CacheCheck, faults: Sequence[str]) -> None:
-    """Print what is wrong with a cache and the command that repairs it."""
-    for shard in found.shards:
-        if shard.unreadable:
-            failed(shard.unreadable)
-        if shard.index_damaged:
-            failed(f"{shard.path}: the index (ids, lengths, tokens or text digests) does not match its checksum")
-        if shard.structure_damaged:
-            failed(f"{shard.path}: bytes outside states and index (attributes, HDF5's own) have changed")
-    for fault in faults:
-        failed(f"{found.folder}: {fault}")
-    if found.damaged_ids:
-        failed(
-            f"{found.folder}: {count_text(len(found.damaged_ids), 'sequence')} of {found.sequences:,} damaged: "
-            f"{_names(found.damaged_ids)}"
-        )
-    if found.incomplete_ids:
-        note(
-            f"{found.folder}: {len(found.incomplete_ids):,} of {count_text(found.sequences, 'sequence')} not complete: "
-            f"{_names(found.incomplete_ids)}"
-        )
-    console.print(_what_to_do(found), style="cyan", soft_wrap=True, markup=False)
-
-
-def _what_to_do(found: CacheCheck) -> str:
-    """The command that repairs or completes a cache."""
-    headers = [header for shard in found.shards for header in readable_headers(shard.path)]
-    if not headers or (found.intact and found.incomplete_ids):
-        return "Run the kr2cache extract command that made it again: it continues where it stopped."
-    chosen = headers[0].provenance.get("chosen", {})
-    resource = chosen.get("resource", "") if isinstance(chosen, dict) else ""
-    known = resource in known_models(read_toml(Path.cwd(), OPTIONS).models) or "--" in str(resource)
-    return f"Repair it:  kr2cache cache repair {found.folder}" + ("" if known else f" --resource FOLDER_OF_{resource}")
-
-
-def _names(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-
-
 @app.command("repair")
 def repair_cli(
     cache: Cache,
-    resource: Annotated[
-        str | None, typer.Option(help="The model, if this machine does not know the name in the cache.")
-    ] = None,
+    resource: Resource = None,
     data: Data = None,
     device: Device = None,
     cache_dir: CacheDir = None,
@@ -313,9 +245,10 @@ def repair_cli(
     given = merge(toml, data=data, device=device)
     check_device_name(given.get("device", "auto"))
     with loading(as_json):
-        from kr2cache.extraction.repair import RepairConfig, describe_repair, repair
+        from kr2cache.extraction.repair import describe_repair, repair
+        from kr2cache.extraction.rerun import RerunConfig
 
-    result = repair(RepairConfig(folder=folder, resource=resource, models=toml.models, **given))
+    result = repair(RerunConfig(folder=folder, resource=resource, models=toml.models, **given))
     describe_repair(result)
     if as_json:
         print_json(result.json())

@@ -10,7 +10,7 @@ import shlex
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kr2cache.cache.dtypes import DTYPES
 from kr2cache.cache.format import SequenceIndex
@@ -26,8 +26,10 @@ from kr2cache.config import (
 )
 from kr2cache.errors import CacheError, CacheMismatchError, ConfigError, DiskSpaceError
 from kr2cache.experiment.shared import Shared
+from kr2cache.extraction import canaries
 from kr2cache.extraction.extract import describe_result, extract
 from kr2cache.extraction.planning import ExtractPlan, describe, plan_extraction
+from kr2cache.extraction.rerun import plan_again
 from kr2cache.fusion import parse_fusion
 from kr2cache.models.digests import OpenedModel, known_digests, open_model
 from kr2cache.models.encode import missing_words
@@ -123,6 +125,8 @@ class Resource:
             text_xxh3=part.text_xxh3,
         )
         found = self._find(wanted)
+        if found is not None:
+            self._compare_with_model(found, split)
         cache = self._with_fusion_stored(found or self._extract(split), part.ids)
         if self.task.words:
             self._count_missing_words(cache, split, noted=found is None)
@@ -137,6 +141,32 @@ class Resource:
             found = cache.provenance["found"]
             self.weights, self.config_digest = found["weights"], found["config"]
         return cache
+
+    def _compare_with_model(self, cache: FeatureCache, split: str) -> None:
+        """Run a few sequences of a cache again if other versions of torch or transformers made it.
+
+        Raises:
+            CacheMismatchError: If the model gives other states now.
+        """
+        if not canaries.made_with_others(cache.provenance):
+            return
+        if (tokenizer := self._tokenizer) is None:
+            self._note_once(
+                f"{cache.folder.name} was made with {canaries.made_with(cache.provenance)}. Without the weights of "
+                f"{self.spec.name} it is not known whether {canaries.running()} give the same states."
+            )
+            return
+        part = self.corpus.splits[split]
+        index = part.index(self.spec, tokenizer, int(cache.provenance["chosen"]["max_length"]))
+
+        def load(index: SequenceIndex) -> tuple[ExtractPlan, PreTrainedModel]:
+            config = self.config
+            plan = plan_again(
+                cache, cache.folder, index, self.spec, tokenizer, device=config.device, models=config.models
+            )
+            return plan, self._opened_model().encoder
+
+        canaries.check_once(cache, index, cache.positions(part.ids), load)
 
     def _count_missing_words(self, cache: FeatureCache, split: str, *, noted: bool) -> None:
         """Count the words that have no states in the cache, and show a note unless the extraction ``noted`` it."""

@@ -21,7 +21,7 @@ from kr2cache.cache.format import ShardHeader, ranges
 from kr2cache.cache.reader import FeatureCache
 from kr2cache.config import ExtractConfig
 from kr2cache.errors import CacheError, CacheMismatchError, CacheVersionError, DeviceMemoryError, ValueRangeError
-from kr2cache.extraction import budget, trial
+from kr2cache.extraction import budget, canaries, trial
 from kr2cache.extraction.batches import BatchRunner, by_weights
 from kr2cache.extraction.planning import ExtractPlan, check_disk, plan_extraction
 from kr2cache.extraction.together import Filled, Share, fill_with_workers, interrupted
@@ -152,6 +152,7 @@ def _make_shards(
         if header is not None:
             with contextlib.suppress(DeviceMemoryError):  # the missing sequences may be shorter, and fit
                 trial.check_history(plan, model.encoder, header.batch_plan)
+            _check_begun(plan, model, folder)
         else:
             tried = trial.check_states(plan, model.encoder)
             batch_plan = budget.plan_batches(
@@ -161,6 +162,8 @@ def _make_shards(
                 batch_plan[trial.FRESH] = True
             header = _new_header(plan, model, found, fingerprint, batch_plan, tried.last_is_output)
             donors = find_donors(plan.config.cache_dir, folder, header, plan.index)
+            for cache, positions in zip(donors.caches, donors.positions, strict=True):
+                canaries.check_before_more(cache, positions, plan, model.encoder)
             if donors.covered.any():
                 # Record for which sequences the model runs: a continued extraction has to form the same batches.
                 computed = ranges(np.flatnonzero(~donors.covered).tolist())
@@ -172,6 +175,20 @@ def _make_shards(
     if plan.recorded:
         plans.forget(plan.config.cache_dir, plan.config.task, plan.config.split, plan.recorded[plans.FIELD]["key"])
     return shards, donors
+
+
+def _check_begun(plan: ExtractPlan, model: OpenedModel, folder: Path) -> None:
+    """Compare a cache that was begun earlier with its model, if other versions of the libraries began it.
+
+    Raises:
+        CacheMismatchError: If the model gives other states now.
+    """
+    try:
+        cache = FeatureCache.open(folder)
+    except CacheError:  # a shard is missing or damaged
+        return
+    positions = np.where(cache.complete, np.arange(len(plan.index)), -1)
+    canaries.check_before_more(cache, positions, plan, model.encoder)
 
 
 def fill_shards(

@@ -9,44 +9,32 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from kr2cache.cache.check import CacheCheck, check_cache
 from kr2cache.cache.format import SequenceIndex, ShardHeader
 from kr2cache.cache.reader import FeatureCache
 from kr2cache.cache.shard import open_shard, readable_headers
 from kr2cache.cache.writer import unmark
-from kr2cache.config import ExtractConfig
-from kr2cache.errors import CacheError, CacheMismatchError, ConfigError, DeviceMemoryError, UnknownNameError
-from kr2cache.extraction import trial
+from kr2cache.errors import CacheError, CacheMismatchError, DeviceMemoryError
+from kr2cache.extraction import canaries, trial
 from kr2cache.extraction.extract import fill_shards
 from kr2cache.extraction.planning import ExtractPlan
-from kr2cache.models.encode import MissingWords, encode_examples
-from kr2cache.models.registry import ModelSpec, find_model, name_of_stored
-from kr2cache.models.tokenizers import load_tokenizer, pad_id
+from kr2cache.extraction.rerun import RerunConfig, model_of, open_same, plan_again
+from kr2cache.models.encode import encode_examples
+from kr2cache.models.tokenizers import load_tokenizer
 from kr2cache.store import derive, folders, provenance
 from kr2cache.store.sharing import HeldCache, SharedShards, whole_cache
 from kr2cache.system.console import count_text, done, note, seconds_text
 from kr2cache.system.disk import check_writable
 from kr2cache.system.process import process_unchanged
 from kr2cache.tasks import Example, find_task
-
-
-@dataclass(frozen=True, kw_only=True)
-class RepairConfig:
-    """The settings of a repair."""
-
-    folder: Path
-    resource: str | None = None
-    """The model; None for the name that the cache records."""
-    data: str | None = None
-    """The corpus; None for the task's own. It is read if an index is damaged or the model runs with segment ids."""
-    device: str = "auto"
-    models: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +57,7 @@ class RepairResult:
 
 
 @process_unchanged()
-def repair(config: RepairConfig) -> RepairResult:
+def repair(config: RerunConfig) -> RepairResult:
     """Find damaged and incomplete sequences and make them again.
 
     Raises:
@@ -129,7 +117,7 @@ def _header(found: CacheCheck) -> ShardHeader:
 
 
 def _mend(
-    config: RepairConfig, found: CacheCheck, header: ShardHeader, held: HeldCache, *, whole_index: bool
+    config: RerunConfig, found: CacheCheck, header: ShardHeader, held: HeldCache, *, whole_index: bool
 ) -> Callable[[], tuple[int, int]]:
     """Remove the marks of damaged sequences, once every check has passed.
 
@@ -143,17 +131,13 @@ def _mend(
         _remove_marks(found, held)
         return lambda: (0, derive.refill(config.folder, header, source))
     plan = _plan(config, chosen, made, header, whole_index)
-    model = trial.open_resource(plan)
-    for name in ("weights", "config"):
-        then, now = getattr(made, name), getattr(model.digests, name)
-        if then != now:
-            raise CacheMismatchError(
-                f"{config.folder} was made with other {name} of {plan.spec.name} (digest {then[:8]} then, {now[:8]} "
-                "now).",
-                "Give --resource with the folder of the model that made it.",
-            )
+    model = open_same(plan, made, config.folder)
     with contextlib.suppress(DeviceMemoryError):  # the damaged sequences may be shorter and fit
         trial.check_history(plan, model.encoder, header.batch_plan)
+    if whole_index:
+        cache = FeatureCache.open(config.folder)
+        sound = cache.complete & ~np.isin(cache.all_ids, found.damaged_ids)
+        canaries.check_before_more(cache, np.where(sound, np.arange(len(sound)), -1), plan, model.encoder)
     _remove_marks(found, held)
     shards = SharedShards(config.folder, header, plan.index)
     shards.create(held.build_in)
@@ -166,27 +150,15 @@ def _remove_marks(found: CacheCheck, held: HeldCache) -> None:
             unmark(open_shard(shard.path), shard.damaged, partial(held.check, shard.path.name))
 
 
-def _model_of(config: RepairConfig, stored: str) -> ModelSpec:
-    try:
-        return find_model(config.resource or name_of_stored(stored, config.models), config.models)
-    except UnknownNameError as error:
-        if config.resource is not None:
-            raise
-        raise ConfigError(
-            f"{config.folder} was made with the model {stored!r}, which is not registered.",
-            "Give --resource with its folder, or register it under [models] in kr2cache.toml.",
-        ) from error
-
-
 def _plan(
-    config: RepairConfig,
+    config: RerunConfig,
     chosen: provenance.Chosen,
     made: provenance.Found,
     header: ShardHeader,
     whole_index: bool,
 ) -> ExtractPlan:
     """The plan of the extraction that made the cache."""
-    spec = _model_of(config, chosen.resource)
+    spec = model_of(config, chosen.resource)
     task = find_task(chosen.task)
     tokenizer = load_tokenizer(spec, words=task.words)
     if whole_index and not made.segments:
@@ -195,29 +167,7 @@ def _plan(
         examples = _first(task.read(chosen.split, config.data), made.sequences)
         index = encode_examples(tokenizer, examples, task, chosen.max_length)
         _check_index(index, made, config)
-    return ExtractPlan(
-        config=ExtractConfig(
-            resource=chosen.resource,
-            split=chosen.split,
-            task=chosen.task,
-            max_length=chosen.max_length,
-            dtype=chosen.dtype,
-            compute_dtype=chosen.compute_dtype,  # type: ignore[arg-type]  # the fingerprint was compared
-            weights_dtype=chosen.weights_dtype,  # type: ignore[arg-type]  # as above
-            device=config.device,
-            cache_dir=folders.cache_dir_of(config.folder, chosen.task, chosen.split) or config.folder.absolute().parent,
-            models=config.models,
-        ),
-        spec=spec,
-        index=index,
-        layers=header.layers,
-        model_layers=header.model_layers,
-        width=header.width,
-        pad_id=pad_id(tokenizer),
-        template=made.template,
-        corpus=chosen.corpus,
-        missing_words=MissingWords(0, 0),  # the extraction has shown them
-    )
+    return plan_again(header, config.folder, index, spec, tokenizer, device=config.device, models=config.models)
 
 
 def _first(examples: list[Example], sequences: int) -> list[Example]:
@@ -231,7 +181,7 @@ def _first(examples: list[Example], sequences: int) -> list[Example]:
     return taken
 
 
-def _check_index(index: SequenceIndex, made: provenance.Found, config: RepairConfig) -> None:
+def _check_index(index: SequenceIndex, made: provenance.Found, config: RerunConfig) -> None:
     for name, now in (("texts", provenance.texts_digest(index)), ("tokens", provenance.tokens_digest(index))):
         then = getattr(made, name)
         if then != now:

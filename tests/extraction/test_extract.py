@@ -40,7 +40,8 @@ from kr2cache.errors import (
     ValueRangeError,
 )
 from kr2cache.extraction import extract, planning, trial
-from kr2cache.extraction.repair import RepairConfig, repair
+from kr2cache.extraction.repair import repair
+from kr2cache.extraction.rerun import RerunConfig
 from kr2cache.models.digests import weights_digest
 from kr2cache.models.encode import length_sorted_batches
 from kr2cache.models.registry import ModelSpec, find_model
@@ -758,7 +759,7 @@ def test_a_cache_of_such_a_model_is_resumed_and_repaired_with_the_same_bytes(tmp
     (shard,), whole = cache.folder.glob("*.h5"), shard_bytes(cache)
     for mend in (
         lambda: extracted(folder, tmp_path / "cache", texts),
-        lambda: repair(RepairConfig(folder=cache.folder, resource=str(folder), device="cpu")),
+        lambda: repair(RerunConfig(folder=cache.folder, resource=str(folder), device="cpu")),
     ):
         with h5py.File(shard, "r+") as file:
             file["examples/complete"][2] = 0
@@ -781,7 +782,7 @@ def test_a_cache_that_was_made_without_regard_to_it_is_neither_resumed_nor_repai
     with pytest.raises(UnsupportedModelError, match="it would mix both"):
         extracted(folder, tmp_path / "cache", texts)
     with pytest.raises(UnsupportedModelError, match="it would mix both"):
-        repair(RepairConfig(folder=cache.folder, resource=str(folder), device="cpu"))
+        repair(RerunConfig(folder=cache.folder, resource=str(folder), device="cpu"))
     assert shard_bytes(cache) == before
 
 

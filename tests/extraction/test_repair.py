@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import tiny
 from safetensors.torch import load_file, save_file
-from world import World
+from world import World, world_of_pairs
 
 from kr2cache import FeatureCache
 from kr2cache.cache.check import check_cache
@@ -25,7 +25,8 @@ from kr2cache.cli import run
 from kr2cache.errors import BusyError, CacheError, CacheMismatchError, CacheVersionError, ConfigError
 from kr2cache.extraction import repair as repairs
 from kr2cache.extraction import trial
-from kr2cache.extraction.repair import RepairConfig, RepairResult, repair
+from kr2cache.extraction.repair import RepairResult, repair
+from kr2cache.extraction.rerun import RerunConfig
 from kr2cache.models.encode import length_sorted_batches
 from kr2cache.store.derive import derive, plan_fusion, plan_slice
 from kr2cache.store.provenance import contradictions
@@ -103,7 +104,7 @@ def copied(cache: Path, tmp_path: Path) -> Path:
 
 def mend(folder: Path, place: World, **changes: Any) -> RepairResult:
     settings: dict[str, Any] = {"resource": str(place.resource), "data": str(place.data), "device": "cpu"}
-    return repair(RepairConfig(folder=folder, **(settings | changes)))
+    return repair(RerunConfig(folder=folder, **(settings | changes)))
 
 
 def flip(path: Path, *offsets: int, bit: int = 1) -> None:
@@ -712,24 +713,7 @@ def test_a_later_version_beside_a_missing_shard_is_never_overwritten(
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> World:
     """A resource that takes segment ids, and pairs of sentences with a label. Read only."""
-    folder = tmp_path_factory.mktemp("pairs")
-    model = tiny.save_model(folder / "models" / "res", layers=2, initializer_range=0.4)
-    path = model / "tokenizer_config.json"
-    inputs = ["input_ids", "token_type_ids", "attention_mask"]
-    path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | {"model_input_names": inputs}), "utf-8")
-    draw = random.Random(4)
-    rows = [
-        {
-            "pairID": f"p{i}",
-            "sentence1": " ".join(draw.choices(tiny.WORDS, k=draw.randint(1, 9))),
-            "sentence2": " ".join(draw.choices(tiny.WORDS, k=draw.randint(1, 9))),
-            "gold_label": draw.choice(["entailment", "neutral", "contradiction"]),
-        }
-        for i in range(20)
-    ]
-    (folder / "corpus").mkdir()
-    (folder / "corpus" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-    return World(folder)
+    return world_of_pairs(tmp_path_factory.mktemp("pairs"))
 
 
 def test_a_cache_of_pairs_gets_their_segments_from_the_data(pairs: World, ran: list[Batch], tmp_path: Path) -> None:

@@ -23,7 +23,8 @@ from kr2cache.errors import ConfigError, UnknownNameError
 from kr2cache.experiment.checks import check_names
 from kr2cache.extraction.checks import check_extraction
 from kr2cache.extraction.planning import plan_extraction
-from kr2cache.extraction.repair import RepairConfig, repair
+from kr2cache.extraction.repair import repair
+from kr2cache.extraction.rerun import RerunConfig
 from kr2cache.models.digests import open_model, weights_digest
 from kr2cache.models.registry import ModelSpec
 from kr2cache.models.repeatable import as_loaded
@@ -114,7 +115,7 @@ def test_a_repair_gives_the_same_bytes(world: World) -> None:
     before = shard.read_bytes()
     with h5py.File(shard, "r+") as file:
         file["examples/complete"][3] = 0
-    repair(RepairConfig(folder=folder, resource=str(world.resource), device="cpu"))
+    repair(RerunConfig(folder=folder, resource=str(world.resource), device="cpu"))
     assert shard.read_bytes() == before
 
 

@@ -30,7 +30,8 @@ from kr2cache.experiment.prepare import prepare
 from kr2cache.experiment.shared import Shared
 from kr2cache.extraction.packing import Packer
 from kr2cache.extraction.planning import ExtractPlan
-from kr2cache.extraction.repair import RepairConfig, repair
+from kr2cache.extraction.repair import repair
+from kr2cache.extraction.rerun import RerunConfig
 from kr2cache.fusion import parse_fusion
 from kr2cache.models.stack import load_encoder
 from kr2cache.models.states import hidden_states
@@ -165,7 +166,7 @@ def processes(scene: Scene) -> Iterator[Seen]:
         old = file.read(1_000)
         file.seek(-len(old), os.SEEK_CUR)
         file.write(bytes(255 - byte for byte in old))
-    result = repair(RepairConfig(folder=train_cache, resource=str(scene.resource), device=str(scene.device)))
+    result = repair(RerunConfig(folder=train_cache, resource=str(scene.resource), device=str(scene.device)))
     same = same_bytes(own["train"], train_cache)
     damaged = 0 < len(result.damaged) < len(cache.n_tokens)
     yield Seen(

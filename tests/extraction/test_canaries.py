@@ -1,0 +1,238 @@
+"""A cache that other versions made is compared with its model before it is used, and any cache on demand."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers.models.bert.modeling_bert import BertEncoder
+from world import World, count_resource_batches, world_of_pairs
+
+from kr2cache import FeatureCache
+from kr2cache.cache.shard import open_shard
+from kr2cache.cache.writer import unmark
+from kr2cache.cli import run
+from kr2cache.errors import CacheMismatchError
+from kr2cache.extraction import canaries
+from kr2cache.extraction.canaries import LONGEST, choose
+from kr2cache.extraction.repair import repair
+from kr2cache.extraction.rerun import RerunConfig
+from kr2cache.store import provenance
+from kr2cache.store.derive import derive, plan_fusion, plan_slice
+
+SPLITS = ("train", "dev", "test")
+
+
+@pytest.fixture(autouse=True)
+def nothing_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(canaries, "_agreed", set())
+
+
+@contextmanager
+def versions(torch: str = "1.2.3", transformers: str = "2.0.0") -> Iterator[None]:
+    """Caches that are made inside record these versions."""
+    real = provenance.library_versions()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(provenance, "library_versions", lambda: {**real, "torch": torch, "transformers": transformers})
+        yield
+
+
+@contextmanager
+def other_states(share: float = 0.1) -> Iterator[None]:
+    """Inside, every BERT computes otherwise: of its embeddings, each second number is larger by this share."""
+
+    def change(module: torch.nn.Module, inputs: tuple[Any, ...]) -> Any:
+        if not isinstance(module, BertEncoder):
+            return None
+        embeddings, *rest = inputs
+        factors = torch.ones(embeddings.shape[-1])
+        factors[::2] += share
+        return (embeddings * factors, *rest)
+
+    handle = torch.nn.modules.module.register_module_forward_pre_hook(change)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+# Which sequences -----------------------------------------------------------------------------------------------------
+
+
+def test_the_shortest_a_middle_and_a_long_sequence_are_chosen() -> None:
+    lengths = np.array([9, 4, LONGEST, 7, LONGEST + 1, 3, 8])
+    everything = np.ones(len(lengths), dtype=bool)
+    assert choose(lengths, everything).tolist() == [5, 3, 2]
+    assert choose(lengths, lengths > 3).tolist() == [1, 6, 2]
+    assert choose(lengths, lengths == 7).tolist() == [3]
+    assert choose(lengths, lengths > LONGEST).tolist() == [4], "however long"
+
+
+# Before a cache is used -----------------------------------------------------------------------------------------------
+
+
+def test_training_compares_caches_of_other_versions_once(world: World) -> None:
+    with versions():
+        for split in SPLITS:
+            world.extract(split)
+    with other_states(), pytest.raises(CacheMismatchError) as refused:
+        world.train(epochs=1.0)
+    real = provenance.library_versions()
+    assert "was made with torch 1.2.3 and transformers 2.0.0." in refused.value.message
+    assert f"torch {real['torch']} and transformers {real['transformers']}, which run now" in refused.value.message
+    assert "sequence 'train-s" in refused.value.message
+    assert "Install torch 1.2.3 and transformers 2.0.0 again" in refused.value.remedy
+    assert "kr2cache cache remove" in refused.value.remedy
+    with count_resource_batches() as sizes:
+        world.train(epochs=1.0)
+        assert sizes == [3, 1, 1, 1] * len(SPLITS)
+        world.train(epochs=1.0, fusion="all")
+        assert len(sizes) == 4 * len(SPLITS), "once in a process"
+
+
+def test_another_build_of_a_version_is_the_same_version() -> None:
+    real = provenance.library_versions()
+    public = real["torch"].partition("+")[0]
+    same = {"torch": f"{public}+cu999", "transformers": real["transformers"]}
+    assert not canaries.made_with_others({"recorded": {"versions": same}})
+    assert canaries.made_with_others({"recorded": {"versions": {**same, "transformers": "2.0.0"}}})
+    assert canaries.made_with_others({"recorded": {"versions": {**same, "torch": f"{public}.1"}}})
+    assert not canaries.made_with_others({}), "unknown"
+
+
+def test_without_the_weights_a_note_says_that_nothing_was_compared(
+    world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with versions():
+        for split in SPLITS:
+            world.extract(split)
+    shutil.rmtree(world.resource)
+    world.train(resource="res", epochs=1.0)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "was made with torch 1.2.3 and transformers 2.0.0. Without the weights of res it is not known" in shown
+
+
+def test_an_extraction_does_not_continue_a_cache_of_other_states(world: World) -> None:
+    with versions():
+        folder = world.extract().cache
+    (path,) = folder.glob("*.h5")
+    whole = path.read_bytes()
+    unmark(open_shard(path), [2, 5])
+    with other_states(), pytest.raises(CacheMismatchError, match="give other states: sequence 'train-s"):
+        world.extract()
+    assert int((~FeatureCache.open(folder).complete).sum()) == 2
+    world.extract()
+    assert path.read_bytes() == whole
+
+
+def test_states_of_other_versions_are_compared_before_they_are_copied(world: World) -> None:
+    with versions():
+        world.extract()
+    with other_states(), pytest.raises(CacheMismatchError, match="give other states"):
+        world.extract(layers="last2")
+    assert world.extract(layers="last2").taken_over == 12
+
+
+def test_a_repair_does_not_mix_states_of_other_versions(world: World) -> None:
+    with versions():
+        folder = world.extract().cache
+    (path,) = folder.glob("*.h5")
+    whole = path.read_bytes()
+    position = open_shard(path).offset("hidden")
+    assert position is not None
+    path.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
+    damaged = path.read_bytes()
+    config = RerunConfig(folder=folder, resource=str(world.resource), device="cpu")
+    with other_states(), pytest.raises(CacheMismatchError, match="give other states"):
+        repair(config)
+    assert path.read_bytes() == damaged
+    repair(config)
+    assert path.read_bytes() == whole
+
+
+# On demand ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, bert: Path, corpus: Path) -> World:
+    folder = tmp_path_factory.mktemp("canaries")
+    shutil.copytree(bert, folder / "models" / "res")
+    shutil.copytree(corpus, folder / "corpus")
+    return World(folder)
+
+
+CACHES: dict[str, tuple[dict[str, Any], dict[str, Any] | str | None, float]] = {
+    "float32": ({"dtype": "float32"}, None, 1e-3),
+    "float16": ({}, None, 1e-2),
+    "bfloat16": ({"dtype": "bfloat16"}, None, 0.05),
+    "int8": ({"dtype": "int8"}, None, 0.05),
+    "layers": ({}, {"layers": "2,4"}, 0.05),
+    "sequences": ({}, {"limit": 3}, 1e-2),
+    "rounded again": ({}, {"dtype": "int8"}, 0.05),
+    "fused": ({}, "last4", 0.05),
+    "fused and rounded": ({"dtype": "float32"}, "all", 0.05),
+    "computed in bfloat16": ({"compute_dtype": "bfloat16"}, None, 0.3),
+}
+"""Settings of an extraction, what is derived from it, and a change of the model that is more than rounding."""
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_verify_compares_any_cache_with_its_model(
+    place: World, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings, derived, change = CACHES[name]
+    folder = place.extract(tokens_per_batch=60, cache_dir=tmp_path, **settings).cache
+    if isinstance(derived, str):
+        dtype = "int8" if name == "fused and rounded" else None
+        folder = derive(plan_fusion(FeatureCache.open(folder), derived, dtype=dtype)).cache
+    elif derived is not None:
+        folder = derive(plan_slice(FeatureCache.open(folder), **derived)).cache
+    line = ["cache", "verify", str(folder), "--against-model", "--resource", str(place.resource), "--device", "cpu"]
+    capsys.readouterr()
+    assert run([*line, "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["ok"]
+    assert shown["caches"][0]["model"]["agrees"]
+    assert len(shown["caches"][0]["model"]["sequences"]) == 3
+    assert all(0 <= one["difference"] <= one["allowed"] for one in shown["caches"][0]["model"]["sequences"])
+    with other_states(change):
+        assert run([*line, "--json"]) == 1
+        shown = json.loads(capsys.readouterr().out)
+        assert not shown["ok"]
+        wrong = [one for one in shown["caches"][0]["model"]["sequences"] if not one["agrees"]]
+        assert all(one["difference"] > one["allowed"] for one in wrong)
+        assert run(line) == 1
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"sequence '{wrong[0]['id']}' ({wrong[0]['tokens']} tokens) differs by up to" in text
+    assert f"torch {torch.__version__}" in text
+
+
+def test_verify_reads_the_segments_of_pairs_from_the_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pairs = world_of_pairs(tmp_path)
+    whole = FeatureCache.open(pairs.extract(task="snli").cache)
+    folder = derive(plan_slice(whole, ids=["p3", "p8", "p15", "p19"])).cache
+    line = ["cache", "verify", str(folder), "--against-model", "--resource", str(pairs.resource), "--device", "cpu"]
+    assert run([*line, "--data", str(pairs.data)]) == 0
+    rows = (pairs.data / "train.jsonl").read_text("utf-8").replace("das", "haus")
+    (pairs.data / "train.jsonl").write_text(rows, "utf-8")
+    capsys.readouterr()
+    assert run([*line, "--data", str(pairs.data), "--json"]) == 1
+    assert "made from other data" in json.loads(capsys.readouterr().out)["caches"][0]["model"]["why"]
+
+
+def test_verify_says_why_it_cannot_compare(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = world.extract().cache
+    capsys.readouterr()
+    assert run(["cache", "verify", str(folder), "--against-model", "--json"]) == 1
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["caches"][0]["model"]["agrees"] is None
+    assert "made with the model 'res', which is not registered. Give --resource" in " ".join(captured.err.split())
+    assert run(["cache", "verify", str(folder), "--resource", str(world.resource)]) == 1
+    assert "Give --against-model too" in capsys.readouterr().err
