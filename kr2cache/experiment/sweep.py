@@ -189,7 +189,7 @@ class Sweep:
                 failed(f"{cell.name}: the same error as {earlier.name}")
             shared.settle(cell)
             if not shared.is_settled(cell):
-                note("Another process of this sweep tries it once more.")
+                note(f"Another process of this sweep tries {cell.name} once more.")
             return
         cell.error = None  # another process may have failed before
         cell.folder = Path(os.path.relpath(cell.result.runs[0].folder.parent, self.run_dir)).as_posix()

@@ -23,6 +23,7 @@ from typing import Any
 
 import ray
 from ray import exceptions
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from kr2cache.errors import ConfigError, error_text
 from kr2cache.system import allocator, threads
@@ -67,6 +68,22 @@ def run(
             return drive(crew, watch)
 
 
+class Notes:
+    """What workers note, until the driver reads it. An actor of its own, because the actor of a worker is busy."""
+
+    def __init__(self) -> None:
+        self._texts: list[str] = []
+
+    def add(self, text: str) -> None:
+        """Called by a worker."""
+        self._texts.append(text)
+
+    def take(self) -> list[str]:
+        """The notes since the last call."""
+        texts, self._texts = self._texts, []
+        return texts
+
+
 class Actor:
     """One worker. It runs in a process of its own on one machine of the cluster."""
 
@@ -80,25 +97,26 @@ class Actor:
         """The name of the machine on which it runs."""
         return platform.node()
 
-    def work(self, job: tuple[Callable[[Any], Any], Any], folder: str) -> tuple[list[str], Outcome]:
+    def work(self, job: tuple[Callable[[Any], Any], Any], folder: str, notes: Any) -> Outcome:
         """Do the job.
 
         Args:
             job: The function and its argument.
             folder: The driver's working folder; relative paths begin there.
-
-        Returns:
-            The notes of the worker, and the outcome.
+            notes: The actor ``Notes``.
         """
-        notes: list[str] = []
         do, argument = job
+
+        def send_note(text: str) -> None:
+            with contextlib.suppress(exceptions.RayError):  # the work does not need it
+                ray.get(notes.add.remote(text))
 
         def work() -> Any:
             _change_folder(folder)
             return do(argument)
 
-        with as_worker(notes.append), also_stopped_by(ray.get_runtime_context().is_canceled):
-            return notes, outcome_of(work)
+        with as_worker(send_note), also_stopped_by(ray.get_runtime_context().is_canceled):
+            return outcome_of(work)
 
 
 @dataclass
@@ -118,6 +136,8 @@ class _Actors(Crew):
         self._working: list[_Worker] = []
         self._began = time.monotonic()
         self._class = ray.remote(Actor).options(num_cpus=cpus, num_gpus=gpus, max_restarts=0, max_task_retries=0)
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self._notes: Any = ray.remote(Notes).options(num_cpus=0, scheduling_strategy=here).remote()
 
     @property
     def is_working(self) -> bool:
@@ -128,16 +148,16 @@ class _Actors(Crew):
             self._start_actor(place)
 
     def listen(self, seconds: float) -> None:
-        for worker in self._ended(seconds):
+        ended = self._ended(seconds)
+        self._show_notes()
+        for worker in ended:
             try:
-                notes, outcome = ray.get(worker.result)
+                outcome = ray.get(worker.result)
             except LOST as error:
                 self._replace(worker, error)
                 continue
             except exceptions.RayTaskError as error:  # the worker could not read the job or send its result
                 raise RuntimeError(f"A worker on {_host(worker)}: {error_text(error.cause)}") from error
-            for text in notes:
-                self.note(text)
             if outcome.error is not None:
                 raise outcome.error
             self.results[worker.place] = outcome.value
@@ -152,8 +172,13 @@ class _Actors(Crew):
             self._ended(min(left, 1.0))  # short calls, so that a second Ctrl-C has an effect between them
 
     def end(self) -> None:
-        for worker in self._working:
-            ray.kill(worker.actor)
+        for actor in [self._notes, *(worker.actor for worker in self._working)]:
+            ray.kill(actor)
+
+    def _show_notes(self) -> None:
+        with contextlib.suppress(exceptions.RayError):  # the work does not need them
+            for text in ray.get(self._notes.take.remote()):
+                self.note(text)
 
     def _ended(self, seconds: float) -> list[_Worker]:
         """The workers that have ended, for any reason. Their CPUs and GPUs are free again."""
@@ -175,7 +200,8 @@ class _Actors(Crew):
     def _start_actor(self, place: int) -> None:
         actor: Any = self._class.remote([path or os.getcwd() for path in sys.path])  # noqa: PTH109
         host = actor.host.remote()
-        self._working.append(_Worker(place, actor, host, actor.work.remote(self._job, os.getcwd())))  # noqa: PTH109
+        result = actor.work.remote(self._job, os.getcwd(), self._notes)  # noqa: PTH109
+        self._working.append(_Worker(place, actor, host, result))
         self._began = time.monotonic()
 
     def _note_waiting(self) -> None:

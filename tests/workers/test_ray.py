@@ -21,11 +21,13 @@ import test_workers
 import torch
 from tiny import save_corpus
 from tiny_cache import folder_bytes
+from waiting import wait_until
 from world import World
 
 from kr2cache.cli import run as command_line
 from kr2cache.errors import CacheError, ConfigError, WorkerLostError
 from kr2cache.system.claims import held_units
+from kr2cache.system.console import note
 from kr2cache.workers import ray as engine
 from kr2cache.workers import run_workers
 
@@ -55,6 +57,11 @@ def describe(_: object) -> tuple[int, str, int, str]:
     return os.getpid(), ray.get_runtime_context().get_node_id(), torch.get_num_threads(), str(Path.cwd())
 
 
+def note_and_wait(seen: Path) -> None:
+    note("This takes long.")
+    wait_until(seen.exists)
+
+
 @pytest.mark.long
 def test_a_cluster_of_three_nodes(
     cluster: Cluster, workdir: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
@@ -70,6 +77,13 @@ def test_a_cluster_of_three_nodes(
     shown = capfd.readouterr()
     assert sorted(shown.out.splitlines()) == ["! The model has no pooler.", "! UserWarning: old settings"]
     assert shown.err == ""
+
+    def watch() -> int:
+        if "This takes long." in capfd.readouterr().out:
+            (workdir / "seen").touch()
+        return 0
+
+    run(note_and_wait, workdir / "seen", watch=watch)
 
     (workdir / "error").mkdir()
     with pytest.raises(CacheError, match="A shard was removed") as caught:
