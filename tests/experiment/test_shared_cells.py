@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -83,7 +84,7 @@ def started(here: World) -> Iterator[Callable[[], subprocess.Popen[str]]]:
 # Whole sweeps --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("programs")
+@pytest.mark.usefixtures("programs", "quick")
 def test_two_processes_share_the_cells_and_show_the_same(
     here: World, alone: World, started: Callable[[], subprocess.Popen[str]]
 ) -> None:
@@ -104,7 +105,7 @@ def test_two_processes_share_the_cells_and_show_the_same(
     assert len(splits) == 3, "one cache for each split"
 
 
-@pytest.mark.usefixtures("programs")
+@pytest.mark.usefixtures("programs", "quick")
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_the_cell_of_a_process_that_ends_is_trained_by_another(
     here: World, alone: World, started: Callable[[], subprocess.Popen[str]], how: signal.Signals
@@ -125,7 +126,7 @@ def test_the_cell_of_a_process_that_ends_is_trained_by_another(
     assert not list(here.folder.rglob("*.claims"))
 
 
-@pytest.mark.usefixtures("programs")
+@pytest.mark.usefixtures("programs", "quick")
 def test_workers_train_the_cells_of_one_command(here: World, alone: World, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["sweep", "grid.toml", "--workers", "2"]) == 0
     shown = capsys.readouterr().out
@@ -137,7 +138,7 @@ def test_workers_train_the_cells_of_one_command(here: World, alone: World, capsy
     assert not list(here.folder.rglob("*.claims"))
 
 
-@pytest.mark.usefixtures("programs")
+@pytest.mark.usefixtures("programs", "quick")
 def test_a_failure_in_a_worker_is_shown_once_and_at_the_end(here: World, capsys: pytest.CaptureFixture[str]) -> None:
     grid = here.folder / "grid.toml"
     grid.write_text(
@@ -152,7 +153,7 @@ def test_a_failure_in_a_worker_is_shown_once_and_at_the_end(here: World, capsys:
     assert "done" not in json.loads(manifest_of(here).read_text("utf-8"))["cells"][0]
 
 
-@pytest.mark.usefixtures("programs")
+@pytest.mark.usefixtures("programs", "quick")
 def test_ctrl_c_ends_the_workers_too(here: World) -> None:
     process = start(here, "--workers", "2")
     while not any(holders(here.folder / "runs" / "udpos")):
@@ -289,7 +290,7 @@ def test_processes_that_die_in_a_cell_are_failures(
         return real(job, *rest)
 
     monkeypatch.setattr(pipeline, "train_seed", dying)
-    monkeypatch.setattr(Sweep, "_check", lambda *_: time.sleep(1.0))  # so that all have come before one has ended
+    wait_for_all(3, monkeypatch)
 
     def work() -> None:
         result = Sweep(*cells_in(world), keep_readers=False).run()
@@ -404,6 +405,18 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shared_cells, "LOOK_EVERY_S", 0.02)
 
 
+def wait_for_all(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let each of so many processes wait, once it has joined, until all have joined."""
+    barrier, join = multiprocessing.get_context("fork").Barrier(count), SharedCells.__enter__
+
+    def joined(shared: SharedCells) -> SharedCells:
+        join(shared)
+        barrier.wait(60)
+        return shared
+
+    monkeypatch.setattr(SharedCells, "__enter__", joined)
+
+
 @pytest.fixture
 def sharing(world: World, quick: None) -> Iterator[Callable[[], SharedCells]]:
     """A function that makes the ``SharedCells`` of one process; all share one manifest."""
@@ -424,7 +437,7 @@ def test_a_cell_that_fails_is_tried_by_two_processes_and_reported_once(
         return real(job, *rest)
 
     monkeypatch.setattr(pipeline, "train_seed", failing)
-    monkeypatch.setattr(Sweep, "_check", lambda *_: time.sleep(1.0))  # so that both start before one ends
+    wait_for_all(2, monkeypatch)
 
     def work() -> None:
         result = Sweep(*cells_in(world), keep_readers=False).run()
@@ -498,8 +511,10 @@ def test_a_failure_is_final_once_no_process_is_left_to_try(world: World, sharing
 
 
 def test_processes_do_not_wait_forever_for_each_other_to_retry(
-    world: World, quick: None, sharing: Callable[[], SharedCells]
+    world: World, sharing: Callable[[], SharedCells], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    wait_for_all(2, monkeypatch)
+
     def work(failing: str, excluded: str) -> Callable[[], None]:
         def run() -> None:
             shared = sharing()
@@ -508,7 +523,6 @@ def test_processes_do_not_wait_forever_for_each_other_to_retry(
                     cell.fail(ConfigError("no model here", ""))
             order = [cell for cell in shared.cells if cell.error is None]
             with shared:
-                time.sleep(0.5)
                 while (held := shared.take(order)) is not None:
                     with held:
                         held.cell.folder = "udpos/here"
@@ -578,10 +592,10 @@ def test_the_manifest_is_complete_at_every_moment(
     manifest = world.folder / "runs" / "sweeps" / "small.json"
     with sharing():  # writes the manifest before the others start
         pass
+    wait_for_all(3, monkeypatch)
 
     def work() -> None:
         with sharing() as shared:
-            time.sleep(0.2)
             while (held := shared.take(shared.cells)) is not None:
                 with held:
                     time.sleep(0.01)
