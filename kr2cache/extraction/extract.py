@@ -217,7 +217,6 @@ def fill_shards(
     planned = as_mask(header.batch_plan.get("computed"), len(plan.index))
     older = OlderCaches(plan.config.cache_dir, shards, ~planned, donors)
     with WorkProgress(f"{plan.spec.name} on {plan.config.task}/{plan.config.split}", "sequences") as progress:
-        progress.total = len(plan.index) - shards.complete_count()
         try:
             with (
                 interrupt_between_batches() as check_interrupt,
@@ -225,7 +224,7 @@ def fill_shards(
                 _threads(header.provenance.get("recorded", {}).get("threads")),
                 BatchRunner(plan, encoder, header.batch_plan, planned, progress) as runner,
             ):
-                for held in shards.unfinished(check_interrupt):
+                for held in shards.unfinished(check_interrupt, progress):
                     with held:  # what is in it ends if another process takes the shard over
                         with held.writer() as writer:
                             progress.advance(writer.kept)
@@ -318,5 +317,5 @@ def describe_result(result: ExtractResult) -> None:
     if result.taken_over:
         parts.append(f"{result.taken_over:,} copied from other caches")
     if before := max(0, result.sequences - result.computed - result.taken_over):
-        parts.append(f"{before:,} were there already")
+        parts.append(f"{before:,} by an earlier run or another process")
     done(f"{', '.join(parts)}, {bytes_text(result.bytes)} in {seconds_text(result.seconds)}: {result.cache}")

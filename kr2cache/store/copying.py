@@ -96,10 +96,9 @@ def fill_from(shards: SharedShards, stored: Callable[[int], Stored], origin: str
     """
     written, folder = 0, shards.folder
     with WorkProgress(f"{folder.name} {origin}", "sequences") as progress:
-        progress.total = len(shards.index) - shards.complete_count()
         try:
             with interrupt_between_batches() as check_interrupt:
-                for held in shards.unfinished(check_interrupt):
+                for held in shards.unfinished(check_interrupt, progress):
                     with held, held.writer() as writer:
                         progress.advance(writer.kept)
                         missing = (held.part.start + np.flatnonzero(writer.unfinished)).tolist()

@@ -24,7 +24,7 @@ from kr2cache.cache.shard import open_shard, readable_headers
 from kr2cache.cache.writer import ShardWriter
 from kr2cache.errors import CacheError, CacheVersionError
 from kr2cache.system.claims import Claim, claimed, held_units, holder, taken_over, try_claim, wait_for_claim
-from kr2cache.system.console import note, note_waiting
+from kr2cache.system.console import WorkProgress, note, note_waiting
 
 CACHE = "cache"
 """The unit that a process holds while it decides which shards a cache has."""
@@ -114,12 +114,13 @@ class SharedShards:
         """How many sequences are complete now."""
         return sum(map(self._complete_in, self.parts))
 
-    def unfinished(self, check_interrupt: Callable[[], object]) -> Iterator[HeldShard]:
+    def unfinished(self, check_interrupt: Callable[[], object], progress: WorkProgress) -> Iterator[HeldShard]:
         """Claim one unfinished shard after another, until all are complete. A damaged shard is first made again, with
         its intact sequences. If other processes hold all unfinished shards, wait for them.
 
         Args:
             check_interrupt: Raises KeyboardInterrupt if Ctrl-C was pressed.
+            progress: Gets its total here. After each shard, and during a wait, it shows what all processes completed.
 
         Raises:
             CacheError: If a shard was removed.
@@ -128,6 +129,8 @@ class SharedShards:
         """
         # If other processes are working, they have checked every shard already.
         unchecked = set() if held_units(self.folder) - {CACHE} else set(self.parts)
+        before = self.complete_count()
+        progress.total = len(self.index) - before
         left, noted = list(self.parts), False
         while left:
             held_by_others = []
@@ -149,7 +152,9 @@ class SharedShards:
                     yield held
                 if not self._is_complete(part):
                     held_by_others.append(part)
+                progress.show(self.complete_count() - before)
             left = held_by_others
+            progress.show(self.complete_count() - before)
             if left and all(not self._is_complete(part) for part in left):
                 if not noted:
                     name = left[0].path.name

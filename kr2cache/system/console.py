@@ -235,6 +235,10 @@ class WorkProgress:
         """Setting it starts the count again at 0."""
         self.line.update(self._task, total=total, completed=0)
 
+    def show(self, done: float) -> None:
+        """So much is done since the total was set, whatever was counted before."""
+        self.line.update(self._task, completed=done)
+
     def advance(self, count: float, note: str | None = None) -> None:
         """``count`` more is done.
 

@@ -9,8 +9,9 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,10 @@ from kr2cache.cache import writer as writers
 from kr2cache.cache.writer import PackedStates, ShardWriter
 from kr2cache.errors import BusyError, CacheError
 from kr2cache.store import sharing
-from kr2cache.store.sharing import CACHE, SharedShards, whole_cache
+from kr2cache.store.sharing import CACHE, HeldShard, SharedShards, whole_cache
 from kr2cache.system import claims
 from kr2cache.system.claims import claimed, try_claim
+from kr2cache.system.console import WorkProgress
 
 SHARD_BYTES = 150
 TRUTH = tiny_cache.make((3, 1, 5, 2, 4, 6, 2, 3), dtype="int8", width=5)
@@ -63,10 +65,14 @@ def states(i: int, truth: tiny_cache.Truth = TRUTH) -> PackedStates:
     return PackedStates([i], truth.raw[i].reshape(-1, truth.header.width), truth.scale[i].reshape(-1))
 
 
-def fill(shards: SharedShards, *, pause: float = 0.0) -> list[int]:
+def unfinished(shards: SharedShards, check_interrupt: Callable[[], object] = lambda: None) -> Iterator[HeldShard]:
+    return shards.unfinished(check_interrupt, WorkProgress("cache", "sequences"))
+
+
+def fill(shards: SharedShards, progress: WorkProgress | None = None, *, pause: float = 0.0) -> list[int]:
     """Fill the shards that no other process holds. Returns the sequences that were written."""
     written = []
-    for held in shards.unfinished(lambda: None):
+    for held in shards.unfinished(lambda: None, progress or WorkProgress("cache", "sequences")):
         with held, held.writer() as writer:
             for i in (held.part.start + np.flatnonzero(writer.unfinished)).tolist():
                 writer.write(states(i))
@@ -112,6 +118,27 @@ def test_several_processes_write_each_sequence_once(
     assert tiny_cache.folder_bytes(shards.folder) == whole
 
 
+def test_the_progress_of_a_process_counts_what_others_complete(shards: SharedShards) -> None:
+    first, theirs = shards.parts[:2]
+    claim = try_claim(shards.folder, theirs.path.name)
+    assert claim is not None
+
+    def write_theirs() -> None:
+        with claim, ShardWriter(theirs.path, theirs.start) as writer:
+            for i in range(theirs.start, theirs.stop):
+                writer.write(states(i))
+
+    with ShardWriter(first.path, first.start) as writer:
+        writer.write(states(0))
+    progress = WorkProgress("cache", "sequences")
+    other = threading.Timer(0.2, write_theirs)
+    other.start()
+    written = fill(shards, progress)
+    other.join()
+    assert not set(written) & {0, *range(theirs.start, theirs.stop)}
+    assert (progress.line.tasks[0].completed, progress.total) == (7, 7), "without the sequence that was there before"
+
+
 def digest_of_first(path: Path) -> int:
     """Where the checksum of the shard's first sequence lies."""
     return tiny_cache.byte_offset(path, "examples/xxh3")
@@ -151,7 +178,7 @@ def test_a_process_that_was_stopped_changes_nothing_when_it_continues(
     stop_here, wrote = tmp_path / "stop here", tmp_path / "wrote"
 
     def late() -> None:
-        with next(shards.unfinished(lambda: None)) as held, held.writer() as writer:
+        with next(unfinished(shards)) as held, held.writer() as writer:
             stop_here.touch()
             while stop_here.exists():
                 time.sleep(0.005)
@@ -191,7 +218,7 @@ def test_a_process_that_was_stopped_never_writes_to_the_file_of_another(
             time.sleep(0.005)
 
     def late() -> None:
-        with next(shards.unfinished(lambda: None)) as held:
+        with next(unfinished(shards)) as held:
             if stopped == "before it opens the shard":
                 wait()
             with held.writer() as writer:
@@ -211,7 +238,7 @@ def test_a_process_that_was_stopped_never_writes_to_the_file_of_another(
             file.write(bytes(8))
     else:
         claims.wait_for_claim(shards.folder, shards.parts[0].path.name).release()
-    held = next(shards.unfinished(lambda: None))
+    held = next(unfinished(shards))
     assert held.part == shards.parts[0]
     with held, held.writer():
         stop_here.unlink()
@@ -289,7 +316,7 @@ def test_ctrl_c_ends_the_wait_for_other_processes(shards: SharedShards) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        next(shards.unfinished(interrupt))
+        next(unfinished(shards, interrupt))
     for claim in held:
         claim.release()
 
