@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import crowd
 import kills
@@ -106,11 +108,28 @@ def no_locks(tmp_path: Path) -> Path:
     return library
 
 
+def test_two_processes_share_a_cache_without_file_locks(
+    tmp_path: Path, bert: Path, forked_programs: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> NoReturn:
+        raise AssertionError("a file lock was asked for")
+
+    for name in ("flock", "lockf"):
+        monkeypatch.setattr(fcntl, name, refuse)
+    assert_two_make_the_files_of_one(tmp_path, bert, dict(os.environ))
+
+
+@pytest.mark.long
 def test_two_processes_share_a_cache_where_file_locks_do_nothing(tmp_path: Path, no_locks: Path, bert: Path) -> None:
     locked_twice = "import fcntl; a, b = open('x', 'w'), open('x', 'w'); [fcntl.flock(f, 6) for f in (a, b)]"
     environment = os.environ | {"LD_PRELOAD": str(no_locks)}
     assert subprocess.run([sys.executable, "-c", locked_twice], cwd=tmp_path, check=False).returncode != 0
     subprocess.run([sys.executable, "-c", locked_twice], cwd=tmp_path, check=True, env=environment)
+    assert_two_make_the_files_of_one(tmp_path, bert, environment)
+
+
+def assert_two_make_the_files_of_one(tmp_path: Path, bert: Path, environment: dict[str, str]) -> None:
+    """Two processes that start at once make together the files that one process makes."""
     (tmp_path / "corpus").mkdir()
     (tmp_path / "corpus" / "train.conllu").write_text(tiny.conllu(tiny.sentences(400)), "utf-8")
 
