@@ -43,6 +43,12 @@ LONGEST = 512
 """Tokens of the longest canary, unless all sequences are longer."""
 ROUNDING = {**PADDING_TOLERANCE, "float32": TOLERANCE}
 """Largest difference by another order of sums, relative to the largest state, by the dtype that computes."""
+MEASURES: dict[str, Callable[[NDArray[np.float32]], NDArray[np.float32]]] = {
+    "largest": lambda states: np.abs(states).max(axis=(1, 2)),
+    "root mean square": lambda states: np.sqrt(np.square(states).mean(axis=(1, 2))),
+}
+"""Of (L, T, D), one number for each layer. The first finds a change of a few numbers. The second finds a small change
+of all numbers: the few large ones that many models have do not hide it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +59,10 @@ class Canary:
     tokens: int
     layer: int | None
     """The layer that differs most, compared with what is allowed; None for a stored fusion."""
+    measure: str
+    """A key of ``MEASURES``: the one that differs most, compared with what is allowed."""
     difference: float
-    """Largest difference of a number."""
+    """By this measure."""
     allowed: float
     """What rounding explains."""
 
@@ -65,8 +73,8 @@ class Canary:
     def text(self) -> str:
         where = "in the stored fusion" if self.layer is None else f"in layer {self.layer}"
         return (
-            f"sequence {self.id!r} ({self.tokens} tokens) differs by up to {self.difference:.3g} {where}; rounding "
-            f"explains {self.allowed:.3g}"
+            f"sequence {self.id!r} ({self.tokens} tokens) differs by {self.difference:.3g} ({self.measure}) {where}; "
+            f"rounding explains {self.allowed:.3g}"
         )
 
     def json(self) -> dict[str, Any]:
@@ -248,19 +256,26 @@ def compare(
         T = int(plan.index.n_tokens[i])
         exact, rounded = _as_stored(cache, trial.layers_of(plan, encoder, [i], fresh=fresh), 0, T)
         beside = exact if together is None else _as_stored(cache, together, i, T)[0]
-        moved = _largest(cache.states(position).astype(np.float32) - exact)
-        allowed = share * _largest(exact) + 2 * _largest(rounded - exact) + 2 * _largest(beside - exact)
-        worst = int(np.argmax(moved - allowed))  # nan counts as the largest
+        moved = _measured(cache.states(position).astype(np.float32) - exact)
+        allowed = share * _measured(exact) + 2 * _measured(rounded - exact) + 2 * _measured(beside - exact)
+        shares = moved / np.maximum(allowed, np.finfo(np.float32).tiny)
+        worst = np.unravel_index(np.argmax(shares), shares.shape)  # nan counts as the largest
         result.append(
             Canary(
                 id=plan.index.ids[i].decode("utf-8"),
                 tokens=T,
-                layer=None if cache.fusion is not None else cache.layers[worst],
+                layer=None if cache.fusion is not None else cache.layers[worst[1]],
+                measure=list(MEASURES)[worst[0]],
                 difference=float(moved[worst]),
                 allowed=float(allowed[worst]),
             )
         )
     return result
+
+
+def _measured(states: NDArray[np.float32]) -> NDArray[np.float32]:
+    """(measures, L) of (L, T, D)."""
+    return np.array([measure(states) for measure in MEASURES.values()], dtype=np.float32)
 
 
 def _as_stored(
@@ -287,9 +302,3 @@ def _rounded(states: NDArray[np.float32], dtype: str) -> NDArray[np.float32]:
     stored = DTYPES[dtype]
     read = stored.decode(*stored.encode(states.reshape(-1, states.shape[-1])))
     return read.astype(np.float32).reshape(states.shape)
-
-
-def _largest(states: NDArray[np.float32]) -> NDArray[np.float32]:
-    """(L,) the largest magnitude in each layer."""
-    result: NDArray[np.float32] = np.abs(states).max(axis=(1, 2))
-    return result

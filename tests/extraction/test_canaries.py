@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 import torch
+from transformers.activations import GELUActivation
 from transformers.models.bert.modeling_bert import BertEncoder
 from world import World, count_resource_batches, world_of_pairs
 
@@ -23,7 +25,8 @@ from kr2cache.errors import CacheMismatchError
 from kr2cache.extraction import canaries
 from kr2cache.extraction.canaries import LONGEST, choose
 from kr2cache.extraction.repair import repair
-from kr2cache.extraction.rerun import RerunConfig
+from kr2cache.extraction.rerun import RerunConfig, open_same, plan_again
+from kr2cache.models.registry import find_model
 from kr2cache.store import provenance
 from kr2cache.store.derive import derive, plan_fusion, plan_slice
 
@@ -210,8 +213,42 @@ def test_verify_compares_any_cache_with_its_model(
         assert all(one["difference"] > one["allowed"] for one in wrong)
         assert run(line) == 1
     text = " ".join(capsys.readouterr().out.split())
-    assert f"sequence '{wrong[0]['id']}' ({wrong[0]['tokens']} tokens) differs by up to" in text
+    assert f"sequence '{wrong[0]['id']}' ({wrong[0]['tokens']} tokens) differs by {wrong[0]['difference']:.3g}" in text
     assert f"torch {torch.__version__}" in text
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_another_form_of_an_activation_is_found(place: World, tmp_path: Path, dtype: str) -> None:
+    """GELU by the hyperbolic tangent instead of the error function, as another version could compute it."""
+    model = tiny.save_model(tmp_path / "model", layers=4, initializer_range=0.4)
+    folder = place.extract(resource=str(model), cache_dir=tmp_path, dtype=dtype).cache
+    config = RerunConfig(folder=folder, resource=str(model), device="cpu")
+    assert all(one.agrees for one in canaries.canaries(config))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GELUActivation, "forward", lambda self, x: torch.nn.functional.gelu(x, approximate="tanh"))
+        assert not any(one.agrees for one in canaries.canaries(config))
+
+
+def test_one_number_that_moves_is_found_as_well_as_all(place: World, tmp_path: Path) -> None:
+    cache = FeatureCache.open(place.extract(cache_dir=tmp_path).cache)
+    plan = plan_again(
+        cache,
+        cache.folder,
+        cache.tokens().select(np.array([0])),
+        find_model(str(place.resource), {}),
+        tiny.tokenizer(),
+        device="cpu",
+        models={},
+    )
+    encoder = open_same(plan, provenance.found_of(cache.provenance, cache.folder), cache.folder).encoder
+    stored = cache.states(0)
+    for places, by, measure in ((np.s_[2, 1, 3], 0.02, "largest"), (np.s_[2], 0.001, "root mean square")):
+        changed = stored.copy()
+        changed[places] += np.float16(by)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(FeatureCache, "states", lambda self, position, changed=changed: changed)
+            (one,) = canaries.compare(cache, np.array([0]), plan, encoder)
+        assert (one.agrees, one.layer, one.measure) == (False, 2, measure)
 
 
 def test_verify_reads_the_segments_of_pairs_from_the_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
