@@ -381,11 +381,7 @@ def _write_owner(claim: Path, owner: Owner) -> None:
 
 
 def _remove(claim: Path) -> None:
-    """Remove a claim: first rename it in one step, then delete its files.
-
-    Raises:
-        FileNotFoundError: If it does not exist any more.
-    """
+    """Remove a claim: first rename it in one step, then delete its files. FileNotFoundError if it does not exist."""
     gone = claim.with_name(f"{REMOVED}{uuid.uuid4().hex}")
     claim.rename(gone)
     shutil.rmtree(gone, ignore_errors=True)

@@ -222,7 +222,8 @@ class Workers:
             note("wrote", number, list(states.sequences))
 
         def takes(held: sharing.HeldShard) -> Any:
-            note("takes", number, held.part.path.name)
+            if held.claim.is_held:  # it may have been stopped since it got its claim
+                note("takes", number, held.part.path.name)
             return take(held)
 
         def leaves(held: sharing.HeldShard, *error: Any) -> bool:
