@@ -63,7 +63,8 @@ def find_stack(spec: ModelSpec, config: PretrainedConfig) -> Stack:
         whole = without_weights(spec, AutoModel, without_padding(config) or config)
     except UnsupportedModelError:
         part = text_config(config)
-        vocabulary(part), encoder_shape(part), max_positions(part)  # these name a field
+        if hasattr(part, "vocab_size"):  # it describes a model of text: perhaps a field makes no sense
+            vocabulary(part), encoder_shape(part), max_positions(part)
         raise
     path = _path(whole, text_config(whole.config))
     if path is None:

@@ -70,7 +70,9 @@ def test_a_bfloat16_checkpoint_is_the_same_model_in_both_dtypes(world: World) ->
     small, large = open_model(spec, "bfloat16"), open_model(spec)
     assert {weight.dtype for weight in small.encoder.parameters()} == {torch.bfloat16}
     assert small.digests == large.digests
-    made = [FeatureCache.open(world.extract(**more).cache) for more in ({}, {"weights_dtype": "bfloat16"})]
+    results = [world.extract(**more) for more in ({}, {"weights_dtype": "bfloat16"})]
+    assert [result.computed for result in results] == [12, 12], "states are not copied from one to the other"
+    made = [FeatureCache.open(result.cache) for result in results]
     assert made[0].provenance["found"] == made[1].provenance["found"]
     assert made[0].fingerprint != made[1].fingerprint
     assert "weights_dtype" not in made[0].provenance["chosen"], "as older versions have it"

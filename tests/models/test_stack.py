@@ -26,6 +26,7 @@ from transformers import (
 
 from kr2cache.errors import UnsupportedModelError
 from kr2cache.extraction.extract import extract
+from kr2cache.extraction.planning import plan_extraction
 from kr2cache.models.digests import model_digests
 from kr2cache.models.load import load_config
 from kr2cache.models.registry import ModelSpec
@@ -257,6 +258,29 @@ def test_what_a_model_says_of_padding_and_outputs_does_no_harm(tmp_path: Path, m
         cache = extract(settings(folder, tmp_path / str(pad))).cache
         (folder / "config.json").write_text(json.dumps(fields))
         assert difference(cache, folder) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("model_type", "field", "value"),
+    [
+        ("gpt2", "n_layer", None),
+        ("llama", "hidden_size", None),
+        ("llama", "num_hidden_layers", 0),
+        ("llama", "max_position_embeddings", -1),
+        ("t5", "num_layers", None),
+        ("t5", "vocab_size", None),
+        ("bart", "encoder_layers", None),
+    ],
+)
+def test_a_field_that_is_null_or_makes_no_sense_is_named(
+    tmp_path: Path, model_type: str, field: str, value: int | None
+) -> None:
+    saved(tmp_path / "m", AutoModel, config_of(model_type))
+    fields = json.loads((tmp_path / "m" / "config.json").read_text())
+    assert field in fields
+    (tmp_path / "m" / "config.json").write_text(json.dumps(fields | {field: value}))
+    with pytest.raises(UnsupportedModelError, match=rf"\b{field}\b"):
+        plan_extraction(settings(tmp_path / "m", tmp_path))
 
 
 def test_the_stack_is_found_again_in_a_model_with_fewer_layers(tmp_path: Path) -> None:
