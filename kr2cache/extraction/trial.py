@@ -5,7 +5,6 @@ Shape letters: B sequences, T positions (padded), D width.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -152,20 +151,11 @@ def check_states(plan: ExtractPlan, encoder: PreTrainedModel) -> Trial:
     output = _last_is_output(plan, encoder, int(np.argmax(plan.index.n_tokens)))
     if fresh:  # what one text does to the model, it does to the texts beside it
         return Trial(padded=False, fresh=True, last_is_output=output)
-    harmless = _may_be_padded(plan, encoder, shortest, alone)
-    middle = int(np.argsort(plan.index.n_tokens, kind="stable")[len(plan.index) // 2])
-    if harmless and middle != shortest:  # a short text may be all that a sparse attention looks at
-        with contextlib.suppress(DeviceMemoryError):  # then no batch that is planned holds two such sequences
-            harmless = _may_be_padded(plan, encoder, middle, layers_of(plan, encoder, [middle], fresh=False))
-    return Trial(padded=harmless, fresh=False, last_is_output=output)
-
-
-def _may_be_padded(plan: ExtractPlan, encoder: PreTrainedModel, sequence: int, alone: tuple[torch.Tensor, ...]) -> bool:
-    """Whether the sequence has the same states ``alone`` and beside the longest sequence."""
-    longest, beside = _beside_the_longest(plan, encoder, sequence)
-    return beside[0].shape[1] >= longest and padding_is_harmless(
+    longest, beside = _beside_the_longest(plan, encoder, shortest)
+    harmless = beside[0].shape[1] >= longest and padding_is_harmless(
         alone, beside, plan.config.compute_dtype, plan.config.weights_dtype
     )
+    return Trial(padded=harmless, fresh=False, last_is_output=output)
 
 
 def _last_is_output(plan: ExtractPlan, encoder: PreTrainedModel, sequence: int) -> bool | None:

@@ -87,7 +87,7 @@ def test_two_sequences_that_do_not_fit_beside_each_other_do_not_stop_one_that_do
 
 def test_a_batch_of_one_sequence_cannot_be_made_smaller(world: World) -> None:
     longest = int(plan_of(world).index.n_tokens.max())
-    with pytest.raises(DeviceMemoryError, match="batch of 1 sequence of") as refused, scarce_memory(0, after=11):
+    with pytest.raises(DeviceMemoryError, match="batch of 1 sequence of") as refused, scarce_memory(0, after=9):
         world.extract(tokens_per_batch=longest)
     assert refused.value.remedy == "Close other programs and run the same command again."
     assert "--tokens-per-batch" not in refused.value.remedy
@@ -97,10 +97,10 @@ def test_later_the_batch_is_named_what_is_complete_stays_and_the_advice_works(
     world: World, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole = world.extract(tokens_per_batch=90, cache_dir=world.folder / "whole").cache
-    # Eleven passes look at the model, one batch is computed, and then another program takes memory.
+    # Nine passes look at the model, one batch is computed, and then another program takes memory.
     with (
         pytest.raises(DeviceMemoryError, match=r"batch of \d+ sequences? of up to \d+ tokens") as refused,
-        scarce_memory(0, after=12),
+        scarce_memory(0, after=10),
     ):
         world.extract(tokens_per_batch=90)
     folder = world.cache_folders()[0]

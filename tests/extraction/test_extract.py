@@ -371,7 +371,7 @@ def test_the_model_runs_the_planned_batches(lively: Path, tmp_path: Path, monkey
     monkeypatch.setattr(trial, "depends_on_history", lambda *_: None)  # its batches are not planned ones
     plan = plan_of(lively, tmp_path, tokens_per_batch=40)
     result = extract.extract(plan)
-    ran = seen[4:]  # the first four try the shortest and a middle sequence, alone and beside the longest
+    ran = seen[2:]  # the first two try the shortest sequence alone and beside the longest
     assert sorted(i for batch in ran for i in batch) == list(range(len(TEXTS)))
     longest = [max(int(plan.index.n_tokens[i]) for i in batch) for batch in ran]
     assert longest == sorted(longest, reverse=True)
@@ -428,7 +428,7 @@ def interrupt_after(batches: int, error: BaseException, monkeypatch: pytest.Monk
     def interrupted(*arguments: Any, **settings: Any) -> Any:
         nonlocal count
         count += 1
-        if count > batches + 4:  # four more: two sequences are tried first, alone and beside the longest
+        if count > batches + 2:  # two more: the shortest sequence is tried first, alone and beside the longest
             raise error
         return original(*arguments, **settings)
 
@@ -491,7 +491,7 @@ original, count = trial.hidden_states, 0
 def killed(*arguments, **settings):
     global count
     count += 1
-    if count == 6:
+    if count == 4:
         time.sleep(0.5)  # the writer's thread marks what it has
         os.kill(os.getpid(), signal.SIGKILL)
     return original(*arguments, **settings)
@@ -691,7 +691,8 @@ def test_states_of_a_model_that_a_short_text_changes_depend_on_nothing_else(tmp_
     with torch.no_grad():
         before, _, after = (model(input_ids=one).last_hidden_state for one in (ids, ids[:, :6], ids))
     assert (before - after).abs().max() > 0.1
-    cache = extracted(folder, tmp_path / "cache", texts)
+    # In several shards, the long text runs after short ones; in one it would be the first.
+    cache = extracted(folder, tmp_path / "cache", texts, **SMALL_SHARDS)
     assert_states(cache, states_alone(folder, texts), rounding=ROUNDING["float16"])
     assert cache.batch_plan["fresh"]
     # What these texts never switch runs as any model.

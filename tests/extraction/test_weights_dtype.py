@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import shutil
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -28,7 +29,8 @@ from kr2cache.extraction.rerun import RerunConfig
 from kr2cache.models.digests import open_model, weights_digest
 from kr2cache.models.registry import ModelSpec
 from kr2cache.models.repeatable import as_loaded
-from kr2cache.models.stack import load_encoder
+from kr2cache.models.stack import load_encoder, open_encoder
+from kr2cache.models.states import device_of
 from kr2cache.prediction.predict import Predictor
 from kr2cache.prediction.texts import read_lines
 from kr2cache.store import provenance
@@ -147,6 +149,31 @@ def test_weights_that_are_not_on_their_device_are_hashed_and_run(tmp_path: Path)
         expected = plain(input_ids=ids).last_hidden_state
         for model in (offloaded, as_loaded(offloaded), offloaded):
             assert torch.equal(model(input_ids=ids).last_hidden_state, expected)
+
+
+def test_a_part_of_a_model_whose_layers_are_elsewhere_runs(tmp_path: Path) -> None:
+    """As --device-map auto places layers for which no device has room; here on the disk."""
+    spec = ModelSpec(name="m", path=tiny.save_model(tmp_path / "m", "t5", d_model=16, d_kv=8, d_ff=32, num_heads=2))
+    plain = load_encoder(spec)
+    here = (
+        "shared",
+        "decoder",
+        "encoder.embed_tokens",
+        "encoder.block.0",
+        "encoder.final_layer_norm",
+        "encoder.dropout",
+    )
+    places: Any = {**dict.fromkeys(here, "cpu"), "encoder.block.1": "disk"}
+    spread = open_encoder(spec, device_map=places).encoder
+    assert "meta" in {weight.device.type for weight in spread.parameters()}
+    assert device_of(spread) == torch.device("cpu")
+    assert weights_digest(spread) == weights_digest(plain)
+    ids = AutoTokenizer.from_pretrained(spec.path)("das haus", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        expected = plain(input_ids=ids, output_hidden_states=True).hidden_states
+        for model in (spread, as_loaded(spread)):
+            states = model(input_ids=ids, output_hidden_states=True).hidden_states
+            assert all(torch.equal(one, other) for one, other in zip(states, expected, strict=True))
 
 
 def config(world: World, **more: str) -> ExtractConfig:

@@ -82,7 +82,10 @@ MORE: dict[str, dict[str, Any]] = {
     "falcon_h1": {"mamba_d_head": 32, "mamba_d_ssm": 64},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "granitemoehybrid": {"mamba_d_head": 32},
-    "mamba2": {"head_dim": 32},
+    "funnel": {"block_sizes": [1, 1], "block_repeats": [1, 1]},
+    "mamba2": {"head_dim": 32, "n_groups": 1},
+    "vits": {"speaking_rate": 100.0},  # or it speaks for minutes
+    "xmod": {"default_language": "en_XX"},
 }
 """Fields of one architecture that its other fields have to fit."""
 

@@ -24,7 +24,7 @@ from kr2cache.extraction.extract import ExtractResult
 from kr2cache.store import derive, provenance
 from kr2cache.training import features
 
-LOOKS = 11
+LOOKS = 9
 """Passes that look at a model before a cache of it is made: at its shapes, and whether it repeats itself."""
 
 
