@@ -47,11 +47,12 @@ def hidden_states(
     Raises:
         UnsupportedModelError: If the model gives none.
     """
-    states = model_output(encoder, index, sequences, pad_id=pad_id, compute_dtype=compute_dtype).hidden_states
-    if not states:
+    output = model_output(encoder, index, sequences, pad_id=pad_id, compute_dtype=compute_dtype)
+    states = getattr(output, "hidden_states", None)
+    if not states or not all(hasattr(layer, "ndim") for layer in states):
         raise UnsupportedModelError(
-            f"A {encoder.config.model_type} model gives no hidden states: its code in transformers ignores "
-            "output_hidden_states.",
+            f"A {encoder.config.model_type} model gives no tuple of hidden states when it is asked for them "
+            "(output_hidden_states).",
             "Choose another model.",
         )
     T = int(index.n_tokens[np.asarray(sequences)].max())

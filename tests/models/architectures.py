@@ -79,11 +79,16 @@ KEPT = re.compile(r".*(eps|range|theta|factor|scale|id2label|label2id|dropout|ve
 
 MORE: dict[str, dict[str, Any]] = {
     "bamba": {"mamba_d_head": 32},
+    "codegen": {"n_head": 4, "rotary_dim": 8},
+    "esm": {"vocab_size": WORDS, "position_embedding_type": "rotary", "pad_token_id": 1, "mask_token_id": UNUSED},
     "falcon_h1": {"mamba_d_head": 32, "mamba_d_ssm": 64},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "gptj": {"rotary_dim": 8},
     "granitemoehybrid": {"mamba_d_head": 32},
     "funnel": {"block_sizes": [1, 1], "block_repeats": [1, 1]},
     "mamba2": {"head_dim": 32, "n_groups": 1},
+    "mobilebert": {"true_hidden_size": WIDTH, "intra_bottleneck_size": WIDTH},
+    "reformer": {"attn_layers": ["local", "lsh"], "axial_pos_embds": False},
     "vits": {"speaking_rate": 100.0},  # or it speaks for minutes
     "xmod": {"default_language": "en_XX"},
 }
@@ -109,7 +114,9 @@ def _shrunk(fields: dict[str, Any]) -> dict[str, Any]:
         name = str(key)
         if name in ("model_type", "transformers_version", "architectures", "per_layer_config"):
             continue
-        if isinstance(value, dict) and not KEPT.fullmatch(name):
+        if name == "rope_parameters" and isinstance(value, dict) and "rope_theta" in value:
+            result[key] = value | {"mrope_section": [4, 2, 2]}  # it sums to half of a head
+        elif isinstance(value, dict) and not KEPT.fullmatch(name):
             result[key] = _shrunk(value) | ({"model_type": value["model_type"]} if "model_type" in value else {})
         elif isinstance(value, list) and len(value) == layers:  # one value for each layer
             result[key] = [_tiny(name, one) for one in _of_each_kind(value)]
@@ -127,8 +134,6 @@ def _of_each_kind(values: list[Any]) -> list[Any]:
 def _tiny(name: str, value: Any) -> Any:
     if KEPT.fullmatch(name) or isinstance(value, bool | float | str) or value is None:
         return value
-    if name == "mrope_section":  # it sums to half of a head
-        return [4, 2, 2]
     if isinstance(value, list):
         return [_tiny(name, one) for one in value]
     if not isinstance(value, int):
