@@ -136,7 +136,10 @@ class TrainConfig:
     task: str
     reader: str = DEFAULT_READER
     resource: str | None = None
-    """The frozen model; None if the method needs no resource."""
+    """The frozen model; None if the method needs no resource. A list of several is accepted too: its first one is kept
+    here, the others in ``more_resources``."""
+    more_resources: tuple[str, ...] = ()
+    """Frozen models whose states stand behind those of ``resource``, in this order. Only for method kr2."""
     data: str | None = None
     fusion: str = DEFAULT_FUSION
     method: str = "kr2"
@@ -185,6 +188,10 @@ class TrainConfig:
     """``[training]`` of ``kr2cache.toml``: passed on to transformers.TrainingArguments."""
 
     def __post_init__(self) -> None:
+        several: Any = self.resource
+        if isinstance(several, list | tuple):
+            object.__setattr__(self, "resource", several[0] if several else None)
+            object.__setattr__(self, "more_resources", (*several[1:], *self.more_resources))
         _check_text(self)
         # 10 and 10.0 are one setting, and have to name one run.
         for name in ("epochs", "learning_rate", "fusion_learning_rate", "temperature", "soft_weight"):
@@ -205,15 +212,20 @@ class TrainConfig:
             )
 
     @property
+    def resources(self) -> tuple[str, ...]:
+        """The names of all frozen models that are given, in their order."""
+        return (*([] if self.resource is None else [self.resource]), *self.more_resources)
+
+    @property
     def trained_model(self) -> str | None:
         """The name of the model that is trained."""
         return self.resource if METHODS[self.method].trains == "resource" else self.reader
 
     @property
-    def frozen_model(self) -> str | None:
-        """The name of the model whose states are appended; None for a method that appends none."""
+    def frozen_models(self) -> tuple[str, ...]:
+        """The names of the models whose states are appended; empty for a method that appends none."""
         frozen = METHODS[self.method].frozen
-        return None if frozen is None else self.reader if frozen == "reader" else self.resource
+        return () if frozen is None else (self.reader,) if frozen == "reader" else self.resources
 
 
 LAST_SEED = 2**32 - 1
@@ -357,7 +369,11 @@ KIND_NAMES: dict[type, str] = {
     Path: "a path in quotes",
 }
 """Names of the types of options, for messages."""
-LIST_OF = {"seeds": "a list of whole numbers, such as [1, 2]", "layers": "text in quotes, or a list such as [0, 3]"}
+LIST_OF = {
+    "resource": "text in quotes, or a list of such",
+    "seeds": "a list of whole numbers, such as [1, 2]",
+    "layers": "text in quotes, or a list such as [0, 3]",
+}
 """Options that take a list, and the name of their type for messages."""
 
 
@@ -370,6 +386,8 @@ def typed(key: str, value: Any, kind: type, where: str) -> Any:
     Raises:
         ConfigError: If it has another type, or is a URL instead of a path.
     """
+    if key == "resource" and isinstance(value, list) and value and all(isinstance(name, str) for name in value):
+        return tuple(value) if len(value) > 1 else value[0]
     if key in LIST_OF and isinstance(value, list):
         value = ",".join(map(str, value))
     if kind is float and isinstance(value, int) and not isinstance(value, bool):

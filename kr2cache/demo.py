@@ -127,15 +127,15 @@ def corpus() -> Path:
 
 def _summary(label: str, result: TrainResult) -> dict[str, Any]:
     mean, std = mean_and_std([run.metrics for run in result.runs])
-    fusion = [RunFolder(run.folder).read_fusion() for run in result.runs]
+    fusions = [one for run in result.runs for one in RunFolder(run.folder).read_fusions().values()]
     return {
         "label": label,
         "method": result.config.method,
-        "fusion": result.config.fusion if result.config.frozen_model else None,
+        "fusion": result.config.fusion if result.config.frozen_models else None,
         "seeds": {str(run.seed): run.metrics["test"] for run in result.runs},
         "mean": mean["test"],
         "std": std["test"],
-        "weights": [saved["weights"] for saved in fusion if saved],
+        "weights": [saved["weights"] for saved in fusions],
         "seconds": sum(run.seconds or 0.0 for run in result.runs),
     }
 

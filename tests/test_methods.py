@@ -18,7 +18,7 @@ from kr2cache.methods import METHODS, PLAIN_METHODS
 )
 def test_each_method_trains_and_freezes_its_models(method: str, trained: str, frozen: str | None) -> None:
     config = TrainConfig(task="udpos-de", reader="B", resource="A", method=method)
-    assert (config.trained_model, config.frozen_model) == (trained, frozen)
+    assert (config.trained_model, config.frozen_models) == (trained, (frozen,) if frozen else ())
 
 
 def test_what_methods_need() -> None:

@@ -167,10 +167,10 @@ def load_online(job: Job) -> OnlineResource:
 
 def online_split(job: Job, split: str, resource: OnlineResource, index: SequenceIndex) -> SplitData:
     """A split of the job with states from a forward pass of the resource for every batch."""
-    assert job.fusion is not None, "the bench trains method kr2"
+    (settings,) = job.inputs.values()  # the bench trains method kr2
     # Trainable weights change, so the reader gets the layers.
-    weights = None if job.fusion.trainable else torch.from_numpy(job.fusion.weights)
-    features = OnlineFeatures(resource, index, job.fusion.layers, weights)
+    weights = None if settings.fusion.trainable else torch.from_numpy(settings.fusion.weights)
+    features = OnlineFeatures(resource, index, settings.fusion.layers, weights)
     return dataclasses.replace(job.splits[split], features=features)
 
 

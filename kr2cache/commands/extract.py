@@ -62,6 +62,11 @@ def _config(typed: dict[str, Any]) -> ExtractConfig:
             "Give --resource, or resource under [defaults] in kr2cache.toml: "
             f"{', '.join(known_models(toml.models))}, a hub id or a folder.",
         )
+    if not isinstance(given["resource"], str):
+        raise ConfigError(
+            f"resource under [defaults] in kr2cache.toml names several: {', '.join(given['resource'])}.",
+            "extract runs one: give it as --resource.",
+        )
     if "task" not in given:
         given["task"] = choose_task(given["resource"], given.get("cache_dir", default_cache_dir()), toml.models)
     return ExtractConfig(**given, models=toml.models)

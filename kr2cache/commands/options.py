@@ -24,6 +24,8 @@ from kr2cache.errors import KR2CacheError, UsageError
 from kr2cache.models.registry import known_models
 from kr2cache.system.console import console
 
+REPEATED = ((TrainConfig, "resource"),)
+"""Options that may be given more than once."""
 MODELS = ("resource", "reader", "teacher")
 """Options that the shell completes with names of models."""
 
@@ -82,7 +84,7 @@ def takes(
     def with_options(command: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(command)
         def run(**values: Any) -> None:
-            typed = {name: values.pop(name) for name in settings}
+            typed = {name: _one_or_several(values.pop(name)) for name in settings}
             command(typed, **values)
 
         first = [
@@ -90,7 +92,10 @@ def takes(
                 name,
                 Parameter.KEYWORD_ONLY,
                 default=None,
-                annotation=Annotated[kind(config, name) | None, option(config, name, setting)],
+                annotation=Annotated[
+                    (list[str] if (config, name) in REPEATED else kind(config, name)) | None,
+                    option(config, name, setting),
+                ],
             )
             for name, setting in settings.items()
         ]
@@ -98,6 +103,13 @@ def takes(
         return run
 
     return with_options
+
+
+def _one_or_several(value: Any) -> Any:
+    """The values of an option that may be repeated: one by itself, several as a tuple, None for none."""
+    if not isinstance(value, list):
+        return value
+    return tuple(value) if len(value) > 1 else next(iter(value), None)
 
 
 def _parameters(function: Callable[..., Any]) -> list[Parameter]:
@@ -114,7 +126,7 @@ def _sign(function: Any, parameters: Iterable[Parameter]) -> None:
 SEVERAL = {
     "seeds": "Give them in one list: --seeds 1,2",
     "layers": "Give them in one list: --layers 0,3,5",
-    "resource": "Several resources are not supported yet: run the command once for each.",
+    "resource": "Run the command once for each of them.",
 }
 """What to do instead of giving an option twice, if the user may have meant a list."""
 

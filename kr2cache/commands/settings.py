@@ -68,7 +68,10 @@ EXTRACT = {
 
 TRAIN = {
     "reader": Setting("The model to train: a name, hub id or folder."),
-    "resource": Setting("The frozen model whose states the reader gets. Default: the one resource that has caches."),
+    "resource": Setting(
+        "The frozen model whose states the reader gets; several if given again. Default: the one resource that has "
+        "caches."
+    ),
     "task": TASK,
     "data": DATA,
     "fusion": Setting(

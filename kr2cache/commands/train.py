@@ -61,7 +61,9 @@ def _config(typed: dict[str, Any], extract: bool) -> TrainConfig:
             if method is not None and method.needs_resource:
                 raise
     if "task" not in given:
-        given["task"] = choose_task(given.get("resource"), where, toml.models)
+        resource = given.get("resource")
+        first = resource[0] if isinstance(resource, tuple) else resource
+        given["task"] = choose_task(first, where, toml.models)
     return TrainConfig(**given, extract=extract, models=toml.models, training=toml.training)
 
 

@@ -6,6 +6,7 @@ Importing torch and transformers takes seconds. A command line that cannot work 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 
 from kr2cache.config import COMPUTE_DTYPES, PROJECTIONS, TrainConfig
@@ -28,8 +29,8 @@ class Training:
     task: Task
     reader: ModelSpec
     """The model that is trained."""
-    resource: ModelSpec | None
-    """The model that is frozen. None if the method has none."""
+    resources: Mapping[str, ModelSpec]
+    """The models that are frozen, by the name that the user gave. Empty if the method has none."""
     teacher: ModelSpec | None
     """None if the method needs no teacher, or if the teacher is a folder."""
 
@@ -38,7 +39,8 @@ class Training:
         """The largest number of positions of a sequence's tokens and its states; None if nothing is appended."""
         if METHODS[self.config.method].frozen is None:
             return None
-        return self.config.max_length + (self.config.resource_max_length or self.config.max_length)
+        longest = self.config.resource_max_length or self.config.max_length
+        return self.config.max_length + len(self.resources) * longest
 
 
 def check_names(config: TrainConfig) -> Training:
@@ -58,7 +60,7 @@ def check_names(config: TrainConfig) -> Training:
     check_device_map(config.device_map, config.device)
     task = find_task(config.task)
     if method.frozen == "reader":  # the reader is the resource, whatever resource is given
-        config = dataclasses.replace(config, resource=config.reader)
+        config = dataclasses.replace(config, resource=config.reader, more_resources=())
     known = ", ".join(known_models(config.models))
     if method.needs_resource and config.resource is None:
         raise ConfigError(f"Method {config.method} needs --resource.", f"Registered: {known}.")
@@ -69,20 +71,42 @@ def check_names(config: TrainConfig) -> Training:
             "(runs/…/seed-1).",
         )
     reader = find_model(config.trained_model or "", config.models)
-    resource = None
-    if method.frozen is not None:
-        resource = find_resource(config.resource or "", config.cache_dir, config.models)
-        model_layers = layers_in_config(resource)
-        check_fusion_name(config.fusion, model_layers)
-        if model_layers is not None:
-            parse_fusion(config.fusion, model_layers)
-        _check_fits(config.fusion, config.projection)
-    else:
+    if method.trains == "resource" and config.more_resources:
+        raise ConfigError(
+            f"Method {method.name} trains one resource, but {', '.join(config.resources)} are given.",
+            "Give --resource once, or --method kr2.",
+        )
+    resources = _find_resources(config)
+    if not resources:
         check_fusion_name(config.fusion)
     teacher = None
     if method.needs_teacher and not Path(config.teacher or "").expanduser().is_dir():
         teacher = find_model(config.teacher or "", config.models)
-    return Training(config=config, task=task, reader=reader, resource=resource, teacher=teacher)
+    return Training(config=config, task=task, reader=reader, resources=resources, teacher=teacher)
+
+
+def _find_resources(config: TrainConfig) -> dict[str, ModelSpec]:
+    """The models whose states are appended, by the names that are given. The fusion is checked for each of them."""
+    resources: dict[str, ModelSpec] = {}
+    for name in config.frozen_models:
+        spec = find_resource(name, config.cache_dir, config.models)
+        if spec.name in {other.name for other in resources.values()}:
+            raise ConfigError(
+                f"Two resources are called {spec.name!r}.",
+                "Give each resource once. Models of one name need names of their own: [models.NAME] in kr2cache.toml.",
+            )
+        resources[name] = spec
+        model_layers = layers_in_config(spec)
+        check_fusion_name(config.fusion, model_layers)
+        if model_layers is not None:
+            try:
+                parse_fusion(config.fusion, model_layers)
+            except ConfigError as error:
+                if config.more_resources:
+                    error.message = f"{spec.name}: {error.message}"
+                raise
+        _check_fits(config.fusion, config.projection)
+    return resources
 
 
 def _check_fits(fusion: str, projection: str) -> None:
@@ -106,6 +130,7 @@ def check_training(config: TrainConfig) -> Training:
         check_obtainable(training.teacher)
     training.task.check_data("train", config.data)
     check_obtainable(training.reader)
-    if training.resource is not None and not has_caches(config.cache_dir, config.task, training.resource.name):
-        check_obtainable(training.resource)
+    for resource in training.resources.values():
+        if not has_caches(config.cache_dir, config.task, resource.name):
+            check_obtainable(resource)
     return training

@@ -87,10 +87,17 @@ class Grid:
                     f"{self.name}: row {row.name} swaps reader and resource, but a teacher is given too.",
                     "Leave teacher out: the teacher is the resource of the cell.",
                 )
+            if not isinstance(values["resource"], str):
+                raise ConfigError(
+                    f"{self.name}: row {row.name} swaps reader and resource, but column {column.name} has several "
+                    "resources.",
+                    "Give one resource in the column, or leave swap out.",
+                )
             values["reader"], values["resource"] = values["resource"], values.get("reader", TrainConfig.reader)
         method = METHODS.get(values.get("method", TrainConfig.method))
         if method is not None and method.needs_teacher:
-            values.setdefault("teacher", values.get("resource"))
+            several = not isinstance(values.get("resource"), str | None)
+            values.setdefault("teacher", None if several else values.get("resource"))
         if isinstance(values.get("seeds"), str):
             values["seeds"] = parse_seeds(values["seeds"])
         if "max_length" in values:  # in a grid it holds for both models

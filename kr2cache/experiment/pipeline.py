@@ -87,15 +87,14 @@ def train(config: TrainConfig, shared: Shared | None = None) -> TrainResult:
     if METHODS[config.method].needs_teacher:
         prepared = _lesson(prepared, shared).given_to(prepared)
     runs = _train_seeds(prepared)
-    resource = prepared.resource
     return TrainResult(
         config=prepared.job.config,
         task=prepared.job.task,
         runs=runs,
-        computed=0 if resource is None else resource.computed,
+        computed=sum(resource.computed for resource in prepared.resources.values()),
         read=_sequences_read(prepared.job),
         notes=prepared.notes,
-        words_without_states={} if resource is None else resource.words_without_states,
+        words_without_states=prepared.words_without_states,
     )
 
 
@@ -242,13 +241,14 @@ def describe_training(result: TrainResult) -> None:
     title = f"{_title(config)} on {config.task}, {split} split"
     print_table(title, columns, rows, sections=[len(result.runs)])
     for run in result.runs:
-        fusion = RunFolder(run.folder).read_fusion()
-        if fusion and fusion["trainable"]:
-            weights = "  ".join(
-                f"{layer}: {w:.4f}" for layer, w in zip(fusion["layers"], fusion["weights"], strict=True)
-            )
-            gamma = f"  gamma: {fusion['gamma']:.4f}" if "gamma" in fusion else ""
-            console.print(f"learned w by layer, seed {run.seed}:  {weights}{gamma}")
+        for name, fusion in RunFolder(run.folder).read_fusions().items():
+            if fusion["trainable"]:
+                weights = "  ".join(
+                    f"{layer}: {w:.4f}" for layer, w in zip(fusion["layers"], fusion["weights"], strict=True)
+                )
+                gamma = f"  gamma: {fusion['gamma']:.4f}" if "gamma" in fusion else ""
+                of = f" of {name}" if name else ""
+                console.print(f"learned w by layer{of}, seed {run.seed}:  {weights}{gamma}")
     for text in result.notes:
         note(text)
     if result.read:
@@ -260,7 +260,9 @@ def describe_training(result: TrainResult) -> None:
 
 
 def _title(config: TrainConfig) -> str:
-    given = {part: getattr(config, part) for part in ("reader", "resource", "teacher")}
-    shown = {part: name and shown_name(name, config.models) for part, name in given.items()}
-    models = METHODS[config.method].title.format_map(vars(config) | shown)
+    def shown(*names: str | None) -> str:
+        return " + ".join(shown_name(name, config.models) for name in names if name is not None)
+
+    parts = {"reader": shown(config.reader), "resource": shown(*config.resources), "teacher": shown(config.teacher)}
+    models = METHODS[config.method].title.format_map(vars(config) | parts)
     return f"{config.method} ({models})"

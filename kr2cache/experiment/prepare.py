@@ -6,6 +6,7 @@ The result has everything that decides the scores of a run, so the folder of the
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,8 +29,8 @@ from kr2cache.store import provenance
 from kr2cache.system.console import bytes_text, count_text, waiting
 from kr2cache.system.device import choose_device, device_name
 from kr2cache.training.batches import Batcher, SplitData
-from kr2cache.training.features import DeviceFeatures, Features, ResourceFeatures, room_on
-from kr2cache.training.resource_input import projection_kind
+from kr2cache.training.features import DeviceFeatures, Features, ResourceFeatures, joined, room_on
+from kr2cache.training.resource_input import InputSettings, projection_kind
 from kr2cache.training.runs import configuration_folder
 from kr2cache.training.train import Job
 
@@ -45,9 +46,10 @@ class Prepared:
     """One configuration, ready to train its seeds."""
 
     job: Job
-    resource: Resource | None = None
-    """The frozen model."""
-    caches: Mapping[str, FeatureCache] = field(default_factory=dict)
+    resources: Mapping[str, Resource] = field(default_factory=dict)
+    """The frozen models by their names, in the order in which their states are appended."""
+    caches: Mapping[str, Mapping[str, FeatureCache]] = field(default_factory=dict)
+    """Of each resource by its name: split to cache."""
     deciding: dict[str, Any]
     """Everything that can change the result of a run, the seed aside. Device, folders and versions are left out."""
     notes: list[str]
@@ -63,9 +65,9 @@ class Prepared:
         """The folder that the same training has under the name of ``method``."""
         config = self.job.config
         parts = [method, self.job.reader.name]
-        if self.resource is not None:
+        if self.resources:
             if METHODS[method].frozen == "resource":
-                parts.append(self.resource.spec.name)
+                parts.append("+".join(self.resources))
             parts.append(config.fusion)
         if "teacher" in self.deciding:
             parts.append(self.deciding["teacher"]["name"])
@@ -75,24 +77,37 @@ class Prepared:
         """Everything that decides the scores of one run, as its config.json has it."""
         return {**self.deciding, "method": self.job.config.method, "seed": seed}
 
+    @property
+    def words_without_states(self) -> dict[str, int]:
+        """By split, of all resources together."""
+        total: Counter[str] = Counter()
+        for resource in self.resources.values():
+            total.update(resource.words_without_states)
+        return dict(total)
+
     def recorded(self) -> dict[str, Any]:
         """Facts that are recorded with a run and do not decide its folder."""
         job = self.job
         origin = {"reader": registry.origin(job.reader)}
-        if self.resource is not None:
-            origin["resource"] = registry.origin(self.resource.spec)
+        origins = [registry.origin(resource.spec) for resource in self.resources.values()]
+        origin |= dict(zip(_PLACES, _first_and_more(origins), strict=False))
         recorded = provenance.recorded(str(choose_device(job.config.device)), torch.get_num_threads(), origin)
         recorded["corpus"] = job.task.corpus(job.config.data)
         recorded["limit"] = job.config.limit
         recorded["temporary_reader"] = job.config.temporary_readers
         recorded["examples"] = {split: len(data.examples) for split, data in job.splits.items()}
-        recorded["caches"] = {
-            split: {"folder": str(cache.folder), "fingerprint": cache.fingerprint, "sequences": len(cache)}
-            for split, cache in self.caches.items()
+        caches = {
+            split if number == 0 else f"{split}, {name}": cache
+            for number, (name, own) in enumerate(self.caches.items())
+            for split, cache in own.items()
         }
-        if self.resource is not None:
-            recorded["words_without_states"] = self.resource.words_without_states
-        recorded["cache_bytes"] = {split: cache.stored_bytes for split, cache in self.caches.items()}
+        recorded["caches"] = {
+            name: {"folder": str(cache.folder), "fingerprint": cache.fingerprint, "sequences": len(cache)}
+            for name, cache in caches.items()
+        }
+        if self.resources:
+            recorded["words_without_states"] = self.words_without_states
+        recorded["cache_bytes"] = {name: cache.stored_bytes for name, cache in caches.items()}
         if self.distillation is not None:
             recorded["distillation"] = self.distillation
         return recorded
@@ -109,7 +124,7 @@ def prepare(config: TrainConfig, shared: Shared) -> Prepared:
     """
     ready = check_ready(config, shared)
     config, task, checkpoint = ready.training.config, ready.training.task, ready.checkpoint
-    reader_spec, resource_spec = ready.training.reader, ready.training.resource
+    reader_spec = ready.training.reader
     splits = {}
     with waiting(f"Tokenising {task.name}"):
         for split, part in ready.corpus.splits.items():
@@ -130,16 +145,19 @@ def prepare(config: TrainConfig, shared: Shared) -> Prepared:
     notes = ready.corpus.notes + _unseen_words(job)
     if (said := checkpoint.head_note) is not None:
         notes.append(said)
-    if resource_spec is None:
-        return Prepared(job=job, deciding=_deciding(job, ready.corpus), notes=notes)
-    resource = Resource(config, resource_spec, task, shared)
-    job, caches = _with_features(job, resource)
+    resources: dict[str, Resource] = {}
+    caches: dict[str, dict[str, FeatureCache]] = {}
+    for given, spec in ready.training.resources.items():  # one after the other, so that one model is in memory
+        own = dataclasses.replace(config, resource=given, more_resources=())
+        resources[spec.name] = Resource(own, spec, task, shared)
+        caches[spec.name] = resources[spec.name].caches(splits)
+    job = _with_features(job, resources, caches)
     return Prepared(
         job=job,
-        resource=resource,
+        resources=resources,
         caches=caches,
-        deciding=_deciding(job, ready.corpus) | _resource_decides(job, resource, caches),
-        notes=notes + resource.notes,
+        deciding=_deciding(job, ready.corpus) | _resources_decide(job, resources, caches),
+        notes=[*notes, *(text for resource in resources.values() for text in resource.notes)],
     )
 
 
@@ -160,33 +178,43 @@ def _unseen_words(job: Job) -> list[str]:
     return notes
 
 
-def _with_features(job: Job, resource: Resource) -> tuple[Job, dict[str, FeatureCache]]:
-    """The job with the resource's states of every split, and the caches that they come from."""
+def _with_features(
+    job: Job, resources: Mapping[str, Resource], caches: Mapping[str, Mapping[str, FeatureCache]]
+) -> Job:
+    """The job with the states of every resource, in every split."""
+    if not resources:
+        return job
     config = job.config
     _, reader_width = encoder_shape(job.checkpoint.config)
-    caches = resource.caches(job.splits)
-    fusion = parse_fusion(config.fusion, caches["train"].model_layers)
-    width = caches["train"].width
-    projection = projection_kind(config.projection, width, reader_width)
     device = choose_device(config.device)
     room = room_on(device)
-    splits = {}
-    for split, data in job.splits.items():
-        ids = resource.corpus.splits[split].ids
-        states = ResourceFeatures(
-            caches[split], ids, fusion, keep_layers=projection == "direct", pinned=device.type == "cuda"
+    inputs: dict[str, InputSettings] = {}
+    features: dict[str, list[Features]] = {split: [] for split in job.splits}
+    for name, resource in resources.items():
+        width = caches[name]["train"].width
+        settings = InputSettings(
+            fusion=parse_fusion(config.fusion, caches[name]["train"].model_layers),
+            projection=projection_kind(config.projection, width, reader_width),
+            resource_width=width,
         )
-        features: Features = states
-        if states.nbytes <= room:
+        inputs[name] = settings
+        for split, cache in caches[name].items():
+            states = ResourceFeatures(
+                cache,
+                resource.corpus.splits[split].ids,
+                settings.fusion,
+                keep_layers=settings.projection == "direct",
+                pinned=device.type == "cuda",
+            )
+            if states.nbytes > room:
+                features[split].append(states)
+                continue
             room -= states.nbytes
             size = bytes_text(states.nbytes)
             resource.notes.append(f"The states of {split} ({size}) live on {device_name(device)}.")
-            features = DeviceFeatures(states, device)
-        splits[split] = dataclasses.replace(data, features=features)
-    return (
-        dataclasses.replace(job, splits=splits, fusion=fusion, projection=projection, resource_width=width),
-        caches,
-    )
+            features[split].append(DeviceFeatures(states, device))
+    splits = {split: dataclasses.replace(data, features=joined(features[split])) for split, data in job.splits.items()}
+    return dataclasses.replace(job, splits=splits, inputs=inputs)
 
 
 def _deciding(job: Job, corpus: Corpus) -> dict[str, Any]:
@@ -217,33 +245,59 @@ def _deciding(job: Job, corpus: Corpus) -> dict[str, Any]:
     }
 
 
-def _resource_decides(job: Job, resource: Resource, caches: Mapping[str, FeatureCache]) -> dict[str, Any]:
-    """What also decides the scores of a run that has a resource."""
-    assert job.fusion is not None, "a resource comes with a fusion"
+_PLACES = ("resource", "more_resources")
+"""Where a run keeps what concerns its first resource, and the list of the others."""
+
+
+def _first_and_more(values: Sequence[Any]) -> list[Any]:
+    """The first value, and the list of the others if there are any."""
+    return [*values[:1], *([list(values[1:])] if len(values) > 1 else [])]
+
+
+def _resources_decide(
+    job: Job, resources: Mapping[str, Resource], caches: Mapping[str, Mapping[str, FeatureCache]]
+) -> dict[str, Any]:
+    """What also decides the scores of a run that has resources. The first one has the fields that it has alone."""
+    if not resources:
+        return {}
+    decides = [_resource_decides(resource, caches[name]) for name, resource in resources.items()]
+    fusions = [
+        {
+            "fusion": {"name": one.fusion.name, "layers": list(one.fusion.layers)},
+            "projection": one.projection,
+        }
+        for one in job.inputs.values()
+    ]
+    more = [own | fusion for own, fusion in zip(decides[1:], fusions[1:], strict=True)]
+    learns = any(one.learns_weights for one in job.inputs.values())
+    return {
+        "resource": decides[0],
+        **({"more_resources": more} if more else {}),
+        **fusions[0],
+        "fusion_learning_rate": job.config.fusion_learning_rate if learns else None,
+    }
+
+
+def _resource_decides(resource: Resource, caches: Mapping[str, FeatureCache]) -> dict[str, Any]:
+    """What of one resource decides the scores."""
     chosen = caches["train"].provenance["chosen"]
-    has_trainable_weights = job.fusion.trainable and job.projection != "direct"
     found = [cache.provenance["found"] for cache in caches.values()]
     rounded = sorted(split for split, cache in caches.items() if provenance.rounded_again(cache))
     return {
-        "resource": {
-            "name": resource.spec.name,
-            "weights": sorted({one["weights"] for one in found}),
-            "config": sorted({one["config"] for one in found}),
-            "tokens": {
-                split: _resource_tokens(cache, resource.corpus.splits[split].ids) for split, cache in caches.items()
-            },
-            "segments": any(one.get("segments", False) for one in found),
-            "max_length": chosen["max_length"],
-            "dtype": chosen["dtype"],
-            "compute_dtype": chosen["compute_dtype"],
-            # Runs of earlier versions had float32 weights, and did not say so.
-            **({"weights_dtype": resource.weights_dtype} if resource.weights_dtype != DEFAULT_WEIGHTS_DTYPE else {}),
-            # These states were rounded twice, so they differ slightly from those of an extraction.
-            **({"rounded_again": rounded} if rounded else {}),
+        "name": resource.spec.name,
+        "weights": sorted({one["weights"] for one in found}),
+        "config": sorted({one["config"] for one in found}),
+        "tokens": {
+            split: _resource_tokens(cache, resource.corpus.splits[split].ids) for split, cache in caches.items()
         },
-        "fusion": {"name": job.fusion.name, "layers": list(job.fusion.layers)},
-        "projection": job.projection,
-        "fusion_learning_rate": job.config.fusion_learning_rate if has_trainable_weights else None,
+        "segments": any(one.get("segments", False) for one in found),
+        "max_length": chosen["max_length"],
+        "dtype": chosen["dtype"],
+        "compute_dtype": chosen["compute_dtype"],
+        # Runs of earlier versions had float32 weights, and did not say so.
+        **({"weights_dtype": resource.weights_dtype} if resource.weights_dtype != DEFAULT_WEIGHTS_DTYPE else {}),
+        # These states were rounded twice, so they differ slightly from those of an extraction.
+        **({"rounded_again": rounded} if rounded else {}),
     }
 
 

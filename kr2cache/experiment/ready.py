@@ -78,18 +78,18 @@ def read_corpus(training: Training, shared: Shared) -> Corpus:
 
 
 def open_models(training: Training, shared: Shared) -> tuple[TaskCheckpoint, PreTrainedTokenizerBase]:
-    """Check that both models exist and fit the settings, and return the reader's checkpoint and tokenizer.
+    """Check that the models exist and fit the settings, and return the reader's checkpoint and tokenizer.
 
     Raises:
         KR2CacheError: For a model that is not available or does not fit.
     """
-    config, reader, resource = training.config, training.reader, training.resource
+    config, reader = training.config, training.reader
     with waiting(f"Loading {reader.name}"):
         checkpoint = shared.checkpoint(reader, training.task, keep_head=config.keep_head)
     check_complete(reader)
     check_length(config.max_length, "--max-length", reader, checkpoint.config)
     tokenizer = shared.tokenizer(reader, words=training.task.words)
-    if resource is not None:
+    for resource in training.resources.values():
         _check_resource(training, resource, checkpoint.config, shared)
     return checkpoint, tokenizer
 

@@ -160,7 +160,7 @@ class Sweep:
 
     def _check_appends(self, training: Training) -> None:
         """Check that the reader can have states appended, which only its weights in memory show."""
-        checkpoint = self._shared.checkpoint(training.reader, training.task)
+        checkpoint = self._shared.checkpoint(training.reader, training.task, keep_head=training.config.keep_head)
         self._shared.check_reader(checkpoint, None, positions=training.positions)
 
     def _check_teacher(self, config: TrainConfig) -> None:

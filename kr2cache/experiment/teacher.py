@@ -87,8 +87,9 @@ def teacher_config(config: TrainConfig) -> TrainConfig | None:
         raise ConfigError(f"The teacher {run.path} holds runs, one a seed.", f"Give one of them: {seeds[0].path}.")
     if run.is_finished and run.config_file.is_file():
         return None
-    changes: dict[str, Any] = {"method": "kresource", "resource": config.teacher, "teacher": None, "seeds": (SEED,)}
-    return dataclasses.replace(config, **changes, keep_head=False)  # that option is about the student
+    changes: dict[str, Any] = {"method": "kresource", "resource": config.teacher, "more_resources": (), "teacher": None}
+    # keep_head is about the student.
+    return dataclasses.replace(config, **changes, seeds=(SEED,), keep_head=False)
 
 
 class Teacher:

@@ -11,6 +11,7 @@ rounding.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ from kr2cache.tasks import Example, Task, find_task
 from kr2cache.training.admission import check_reader
 from kr2cache.training.batches import SplitData
 from kr2cache.training.evaluate import example_logits, most_likely
+from kr2cache.training.features import joined
 from kr2cache.training.kreader import KReader
 from kr2cache.training.runs import RunFolder, finished_seeds
 
@@ -64,18 +66,18 @@ class Predictor:
         reader: KReader,
         tokenizer: PreTrainedTokenizerBase,
         max_length: int,
-        resource: OnlineResource | None = None,
+        resources: Sequence[OnlineResource] = (),
     ) -> None:
         """
         Args:
             max_length: The longest sequence of the reader, in tokens.
-            resource: Required if the reader has a fusion.
+            resources: Those of the reader, in its order.
         """
         self.task = task
         self.reader = reader
         self.tokenizer = tokenizer
         self.max_length = max_length
-        self.resource = resource
+        self.resources = resources
 
     @classmethod
     @process_unchanged()
@@ -92,7 +94,7 @@ class Predictor:
             ModelUnavailableError: If the resource is not on this machine and cannot be downloaded.
         """
         run = RunFolder(Path(folder).expanduser())
-        config, origin = _read_run(run)
+        config, resources = _read_run(run)
         task = find_task(config["task"])
         if not run.reader.is_dir():
             raise CacheError(
@@ -104,21 +106,20 @@ class Predictor:
         spec = trained_spec(name, run.reader, models)
         tokenizer = load_tokenizer(spec, words=task.words)
         reader = _load_reader(run.reader, task, trust_remote_code=spec.trust_remote_code)
-        if (reader.resource is None) != ("resource" not in config):
+        if len(reader.resources) != len(resources):
+            counts = f"{len(reader.resources)} and {len(resources)}"
             raise CacheError(
-                f"{run.reader} is not the reader that {run.config_file} describes: only one of the two has a resource.",
+                f"{run.reader} is not the reader that {run.config_file} describes: they have {counts} resources.",
                 "Restore the folder, or train the run again.",
             )
-        resource = None
-        if "resource" in config:
-            resource = load_resource(run.path, config["resource"], origin, models, task, chosen_device)
+        online = [load_resource(run.path, own, origin, models, task, chosen_device) for own, origin in resources]
         reader.to(chosen_device)
         return cls(
             task=task,
             reader=reader,
             tokenizer=tokenizer,
             max_length=int(config["reader"]["max_length"]),
-            resource=resource,
+            resources=online,
         )
 
     def __call__(self, examples: Sequence[Example]) -> list[Predicted]:
@@ -150,11 +151,13 @@ class Predictor:
             _check_shape(self.task, example)
         index = encode_examples(self.tokenizer, examples, self.task, self.max_length)
         check_token_ids(index, vocabulary(self.reader.config), "the reader")
-        if self.resource is None:
+        if not self.resources:
             return example_logits(self.reader, SplitData(examples=examples, index=index), self.task, self.tokenizer)
-        features = self.online_features(self.resource, self._resource_index(self.resource, examples))
-        data = SplitData(examples=examples, index=index, features=features)
-        with cheaper_forward(self.resource.encoder, len(features.index.input_id)):
+        features = self.online_features([self._resource_index(one, examples) for one in self.resources])
+        data = SplitData(examples=examples, index=index, features=joined(features))
+        with contextlib.ExitStack() as cheaper:
+            for one in features:
+                cheaper.enter_context(cheaper_forward(one.resource.encoder, len(one.index.input_id)))
             return example_logits(self.reader, data, self.task, self.tokenizer)
 
     def missing_words(self, examples: Sequence[Example]) -> MissingWords:
@@ -162,12 +165,21 @@ class Predictor:
         index = encode_examples(self.tokenizer, examples, self.task, self.max_length)
         return missing_words(index, [example.texts[0] for example in examples], self.max_length, self.tokenizer)
 
-    def online_features(self, resource: OnlineResource, index: SequenceIndex) -> OnlineFeatures:
-        """The states that the reader's fusion uses. Each batch is computed on request."""
-        part = self.reader.resource
-        assert part is not None, "a reader without a fusion has no resource"
-        weights = part.weights.detach() if part.is_weighted_sum else None
-        return OnlineFeatures(resource, index, part.fusion.layers, weights)
+    def online_features(self, indices: Sequence[SequenceIndex]) -> list[OnlineFeatures]:
+        """Of each resource, the states that its fusion uses. Each batch is computed on request.
+
+        Args:
+            indices: The sequences, encoded with the tokenizer of each resource.
+        """
+        return [
+            OnlineFeatures(
+                resource,
+                index,
+                part.settings.fusion.layers,
+                part.weights.detach() if part.is_weighted_sum else None,
+            )
+            for resource, index, part in zip(self.resources, indices, self.reader.resources, strict=True)
+        ]
 
     def _resource_index(self, resource: OnlineResource, examples: Sequence[Example]) -> SequenceIndex:
         index = encode_examples(resource.tokenizer, examples, self.task, resource.max_length)
@@ -179,23 +191,27 @@ READER_FIELDS = {"name", "max_length"}
 RESOURCE_FIELDS = {"name", "weights", "config", "max_length", "compute_dtype"}
 
 
-def _read_run(run: RunFolder) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(the settings that decided the run, where its resource was)"""
+def _read_run(run: RunFolder) -> tuple[dict[str, Any], list[tuple[dict[str, Any], dict[str, Any]]]]:
+    """(the settings that decided the run; of each resource, its settings and where it was)"""
     seeds = [seed.path.name for seed in finished_seeds(run.path)]
     if seeds and not run.config_file.is_file():
         raise CacheError(f"{run.path} holds several runs, one per seed.", f"Choose one of them: {', '.join(seeds)}.")
     content = run.read_config()
     config = content["config"]
-    needed = {"reader": READER_FIELDS} | ({"resource": RESOURCE_FIELDS} if "resource" in config else {})
-    for part, fields in needed.items():
-        missing = sorted(fields - set(config[part] or ()))
-        if missing:
+    resources = [config["resource"], *(config.get("more_resources") or ())] if "resource" in config else []
+    for part, fields, own in [
+        ("reader", READER_FIELDS, config["reader"]),
+        *(("resource", RESOURCE_FIELDS, one) for one in resources),
+    ]:
+        if missing := sorted(fields - set(own or ())):
             raise CacheError(
                 f"{run.config_file} was not written by this version of kr2cache: its {part} lacks "
                 f"{', '.join(missing)}.",
                 "Train the run again.",
             )
-    return config, (content["recorded"].get("model") or {}).get("resource") or {}
+    recorded = content["recorded"].get("model") or {}
+    origins = [recorded.get("resource") or {}, *(recorded.get("more_resources") or ())]
+    return config, list(zip(resources, [*origins, *({} for _ in resources)], strict=False))
 
 
 def _load_reader(folder: Path, task: Task, *, trust_remote_code: bool) -> KReader:
@@ -210,7 +226,7 @@ def _load_reader(folder: Path, task: Task, *, trust_remote_code: bool) -> KReade
             f"It is incomplete or damaged. Remove {folder.parent} and train it again.",
         ) from error
     reader.check_task(task, folder)
-    if reader.resource is not None:
+    if reader.resources:
         check_reader(reader, f"The reader in {folder}")  # another transformers may have trained it
     return reader
 

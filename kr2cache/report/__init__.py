@@ -15,7 +15,7 @@ from kr2cache.report.collect import collect, failures
 from kr2cache.report.others import other_tables, stale
 from kr2cache.report.page import page
 from kr2cache.report.plots import plots
-from kr2cache.report.records import Collected, Configuration, Run, mapping, number
+from kr2cache.report.records import Collected, Configuration, Fused, Run, mapping, number
 from kr2cache.report.scores import sweep_tables
 from kr2cache.report.significance import Comparer
 from kr2cache.report.svg import Plot
@@ -187,8 +187,17 @@ def _configuration_json(one: Configuration) -> dict[str, Any]:
                 "seconds": run.seconds,
                 "cache_bytes": run.cache_bytes,
                 "weights": list(run.weights) if run.weights else None,
-                "gamma": run.gamma,
+                "fusions": [_fused_json(name, fused) for name, fused in run.fusions.items()],
             }
             for run in one.runs.values()
         ],
+    }
+
+
+def _fused_json(resource: str, fused: Fused) -> dict[str, Any]:
+    return {
+        "resource": resource or None,
+        "layers": list(fused.layers),
+        "weights": list(fused.weights) if fused.weights else None,
+        "gamma": fused.gamma,
     }

@@ -13,9 +13,20 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from kr2cache.errors import CacheError
-from kr2cache.report.records import OLDER, Collected, Configuration, Run, Sweep, SweepCell, mapping, number, sequence
+from kr2cache.report.records import (
+    OLDER,
+    Collected,
+    Configuration,
+    Fused,
+    Run,
+    Sweep,
+    SweepCell,
+    mapping,
+    number,
+    sequence,
+)
 from kr2cache.system.console import count_text
-from kr2cache.training.runs import RunFolder
+from kr2cache.training.runs import RunFolder, fusions_of
 
 _SEED_FOLDER = re.compile(r"seed-(\d+)")
 
@@ -67,13 +78,12 @@ def failures(sweep: Sweep) -> list[str]:
 def _read_configuration(run_dir: Path, folder: Path, notes: list[str]) -> Configuration | None:
     found: dict[int, Run] = {}
     config: dict[str, Any] = {}
-    layers: tuple[int, ...] = ()
     for path in sorted(folder.iterdir()):
         match = _SEED_FOLDER.fullmatch(path.name)
         if match is None or not path.is_dir():
             continue
         try:
-            run, seed_config, seed_layers = _read_run(RunFolder(path), int(match[1]))
+            run, seed_config = _read_run(RunFolder(path), int(match[1]))
         except CacheError as error:
             notes.append(f"{_relative(path, run_dir)}: {error.message}; the run is left out.")
             continue
@@ -84,14 +94,14 @@ def _read_configuration(run_dir: Path, folder: Path, notes: list[str]) -> Config
                 f"{_relative(path, run_dir)}: it has {here}, but seed {other.seed} has {there}; the run is left out."
             )
             continue
-        found[run.seed], config, layers = run, seed_config, layers or seed_layers
+        found[run.seed], config = run, seed_config
     if not found:
         return None
-    return Configuration(_relative(folder, run_dir), config, dict(sorted(found.items())), layers)
+    return Configuration(_relative(folder, run_dir), config, dict(sorted(found.items())))
 
 
-def _read_run(folder: RunFolder, seed: int) -> tuple[Run, dict[str, Any], tuple[int, ...]]:
-    """Returns the run, its configuration, and the layers that it fuses."""
+def _read_run(folder: RunFolder, seed: int) -> tuple[Run, dict[str, Any]]:
+    """Returns the run and its configuration."""
     if not folder.is_finished:
         raise CacheError("there is no metrics.json")
     content = _read_object(folder.config_file)
@@ -109,9 +119,6 @@ def _read_run(folder: RunFolder, seed: int) -> tuple[Run, dict[str, Any], tuple[
         raise CacheError(f"metrics.json: {split} {wrong[0]} is {metrics[split][wrong[0]]!r}, not a number")
     fusion = _read_object(folder.fusion_file) if folder.fusion_file.is_file() else {}
     history = _read_object(folder.history_file) if folder.history_file.is_file() else {}
-    layers = tuple(layer for layer in sequence(fusion.get("layers")) if isinstance(layer, int))
-    weights = tuple(weight for weight in map(number, sequence(fusion.get("weights"))) if weight is not None)
-    learned = fusion.get("trainable") is True and weights and len(weights) == len(layers)
     run = Run(
         seed=seed,
         path=folder.path,
@@ -119,11 +126,17 @@ def _read_run(folder: RunFolder, seed: int) -> tuple[Run, dict[str, Any], tuple[
         scores={name: value for name, value in scores.items() if value is not None},
         recorded=mapping(content.get("recorded")),
         history=[entry for entry in sequence(history.get("epochs")) if isinstance(entry, Mapping)],
-        weights=weights if learned else None,
-        gamma=number(fusion.get("gamma")) if learned else None,
+        fusions={name: _fused(one) for name, one in fusions_of(fusion).items()} if fusion else {},
         trained=folder.metrics_file.stat().st_mtime,
     )
-    return run, config, layers
+    return run, config
+
+
+def _fused(fusion: Mapping[str, Any]) -> Fused:
+    layers = tuple(layer for layer in sequence(fusion.get("layers")) if isinstance(layer, int))
+    weights = tuple(weight for weight in map(number, sequence(fusion.get("weights"))) if weight is not None)
+    learned = fusion.get("trainable") is True and weights and len(weights) == len(layers)
+    return Fused(layers, weights if learned else None, number(fusion.get("gamma")) if learned else None)
 
 
 def _read_sweep(path: Path, by_folder: Mapping[str, Configuration], notes: list[str]) -> Sweep:

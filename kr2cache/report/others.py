@@ -63,8 +63,8 @@ def _changes(older: Configuration, newer: Configuration) -> list[str]:
     then, now = (mapping(one.config.get("data")) for one in (older, newer))
     splits = [split for split in {**then, **now} if then.get(split) != now.get(split)]
     changes = [f"other data ({', '.join(splits)})"] if splits else []
-    for part in ("reader", "resource"):
-        then, now = (mapping(one.config.get(part)) for one in (older, newer))
+    for part, then in older.models.items():
+        now = newer.models.get(part, {})
         changes += [f"other {name} of the {part}" for name in ("weights", "config") if then.get(name) != now.get(name)]
         if not splits and then.get("tokens") != now.get("tokens"):
             changes.append(f"other tokens of the {part}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from kr2cache.report.others import labels, sort
 from kr2cache.report.records import Collected, Configuration, Run, mean_and_std, number
@@ -14,6 +14,7 @@ from kr2cache.system.console import bytes_text, seconds_text
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+Shown = TypeVar("Shown")
 Members = list[tuple[Configuration, tuple[int, ...]]]
 """Configurations, each with the seeds to plot."""
 
@@ -99,26 +100,26 @@ def _draw_layers(title: str, group: Members, alone: Members) -> Plot:
 
 def fusion_weights(task: str, configurations: Sequence[Configuration], names: dict[str, str]) -> list[Plot]:
     """The learned weights w of equation 1 as they act: mean over seeds, and a band from the smallest to the largest."""
-    learned = [one for one in configurations if _weights(one)]
+    learned = [line for one in configurations for line in _learned(one, names[one.folder])]
     drawn = []
     for title, chunk in _chunks(f"Learned fusion weights: {task}", learned):
         with canvas(height=3.2 + 0.2 * len(chunk)) as figure:
             axes = figure.subplots()
-            for position, one in enumerate(chunk):
-                by_layer = list(zip(*_weights(one), strict=True))
+            for position, (label, layers, weights) in enumerate(chunk):
+                by_layer = list(zip(*weights, strict=True))
                 means = [mean_and_std(values)[0] for values in by_layer]
                 lowest, highest = [min(values) for values in by_layer], [max(values) for values in by_layer]
                 color = PALETTE[position]
-                axes.fill_between(one.layers, lowest, highest, color=color, alpha=0.18, linewidth=0)
-                axes.plot(one.layers, means, color=color, marker=MARKERS[position], label=_weights_label(one, names))
-            for depth in sorted({len(one.layers) for one in chunk}):
+                axes.fill_between(layers, lowest, highest, color=color, alpha=0.18, linewidth=0)
+                axes.plot(layers, means, color=color, marker=MARKERS[position], label=label)
+            for depth in sorted({len(layers) for _, layers, _ in chunk}):
                 axes.axhline(1 / depth, color=GREY, linestyle="--", label=f"uniform over {depth} layers")
-            _ticks(axes, sorted({layer for one in chunk for layer in one.layers}))
+            _ticks(axes, sorted({layer for _, layers, _ in chunk for layer in layers}))
             axes.set_xlabel("layer of the resource (0: word embeddings)")
             axes.set_ylabel("weight")
             figure.legend(loc=LEGEND, ncols=1 if len(chunk) < 3 else 2)
             caption = "Mean over seeds; the band reaches from the smallest to the largest value."
-            drawn.append(draw(figure, title, caption, f"{title}: {_listed(chunk, names)}."))
+            drawn.append(draw(figure, title, caption, f"{title}: {', '.join(label for label, *_ in chunk)}."))
     return drawn
 
 
@@ -234,15 +235,21 @@ def _percent(one: Configuration, seeds: Iterable[int]) -> tuple[float, float | N
     return mean_and_std([100 * value for value in one.values(one.metric, seeds)])
 
 
-def _weights_label(one: Configuration, names: dict[str, str]) -> str:
-    """Its name, and the mean of gamma if the weighted sum is multiplied by it."""
-    gammas = [run.gamma for run in one.runs.values() if run.gamma is not None]
-    return f"{names[one.folder]}, gamma {mean_and_std(gammas)[0]:.3f}" if gammas else names[one.folder]
+def _learned(one: Configuration, name: str) -> list[tuple[str, tuple[int, ...], list[tuple[float, ...]]]]:
+    """For each resource whose weights were learned: what to call it, its layers, and the weights of each seed.
 
-
-def _weights(one: Configuration) -> list[tuple[float, ...]]:
-    """The learned weights of each seed that has them."""
-    return [run.weights for run in one.runs.values() if run.weights and len(run.weights) == len(one.layers)]
+    The mean of gamma belongs to the name, if the weighted sum is multiplied by it.
+    """
+    lines = []
+    for resource, fused in one.first.fusions.items():
+        alike = [run.fusions[resource] for run in one.runs.values() if resource in run.fusions]
+        seeds = [other for other in alike if other.weights and other.layers == fused.layers]
+        weights = [other.weights for other in seeds if other.weights]
+        gammas = [other.gamma for other in seeds if other.gamma is not None]
+        gamma = f"gamma {mean_and_std(gammas)[0]:.3f}" if gammas else ""
+        if weights:
+            lines.append((", ".join(filter(None, (name, resource, gamma))), fused.layers, weights))
+    return lines
 
 
 def _curve(one: Configuration, name: str) -> dict[float, float]:
@@ -270,11 +277,9 @@ def _unit(largest: float, text: Callable[[float], str]) -> tuple[str, float]:
     return unit, powers[unit]
 
 
-def _chunks(
-    title: str, configurations: list[Configuration], size: int = len(PALETTE)
-) -> list[tuple[str, list[Configuration]]]:
-    """Split configurations over several plots, ``size`` per plot; by default one per colour."""
-    chunks = [configurations[start : start + size] for start in range(0, len(configurations), size)]
+def _chunks(title: str, lines: list[Shown], size: int = len(PALETTE)) -> list[tuple[str, list[Shown]]]:
+    """Split lines over several plots, ``size`` per plot; by default one per colour."""
+    chunks = [lines[start : start + size] for start in range(0, len(lines), size)]
     if len(chunks) < 2:
         return [(title, chunk) for chunk in chunks]
     return [(f"{title} ({position} of {len(chunks)})", chunk) for position, chunk in enumerate(chunks, 1)]

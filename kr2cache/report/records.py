@@ -18,11 +18,22 @@ WHOLE_TAGS = 3
 and an X at the end of a sentence was ignored."""
 
 _DIGESTS = ("weights", "config", "tokens")
-_NOT_SETTINGS = ("task", "method", "data", "metric", "seed", "fusion")
+_NOT_SETTINGS = ("task", "method", "data", "metric", "seed", "fusion", "more_resources")
 _ADDED_LATER = {"keep_head": "False"}
 """Settings that runs from before them do not have, and what they were then."""
 OLDER = "older"
 """Marks a score that an older version computed differently."""
+
+
+@dataclass(frozen=True)
+class Fused:
+    """What a run fused of one resource."""
+
+    layers: tuple[int, ...]
+    weights: tuple[float, ...] | None
+    """The learned weights as they act (after a softmax), in the order of ``layers``; None if they were not trained."""
+    gamma: float | None
+    """The learned factor of the fusion ``mix``; None for other fusions."""
 
 
 @dataclass(frozen=True)
@@ -38,13 +49,15 @@ class Run:
     (words without a label)."""
     recorded: Mapping[str, Any]
     history: Sequence[Mapping[str, Any]]
-    weights: tuple[float, ...] | None
-    """Learned fusion weights as they act (after a softmax), in the order of ``Configuration.layers``; None if they were
-    not trained."""
-    gamma: float | None = None
-    """The learned factor of the fusion ``mix``; None for other fusions."""
+    fusions: Mapping[str, Fused]
+    """By the resource's name, which is empty if there is only one. Empty for methods without a fusion."""
     trained: float = 0.0
     """When the scores were written, in seconds since 1970. Copying a run can change it."""
+
+    @property
+    def weights(self) -> tuple[float, ...] | None:
+        """The learned weights of the first resource."""
+        return next((one.weights for one in self.fusions.values()), None)
 
     @property
     def seconds(self) -> float | None:
@@ -67,8 +80,11 @@ class Configuration:
     config: Mapping[str, Any]
     runs: Mapping[int, Run]
     """Seed to run, never empty, ascending."""
-    layers: tuple[int, ...] = ()
-    """The layers that are fused."""
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers that are fused, of the first resource."""
+        return next((one.layers for run in self.runs.values() for one in run.fusions.values()), ())
 
     @property
     def task(self) -> str:
@@ -88,13 +104,26 @@ class Configuration:
 
     @property
     def helper(self) -> str:
-        """The resource, or the teacher of a distillation."""
-        return self._model("resource") if self.config.get("resource") else name_of(self.config.get("teacher"))
+        """The resources, or the teacher of a distillation."""
+        if not self.config.get("resource"):
+            return name_of(self.config.get("teacher"))
+        recorded = mapping(self.first.recorded.get("model"))
+        more = sequence(self.config.get("more_resources"))
+        origins = [*sequence(recorded.get("more_resources")), *({} for _ in more)]
+        others = [label(name_of(one), mapping(origin)) for one, origin in zip(more, origins, strict=False)]
+        return " + ".join([self._model("resource"), *others])
 
     def _model(self, part: str) -> str:
-        """The name of the reader or resource. It says what a control is."""
+        """The name of the reader or the first resource. It says what a control is."""
         recorded = mapping(mapping(self.first.recorded.get("model")).get(part))
         return label(name_of(self.config.get(part)), recorded)
+
+    @property
+    def models(self) -> dict[str, dict[str, Any]]:
+        """Reader and resources as config.json has them, by what they are called in messages."""
+        more = sequence(self.config.get("more_resources"))
+        parts = {part: mapping(self.config.get(part)) for part in ("reader", "resource")}
+        return parts | {f"resource {name_of(one)}": mapping(one) for one in more}
 
     @property
     def fusion(self) -> str:

@@ -24,6 +24,7 @@ from kr2cache.system.device import is_out_of_memory
 from kr2cache.tasks.base import Head
 from kr2cache.training.appending import packed_order, place_of
 from kr2cache.training.kreader import KReader
+from kr2cache.training.resource_input import InputSettings
 
 LENGTHS = ((5, 4), (3, 2))
 """(l1, l2) of the two sequences."""
@@ -77,7 +78,7 @@ def check_appended(model: PreTrainedModel, head: Head, positions: int, who: str)
     place_of(model, who)
     # One layer as wide as the reader. The checks draw G^0, so nothing is fused or projected.
     width = int(model.config.hidden_size)
-    reader = KReader(model, head, fusion=parse_fusion("last1", 1), resource_width=width)
+    reader = KReader(model, head, [InputSettings(fusion=parse_fusion("last1", 1), resource_width=width)])
     check_reader(reader, who)
     _check_room(reader, positions, who)
 

@@ -20,7 +20,7 @@ from kr2cache.models.tokenizers import pad_id
 from kr2cache.tasks import Example, Task
 from kr2cache.training.appending import packed_order
 from kr2cache.training.distill import TeacherLogits
-from kr2cache.training.features import Features
+from kr2cache.training.features import Features, States
 from kr2cache.training.kreader import IGNORED
 
 TARGETS = ("labels", "teacher_logits")
@@ -75,7 +75,7 @@ class Batcher:
         self.pad_id = pad_id(tokenizer)
         self.first = data.index.first_token
 
-    def __call__(self, examples: Sequence[int]) -> dict[str, Tensor]:
+    def __call__(self, examples: Sequence[int]) -> dict[str, Any]:
         """The inputs of ``KReader.forward`` with labels, and with the teacher's logits if there are any."""
         batch = self.inputs(examples)
         T = batch["input_ids"].shape[-1]
@@ -85,7 +85,7 @@ class Batcher:
             batch["teacher_logits"] = self._teacher_logits(self.data.teacher, examples, T)
         return batch
 
-    def inputs(self, examples: Sequence[int]) -> dict[str, Tensor]:
+    def inputs(self, examples: Sequence[int]) -> dict[str, Any]:
         """The inputs of ``KReader.forward`` without labels."""
         per = self.data.sequences_per_example
         sequences = [example * per + choice for example in examples for choice in range(per)]
@@ -93,7 +93,7 @@ class Batcher:
         input_ids = pad(tokens, self.pad_id)
         mask = padding_mask(self.data.index.n_tokens[sequences])
         shape = (len(examples), per, -1) if self.head == "choice" else (len(examples), -1)
-        batch = {
+        batch: dict[str, Any] = {
             "input_ids": torch.from_numpy(input_ids).reshape(shape),
             "attention_mask": torch.from_numpy(mask).reshape(shape),
         }
@@ -102,7 +102,7 @@ class Batcher:
             batch["token_type_ids"] = torch.from_numpy(pad(segments, 0)).reshape(shape)
         if self.data.features is not None:
             states, resource_mask = self.data.features.batch(sequences)
-            batch["resource_states"] = states if isinstance(states, Tensor) else torch.from_numpy(states)
+            batch["resource_states"] = [*map(_tensor, states)] if isinstance(states, list) else _tensor(states)
             batch["resource_mask"] = torch.from_numpy(resource_mask)
             # Here, once per batch: on a GPU, the model would have to wait for the longest length.
             batch["order"] = packed_order(torch.from_numpy(mask), batch["resource_mask"])
@@ -129,6 +129,10 @@ class Batcher:
             starts, words = self.data.first_subwords[i]
             row[starts] = teacher.logits[i][words]
         return torch.from_numpy(logits)
+
+
+def _tensor(states: States) -> Tensor:
+    return states if isinstance(states, Tensor) else torch.from_numpy(states)
 
 
 def part_overhead(device: torch.device) -> int:

@@ -9,6 +9,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from kr2cache.cache.format import offsets
@@ -126,6 +127,10 @@ def example_logits(
     return [rows[start:stop] for start, stop in pairwise(first_row.tolist())]
 
 
+def _moved(value: Tensor | list[Tensor], device: torch.device) -> Tensor | list[Tensor]:
+    return [one.to(device) for one in value] if isinstance(value, list) else value.to(device)
+
+
 def _not_finite(name: str) -> TrainingError:
     return TrainingError(
         f"The reader gives nan or inf for example {name!r}, not a score for each label.",
@@ -143,7 +148,7 @@ def _logits_if_they_fit(
         DeviceMemoryError: If a single example does not fit.
     """
     try:
-        inputs = {name: tensor.to(device) for name, tensor in batcher.inputs(numbers.tolist()).items()}
+        inputs = {name: _moved(value, device) for name, value in batcher.inputs(numbers.tolist()).items()}
         logits: NDArray[np.float32] = reader(**inputs)["logits"].float().cpu().numpy()
     except RuntimeError as error:
         if not is_out_of_memory(error):

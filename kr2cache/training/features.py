@@ -32,6 +32,9 @@ MEMORY_SHARE = 0.25
 SEQUENCES_AT_ONCE = 256
 
 
+States = NDArray[np.floating] | Tensor
+
+
 class Features(Protocol):
     """Gives the resource's states for the batches of a reader."""
 
@@ -42,8 +45,9 @@ class Features(Protocol):
     sequences_read: int
     """How many sequences ``batch`` has returned."""
 
-    def batch(self, sequences: Sequence[int]) -> tuple[NDArray[np.floating] | Tensor, NDArray[np.int64]]:
-        """States (B, L, T, D), zero at padding, L = 1 if the layers are already fused; mask (B, T)."""
+    def batch(self, sequences: Sequence[int]) -> tuple[States | list[States], NDArray[np.int64]]:
+        """States (B, L, T, D), zero at padding, L = 1 if the layers are already fused; mask (B, T). Of several
+        resources: a list of states, and their masks side by side."""
 
 
 class ResourceFeatures:
@@ -198,6 +202,35 @@ class DeviceFeatures:
         rows = torch.from_numpy(rows_BLT)
         rows = (rows.pin_memory() if self.device.type == "cuda" else rows).to(self.device, non_blocking=True)
         return self._rows[rows], padding_mask(lengths)
+
+
+class JoinedFeatures:
+    """The states of several resources for the same sequences, appended one behind the other."""
+
+    def __init__(self, parts: Sequence[Features]) -> None:
+        self.parts = parts
+        self.n_tokens: NDArray[np.int32] = np.sum([part.n_tokens for part in parts], axis=0, dtype=np.int32)
+        self.device = next((part.device for part in parts if part.device.type != "cpu"), torch.device("cpu"))
+
+    @property
+    def sequences_read(self) -> int:
+        return sum(part.sequences_read for part in self.parts)
+
+    @sequences_read.setter
+    def sequences_read(self, total: int) -> None:
+        for part in self.parts:  # each resource has read as many
+            part.sequences_read = total // len(self.parts)
+
+    def batch(self, sequences: Sequence[int]) -> tuple[list[States], NDArray[np.int64]]:
+        """See ``Features.batch``."""
+        batches = [part.batch(sequences) for part in self.parts]
+        states = [own for own, _ in batches if not isinstance(own, list)]
+        return states, np.concatenate([mask for _, mask in batches], axis=1)
+
+
+def joined(parts: Sequence[Features]) -> Features:
+    """The states of all these resources, for the same sequences."""
+    return parts[0] if len(parts) == 1 else JoinedFeatures(parts)
 
 
 def torch_dtype(dtype: np.dtype[Any]) -> torch.dtype:

@@ -11,8 +11,7 @@ and h1.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +28,11 @@ from transformers import (
     PreTrainedModel,
 )
 
-from kr2cache.config import Projection
 from kr2cache.errors import CacheError, ConfigError
-from kr2cache.fusion import Fusion
 from kr2cache.models.load import quiet
 from kr2cache.tasks.base import Head, Task
 from kr2cache.training.appending import Appender, packed_order
-from kr2cache.training.resource_input import ResourceInput
+from kr2cache.training.resource_input import InputSettings, ResourceInput
 
 HEADS: dict[Head, Any] = {
     "token": AutoModelForTokenClassification,
@@ -64,33 +61,28 @@ def task_class(head: Head, config: PretrainedConfig) -> Any:
 
 
 class KReader(nn.Module):
-    """A task model, either plain or with a resource's states appended to its embeddings."""
+    """A task model, either plain or with the states of resources appended to its embeddings."""
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        head: Head,
-        *,
-        fusion: Fusion | None = None,
-        projection: Projection = "none",
-        resource_width: int = 0,
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, head: Head, inputs: Sequence[InputSettings] = ()) -> None:
         """
         Args:
             model: The Hugging Face task model of ``head``.
-            fusion: None for the plain model.
-            projection: ``none``, ``mlp`` or ``direct``; ``projection_kind`` replaces ``auto``.
-            resource_width: h2.
+            inputs: Of each resource, in the order in which their states are appended. Empty for the plain model.
         """
         super().__init__()
         self.model = model
         self.head = head
         self.scores_choices = head == "choice" and task_class(head, model.config) is HEADS["sequence"]
         """Whether the model scores each choice as a sequence of its own."""
-        self.resource: ResourceInput | None = None
-        if fusion is not None:
+        width = int(model.config.hidden_size) if inputs else 0
+        self.inputs = nn.ModuleList(ResourceInput(one, width) for one in inputs)
+        if inputs:
             self.appender = Appender(model, type(model).__name__)
-            self.resource = ResourceInput(fusion, projection, resource_width, int(model.config.hidden_size))
+
+    @property
+    def resources(self) -> list[ResourceInput]:
+        """What of each resource is appended; empty for the plain model."""
+        return [one for one in self.inputs if isinstance(one, ResourceInput)]
 
     @property
     def config(self) -> PretrainedConfig:
@@ -107,7 +99,7 @@ class KReader(nn.Module):
 
     def fusion_parameters(self) -> list[nn.Parameter]:
         """The parameters that can have their own learning rate; empty if no weights of a fusion are learned."""
-        return [] if self.resource is None else self.resource.fusion_parameters()
+        return [parameter for one in self.resources for parameter in one.fusion_parameters()]
 
     def forward(
         self,
@@ -115,7 +107,7 @@ class KReader(nn.Module):
         input_ids: Tensor,
         attention_mask: Tensor,
         token_type_ids: Tensor | None = None,
-        resource_states: Tensor | None = None,
+        resource_states: Tensor | Sequence[Tensor] | None = None,
         resource_mask: Tensor | None = None,
         order: Tensor | None = None,
         labels: Tensor | None = None,
@@ -123,8 +115,8 @@ class KReader(nn.Module):
         """
         Args:
             input_ids: (B, T), or (B, C, T) for C choices, like ``attention_mask`` and ``token_type_ids``.
-            resource_states: (B * C, L, R, D).
-            resource_mask: (B * C, R), 1 for states, 0 for padding.
+            resource_states: (B * C, L, R, D); of several resources one such tensor each, in the order of ``resources``.
+            resource_mask: (B * C, R), 1 for states, 0 for padding; R positions of all resources, one behind the other.
             order: (B * C, W), ``packed_order`` of both masks, on the device. Without it, it is computed here.
             labels: (B, T) for tagging, ``IGNORED`` at positions without a label; else (B,).
 
@@ -134,18 +126,24 @@ class KReader(nn.Module):
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
         if token_type_ids is not None:
             inputs["token_type_ids"] = token_type_ids
-        if self.resource is None:
+        if not self.resources:
             logits = self.plain_logits(inputs)
         elif resource_states is None or resource_mask is None:
             raise ConfigError("This KReader has a resource, but the batch has no states of it.")
         else:
-            logits = self.logits_beside(inputs, self.resource(resource_states), resource_mask, order)
+            logits = self.logits_beside(inputs, self._appended(resource_states), resource_mask, order)
         if labels is None:
             return {"logits": logits}
         loss = functional.cross_entropy(
             logits.float().reshape(-1, logits.shape[-1]), labels.reshape(-1), ignore_index=IGNORED
         )
         return {"loss": loss, "logits": logits}
+
+    def _appended(self, resource_states: Tensor | Sequence[Tensor]) -> Tensor:
+        """G^0 of every resource, (B * C, R, H): Concat(G_1^0, G_2^0, ...)."""
+        states = [resource_states] if isinstance(resource_states, Tensor) else resource_states
+        parts = [one(own) for one, own in zip(self.resources, states, strict=True)]
+        return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
     def plain_logits(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Logits of the task model without a resource, from inputs as ``forward`` takes them."""
@@ -182,13 +180,11 @@ class KReader(nn.Module):
         with quiet():
             self.model.save_pretrained(folder)
         about: dict[str, Any] = {"head": self.head}
-        if self.resource is not None:
-            save_file({name: one.contiguous() for name, one in self.resource.state_dict().items()}, folder / EXTRAS)
-            about |= {
-                "fusion": asdict(self.resource.fusion),
-                "projection": self.resource.projection_kind,
-                "resource_width": self.resource.resource_width,
-            }
+        if self.resources:
+            tensors = {_stored(name): one.contiguous() for name, one in self.inputs.state_dict().items()}
+            save_file(tensors, folder / EXTRAS)
+            first, *more = (one.settings.json() for one in self.resources)
+            about |= {**first, **({"more": more} if more else {})}
         (folder / EXTRAS_CONFIG).write_text(json.dumps(about, indent=2) + "\n", "utf-8")
 
     @classmethod
@@ -225,21 +221,15 @@ class KReader(nn.Module):
             )
         if "fusion" not in about:
             return cls(model, about["head"]).eval()
-        fusion = Fusion(**{**about["fusion"], "layers": tuple(about["fusion"]["layers"])})
-        reader = cls(
-            model,
-            about["head"],
-            fusion=fusion,
-            projection=about["projection"],
-            resource_width=about["resource_width"],
-        )
-        assert reader.resource is not None, "it has a fusion"
-        result = reader.resource.load_state_dict(load_file(folder / EXTRAS), strict=False)
-        if wrong := [*result.missing_keys, *result.unexpected_keys]:
+        reader = cls(model, about["head"], [InputSettings.of_json(one) for one in (about, *about.get("more", ()))])
+        tensors = load_file(folder / EXTRAS)
+        wanted = {_stored(name): name for name in reader.inputs.state_dict()}
+        if wrong := sorted(wanted.keys() ^ tensors.keys()):
             raise CacheError(
                 f"{folder / EXTRAS} does not fit {EXTRAS_CONFIG}: {', '.join(wrong)}.",
                 "The reader is incomplete; train it again.",
             )
+        reader.inputs.load_state_dict({name: tensors[stored] for stored, name in wanted.items()})
         return reader.eval()
 
     def check_task(self, task: Task, folder: Path) -> None:
@@ -256,6 +246,11 @@ class KReader(nn.Module):
             f"{task.name!r} of this version of kr2cache (head {task.head}, labels {some(task.labels)}).",
             "Train the run again.",
         )
+
+
+def _stored(name: str) -> str:
+    """The name in the file of a weight of ``KReader.inputs``. The first resource's have no number in front."""
+    return name.removeprefix("0.")
 
 
 def _flat(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -9,6 +9,8 @@ Shape letters: B sequences, R positions of the resource (l2), L layers, D and H 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -45,26 +47,49 @@ def make_projection(kind: Projection, layers: int, resource_width: int, reader_w
     return nn.Sequential(nn.Linear(resource_width, reader_width), nn.GELU(), nn.Linear(reader_width, reader_width))
 
 
+@dataclass(frozen=True, kw_only=True)
+class InputSettings:
+    """How the states of one resource enter a reader."""
+
+    fusion: Fusion
+    projection: Projection = "none"
+    """``none``, ``mlp`` or ``direct``; ``projection_kind`` replaces ``auto``."""
+    resource_width: int
+    """h2."""
+
+    @property
+    def learns_weights(self) -> bool:
+        """Whether the fusion has weights that are learned. The matrix of ``direct`` has them already."""
+        return self.fusion.trainable and self.projection != "direct"
+
+    def json(self) -> dict[str, Any]:
+        """As a trained reader stores them (``kr2.json``)."""
+        return asdict(self)
+
+    @classmethod
+    def of_json(cls, stored: Mapping[str, Any]) -> InputSettings:
+        """From what ``json`` gives, among other fields."""
+        fusion = Fusion(**{**stored["fusion"], "layers": tuple(stored["fusion"]["layers"])})
+        return cls(fusion=fusion, projection=stored["projection"], resource_width=stored["resource_width"])
+
+
 class ResourceInput(nn.Module):
     """The fusion and the projection of one resource: from its states to G^0."""
 
-    def __init__(self, fusion: Fusion, projection: Projection, resource_width: int, reader_width: int) -> None:
+    def __init__(self, settings: InputSettings, reader_width: int) -> None:
         """
         Args:
-            projection: ``none``, ``mlp`` or ``direct``; ``projection_kind`` replaces ``auto``.
-            resource_width: h2.
             reader_width: h1.
         """
         super().__init__()
-        self.fusion = fusion
-        self.projection_kind = projection
-        self.resource_width = resource_width
+        self.settings = settings
+        fusion = settings.fusion
         self.fusion_scores: nn.Parameter | None = None
         """(L,) s, whose softmax is w; None if w itself is learned or fixed."""
         self.fusion_gamma: nn.Parameter | None = None
         """(1,) gamma; only of ``mix``."""
         weights = torch.from_numpy(fusion.weights)
-        if not fusion.trainable or projection == "direct":  # the matrix of ``direct`` has the weights already
+        if not settings.learns_weights:
             self.register_buffer("fusion_weights", weights)
         elif fusion.is_softmax:
             self.fusion_scores = nn.Parameter(torch.zeros_like(weights))
@@ -72,7 +97,9 @@ class ResourceInput(nn.Module):
                 self.fusion_gamma = nn.Parameter(torch.ones(1))
         else:
             self.fusion_weights = nn.Parameter(weights)
-        self.projection = make_projection(projection, len(fusion.layers), resource_width, reader_width)
+        self.projection = make_projection(
+            settings.projection, len(fusion.layers), settings.resource_width, reader_width
+        )
 
     @property
     def weights(self) -> Tensor:
@@ -84,7 +111,7 @@ class ResourceInput(nn.Module):
     @property
     def is_weighted_sum(self) -> bool:
         """Whether ``weights`` alone make one layer of several. The caller may then fuse before ``forward``."""
-        return self.projection_kind != "direct" and not self.fusion.normalises
+        return self.settings.projection != "direct" and not self.settings.fusion.normalises
 
     def fusion_parameters(self) -> list[nn.Parameter]:
         """The learned parameters of the fusion: every parameter outside the projection. Empty if it is fixed."""
@@ -100,7 +127,7 @@ class ResourceInput(nn.Module):
             float32 (B, R, H).
         """
         states = states.float()
-        if self.projection_kind == "direct":
+        if self.settings.projection == "direct":
             fused = states.transpose(1, 2).flatten(2)
         elif states.shape[1] == 1:
             fused = states[:, 0]
@@ -114,15 +141,15 @@ class ResourceInput(nn.Module):
 
     def described(self) -> dict[str, Any]:
         """What a run stores of it (``fusion.json``), JSON values. The weights are those that act (``weights``)."""
-        weights = None if self.projection_kind == "direct" else _rounded(self.weights)
+        weights = None if self.settings.projection == "direct" else _rounded(self.weights)
         gamma = {} if self.fusion_gamma is None else {"gamma": _rounded(self.fusion_gamma)[0]}
         return {
-            "fusion": self.fusion.name,
-            "layers": list(self.fusion.layers),
+            "fusion": self.settings.fusion.name,
+            "layers": list(self.settings.fusion.layers),
             "trainable": bool(self.fusion_parameters()),
             "weights": weights,
             **gamma,
-            "projection": self.projection_kind,
+            "projection": self.settings.projection,
         }
 
 

@@ -139,12 +139,14 @@ class RunFolder:
                 "Move it away, or remove it and train again.",
             )
 
-    def read_fusion(self) -> dict[str, Any] | None:
-        """Layers and weights; None for methods without a fusion."""
+    def read_fusions(self) -> dict[str, dict[str, Any]]:
+        """Layers and weights of each resource by its name; empty for methods without a fusion. With one resource, its
+        name is empty.
+        """
         if not self.fusion_file.is_file():
-            return None
+            return {}
         content: dict[str, Any] = json.loads(self.fusion_file.read_text("utf-8"))
-        return content
+        return fusions_of(content)
 
     def read_predictions(self, split: str) -> Iterator[Mapping[str, Any]]:
         """``id``, ``gold`` and ``predicted`` of each example.
@@ -167,6 +169,16 @@ class RunFolder:
             for name, gold, predicted in rows:
                 row = {"id": name, "gold": gold, "predicted": predicted}
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    def write_fusions(self, fusions: Mapping[str, Mapping[str, Any]]) -> None:
+        """
+        Args:
+            fusions: Layers and weights by the name of the resource. Of a single one, the file has its fields alone.
+        """
+        if len(fusions) == 1:
+            write_json(self.fusion_file, next(iter(fusions.values())))
+        else:
+            write_json(self.fusion_file, {"resources": [{"resource": name, **one} for name, one in fusions.items()]})
 
     # The trained reader ----------------------------------------------------------------------------------------------
 
@@ -191,6 +203,14 @@ class RunFolder:
         if recorded.get("temporary_reader"):
             return "A sweep drops the readers of its runs to save disk; kr2cache sweep --keep-readers keeps them."
         return "It was removed, or not copied: copy the run's folder whole."
+
+
+def fusions_of(content: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The content of fusion.json as ``RunFolder.read_fusions`` gives it."""
+    several = content.get("resources")
+    if isinstance(several, list):
+        return {str(one.get("resource")): one for one in several if isinstance(one, dict)}
+    return {"": dict(content)}
 
 
 def configuration_folder(run_dir: Path, task: str, parts: Sequence[str], deciding: Mapping[str, Any]) -> Path:

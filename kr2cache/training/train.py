@@ -6,16 +6,15 @@ The caller chooses the caches and examples (``Job``) and writes the run folder.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase, set_seed
 
-from kr2cache.config import Projection, TrainConfig
+from kr2cache.config import TrainConfig
 from kr2cache.errors import TrainingError
-from kr2cache.fusion import Fusion
 from kr2cache.models.registry import ModelSpec
 from kr2cache.system.console import failed
 from kr2cache.system.disk import check_room
@@ -26,6 +25,7 @@ from kr2cache.training.batches import Batcher, SplitData
 from kr2cache.training.checkpoint import TaskCheckpoint
 from kr2cache.training.evaluate import Evaluated, evaluate
 from kr2cache.training.kreader import KReader
+from kr2cache.training.resource_input import InputSettings
 from kr2cache.training.runs import Metrics, RunFolder, write_json
 from kr2cache.training.trainer import KeepBest, fit
 
@@ -43,9 +43,8 @@ class Job:
     splits: dict[str, SplitData]
     """``train``, and ``dev`` and ``test`` if they have gold labels."""
     config: TrainConfig
-    fusion: Fusion | None = None
-    projection: Projection = "none"
-    resource_width: int = 0
+    inputs: Mapping[str, InputSettings] = field(default_factory=dict)
+    """Of each resource by its name, in the order in which states are appended; empty for a plain reader."""
 
     @property
     def reader(self) -> ModelSpec:
@@ -54,13 +53,7 @@ class Job:
 
     def new_reader(self) -> KReader:
         """A reader to train: the checkpoint's weights; new weights are drawn from torch's current random state."""
-        return KReader(
-            self.checkpoint.task_model(),
-            self.task.head,
-            fusion=self.fusion,
-            projection=self.projection,
-            resource_width=self.resource_width,
-        )
+        return KReader(self.checkpoint.task_model(), self.task.head, tuple(self.inputs.values()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,8 +173,9 @@ def write_trained(job: Job, trained: Trained, run: RunFolder) -> None:
         )
         run.write_predictions(split, rows)
     write_json(run.history_file, {"best_epoch": trained.best_epoch, "epochs": trained.history})
-    if trained.reader.resource is not None:
-        write_json(run.fusion_file, trained.reader.resource.described())
+    if job.inputs:
+        described = zip(job.inputs, trained.reader.resources, strict=True)
+        run.write_fusions({name: one.described() for name, one in described})
     write_json(run.metrics_file, trained.metrics)
 
 

@@ -307,7 +307,7 @@ NOT_DECIDING: dict[str, Any] = {
     "extract": False,
     "check_states": True,
 }
-CONTENT_DECIDES = {"task", "reader", "resource", "data", "cache_dir", "models"}
+CONTENT_DECIDES = {"task", "reader", "resource", "more_resources", "data", "cache_dir", "models"}
 """These fields name things whose content decides, wherever it is: other tests change the content."""
 HEAD = {"keep_head"}
 """It needs a reader with a head that fits (tests/training/test_checkpoint.py)."""

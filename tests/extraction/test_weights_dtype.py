@@ -105,8 +105,7 @@ def test_a_training_takes_the_dtype_of_the_caches_and_so_does_predict(
         world.extract(split, weights_dtype="bfloat16")
     trained = world.train(epochs=1.0, extract=False).runs[0]
     predictor = Predictor.load(trained.folder, device="cpu")
-    assert predictor.resource is not None
-    assert predictor.resource.encoder.dtype == torch.bfloat16
+    assert predictor.resources[0].encoder.dtype == torch.bfloat16
     predictor(read_lines(predictor.task, ["das haus und ich"]))
     capsys.readouterr()
     assert run(["cache", "info", str(world.cache_folders()[0])]) == 0

@@ -204,12 +204,12 @@ def _placements(scene: Scene, job: Job) -> Iterator[tuple[str, Job]]:
 
 
 def _mapped(job: Job) -> ResourceFeatures:
-    assert job.fusion is not None
+    (settings,) = job.inputs.values()
     train = job.splits["train"]
     folder = next((job.config.cache_dir / "udpos" / "train").glob("*/shard-*.h5")).parent
     ids = [name for example in train.examples for name in example.sequence_ids]
     pinned = choose_device(job.config.device).type == "cuda"
-    return ResourceFeatures(FeatureCache.open(folder), ids, job.fusion, keep_layers=True, pinned=pinned)
+    return ResourceFeatures(FeatureCache.open(folder), ids, settings.fusion, keep_layers=True, pinned=pinned)
 
 
 def _reading(scene: Scene, job: Job) -> Iterator[Measured]:

@@ -122,5 +122,5 @@ def test_caches_and_runs_serve_with_a_later_transformers(world: World, request: 
     assert sizes == [], "caches fit"
     assert (again.folder, again.seconds) == (run.folder, None), "the run is there already"
     assert RunFolder(other.folder).read_config()["config"]["reader"]["config"] == before["reader"]["config"]
-    assert Predictor.load(run.folder, device="cpu").resource is not None
+    assert Predictor.load(run.folder, device="cpu").resources
     assert world.extract("train").computed == 0, "and an extraction finds its cache"

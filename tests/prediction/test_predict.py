@@ -308,9 +308,8 @@ def test_scores_are_probabilities(case: World, predictor: Predictor) -> None:
 
 def test_the_cases_are_what_they_are_called(case: World, predictor: Predictor) -> None:
     """FNet and ConvBERT do let padding in: else those cases would show nothing."""
-    if predictor.resource is not None:
-        leaks = predictor.resource.encoder.config.model_type in ("fnet", "convbert")
-        assert predictor.resource.padded is not leaks
+    for resource in predictor.resources:
+        assert resource.padded is (resource.encoder.config.model_type not in ("fnet", "convbert"))
 
 
 def test_segments_reach_a_bert(tmp_path: Path) -> None:
@@ -329,17 +328,14 @@ def test_online_features_are_those_of_the_cache(tmp_path: Path, fusion: str, pro
     features = prepare(dataclasses.replace(world.config, extract=False), Shared()).job.splits["test"].features
     assert features is not None
     predictor = world.predictor()
-    assert predictor.resource is not None
-    online = predictor.online_features(
-        predictor.resource, predictor._resource_index(predictor.resource, world.examples)
-    )
+    (resource,) = predictor.resources
+    (online,) = predictor.online_features([predictor._resource_index(resource, world.examples)])
     np.testing.assert_array_equal(online.n_tokens, features.n_tokens)
     for numbers in ([4, 0, 3], [2], [1, 5]):
         (states, mask), (expected, expected_mask) = online.batch(numbers), features.batch(numbers)
         np.testing.assert_array_equal(mask, expected_mask)
         if expected.shape[1] > 1 and projection != "direct":
-            assert predictor.reader.resource is not None
-            weights = predictor.reader.resource.weights.detach().numpy()
+            weights = predictor.reader.resources[0].weights.detach().numpy()
             expected = np.einsum("l,bltd->btd", weights, expected)[:, None]
         np.testing.assert_allclose(states, expected, rtol=0, atol=1e-4)
         assert (states.numpy()[np.broadcast_to(mask[:, None, :, None] == 0, states.shape)] == 0).all()
@@ -462,7 +458,7 @@ def test_the_folder_above_the_seeds_names_them(own: World) -> None:
         (lambda content: content["config"].pop("method"), "lacks method"),
         (lambda content: content["config"]["reader"].pop("max_length"), "its reader lacks max_length"),
         (lambda content: content["config"]["resource"].pop("weights"), "its resource lacks weights"),
-        (lambda content: content["config"].pop("resource"), "only one of the two has a resource"),
+        (lambda content: content["config"].pop("resource"), "they have 1 and 0 resources"),
     ],
 )
 def test_a_run_of_another_version_is_refused(

@@ -467,8 +467,9 @@ def test_learned_weights_have_the_names_of_their_fusions(tmp_path: Path) -> None
     (table,) = made.tables
     assert [row[table.columns.index("fusion")].text for row in table.rows][2:] == ["fuse", "mix", "softmax"]
     found = {one["fusion"]: one["seeds"] for one in made.json()["configurations"]}
-    assert [one["gamma"] for one in found["mix"]] == pytest.approx([1.1, 1.2, 1.3])
-    assert found["softmax"][0]["gamma"] is None
+    assert [one["fusions"][0]["gamma"] for one in found["mix"]] == pytest.approx([1.1, 1.2, 1.3])
+    assert found["softmax"][0]["fusions"][0]["gamma"] is None
+    assert found["softmax"][0]["weights"] == found["softmax"][0]["fusions"][0]["weights"] == [0.25, 0.75]
 
 
 def test_a_kept_head_is_a_setting_that_older_runs_did_not_have(tmp_path: Path) -> None:

@@ -23,8 +23,10 @@ from kr2cache.training import admission, appending
 from kr2cache.training.admission import check_appended
 from kr2cache.training.appending import packed_order, place_of
 from kr2cache.training.kreader import KReader, task_class
+from kr2cache.training.resource_input import InputSettings
 
 LAYERS, RESOURCE_WIDTH = 3, 10
+INPUT = InputSettings(fusion=parse_fusion("fuse", LAYERS), projection="mlp", resource_width=RESOURCE_WIDTH)
 BATCH, CHOICES = 3, 2
 TOKENS, POSITIONS = 7, 6
 """l1 and l2."""
@@ -52,14 +54,7 @@ def model_of(name: str, head: Head, attention: str | None = None, **settings: An
 def models_of(name: str, head: Head, attention: str | None = None) -> tuple[Any, KReader]:
     """The plain task model and a KReader over an untouched copy of it, in evaluation mode."""
     plain = model_of(name, head, attention)
-    reader = KReader(
-        copy.deepcopy(plain),
-        head,
-        fusion=parse_fusion("fuse", LAYERS),
-        projection="mlp",
-        resource_width=RESOURCE_WIDTH,
-    )
-    return plain, reader.eval()
+    return plain, KReader(copy.deepcopy(plain), head, [INPUT]).eval()
 
 
 def inputs_of(head: Head, seed: int = 0) -> dict[str, Tensor]:
@@ -273,9 +268,7 @@ def test_the_outcome_is_kept() -> None:
 def test_a_causal_reader_is_refused(model_type: str, head: Head) -> None:
     """What stands behind a token does not reach it, and states are appended behind."""
     model = model_of(model_type, head, is_decoder=True)
-    reader = KReader(
-        copy.deepcopy(model), head, fusion=parse_fusion("fuse", LAYERS), projection="mlp", resource_width=RESOURCE_WIDTH
-    ).eval()
+    reader = KReader(copy.deepcopy(model), head, [INPUT]).eval()
     inputs = inputs_of(head)
     moved = logits(reader, inputs) - logits(reader, {**inputs, "resource_states": -inputs["resource_states"]})
     assert (real(head, inputs, moved) == 0).all(), "it is as blind as it is said to be"

@@ -22,6 +22,7 @@ from kr2cache.tasks.base import Head
 from kr2cache.training.batches import WHOLE, Batcher, LengthGroupedSampler, SplitData, StepBatcher, split_by_length
 from kr2cache.training.distill import TeacherLogits, soft_loss
 from kr2cache.training.kreader import HEADS, KReader
+from kr2cache.training.resource_input import InputSettings
 
 WIDTH = 6
 
@@ -195,7 +196,9 @@ def test_the_gradients_of_the_parts_add_up_to_the_batchs_own(head: Head) -> None
     batcher = batcher_of(head)
     torch.manual_seed(1)
     model = HEADS[head].from_config(tiny.config("bert", num_labels=3))
-    reader = KReader(model, head, fusion=parse_fusion("fuse", 4), projection="mlp", resource_width=WIDTH).eval()
+    reader = KReader(
+        model, head, [InputSettings(fusion=parse_fusion("fuse", 4), projection="mlp", resource_width=WIDTH)]
+    ).eval()
     examples = [8, 0, 3, 4, 1, 7, 5]
     whole, expected = gradients(reader, [batcher(examples)])
     parts = StepBatcher(batcher, 20)(examples)["parts"]

@@ -30,7 +30,7 @@ from kr2cache.training.kreader import (
     IGNORED,
     KReader,
 )
-from kr2cache.training.resource_input import ResourceInput, make_projection, projection_kind
+from kr2cache.training.resource_input import InputSettings, ResourceInput, make_projection, projection_kind
 
 WIDTH = 16
 """h1, of the reader."""
@@ -49,12 +49,17 @@ def kreader(
     torch.manual_seed(0)
     config = tiny.config(model_type, width=WIDTH, initializer_range=0.4, num_labels=4)
     model = HEADS[head].from_config(config)
-    return KReader(model, head, fusion=fusion, projection=projection, resource_width=resource_width).eval()
+    inputs = [] if fusion is None else [settings(fusion, projection, resource_width)]
+    return KReader(model, head, inputs).eval()
+
+
+def settings(fusion: Fusion, projection: Any = "none", resource_width: int = WIDTH) -> InputSettings:
+    return InputSettings(fusion=fusion, projection=projection, resource_width=resource_width)
 
 
 def resource_of(reader: KReader) -> ResourceInput:
-    assert reader.resource is not None
-    return reader.resource
+    (found,) = reader.resources
+    return found
 
 
 def inputs_of(
@@ -542,7 +547,7 @@ def test_an_architecture_without_a_model_for_choices_scores_each(name: str, tmp_
     model = TaskCheckpoint(spec, "choice", ("a", "b", "c")).task_model()
     assert type(model).__name__.endswith("ForSequenceClassification")
     fusion = parse_fusion("fuse", 3)
-    reader = KReader(model, "choice", fusion=fusion, projection="mlp", resource_width=10).eval()
+    reader = KReader(model, "choice", [settings(fusion, "mlp", 10)]).eval()
     inputs = inputs_of("choice", resource_width=10)
     with torch.no_grad():
         expected = reader(**inputs)["logits"]

@@ -1,0 +1,221 @@
+"""Several resources at once: Concat(H_reader^0, G_1^0, G_2^0), in runs, grids, reports and predictions."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+from world import SPLITS, World, predictions
+
+from kr2cache import FeatureCache
+from kr2cache.cli import run
+from kr2cache.errors import CacheMismatchError, ConfigError
+from kr2cache.experiment.pipeline import TrainResult, describe_training
+from kr2cache.experiment.prepare import prepare
+from kr2cache.experiment.shared import Shared
+from kr2cache.prediction.predict import Predictor
+from kr2cache.report import report
+from kr2cache.tasks.udpos import UPOS, UdPos
+from kr2cache.training.kreader import KReader
+
+
+def other(world: World) -> Path:
+    """A second resource: another architecture, width and depth, and a tokenizer of letters."""
+    folder = tiny.save_model(world.folder / "models" / "second", "roberta", layers=2, width=24, seed=9)
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text("utf-8"))
+    content["model"]["vocab"] = {
+        piece if len(piece.removeprefix("##")) == 1 or piece.startswith("<") else f"[unused{number}]": number
+        for piece, number in content["model"]["vocab"].items()
+    }
+    path.write_text(json.dumps(content), "utf-8")
+    return folder
+
+
+def resources(world: World) -> dict[str, Any]:
+    return {"resource": [str(world.resource), str(other(world))]}
+
+
+@pytest.fixture(scope="module")
+def trained(
+    tmp_path_factory: pytest.TempPathFactory, bert: Path, reader_model: Path, corpus: Path
+) -> tuple[World, TrainResult, dict[str, Any]]:
+    """A run with two resources and learned weights. Read only."""
+    folder = tmp_path_factory.mktemp("several")
+    shutil.copytree(bert, folder / "models" / "res")
+    shutil.copytree(reader_model, folder / "models" / "reader")
+    shutil.copytree(corpus, folder / "corpus")
+    world = World(folder)
+    given = resources(world) | {"fusion": "softmax", "fusion_learning_rate": 0.1, "seeds": (1, 2)}
+    return world, world.train(**given), given
+
+
+def caches(world: World, split: str) -> list[FeatureCache]:
+    folders = [path for path in world.cache_folders() if path.parent.name == split]
+    return [
+        FeatureCache.open(next(path for path in folders if path.name.startswith(name))) for name in ("res", "second")
+    ]
+
+
+def test_the_run_names_every_resource_and_stores_what_each_fused(
+    trained: tuple[World, TrainResult, dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    world, result, _ = trained
+    folder = result.runs[0].folder
+    assert folder.parent.name.startswith("kr2-reader-res+second-softmax-")
+    assert result.computed == 2 * sum(SPLITS.values())
+    config = json.loads((folder / "config.json").read_text())
+    first, (second,) = config["config"]["resource"], config["config"]["more_resources"]
+    for decided, cache in zip((first, second), caches(world, "train"), strict=True):
+        assert cache.provenance["found"]["weights"] in decided["weights"]
+    assert (first["name"], second["name"], second["fusion"]["layers"]) == ("res", "second", [0, 1, 2])
+    # Each has a fusion and a projection of its own: the second is as wide as the reader.
+    assert (config["config"]["projection"], second["projection"]) == ("mlp", "none")
+    fused = json.loads((folder / "fusion.json").read_text())["resources"]
+    saved = load_file(folder / "reader" / "kr2.safetensors")
+    for one, name in zip(fused, ("fusion_scores", "1.fusion_scores"), strict=True):
+        assert one["weights"] == pytest.approx(saved[name].softmax(dim=0).tolist(), abs=1e-6)
+        assert max(one["weights"]) - min(one["weights"]) > 1e-3, "it learned something"
+    assert [one["resource"] for one in fused] == ["res", "second"]
+    capsys.readouterr()
+    describe_training(result)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "learned w by layer of res, seed 1:" in shown
+    assert "learned w by layer of second, seed 2:" in shown
+
+
+def by_hand(
+    run_folder: Path, stored: list[FeatureCache], sentences: list[list[str]], ids: list[str]
+) -> list[list[str]]:
+    """Tags of the stored reader, one sentence at a time: eq. 1 to 3 by hand, the model's own embeddings and encoder."""
+    reader = KReader.load(run_folder / "reader")
+    saved = load_file(run_folder / "reader" / "kr2.safetensors")
+    tokenizer = AutoTokenizer.from_pretrained(run_folder / "reader")
+    base = reader.model.base_model
+    weights = [saved[name].softmax(dim=0).double().numpy() for name in ("fusion_scores", "1.fusion_scores")]
+    tags = []
+    for name, words in zip(ids, sentences, strict=True):
+        encoded = tokenizer(words, is_split_into_words=True, return_tensors="pt")
+        fused = [
+            np.einsum("l,ltd->td", w, cache[name].astype(np.float64)) for w, cache in zip(weights, stored, strict=True)
+        ]
+        hidden = torch.from_numpy(fused[0]).float() @ saved["projection.0.weight"].T + saved["projection.0.bias"]
+        first = torch.nn.functional.gelu(hidden) @ saved["projection.2.weight"].T + saved["projection.2.bias"]
+        with torch.inference_mode():
+            own = base.embeddings(input_ids=encoded["input_ids"])[0]
+            whole = torch.cat([own, first, torch.from_numpy(fused[1]).float()])[None]
+            logits = reader.model.classifier(base.encoder(whole).last_hidden_state)[0, : len(own)]
+            states = [torch.from_numpy(cache[name].copy())[None] for cache in stored]
+            mask = torch.ones(1, sum(len(one) for one in fused), dtype=torch.long)
+            found = reader(**encoded, resource_states=states, resource_mask=mask)["logits"][0]
+        torch.testing.assert_close(found, logits, rtol=1e-5, atol=1e-5)
+        seen = encoded.word_ids(0)
+        tags.append([UPOS[int(logits[seen.index(i)].argmax())] for i in range(len(words))])
+    return tags
+
+
+def test_the_predictions_are_equation_3_with_two_g(trained: tuple[World, TrainResult, dict[str, Any]]) -> None:
+    world, result, _ = trained
+    words = [[form for form, _ in sentence] for sentence in tiny.sentences(SPLITS["test"], seed=2)]
+    for one in result.runs:
+        rows = predictions(one.folder, "test")
+        assert by_hand(one.folder, caches(world, "test"), words, [row["id"] for row in rows]) == [
+            row["predicted"] for row in rows
+        ]
+
+
+def test_predict_runs_every_resource(trained: tuple[World, TrainResult, dict[str, Any]]) -> None:
+    world, result, _ = trained
+    folder = result.runs[0].folder
+    predictor = Predictor.load(folder, device="cpu")
+    assert [one.name for one in predictor.resources] == ["res", "second"]
+    examples = UdPos(None).read("test", str(world.data))
+    rows = predictions(folder, "test")
+    assert [one.predicted for one in predictor(examples)] == [row["predicted"] for row in rows]
+    alone = [predictor.logits([example])[0] for example in examples]
+    for one, together in zip(alone, predictor.logits(examples), strict=True):
+        np.testing.assert_allclose(one, together, atol=1e-4)
+    tiny.save_model(world.folder / "another", "roberta", layers=2, width=24, seed=10)
+    with pytest.raises(CacheMismatchError, match="a resource second that had other weights"):
+        Predictor.load(folder, {"second": {"path": str(world.folder / "another")}}, device="cpu")
+
+
+def test_the_report_names_every_resource(trained: tuple[World, TrainResult, dict[str, Any]]) -> None:
+    world, result, _ = trained
+    made = report(world.folder / "runs", None)
+    (table,) = made.tables
+    assert table.rows[0][table.columns.index("resource or teacher")].text == "res + second"
+    svg = {plot.title: plot.svg for plot in made.plots}["Learned fusion weights: udpos"]
+    for text in ("KR2 softmax, res<", "KR2 softmax, second<", "uniform over 5 layers", "uniform over 3 layers"):
+        assert text in svg
+    (one,) = made.json()["configurations"]
+    assert [fused["resource"] for fused in one["seeds"][0]["fusions"]] == ["res", "second"]
+    assert one["seeds"][0]["fusions"][1]["layers"] == [0, 1, 2]
+    assert result.read > 0
+
+
+def test_order_and_number_of_resources_are_other_runs(world: World) -> None:
+    second = str(other(world))
+    given = [[str(world.resource)], [str(world.resource), second], [second, str(world.resource)], [second]]
+    folders = [prepare(world.config(resource=one, fusion="all"), Shared()).folder.name.rpartition("-") for one in given]
+    names = ["res", "res+second", "second+res", "second"]
+    assert [name for name, *_ in folders] == [f"kr2-reader-{one}-all" for one in names]
+    assert len({digits for *_, digits in folders}) == 4
+    alone = prepare(world.config(resource=str(world.resource), fusion="all"), Shared())
+    assert alone.folder.name.rpartition("-")[2] == folders[0][2], "a list of one is that one"
+    assert "more_resources" not in alone.deciding
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "kresource"}, "Method kresource trains one resource, but .*res, .*second are given"),
+        ({"fusion": "last4"}, "second: Fusion 'last4' asks for 4 layers, but this model has 3"),
+    ],
+)
+def test_what_several_resources_cannot_do(world: World, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        world.train(**resources(world) | changes)
+    assert not world.caches.exists()
+
+
+def test_two_resources_of_one_name_are_refused(world: World, tmp_path: Path) -> None:
+    again = Path(shutil.copytree(world.resource, tmp_path / "res"))
+    with pytest.raises(ConfigError, match="Two resources are called 'res'"):
+        world.train(resource=[str(world.resource), str(again)])
+
+
+def test_from_the_command_line_and_in_a_grid(
+    world: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = {"res": world.resource, "second": other(world), "reader": world.folder / "models" / "reader"}
+    models = "".join(f"[models.{name}]\npath = '{path}'\n" for name, path in names.items())
+    defaults = f"[defaults]\ntask = 'udpos'\ndata = '{world.data}'\nreader = 'reader'\nseeds = [1]\nepochs = 1.0\n"
+    (world.folder / "kr2cache.toml").write_text(defaults + "fusion = 'last2'\n" + models, "utf-8")
+    monkeypatch.chdir(world.folder)
+    monkeypatch.setenv("KR2CACHE_DIR", str(world.caches))
+    assert run(["train", "--resource", "res", "--resource", "second", "--json"]) == 0
+    typed = json.loads(capsys.readouterr().out)["runs"][0]["folder"]
+    assert Path(typed).parent.name.startswith("kr2-reader-res+second-last2-")
+    grid = 'title = "two"\n[[columns]]\nname = "De"\n[[rows]]\nname = "both"\nresource = ["res", "second"]\n'
+    grid += '[[rows]]\nname = "second"\nresource = ["second"]\n'
+    (world.folder / "two.toml").write_text(grid, "utf-8")
+    assert run(["sweep", "two.toml", "--json"]) == 0
+    cells = json.loads((world.folder / "runs" / "sweeps" / "two.json").read_text("utf-8"))["cells"]
+    assert [one["resource"] for one in cells] == ["res + second", "second"]
+    assert (
+        Path(typed).parent == world.folder / "runs" / cells[0]["folder"]
+        or Path(typed).parent.name in cells[0]["folder"]
+    )
+    (world.folder / "kr2cache.toml").write_text(defaults + "resource = ['res', 'second']\n" + models, "utf-8")
+    capsys.readouterr()
+    assert run(["extract", "--split", "train"]) == 1
+    assert "names several: res, second" in " ".join(capsys.readouterr().err.split())
