@@ -197,8 +197,8 @@ def verify_cli(
 ) -> None:
     """Compare every byte of caches with its checksum, and name damaged sequences.
 
-    With --against-model, the shortest, a middle and a long sequence of each cache run through the model again. Their
-    states must agree within the rounding of the stored dtype.
+    With --against-model, the shortest, a middle and a long sequence of each cache run through the model again.
+    Their states must agree within the rounding of the stored dtype.
 
     The exit code is 1 unless every cache is intact, and agrees.
     """

@@ -36,8 +36,9 @@ def models_cli(
 ) -> None:
     """List the registered models, and which of them are on this machine.
 
-    With NAME: say of one model what it can serve as and why not, with its layers, width, positions and the bytes that
-    a cache takes. The model is loaded and tried on two short texts.
+    With NAME: say of one model what it can serve as and why not, and its layers, width, positions and bytes per token.
+
+    The model is loaded and tried on two short texts.
     """
     from rich.text import Text
 
