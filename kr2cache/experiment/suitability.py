@@ -14,7 +14,14 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from kr2cache.cache.dtypes import DTYPES
 from kr2cache.cache.format import SequenceIndex
 from kr2cache.config import DEFAULT_MAX_LENGTH, ExtractConfig
-from kr2cache.errors import DataError, DeviceMemoryError, KR2CacheError, UnsupportedModelError, ValueRangeError
+from kr2cache.errors import (
+    DataError,
+    DeviceMemoryError,
+    KR2CacheError,
+    ModelUnavailableError,
+    UnsupportedModelError,
+    ValueRangeError,
+)
 from kr2cache.experiment.shared import Shared
 from kr2cache.extraction import trial
 from kr2cache.extraction.batches import by_weights
@@ -107,8 +114,7 @@ def suitability(spec: ModelSpec) -> Suitability:
     positions = _or_none(lambda: max_positions(config))
     length = min(DEFAULT_MAX_LENGTH, positions or DEFAULT_MAX_LENGTH)
     tokenizers = {words: _tokenizer(spec, config, words=words) for words in (False, True)}
-    trials = _Trials(spec, config, length, tokenizers)
-    fault = fault_of(spec, folder)
+    trials = _Trials(spec, config, length, tokenizers, complete=fault_of(spec, folder) is None)
     return Suitability(
         spec=spec,
         folder=folder,
@@ -117,7 +123,7 @@ def suitability(spec: ModelSpec) -> Suitability:
         width=shape and shape[1],
         positions=positions,
         tokenizer=_about(tokenizers),
-        answers=tuple(trials.answers() if fault is None else _untried(*fault)),
+        answers=tuple(trials.answers()),
         tried_length=length,
     )
 
@@ -169,12 +175,6 @@ def _examples(task: Task) -> Iterator[Example]:
         yield Example(id=f"text {number + 1}", texts=texts, label=None)
 
 
-def _untried(what: str, remedy: str) -> Iterator[Answer]:
-    for role in ROLES:
-        for head in TASKS:
-            yield Answer(role=role, head=head, able=None, why=what, remedy=remedy)
-
-
 @dataclass(frozen=True)
 class _Trials:
     """Runs the checks of each role."""
@@ -185,19 +185,21 @@ class _Trials:
     """Longer texts are cut."""
     tokenizers: dict[bool, Loaded]
     """By whether texts are lists of words."""
+    complete: bool
+    """Whether its files are all there. If not, only what its configuration and tokenizer tell is known."""
 
     def answers(self) -> Iterator[Answer]:
-        """An answer for each role and head. The model is loaded once for each kind of loading: it may be large."""
+        """An answer for each role and head. The model is loaded as resource, and as reader for each head."""
         with waiting(f"Trying {self.spec.name} as resource"):
             refused = _refusal(self._try_resource)
         for head in TASKS:
-            yield _answer(RESOURCE, head, refused or _refusal(partial(self._index, head)))
+            yield self._answer(RESOURCE, head, refused or _refusal(partial(self._index, head)))
         found: dict[str, list[Answer]] = {READER: [], PLAIN: []}
         for head in TASKS:
             with waiting(f"Trying {self.spec.name} as reader ({head})"):
                 plain, beside = self._try_reader(head)
-            found[READER].append(_answer(READER, head, plain or beside))
-            found[PLAIN].append(_answer(PLAIN, head, plain))
+            found[READER].append(self._answer(READER, head, plain or beside))
+            found[PLAIN].append(self._answer(PLAIN, head, plain))
         yield from found[READER]
         yield from found[PLAIN]
 
@@ -244,6 +246,20 @@ class _Trials:
             return error, None
         return None, _refusal(lambda: shared.check_reader(checkpoint, None, positions=2 * self.length))
 
+    def _answer(self, role: str, head: Head, refused: KR2CacheError | None) -> Answer:
+        if refused is None:
+            return Answer(role=role, head=head, able=True)
+        untried = isinstance(refused, DeviceMemoryError) or (
+            not self.complete and isinstance(refused, ModelUnavailableError)
+        )
+        return Answer(
+            role=role,
+            head=head,
+            able=None if untried else False,
+            why=refused.message,
+            remedy=refused.remedy or None,
+        )
+
 
 def _refusal(check: Callable[[], object]) -> KR2CacheError | None:
     try:
@@ -251,13 +267,6 @@ def _refusal(check: Callable[[], object]) -> KR2CacheError | None:
     except KR2CacheError as error:
         return error
     return None
-
-
-def _answer(role: str, head: Head, refused: KR2CacheError | None) -> Answer:
-    if refused is None:
-        return Answer(role=role, head=head, able=True)
-    able = None if isinstance(refused, DeviceMemoryError) else False
-    return Answer(role=role, head=head, able=able, why=refused.message, remedy=refused.remedy or None)
 
 
 def reasons(answers: Iterable[Answer]) -> dict[tuple[str, str | None], list[Answer]]:

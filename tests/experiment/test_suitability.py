@@ -72,6 +72,14 @@ def test_without_weights_the_configuration_still_tells_the_sizes(bert: Path, tmp
     assert all("holds no weights" in str(one.why) for one in found.answers)
 
 
+def test_without_weights_it_is_still_known_what_no_weights_can_make_possible(tmp_path: Path) -> None:
+    model = tiny.save_model(tmp_path / "t5", "t5", d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+    (model / "model.safetensors").unlink()
+    found = of(model)
+    assert able(found, RESOURCE) == dict.fromkeys(HEADS)
+    assert able(found, READER) == able(found, PLAIN) == dict.fromkeys(HEADS, False)
+
+
 def test_nan_in_the_weights_is_no_model_for_anything(bert: Path, tmp_path: Path) -> None:
     model = Path(shutil.copytree(bert, tmp_path / "model"))
     weights = load_file(model / "model.safetensors")
