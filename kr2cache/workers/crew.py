@@ -108,7 +108,9 @@ def drive(crew: Crew, watch: Callable[[], int]) -> list[Any]:
                 crew.listen(WATCH_EVERY_S)
                 check_interrupt()
                 crew.see_done(watch())
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt):
+                note("Stopping: each worker finishes its current batch. Ctrl-C again ends the workers at once.")
             crew.stop()
             raise
     return [crew.results[place] for place in sorted(crew.results)]

@@ -210,13 +210,14 @@ except KeyboardInterrupt:
 """
 
 
-def driver_at_work(folder: Path) -> tuple[subprocess.Popen[bytes], list[int]]:
+def driver_at_work(folder: Path) -> tuple[subprocess.Popen[str], list[int]]:
     """A driver with two workers that run batches, and the process numbers of the workers."""
     driver = subprocess.Popen(
         [sys.executable, "-c", DRIVER, str(folder)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        stdout=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
+        text=True,
         start_new_session=True,
     )
     wait_until(lambda: len([path for path in folder.iterdir() if path.read_text()]) == 2)
@@ -227,7 +228,9 @@ def driver_at_work(folder: Path) -> tuple[subprocess.Popen[bytes], list[int]]:
 def test_ctrl_c_lets_workers_finish_their_batch_and_leaves_no_process(tmp_path: Path) -> None:
     driver, workers = driver_at_work(tmp_path)
     os.killpg(driver.pid, signal.SIGINT)  # as a terminal does on Ctrl-C
-    assert driver.wait(60) == 130
+    shown, _ = driver.communicate(timeout=60)
+    assert driver.returncode == 130
+    assert shown == "! Stopping: each worker finishes its current batch. Ctrl-C again ends the workers at once.\n"
     assert not any(map(is_alive, workers))
     assert [path.read_text() for path in tmp_path.iterdir()] == ["stopped"] * 2
 
@@ -236,7 +239,7 @@ def test_ctrl_c_lets_workers_finish_their_batch_and_leaves_no_process(tmp_path: 
 def test_workers_stop_when_their_driver_is_killed(tmp_path: Path) -> None:
     driver, workers = driver_at_work(tmp_path)
     driver.kill()
-    driver.wait()
+    driver.communicate()
     wait_until(lambda: not any(map(is_alive, workers)))
     assert [path.read_text() for path in tmp_path.iterdir()] == ["stopped"] * 2
 
@@ -250,7 +253,8 @@ def test_a_second_ctrl_c_ends_workers_at_once(tmp_path: Path) -> None:
     time.sleep(0.2)
     assert driver.poll() is None
     driver.send_signal(signal.SIGINT)
-    assert driver.wait(60) == 130, "it does not wait for the stopped worker"
+    driver.communicate(timeout=60)
+    assert driver.returncode == 130, "it does not wait for the stopped worker"
     assert not any(map(is_alive, workers))
 
 
