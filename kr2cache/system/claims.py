@@ -211,9 +211,10 @@ def _decide(request: Path, unit: str, owner: Owner) -> Claim | None:
 
 
 def _may_live(claims: list[Path]) -> bool:
-    """Whether a holder of these claims, or an earlier holder, may be alive and have files open."""
-    owners = ((claim, _owner(claim)) for claim in claims)
-    return any(o is None or o.earlier_may_live or not (_is_request(claim) or o.ended) for claim, o in owners)
+    """Whether a holder of these claims, or an earlier holder, may be alive and have files open. A silent request counts
+    too: its process may continue at this moment, and be granted it before it is removed.
+    """
+    return any(o is None or o.earlier_may_live or not o.ended for o in map(_owner, claims))
 
 
 def _with_remedy(error: OSError, place: Path) -> Exception:
