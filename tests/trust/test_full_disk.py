@@ -31,7 +31,7 @@ from kr2cache import cli
 from kr2cache.cache import writer
 from kr2cache.cache.writer import ShardWriter
 from kr2cache.errors import DiskSpaceError
-from kr2cache.extraction import extract
+from kr2cache.extraction import extract, trial
 from kr2cache.store import sharing
 
 ONE_SHARD = kills.Case("float16", 60, {"dtype": "float16"})
@@ -135,7 +135,7 @@ def test_a_disk_that_is_too_small_is_an_error_before_the_model_is_loaded(
     victim: kills.Victim, small_disk: Callable[[int], SmallDisk], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     disk = small_disk(victim.plan.state_bytes // 2)
-    monkeypatch.setattr(extract, "open_model", lambda _: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(trial, "open_resource", lambda _: pytest.fail("the model was loaded"))
     with pytest.raises(DiskSpaceError, match=f"{disk.folder} has .* free") as caught:
         extract.extract(plan_in(victim, disk.folder))
     assert "--layers last4" in caught.value.remedy
@@ -150,7 +150,7 @@ def test_a_disk_that_fills_before_space_is_reserved(
     disk, log = small_disk(2**20), tmp_path / "log"
     file_bytes = sum(map(len, victim.whole.files.values()))
     with pytest.MonkeyPatch.context() as patch:
-        after(patch, extract, "open_model", lambda: disk.fill(int(left * file_bytes)))
+        after(patch, trial, "open_resource", lambda: disk.fill(int(left * file_bytes)))
         code, said = extraction(victim, disk.folder, log)
     assert code == 1, said
     cache = victim.place(disk.folder)
@@ -230,7 +230,7 @@ def test_space_for_the_missing_shards_is_enough_to_continue(
     file_bytes = sum(map(len, victim.whole.files.values()))
     disk = small_disk(file_bytes + 300_000)
     with pytest.MonkeyPatch.context() as patch:
-        after(patch, extract, "open_model", lambda: disk.fill(int(0.6 * file_bytes)))
+        after(patch, trial, "open_resource", lambda: disk.fill(int(0.6 * file_bytes)))
         code, said = extraction(victim, disk.folder, log)
     assert code == 1, said
     kept = list(victim.place(disk.folder).glob("shard-*.h5"))
@@ -246,7 +246,7 @@ def test_a_disk_that_fills_while_a_sparse_shard_is_made(
     disk = small_disk(2**20)
     with monkeypatch.context() as patch:
         patch.setattr(os, "posix_fallocate", no_fallocate)
-        after(patch, extract, "open_model", lambda: disk.fill(20_480))
+        after(patch, trial, "open_resource", lambda: disk.fill(20_480))
         code, said = extraction(victim, disk.folder, log)
     assert disk.files() == ["ballast"]
     disk.ballast.unlink()
