@@ -158,7 +158,7 @@ class _Processes(Crew):
         self.working.append(_Worker(place, connection, process, relay))
         relay.start()
         with contextlib.suppress(OSError):  # the worker has ended already: ``listen`` will notice
-            connection.send(self._spans)
+            connection.send((self._spans, sys.argv))
 
     def _environment(self, place: int) -> dict[str, str]:
         environment = dict(os.environ)

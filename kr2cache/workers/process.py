@@ -1,7 +1,8 @@
 """A worker process, as ``local`` starts it: ``python -m kr2cache.workers.process CONNECTION JOB DRIVER``.
 
-CONNECTION is the file descriptor of the connection to the driver. The worker receives the spans of the job on it, and
-sends notes and one ``Outcome``. JOB is the descriptor of the open file with the job. DRIVER is the driver's process id.
+CONNECTION is the file descriptor of the connection to the driver. On it the worker receives the spans of the job, and
+the driver's ``sys.argv``, which tells other processes what this one does; it sends notes and one ``Outcome``. JOB is
+the descriptor of the open file with the job. DRIVER is the driver's process id.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def main(connection_number: int, job_number: int, driver: int) -> None:
     connection: Connection[Any, Any] = Connection(connection_number)
     done = threading.Event()
     try:
-        spans = connection.recv()
+        spans, sys.argv = connection.recv()
     except EOFError:  # the driver has ended already
         return
     interrupt.listen()  # if a shell started the command in the background, this process ignored Ctrl-C until here

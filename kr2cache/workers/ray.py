@@ -87,9 +87,14 @@ class Notes:
 class Actor:
     """One worker. It runs in a process of its own on one machine of the cluster."""
 
-    def __init__(self, path: list[str]) -> None:
-        """``path``: the driver's ``sys.path``, so that a worker can import everything that the driver can import."""
+    def __init__(self, path: list[str], command: list[str]) -> None:
+        """
+        Args:
+            path: The driver's ``sys.path``, so that a worker can import everything that the driver can import.
+            command: The driver's ``sys.argv``, for messages of other processes about this one.
+        """
         sys.path += [folder for folder in path if folder not in sys.path]
+        sys.argv = command
         allocator.keep_free_memory()
         threads.bound_spinning()
 
@@ -198,7 +203,7 @@ class _Actors(Crew):
         self._start_actor(lost.place)
 
     def _start_actor(self, place: int) -> None:
-        actor: Any = self._class.remote([path or os.getcwd() for path in sys.path])  # noqa: PTH109
+        actor: Any = self._class.remote([path or os.getcwd() for path in sys.path], sys.argv)  # noqa: PTH109
         host = actor.host.remote()
         result = actor.work.remote(self._job, os.getcwd(), self._notes)  # noqa: PTH109
         self._working.append(_Worker(place, actor, host, result))

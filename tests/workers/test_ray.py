@@ -78,6 +78,8 @@ def test_a_cluster_of_three_nodes(
     assert sorted(shown.out.splitlines()) == ["! The model has no pooler.", "! UserWarning: old settings"]
     assert shown.err == ""
 
+    assert run(test_workers.command_of) == [test_workers.command_of(None)] * 2
+
     def watch() -> int:
         if "This takes long." in capfd.readouterr().out:
             (workdir / "seen").touch()
@@ -109,7 +111,7 @@ def test_a_cluster_of_three_nodes(
 
     monkeypatch.setattr(engine, "ROOM_S", 0.5)
     ray.init(address=cluster.address, log_to_driver=False)  # as a user's script may do
-    busy = ray.remote(engine.Actor).options(num_cpus=1).remote([])
+    busy = ray.remote(engine.Actor).options(num_cpus=1).remote([], [])
     ray.get(busy.host.remote())
     assert len({pid for pid, *_ in run(describe, count=3)}) == 3, "the third worker starts when another one is done"
     assert "1 worker not started yet: the Ray cluster has no room" in capfd.readouterr().out
@@ -176,7 +178,7 @@ def test_the_loss_of_a_node_changes_no_score(
     driver = sweeps.start(sweeps.with_grid(world, sweeps.LONG), "--engine=ray", "--workers=3")
     sweeps.wait_for(world, driver, lambda: len(sweeps.training(world)) == 3)
     cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
-    shown, _ = driver.communicate(timeout=180)
+    shown, _ = driver.communicate(timeout=600)
     assert driver.returncode == 0, shown
     assert shown.count("was lost; another one takes its place.") == 1
     assert shown.count(": The process that trained this cell was killed, or it crashed.") == 1

@@ -22,6 +22,7 @@ from waiting import is_alive, wait_until
 from kr2cache.errors import CacheError, ConfigError, UnknownNameError, WorkerLostError
 from kr2cache.system.console import WorkProgress, console, note, note_waiting
 from kr2cache.system.interrupt import interrupt_between_batches
+from kr2cache.system.owners import this_process
 from kr2cache.workers import local, run_workers
 
 
@@ -50,6 +51,15 @@ def test_each_worker_is_a_process_and_all_share_the_memory_of_arrays() -> None:
     assert len({pid for pid, *_ in results} | {os.getpid()}) == 4
     assert [rest for _, *rest in results] == [[int(array.sum()) * 2, False]] * 3
     assert array[0] == 0
+
+
+def command_of(_: object) -> str:
+    return this_process(1, earlier_may_live=False).command
+
+
+@pytest.mark.usefixtures("forked_programs")
+def test_a_claim_of_a_worker_names_the_command_of_its_driver() -> None:
+    assert run(command_of) == [command_of(None)] * 2
 
 
 def environment(_: object) -> tuple[str | None, str | None]:
