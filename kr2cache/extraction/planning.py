@@ -177,11 +177,21 @@ def check_disk(plan: ExtractPlan) -> None:
     needed = plan.state_bytes - _reserved(plan)
     free = free_bytes(plan.config.cache_dir)
     if needed > free:
-        last4 = plan.tokens * DTYPES[plan.config.dtype].row_bytes(plan.width) * min(4, len(plan.layers))
         raise DiskSpaceError(
             f"The states take {bytes_text(needed)}, but {plan.config.cache_dir} has {bytes_text(free)} free.",
-            f"--layers last4 takes {bytes_text(last4)}, --dtype int8 half of float16; or give another --cache-dir.",
+            f"Free some space, or give another --cache-dir.{_fewer_bytes(plan)}",
         )
+
+
+def _fewer_bytes(plan: ExtractPlan) -> str:
+    """Which settings need fewer bytes, as a sentence; empty if none does."""
+    rows = plan.tokens * len(plan.layers)
+    options = {
+        "--layers last4": plan.bytes_by_choice()[plan.config.dtype]["last4"],
+        "--dtype int8": rows * DTYPES["int8"].row_bytes(plan.width),
+    }
+    fewer = [f"{option} takes {bytes_text(size)}" for option, size in options.items() if size < plan.state_bytes]
+    return f" {', '.join(fewer)}." if fewer else ""
 
 
 def _reserved(plan: ExtractPlan) -> int:

@@ -654,6 +654,25 @@ def test_a_disk_too_small_is_said_before_the_model_is_loaded(
     assert extract.extract(plan_of(lively, tmp_path / "cache")).computed == 0
 
 
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({}, ["--layers last4", "--dtype int8"]),
+        ({"layers": "last4"}, ["--dtype int8"]),
+        ({"dtype": "int8"}, ["--layers last4"]),
+        ({"layers": "4", "dtype": "int8"}, []),
+    ],
+)
+def test_on_a_small_disk_only_settings_that_take_fewer_bytes_are_named(
+    changes: dict[str, str], named: list[str], lively: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_of(lively, tmp_path, **changes)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: DiskUsage(10_000, 9_990, 10))
+    with pytest.raises(DiskSpaceError) as caught:
+        planning.check_disk(plan)
+    assert [option for option in ("--layers last4", "--dtype int8") if option in caught.value.remedy] == named
+
+
 def test_a_cache_of_other_settings_reserves_no_space(
     lively: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
