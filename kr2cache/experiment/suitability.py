@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -30,6 +31,7 @@ from kr2cache.models.encode import MissingWords, check_token_ids, encode_example
 from kr2cache.models.files import fault_of, model_folder
 from kr2cache.models.load import encoder_shape, load_config, max_positions, vocabulary
 from kr2cache.models.registry import ModelSpec, control
+from kr2cache.models.stack import resource_config
 from kr2cache.models.tokenizers import load_tokenizer, pad_id
 from kr2cache.system.console import waiting
 from kr2cache.tasks import Example, Task, find_task
@@ -109,7 +111,9 @@ def suitability(spec: ModelSpec) -> Suitability:
         KR2CacheError: If the model is not on this machine, or its configuration cannot be loaded.
     """
     folder = model_folder(spec)
-    config = load_config(spec)
+    config = whole = load_config(spec)
+    with contextlib.suppress(UnsupportedModelError):  # if no part reads text, the trial says so
+        config = resource_config(spec)
     shape = _or_none(lambda: encoder_shape(config))
     positions = _or_none(lambda: max_positions(config))
     length = min(DEFAULT_MAX_LENGTH, positions or DEFAULT_MAX_LENGTH)
@@ -118,7 +122,7 @@ def suitability(spec: ModelSpec) -> Suitability:
     return Suitability(
         spec=spec,
         folder=folder,
-        architecture=config.model_type,
+        architecture=whole.model_type,
         layers=shape and shape[0],
         width=shape and shape[1],
         positions=positions,

@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from kr2cache.errors import UnsupportedModelError
+from kr2cache.experiment.suitability import READER, RESOURCE, suitability
 from kr2cache.extraction.extract import extract
 from kr2cache.extraction.planning import plan_extraction
 from kr2cache.models.digests import model_digests
@@ -194,6 +195,15 @@ def test_the_text_part_of_a_model_that_reads_pictures_too(tmp_path: Path) -> Non
     opened = open_encoder(spec_of(tmp_path / "m"))
     assert (opened.part, opened.dropped) == ("language_model", ())
     assert type(opened.encoder).__name__ == "Gemma3TextModel"
+
+
+def test_what_the_text_part_can_serve_as_is_said(tmp_path: Path) -> None:
+    saved(tmp_path / "m", AutoModelForImageTextToText, gemma3())
+    said = suitability(spec_of(tmp_path / "m"))
+    assert (said.architecture, said.layers, said.width) == ("gemma3", 3, 16)
+    able = {(answer.role, answer.head): answer.able for answer in said.answers}
+    assert able[RESOURCE, "token"]
+    assert not able[READER, "token"]
 
 
 def test_an_encoder_without_one_of_its_weights_is_refused(tmp_path: Path) -> None:
