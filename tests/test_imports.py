@@ -103,7 +103,7 @@ def test_the_command_line_calls_the_public_functions() -> None:
 
 
 def test_importing_the_package_is_quick() -> None:
-    code = "import time; start = time.perf_counter(); import kr2cache; print(time.perf_counter() - start)"
+    code = "import time; start = time.process_time(); import kr2cache; print(time.process_time() - start)"
     times = [float(subprocess.check_output([sys.executable, "-c", code])) for _ in range(3)]
     assert min(times) < 0.3
 

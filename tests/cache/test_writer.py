@@ -95,7 +95,7 @@ def test_a_writer_killed_from_outside_leaves_only_right_sequences(tmp_path: Path
         "with tiny_cache.FolderWriter(Path(sys.argv[2])) as out:\n"
         "    for number, batch in enumerate(tiny_cache.batches(truth, out, range(300))):\n"
         "        out.write(batch)\n"
-        "        time.sleep(0.002)\n"
+        "        time.sleep(0.002 if number < 100 else 0.05)\n"
         "        if number == 100:\n"
         "            print('on the way', flush=True)\n"
     )

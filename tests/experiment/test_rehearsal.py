@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import time
 from typing import Any
 
 import pytest
@@ -71,9 +70,10 @@ def test_settings_that_work_pass_and_leave_nothing(world: World, monkeypatch: py
     }
     settings |= {"gradient_accumulation_steps": 2, "label_smoothing_factor": 0.1, "torch_compile": True}
     settings |= {"activation_checkpointing": True, "train_sampling_strategy": "group_by_length"}
-    started = time.perf_counter()
+    compiled: list[object] = []
+    monkeypatch.setattr(torch, "compile", lambda *given, **named: compiled.append(given))
     rehearse(world.config(training=settings), 12)
-    assert time.perf_counter() - started < 20, "torch.compile is not rehearsed"
+    assert compiled == [], "it takes too long"
     assert sorted(world.folder.rglob("*")) == before
 
 

@@ -31,8 +31,8 @@ from kr2cache.extraction import budget, extract, together, trial
 from kr2cache.extraction.planning import ExtractPlan, plan_extraction
 from kr2cache.models.digests import OpenedModel
 
-SENTENCES = 800
-SHARDS = {"shard_gb": 60_000 / 2**30, "tokens_per_batch": 64}
+SENTENCES = 1200
+SHARDS = {"shard_gb": 90_000 / 2**30, "tokens_per_batch": 64}
 """Many small batches in about fifty shards."""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -107,8 +108,14 @@ def test_one_process_makes_the_same_files_as_the_writer(shards: SharedShards, wh
 def test_several_processes_write_each_sequence_once(
     shards: SharedShards, whole: dict[str, bytes], processes: int, tmp_path: Path
 ) -> None:
+    all_come = multiprocessing.get_context("fork").Barrier(processes)
+
     def work(number: int) -> Callable[[], object]:
-        return lambda: (tmp_path / f"wrote-{number}").write_text(json.dumps(fill(shards, pause=0.05)))
+        def run() -> None:
+            all_come.wait(60)
+            (tmp_path / f"wrote-{number}").write_text(json.dumps(fill(shards, pause=0.05)))
+
+        return run
 
     children = [in_child(work(number)) for number in range(processes)]
     assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0] * processes
