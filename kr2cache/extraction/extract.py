@@ -150,6 +150,7 @@ def _make_shards(
         donors = None
         header = existing_header(folder, fingerprint)
         if header is not None:
+            _note_shard_size(plan.config.shard_gb, header)
             with contextlib.suppress(DeviceMemoryError):  # the missing sequences may be shorter, and fit
                 trial.check_history(plan, model.encoder, header.batch_plan)
             _check_begun(plan, model, folder)
@@ -189,6 +190,13 @@ def _check_begun(plan: ExtractPlan, model: OpenedModel, folder: Path) -> None:
         return
     positions = np.where(cache.complete, np.arange(len(plan.index)), -1)
     canaries.check_before_more(cache, positions, plan, model.encoder)
+
+
+def _note_shard_size(wanted_gb: float | None, header: ShardHeader) -> None:
+    """Say so if the cache was begun with shards of another size than the user wants now."""
+    begun_gb = int(header.batch_plan["shard_bytes"]) / 2**30
+    if wanted_gb is not None and abs(wanted_gb - begun_gb) > 2**-30:
+        note(f"--shard-gb {wanted_gb:g} has no effect: the cache was begun with --shard-gb {begun_gb:.3g}.")
 
 
 def fill_shards(

@@ -411,6 +411,21 @@ def test_shards(lively: Path, alone: list[NDArray[np.float32]], tmp_path: Path) 
     assert_states(cache, alone, rounding=ROUNDING["float16"])
 
 
+def test_a_cache_keeps_the_shards_that_it_was_begun_with_and_says_so(
+    lively: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = extracted(lively, tmp_path, **SMALL_SHARDS)
+    whole = shard_bytes(FeatureCache.open(cache.folder))
+    assert len(whole) > 2
+    for again, said in (({}, False), ({"shard_gb": 16.0}, True)):
+        sorted(cache.folder.iterdir())[1].unlink()
+        extracted(lively, tmp_path, **{**SMALL_SHARDS, **again})
+        assert shard_bytes(FeatureCache.open(cache.folder)) == whole
+        shown = capsys.readouterr().out
+        assert ("! --shard-gb 16 has no effect: the cache was begun with --shard-gb 5.59e-06.\n" in shown) is said
+        assert ("--shard-gb" in shown) is said
+
+
 def test_a_second_call_computes_nothing(lively: Path, tmp_path: Path) -> None:
     first = extract.extract(plan_of(lively, tmp_path))
     before = shard_bytes(FeatureCache.open(first.cache))
