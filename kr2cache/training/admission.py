@@ -125,7 +125,7 @@ def check_reader(reader: KReader, who: str) -> None:
     if (failed := _outcomes[key]) is not None:
         reason, remedy = failed
         raise UnsupportedModelError(
-            f"{who} ({config.model_type}) cannot be a KReader of method kr2: {reason}.",
+            f"{who} ({config.model_type}) cannot be a KReader of method kr2: {reason.rstrip('.')}.",
             f"{remedy} To train it without a resource: --method kreader.",
         )
 

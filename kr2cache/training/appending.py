@@ -101,7 +101,7 @@ def place_of(model: PreTrainedModel, who: str) -> Place:
 
 def _no_place(model: PreTrainedModel, who: str, reason: str) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"{who} ({model.config.model_type}) cannot be a KReader of method kr2: {reason}.",
+        f"{who} ({model.config.model_type}) cannot be a KReader of method kr2: {reason.rstrip('.')}.",
         "Choose another reader. To train it without a resource: --method kreader.",
     )
 

@@ -390,6 +390,25 @@ def test_a_model_without_a_place_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
         check_appended(own_tagger(), "token", 9, "my reader")
 
 
+def test_a_reason_that_is_a_sentence_ends_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise ValueError("It needs boxes.")
+
+    monkeypatch.setattr(appending, "_places", {})
+    working = Own.forward
+    monkeypatch.setattr(Own, "forward", fails)
+    with pytest.raises(UnsupportedModelError) as caught:
+        check_appended(own_tagger(), "token", 9, "my reader")
+    assert caught.value.message.endswith("its forward pass fails: It needs boxes.")
+    monkeypatch.setattr(Own, "forward", working)
+    model = own_tagger()
+    place_of(model, "my reader")
+    monkeypatch.setattr(OwnTagger, "forward", fails)
+    with pytest.raises(UnsupportedModelError) as caught:
+        check_appended(model, "token", 9, "my reader")
+    assert caught.value.message.endswith("its trial with appended states fails: It needs boxes.")
+
+
 @pytest.mark.parametrize(
     ("name", "place"),
     [
