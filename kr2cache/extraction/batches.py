@@ -57,6 +57,8 @@ class BatchRunner:
         self.planned = planned
         self.progress = progress
         self._pack = Packer(plan.index, plan.layers, plan.config.dtype, device_of(encoder))
+        self.computed = 0
+        """How many sequences ran, in all shards; also those of a shard that another process took over."""
         self._tokens, self._seconds, self._bytes = 0, 0.0, 0
         # The size of the whole plan decides, so that a continued extraction computes in the same way.
         positions = plan.tokens if plan.config.compute_dtype == "float32" else 0
@@ -75,29 +77,26 @@ class BatchRunner:
     def __exit__(self, *error: Any) -> None:
         self._cheaper.__exit__(*error)
 
-    def run(self, writer: ShardWriter, check: Callable[[], None]) -> int:
+    def run(self, writer: ShardWriter, check: Callable[[], None]) -> None:
         """Compute and write every planned batch of a shard that has an incomplete sequence.
 
         Args:
             writer: Of the shard.
             check: Called after every batch; it may raise.
 
-        Returns:
-            How many sequences ran.
-
         Raises:
             DeviceMemoryError: If a batch does not fit into the device's memory.
         """
-        plan, computed, started = self.plan, 0, time.monotonic()
+        plan, started = self.plan, time.monotonic()
         fresh = bool(self.batch_plan.get(trial.FRESH))
         try:
             for batch in self._unfinished_batches(writer):
                 with _fitting(plan, batch, device_of(self.encoder), writer.shard.path.parent):
                     for ready in self._pack(batch, trial.layers_of(plan, self.encoder, batch, fresh=fresh)):
                         writer.write(ready)
+                self.computed += len(batch)
                 check()
                 return_free_memory(RETURN_MEMORY_EVERY_S)
-                computed += len(batch)
                 self._tokens += int(plan.index.n_tokens[batch].sum())
                 seconds = time.monotonic() - started
                 self.progress.advance(len(batch), self._speed(seconds, writer.bytes_written))
@@ -107,7 +106,6 @@ class BatchRunner:
             for _ in self._pack.flush():  # after an error: the next shard must not get a batch of this one
                 pass
             self._seconds += time.monotonic() - started
-        return computed
 
     def show_written(self, writer: ShardWriter) -> None:
         """Show what the shard took, once its writer is done."""

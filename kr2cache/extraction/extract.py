@@ -221,7 +221,7 @@ def fill_shards(
         ValueRangeError: If the stored dtype cannot hold a state. Complete sequences are kept, as with every error.
     """
     trial.move_to_device(plan, encoder)
-    header, computed, taken_over = shards.header, 0, 0
+    header, taken_over = shards.header, 0
     planned = as_mask(header.batch_plan.get("computed"), len(plan.index))
     older = OlderCaches(plan.config.cache_dir, shards, ~planned, donors)
     with WorkProgress(f"{plan.spec.name} on {plan.config.task}/{plan.config.split}", "sequences") as progress:
@@ -237,14 +237,14 @@ def fill_shards(
                         with held.writer() as writer:
                             progress.advance(writer.kept)
                             taken_over += older.copy_into(writer, progress, held.check)
-                            computed += runner.run(writer, held.check)
+                            runner.run(writer, held.check)
                         runner.show_written(writer)
         except KeyboardInterrupt:
             raise interrupted(shards.folder, shards.complete_count(), len(shards.index)) from None
         except ValueRangeError as error:
             raise by_weights(error, encoder, plan.spec.name) from None
     FeatureCache.open(shards.folder)  # an error if another program put a file there
-    return Filled(computed, taken_over)
+    return Filled(runner.computed, taken_over)
 
 
 def _is_finished(folder: Path, fingerprint: str) -> bool:
