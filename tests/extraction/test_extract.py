@@ -591,6 +591,25 @@ def test_a_shard_that_is_lost_before_it_is_open_is_done_later(
     assert shard_bytes(late) == shard_bytes(whole)
 
 
+def test_what_ran_is_counted_though_another_process_took_the_shard_over(
+    lively: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_of(lively, tmp_path)
+    ran, original = [], trial.layers_of
+
+    def stopped_for_long(*arguments: Any, **settings: Any) -> Any:
+        if shards := list(tmp_path.rglob("*.h5")):  # it is no trial of the model
+            if not ran:
+                shutil.rmtree(claims.claims_folder(shards[0].parent))
+            ran.append(len(arguments[2]))
+        return original(*arguments, **settings)
+
+    monkeypatch.setattr(trial, "layers_of", stopped_for_long)
+    result = extract.extract(plan)
+    assert FeatureCache.open(result.cache).complete.all()
+    assert result.computed == sum(ran)  # all, and the first batch once more if it was not written
+
+
 # What cannot be stored -----------------------------------------------------------------------------------------------
 
 
