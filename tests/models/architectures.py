@@ -33,17 +33,6 @@ from kr2cache.models.registry import ModelSpec
 from kr2cache.models.stack import find_stack
 from kr2cache.system.console import console
 
-UNTRIED = {
-    "aria",
-    "dots3_note",
-    "fun_asr_nano",
-    "molmo2",
-    "tipsv2",
-    "vibevoice",
-    "vibevoice_asr",
-    "videoprism",
-}
-"""Architectures of which ``tiny_config`` makes no tiny model: their parts that read pictures or sound do not fit."""
 NAMES = tuple(sorted(MODEL_MAPPING_NAMES))
 """``model_type`` of every architecture."""
 TEXTS = ("das haus", "ich", "und the dog ran 7", "über schön zwölf nebenan there das ich", "the dog")

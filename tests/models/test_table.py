@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from architectures import NAMES
-from table import markdown, parsed, row_of
+from table import FAULT, YES, Row, markdown, parsed, row_of
 
 PAGE = parsed((Path(__file__).parents[2] / "kr2cache" / "models" / "README.md").read_text("utf-8"))
 SOME = (
@@ -37,8 +37,15 @@ def test_the_page_is_printed_as_it_is() -> None:
     assert markdown(PAGE) in page
 
 
+def verdicts(row: Row | None) -> list[bool]:
+    """What works. The reasons stay out: with routed experts, they differ from one kind of CPU to another."""
+    return [] if row is None else [cell == YES for cell in row]
+
+
 @pytest.mark.long
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")  # of tiny models that read pictures
 @pytest.mark.parametrize("name", NAMES)
 def test_the_page_is_right_about_every_architecture(name: str, tmp_path: Path) -> None:
-    assert row_of(name, tmp_path) == PAGE.get(name), "python tests/models/table.py prints the table anew"
+    row = row_of(name, tmp_path)
+    assert not any(FAULT in cell for cell in row), row
+    assert verdicts(row) == verdicts(PAGE.get(name)), f"{row}: python tests/models/table.py prints the table anew"
