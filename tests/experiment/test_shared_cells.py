@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -163,7 +164,7 @@ def test_ctrl_c_ends_the_workers_too(here: World) -> None:
     said = process.communicate()[0]
     assert process.returncode == 130, said
     assert re.search(r"Interrupted\. The sweep grid stopped after \d of 8 cells\.", said)
-    assert not list(here.folder.rglob("*.claims")), "no worker is left, and none holds a cell"
+    assert not list((here.folder / "runs").rglob("*.claims")), "no worker is left, and none holds a cell"
 
 
 @pytest.mark.parametrize("options", [["--workers", "0"], ["--engine", "rai"], ["--gpus-per-worker", "-1"]])
@@ -391,6 +392,8 @@ def in_child(work: Callable[[], object]) -> int:
         try:
             work()
             code = 0
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(code)
     return child

@@ -138,7 +138,7 @@ def test_a_disk_that_is_too_small_is_an_error_before_the_model_is_loaded(
     monkeypatch.setattr(trial, "open_resource", lambda _: pytest.fail("the model was loaded"))
     with pytest.raises(DiskSpaceError, match=f"{disk.folder} has .* free") as caught:
         extract.extract(plan_in(victim, disk.folder))
-    assert "--layers last4" in caught.value.remedy
+    assert "Free some space" in caught.value.remedy
     assert list(disk.folder.iterdir()) == []
 
 
