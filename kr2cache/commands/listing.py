@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -40,16 +41,20 @@ def models_cli(
 
     The model is loaded and tried on two short texts.
     """
+    overrides = read_toml(Path.cwd(), OPTIONS).models
+    if model is None:
+        _registered_models(known_models(overrides), as_json)
+    else:
+        _one_model(find_model(model, overrides), as_json)
+
+
+def _registered_models(specs: Mapping[str, ModelSpec], as_json: bool) -> None:
+    """Show the models by name, and which of them are on this machine."""
     from rich.text import Text
 
     from kr2cache.models.files import fault_of, local_folder
     from kr2cache.system.terminal import Column, print_table
 
-    overrides = read_toml(Path.cwd(), OPTIONS).models
-    if model is not None:
-        _one_model(find_model(model, overrides), as_json)
-        return
-    specs = known_models(overrides)
     there = {name: local_folder(spec) for name, spec in specs.items()}
     faults = {name: fault_of(specs[name], folder) for name, folder in there.items() if folder is not None}
     folders = {name: folder for name, folder in there.items() if faults.get(name) is None}

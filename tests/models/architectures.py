@@ -1,27 +1,18 @@
-"""Every architecture of transformers' ``AutoModel``, as a tiny random model: can it be a resource?
-
-``python tests/models/architectures.py [NAME ...]`` tries them and prints a table in Markdown.
-"""
+"""Tiny random models of transformers' ``AutoModel``: can one be a resource? ``table.py`` asks of all of them."""
 
 from __future__ import annotations
 
 import inspect
 import re
-import sys
-import tempfile
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np
 import tiny
 import torch
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
-from transformers.utils import logging
 
 from kr2cache.cache.reader import FeatureCache
 from kr2cache.config import ExtractConfig
@@ -31,7 +22,6 @@ from kr2cache.extraction.planning import plan_extraction
 from kr2cache.models.load import load_config
 from kr2cache.models.registry import ModelSpec
 from kr2cache.models.stack import find_stack
-from kr2cache.system.console import console
 
 NAMES = tuple(sorted(MODEL_MAPPING_NAMES))
 """``model_type`` of every architecture."""
@@ -255,18 +245,3 @@ def difference(cache_folder: Path, model: Path, dtype: torch.dtype = torch.float
 
 def _said(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-
-
-def main() -> None:
-    console.quiet = True
-    logging.set_verbosity_error()
-    warnings.simplefilter("ignore")
-    print("| architecture | extract | |\n|---|---|---|")
-    for name in sys.argv[1:] or NAMES:
-        with tempfile.TemporaryDirectory() as folder:
-            outcome = try_resource(name, Path(folder))
-        print(f"| {outcome.name} | {outcome.kind} | {outcome.text} |", flush=True)
-
-
-if __name__ == "__main__":
-    main()
