@@ -107,7 +107,7 @@ def _last_layer(is_output: bool | None, last: int) -> str:
         return f"layer {last}; whether it is the model's output was not recorded"
     if is_output:
         return f"layer {last} is the model's output, after its final norm if it has one"
-    return f"layer {last} is not the model's output: the final norm comes after it"
+    return f"layer {last} is not the model's output: the model changes it further, usually by a final norm"
 
 
 def _dtypes(chosen: dict[str, Any]) -> str:
@@ -153,7 +153,7 @@ def info_cli(cache: Cache, cache_dir: CacheDir = None, as_json: Json = False) ->
         f"{'mapped' if opened.mapped else 'read through HDF5 (rewritten by another tool)'}",
         "computed": f"in {_dtypes(chosen)} on {recorded.get('device', '?')}, torch {versions.get('torch', '?')}"
         f", transformers {versions.get('transformers', '?')}",
-        "last layer": _last_layer(recorded.get("model", {}).get("last_is_output"), opened.model_layers - 1),
+        "last layer": _last_layer((recorded.get("model") or {}).get("last_is_output"), opened.model_layers - 1),
         "weights": f"digest {opened.provenance['found'].get('weights', '?')}",
         "fingerprint": about.fingerprint,
     }
@@ -198,9 +198,9 @@ def verify_cli(
     """Compare every byte of caches with its checksum, and name damaged sequences.
 
     With --against-model, the shortest, a middle and a long sequence of each cache run through the model again.
-    Their states must agree within the rounding of the stored dtype.
+    Their states must agree within rounding.
 
-    The exit code is 1 unless every cache is intact, and agrees.
+    The exit code is 1 unless every cache is intact and agrees with its model.
     """
     from kr2cache.store.inventory import cache_folders
 

@@ -32,7 +32,7 @@ DATA = Setting("Folder with train, dev and test in the task's format, or a hub d
 LIMIT = Setting("Only the first N examples of each split.", default="all")
 DEVICE = Setting("Where models run: auto, cpu, cuda, cuda:1 or mps.")
 WEIGHTS_DTYPE = Setting(
-    f"Dtype of the resource's weights in memory: {', '.join(COMPUTE_DTYPES)}. A large model needs half of float32's."
+    f"Dtype of the resource's weights in memory: {', '.join(COMPUTE_DTYPES)}. The 16-bit ones take half of the memory."
 )
 DEVICE_MAP = Setting(
     "auto: spread the resource's layers over all GPUs, and what does not fit over the computer's memory.",

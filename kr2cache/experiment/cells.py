@@ -87,8 +87,8 @@ class Cell:
 
     @property
     def settings(self) -> str:
-        """A digest of the settings, without the run and cache folders, the device, and whether readers are kept."""
-        excluded = dict.fromkeys(("run_dir", "cache_dir", "device", "keep_readers", "temporary_readers"))
+        """A digest of the settings, without the run and cache folders, the devices, and whether readers are kept."""
+        excluded = dict.fromkeys(("run_dir", "cache_dir", "device", "device_map", "keep_readers", "temporary_readers"))
         fields = {**dataclasses.asdict(self.config), **excluded}
         return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()[:16]
 

@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
-from kr2cache.config import COMPUTE_DTYPES, PROJECTIONS, TrainConfig
+from kr2cache.config import COMPUTE_DTYPES, DEFAULT_MAX_LENGTH, PROJECTIONS, TrainConfig
 from kr2cache.errors import ConfigError, unknown_name
 from kr2cache.fusion import check_fusion_name, parse_fusion
 from kr2cache.methods import METHODS
@@ -36,10 +36,11 @@ class Training:
 
     @property
     def positions(self) -> int | None:
-        """The largest number of positions of a sequence's tokens and its states; None if nothing is appended."""
+        """The largest number of positions of a sequence's tokens and its states, as far as it is known before caches
+        are found; None if nothing is appended."""
         if METHODS[self.config.method].frozen is None:
             return None
-        longest = self.config.resource_max_length or self.config.max_length
+        longest = self.config.resource_max_length or DEFAULT_MAX_LENGTH
         return self.config.max_length + len(self.resources) * longest
 
 

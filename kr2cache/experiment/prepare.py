@@ -151,6 +151,9 @@ def prepare(config: TrainConfig, shared: Shared) -> Prepared:
         own = dataclasses.replace(config, resource=given, more_resources=())
         resources[spec.name] = Resource(own, spec, task, shared)
         caches[spec.name] = resources[spec.name].caches(splits)
+    if resources:  # the caches found may hold longer texts than a new one
+        longest = sum(int(own["train"].provenance["chosen"]["max_length"]) for own in caches.values())
+        shared.check_reader(checkpoint, None, positions=config.max_length + longest)
     job = _with_features(job, resources, caches)
     return Prepared(
         job=job,

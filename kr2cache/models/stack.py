@@ -223,7 +223,10 @@ def _drawn(spec: ModelSpec, config: PretrainedConfig, options: dict[str, Any]) -
     headless = {name: value for name, value in options.items() if name != "device_map"}
     with drawn_by(spec.random_seed):
         model: PreTrainedModel = AutoModel.from_config(  # type: ignore[no-untyped-call]
-            config, dtype=torch.float32, trust_remote_code=spec.trust_remote_code, **headless
+            without_padding(config) or config,
+            dtype=torch.float32,
+            trust_remote_code=spec.trust_remote_code,
+            **headless,
         )
     return model
 

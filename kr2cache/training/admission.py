@@ -110,9 +110,9 @@ def _check_room(reader: KReader, positions: int, who: str) -> None:
 def check_reader(reader: KReader, who: str) -> None:
     """Raise ``UnsupportedModelError`` unless the reader's model handles appended states as equation 3 means them.
 
-    Four checks on a batch of two short sequences: other states change the logits; with all states masked, the logits
-    are the plain reader's; a masked state changes nothing; a sequence has the same logits alone and beside a longer
-    one. The outcome is kept for models of the same class and configuration, until the process ends.
+    Five checks on a batch of two short sequences: the logits are finite; other states change them; with all states
+    masked, they are the plain reader's; a masked state changes nothing; a sequence has the same logits alone and beside
+    a longer one. The outcome is kept for models of the same class and configuration, until the process ends.
 
     Args:
         reader: In evaluation mode, with a fusion.
@@ -240,7 +240,14 @@ def _shaped(reader: KReader, sequences: Tensor) -> Tensor:
 def _differ(first: Tensor, second: Tensor) -> float | None:
     """The largest difference, if it is more than rounding."""
     largest = float((first - second).abs().max())
-    return largest if largest > ROUNDING * float(second.abs().max()) else None
+    return None if largest <= ROUNDING * float(second.abs().max()) else largest  # nan differs
+
+
+def _logits_are_finite(trial: _Trial) -> str | None:
+    (logits,) = trial.logits(trial.appended)
+    if bool(torch.isfinite(logits).all()):
+        return None
+    return "with states of the resource appended, its logits are not finite numbers"
 
 
 def _states_are_seen(trial: _Trial) -> str | None:
@@ -294,6 +301,7 @@ def _batch_mates_are_not_seen(trial: _Trial) -> str | None:
 
 
 CHECKS: tuple[Callable[[_Trial], str | None], ...] = (
+    _logits_are_finite,
     _states_are_seen,
     _masked_states_are_no_states,
     _masked_states_are_not_seen,

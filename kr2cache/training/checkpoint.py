@@ -11,7 +11,15 @@ from transformers import AutoModelForMaskedLM, AutoModelForPreTraining, Pretrain
 
 from kr2cache.errors import ConfigError, UnsupportedModelError
 from kr2cache.models.digests import hash_encoder, model_key
-from kr2cache.models.load import class_of, head_names, load_config, load_pretrained, not_finite, quiet
+from kr2cache.models.load import (
+    class_of,
+    head_names,
+    load_config,
+    load_pretrained,
+    not_finite,
+    quiet,
+    without_padding,
+)
 from kr2cache.models.registry import ModelSpec
 from kr2cache.models.stack import find_stack, load_encoder
 from kr2cache.tasks.base import Head
@@ -119,7 +127,7 @@ class TaskCheckpoint:
         model_class, weights = task_class(self.head, config), None
         if self.spec.random_seed is not None:  # no file has its weights
             with torch.device("meta"), quiet():
-                model_class = type(model_class.from_config(config))
+                model_class = type(model_class.from_config(without_padding(config) or config))
             weights = load_encoder(self.spec).state_dict()
         model, missing, misfit = load_pretrained(self.spec, model_class, config, weights)
         if damaged := not_finite(model):
