@@ -17,6 +17,7 @@ import subprocess
 import sys
 import traceback
 import warnings
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 _CALL = inspect.signature(subprocess.Popen._execute_child)  # type: ignore[attr-defined]
@@ -112,3 +113,18 @@ def _leave(code: int) -> NoReturn:
             os.kill(os.getpid(), signal.SIGINT)
     finally:
         os._exit(code)
+
+
+def in_child(work: Callable[[], object]) -> int:
+    """Do the work in a forked process, and return the number of this process."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            work()
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    return child

@@ -11,13 +11,13 @@ import shutil
 import signal
 import subprocess
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forking import in_child
 from sweeps import (
     CELLS,
     GRID,
@@ -385,21 +385,6 @@ def cells_in(world: World, text: str = GRID) -> tuple[Grid, list[Cell]]:
             row, column, defaults=defaults, overrides={"data": str(world.data)}, models=models, training={}
         )
     )  # fmt: skip
-
-
-def in_child(work: Callable[[], object]) -> int:
-    """Do the work in a forked process, and return the number of this process."""
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            work()
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    return child
 
 
 def ended_well(child: int) -> bool:

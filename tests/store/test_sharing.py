@@ -12,13 +12,13 @@ import signal
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from forking import in_child
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "cache"))
 import tiny_cache
@@ -82,21 +82,6 @@ def fill(shards: SharedShards, progress: WorkProgress | None = None, *, pause: f
                 time.sleep(pause)
                 held.check()
     return written
-
-
-def in_child(work: Callable[[], object]) -> int:
-    """Do the work in a forked process, and return the number of this process."""
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            work()
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    return child
 
 
 def test_one_process_makes_the_same_files_as_the_writer(shards: SharedShards, whole: dict[str, bytes]) -> None:
