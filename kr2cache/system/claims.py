@@ -166,12 +166,17 @@ def try_claim(place: Path, unit: str) -> Claim | None:
 
 def _make_request(request: Path, owner: Owner) -> None:
     while True:
-        request.parent.mkdir(parents=True, exist_ok=True)
+        # When its last claim is released, the folder is removed with it. That can happen after either step, and also
+        # inside the first one: the folder is there when it is made, and gone when ``exist_ok`` looks at it.
         try:
+            request.parent.mkdir(parents=True, exist_ok=True)
             request.mkdir()
             break
-        except FileNotFoundError:  # meanwhile the last claim was released, and the folder was removed with it
+        except FileNotFoundError:
             continue
+        except FileExistsError:
+            if os.path.lexists(request.parent) and not request.parent.is_dir():
+                raise
     try:
         _write_owner(request, owner)
     except OSError as error:

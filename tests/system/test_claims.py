@@ -283,6 +283,34 @@ def test_who_lost_its_claim_is_told_so(tmp_path: Path) -> None:
         (claim.folder / "built").rename(tmp_path / "published")
 
 
+def test_the_folder_goes_while_it_is_claimed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``mkdir(exist_ok=True)`` finds the folder, and it is gone when it looks whether it is a folder."""
+    folder = claims.claims_folder(tmp_path / "cache")
+    folder.mkdir()
+    mkdir = os.mkdir
+
+    def too_late(path: Path, *mode: int) -> None:
+        try:
+            mkdir(path, *mode)
+        except FileExistsError:
+            if Path(path) == folder:
+                folder.rmdir()  # another process released the last claim
+            raise
+
+    monkeypatch.setattr(os, "mkdir", too_late)
+    claim = try_claim(tmp_path / "cache", "unit")
+    assert claim is not None
+    assert claim.is_held
+    claim.release()
+    assert not folder.exists()
+
+
+def test_a_file_in_place_of_the_folder_is_said(tmp_path: Path) -> None:
+    claims.claims_folder(tmp_path / "cache").touch()
+    with pytest.raises(FileExistsError, match=r"cache\.claims"):
+        try_claim(tmp_path / "cache", "unit")
+
+
 def test_claims_do_not_need_file_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On some network file systems they do nothing."""
     import fcntl
