@@ -139,6 +139,7 @@ class Predictor:
                 tags = [None if number is None else labels[number] for number in best]
                 predictions.append(Predicted(id=example.id, predicted=tags, scores=None))
             else:
+                assert isinstance(best, int), "no task of another kind can be trained yet"
                 scores = dict(zip(labels, softmax(own[0].astype(np.float64)).tolist(), strict=True))
                 predictions.append(Predicted(id=example.id, predicted=labels[best], scores=scores))
         return predictions

@@ -17,10 +17,22 @@ from kr2cache.errors import ConfigError, DataError, MissingSplitError, unknown_n
 from kr2cache.system.console import count_text, note
 from kr2cache.tasks.files import SPLIT_FILES, SPLITS, Names, data_folder, names_text, split_files, unread_files
 
+Kind = Literal["tagging", "classification", "multilabel", "regression", "choice", "text"]
+"""What the labels of a task are. ``text`` has none: its states can be extracted, and nothing can be trained."""
 Head = Literal["token", "sequence", "choice"]
-Label = tuple[int, ...] | int | None
-Prediction = list[int | None] | int
-"""Label numbers: for tagging one per word, None for a word without a token; else one per example."""
+HEADS: Mapping[Kind, Head] = {
+    "tagging": "token",
+    "classification": "sequence",
+    "multilabel": "sequence",
+    "regression": "sequence",
+    "choice": "choice",
+}
+"""The head of a reader for each kind that has labels."""
+Label = tuple[int, ...] | int | float | None
+"""The gold label of an example. Tagging: the number of each word's label. Classification and choice: one number.
+Multilabel: the numbers of all its labels, in rising order. Regression: the value itself. None if the data has none."""
+Prediction = list[int | None] | tuple[int, ...] | int | float
+"""The same, predicted. Tagging: a list, with None for a word without a token."""
 
 
 def split_name(name: str) -> str:
@@ -40,7 +52,6 @@ class Example:
     """Each text is one sequence for the encoder: its words, or its segments. One text; for multiple choice one text
     per choice."""
     label: Label
-    """Tagging: one label number per word. Else one number. None if the data has no gold label."""
 
     @property
     def sequence_ids(self) -> tuple[str, ...]:
@@ -56,7 +67,7 @@ class Task(ABC):
     name: str
     about: str
     """A short description, for people who look for a task."""
-    head: Head
+    kind: Kind
     labels: tuple[str, ...]
     words: bool
     """Whether texts are lists of words (the tokenizer then aligns its tokens with them)."""
@@ -76,6 +87,20 @@ class Task(ABC):
     """File names of a release that divides one split into several files, as patterns."""
     left_out: str = ""
     """The parts of a file that are not examples, in words, for errors."""
+
+    @property
+    def head(self) -> Head:
+        """The head of its readers.
+
+        Raises:
+            ConfigError: If the task has no labels.
+        """
+        if self.kind not in HEADS:
+            raise ConfigError(
+                f"Task {self.name!r} is of kind {self.kind}: it has no labels, so nothing can be trained on it.",
+                f"Give a task of another kind: {', '.join(HEADS)}.",
+            )
+        return HEADS[self.kind]
 
     @abstractmethod
     def file_examples(self, path: Path, split: str) -> Iterator[Example]:

@@ -17,7 +17,7 @@ class HellaSwag(RowTask):
 
     name = "hellaswag"
     about = "which of four endings follows? (multiple choice)"
-    head = "choice"
+    kind = "choice"
     labels = ("0", "1", "2", "3")
     template = "ctx_a, ctx_b + ' ' + ending; without ctx_b: ctx, ending"
     columns = ("ctx", "endings", "endings", "endings", "endings")

@@ -19,7 +19,7 @@ class Piqa(RowTask):
 
     name = "piqa"
     about = "which of two solutions reaches a goal? (multiple choice)"
-    head = "choice"
+    kind = "choice"
     labels = ("0", "1")
     template = "goal, solution"
     columns = ("goal", "sol1", "sol2")

@@ -12,7 +12,7 @@ class Snli(RowTask):
 
     name = "snli"
     about = "does a premise entail a hypothesis? (pairs)"
-    head = "sequence"
+    kind = "classification"
     labels = ("entailment", "neutral", "contradiction")
     template = "sentence1, sentence2"
     columns = ("sentence1", "sentence2")

@@ -14,7 +14,7 @@ class Swag(RowTask):
 
     name = "swag"
     about = "which of four endings follows? (multiple choice)"
-    head = "choice"
+    kind = "choice"
     labels = ("0", "1", "2", "3")
     template = "sent1, sent2 + ' ' + ending"
     columns = ("sent1", "sent2", *ENDINGS)

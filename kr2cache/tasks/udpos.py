@@ -54,7 +54,7 @@ class UdPos(Task):
     """``udpos-LANG``; ``udpos`` for your own data in any language."""
 
     about = "part-of-speech tagging"
-    head = "token"
+    kind = "tagging"
     labels = UPOS
     words = True
     template = "words"
