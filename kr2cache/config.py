@@ -162,6 +162,9 @@ class TrainConfig:
     soft_weight: float = 0.5
     """Weight of L_soft in the loss."""
     limit: int | None = None
+    """Use only the first ``limit`` examples of each split."""
+    train_limit: int | None = None
+    """The same for the train split alone; the other splits stay whole."""
     device: str = "auto"
     run_dir: Path = Path("runs")
     keep_head: bool = False
@@ -197,7 +200,15 @@ class TrainConfig:
         for name in ("epochs", "learning_rate", "fusion_learning_rate", "temperature", "soft_weight"):
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, float(value))
-        for name in ("batch_size", "max_length", "resource_max_length", "limit", "epochs", "learning_rate"):
+        for name in (
+            "batch_size",
+            "max_length",
+            "resource_max_length",
+            "limit",
+            "train_limit",
+            "epochs",
+            "learning_rate",
+        ):
             _positive(f"--{name.replace('_', '-')}", getattr(self, name))
         _positive("--fusion-learning-rate", self.fusion_learning_rate)
         _positive("--temperature", self.temperature)
@@ -215,6 +226,11 @@ class TrainConfig:
     def resources(self) -> tuple[str, ...]:
         """The names of all frozen models that are given, in their order."""
         return (*([] if self.resource is None else [self.resource]), *self.more_resources)
+
+    def limit_of(self, split: str) -> int | None:
+        """How many examples of a split are used at most; None for all."""
+        limits = (self.limit, self.train_limit if split == "train" else None)
+        return min((limit for limit in limits if limit is not None), default=None)
 
     @property
     def trained_model(self) -> str | None:

@@ -96,6 +96,7 @@ TRAIN = {
     "temperature": Setting("For kd: temperature of the soft labels."),
     "soft_weight": Setting("For kd: weight of the teacher's loss; the loss on the labels has weight 1."),
     "limit": LIMIT,
+    "train_limit": Setting("Use only the first N examples of the train split.", default="all"),
     "weights_dtype": dataclasses.replace(WEIGHTS_DTYPE, default="the cache's, else float32"),
     "device": DEVICE,
     "device_map": DEVICE_MAP,

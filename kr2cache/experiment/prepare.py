@@ -93,7 +93,7 @@ class Prepared:
         origin |= dict(zip(_PLACES, _first_and_more(origins), strict=False))
         recorded = provenance.recorded(str(choose_device(job.config.device)), torch.get_num_threads(), origin)
         recorded["corpus"] = job.task.corpus(job.config.data)
-        recorded["limit"] = job.config.limit
+        recorded["limit"], recorded["train_limit"] = job.config.limit, job.config.train_limit
         recorded["temporary_reader"] = job.config.temporary_readers
         recorded["examples"] = {split: len(data.examples) for split, data in job.splits.items()}
         caches = {

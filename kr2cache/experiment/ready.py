@@ -74,7 +74,7 @@ def read_corpus(training: Training, shared: Shared) -> Corpus:
         DataError: If the data is missing or malformed.
     """
     with waiting(f"Reading {training.task.name}"):
-        return shared.corpus(training.task, training.config.data, training.config.limit)
+        return shared.corpus(training.task, training.config)
 
 
 def open_models(training: Training, shared: Shared) -> tuple[TaskCheckpoint, PreTrainedTokenizerBase]:

@@ -49,7 +49,7 @@ class Resource:
     """The resource of a run: its caches by split, found or made."""
 
     def __init__(self, config: TrainConfig, spec: ModelSpec, task: Task, shared: Shared) -> None:
-        self.corpus = shared.corpus(task, config.data, config.limit)
+        self.corpus = shared.corpus(task, config)
         self.config = config
         self.spec = spec
         self.task = task
@@ -289,7 +289,7 @@ class Resource:
             weights_dtype=self.weights_dtype,  # type: ignore[arg-type]  # checked, or from a cache
             device=self.config.device,
             device_map=self.config.device_map,
-            limit=self.config.limit,
+            limit=self.config.limit_of(split),
             cache_dir=self.config.cache_dir,
             models=self.config.models,
         )
@@ -320,6 +320,6 @@ class Resource:
                 words += [option, str(value)]
         if self.config.cache_dir != default_cache_dir():
             words += ["--cache-dir", str(self.config.cache_dir)]
-        if self.config.limit is not None:
-            words += ["--limit", str(self.config.limit)]
+        if (limit := self.config.limit_of(split)) is not None:
+            words += ["--limit", str(limit)]
         return shlex.join(words)

@@ -72,13 +72,13 @@ class CorpusSplit:
 class Corpus:
     """The labelled splits of one data set."""
 
-    def __init__(self, task: Task, data: str | None, limit: int | None) -> None:
+    def __init__(self, task: Task, config: TrainConfig) -> None:
         """
         Raises:
             DataError: For training examples without a label, or a split where only some examples have one.
             MissingSplitError: If there is neither a labelled dev split nor a labelled test split.
         """
-        labelled, self.notes = read_splits(task, data, limit)
+        labelled, self.notes = read_splits(task, config)
         self.splits = {split: CorpusSplit(task, examples) for split, examples in labelled.items()}
         """``train``, and those of ``dev`` and ``test`` that have gold labels."""
 
@@ -100,17 +100,17 @@ class Shared:
             self._noted.add(text)
             note(text)
 
-    def corpus(self, task: Task, data: str | None, limit: int | None) -> Corpus:
-        """The labelled splits.
+    def corpus(self, task: Task, config: TrainConfig) -> Corpus:
+        """The labelled splits of the data of a training.
 
         Raises:
             DataError: As for ``Corpus``. A corpus that failed is not read again.
         """
-        key = (task.name, data, limit)
+        key = (task.name, config.data, config.limit, config.train_limit)
         if self._corpus is None or self._corpus[0] != key:
             self._corpus = None  # frees the memory of the last one first
             try:
-                self._corpus = (key, Corpus(task, data, limit))
+                self._corpus = (key, Corpus(task, config))
             except DataError as error:
                 self._corpus = (key, error)
         found = self._corpus[1]
@@ -137,7 +137,7 @@ class Shared:
         key = (repr(spec), task.words)
         if key not in self._tokenizer_files:
             tokenizer = self.tokenizer(spec, words=task.words)
-            sample = self.corpus(task, config.data, config.limit).splits["train"].examples[:SAMPLE_EXAMPLES]
+            sample = self.corpus(task, config).splits["train"].examples[:SAMPLE_EXAMPLES]
 
             def tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[Any, ...]:
                 index = encode_examples(tokenizer, sample, task, config.max_length)
@@ -194,13 +194,13 @@ class Shared:
             self._admitted.add(keys[name])
 
 
-def read_splits(task: Task, data: str | None, limit: int | None) -> tuple[dict[str, list[Example]], list[str]]:
+def read_splits(task: Task, config: TrainConfig) -> tuple[dict[str, list[Example]], list[str]]:
     """The labelled splits, and notes about splits that are missing or have no labels."""
     notes = []
     labelled: dict[str, list[Example]] = {}
     for split in ("train", "dev", "test"):
         try:
-            examples = task.read(split, data, limit)
+            examples = task.read(split, config.data, config.limit_of(split))
         except MissingSplitError:
             if split == "train":
                 raise
@@ -221,7 +221,7 @@ def read_splits(task: Task, data: str | None, limit: int | None) -> tuple[dict[s
         notes.append(f"The last epoch is scored on the {next(split for split in labelled if split != 'train')} split.")
     if len(labelled) == 1:
         raise MissingSplitError(
-            f"{task.corpus(data)} has neither a dev nor a test split with labels: there is nothing to score on.",
+            f"{task.corpus(config.data)} has neither a dev nor a test split with labels: there is nothing to score on.",
             f"Add dev{task.suffixes[0]} or test{task.suffixes[0]}.",
         )
     return labelled, notes

@@ -118,7 +118,7 @@ class Teacher:
             # The same training under the name of the other plain method serves as well.
             folders = (self.prepared.folder, self.prepared.folder_of("kreader"))
             self.runs = [RunFolder.of_seed(folder, SEED) for folder in folders]
-        train = shared.corpus(student.job.task, config.data, config.limit).splits["train"]
+        train = shared.corpus(student.job.task, config).splits["train"]
         text = canonical_json({"teacher": {**decides, "method": "plain"}, "examples": train.digest})
         self.fingerprint = hashlib.sha256(text.encode()).hexdigest()
         place = cache_folder(config.cache_dir, student.job.task.name, "train", f"teacher-{self.name}", self.fingerprint)

@@ -291,7 +291,8 @@ def test_version_and_help(workdir: Path, capsys: pytest.CaptureFixture[str]) -> 
         "extract": "resource split task data max-length layers dtype compute-dtype device tokens-per-batch shard-gb "
         "limit cache-dir dry-run json debug",
         "train": "reader resource task data fusion method projection seeds epochs batch-size learning-rate "
-        "fusion-learning-rate max-length resource-max-length limit device run-dir cache-dir no-extract json debug",
+        "fusion-learning-rate max-length resource-max-length limit train-limit device run-dir cache-dir no-extract "
+        "json debug",
     }.items():
         assert command(f"{name} --help") == 0
         shown = capsys.readouterr().out

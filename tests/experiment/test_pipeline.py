@@ -291,6 +291,7 @@ DECIDING: dict[str, Any] = {
     "max_length": 16,
     "resource_max_length": 16,
     "limit": 5,
+    "train_limit": 5,
     "dtype": "float32",
     "compute_dtype": "bfloat16",
     "weights_dtype": "bfloat16",

@@ -50,6 +50,21 @@ def test_a_cache_with_more_layers_and_examples_serves_a_smaller_need(world: Worl
     assert len(predictions(result.runs[0].folder, "test")) == 4
 
 
+def test_with_fewer_training_examples_the_other_splits_stay_whole(world: World) -> None:
+    """A curve over the size of the train split: the small cache is copied, and the large one serves the small need."""
+    few = world.train(train_limit=4, fusion="layer2")
+    more = world.train(train_limit=9, fusion="layer2")
+    assert more.computed == 5
+    whole = world.train(fusion="layer2")
+    assert whole.computed == 3
+    assert len({result.runs[0].folder for result in (few, more, whole)}) == 3
+    for split in ("dev", "test"):
+        assert len({len(predictions(result.runs[0].folder, split)) for result in (few, more, whole)}) == 1
+    again = world.train(train_limit=4, fusion="layer2", extract=False, run_dir=world.folder / "again")
+    assert again.computed == 0
+    assert predictions(again.runs[0].folder, "dev") == predictions(few.runs[0].folder, "dev")
+
+
 def test_a_cache_with_too_few_layers_or_examples_does_not_serve(world: World) -> None:
     for split in SPLITS:
         world.extract(split, layers="last1")

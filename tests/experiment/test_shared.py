@@ -98,10 +98,17 @@ def test_shared_trainings_give_the_results_of_separate_trainings(world: World) -
 
 def test_another_limit_gives_another_corpus(world: World) -> None:
     common, task = Shared(), find_task("udpos")
-    whole = common.corpus(task, str(world.data), None)
-    assert common.corpus(task, str(world.data), None) is whole
-    assert len(common.corpus(task, str(world.data), 3).splits["train"].examples) == 3
-    assert len(common.corpus(task, str(world.data), None).splits["train"].examples) == 12
+    whole = common.corpus(task, world.config())
+    assert common.corpus(task, world.config()) is whole
+
+    def sizes(**limits: int) -> list[int]:
+        return [len(split.examples) for split in common.corpus(task, world.config(**limits)).splits.values()]
+
+    train, dev, test = sizes()
+    assert sizes(limit=3) == [3, 3, 3]
+    assert sizes(train_limit=3) == [3, dev, test]
+    assert sizes(train_limit=5, limit=2) == [2, 2, 2]
+    assert sizes(train_limit=100) == sizes() == [12, dev, test] == [train, dev, test]
 
 
 @pytest.mark.parametrize("head", ["token", "sequence", "choice"])

@@ -105,7 +105,7 @@ def test_a_reader_with_koberts_kind_of_tokenizer_trains_and_predicts(world: Worl
     model = tiny.use_code_tokenizer(world.folder / "models" / "reader", prefix="")
     run = world.train(method="kreader", reader=OWN, models=trusted(model), epochs=1.0).runs[0].folder
     predictor = Predictor.load(run, models=trusted(model), device="cpu")
-    test = read_splits(find_task("udpos"), str(world.data), None)[0]["test"]
+    test = read_splits(find_task("udpos"), world.config())[0]["test"]
     assert [one.predicted for one in predictor(test)] == [row["predicted"] for row in predictions(run, "test")]
 
 
@@ -185,7 +185,7 @@ def test_a_reader_that_is_code_loads_again(world: World) -> None:
     run = world.train(method="kreader", reader=OWN, models=trusted(model), epochs=1.0).runs[0].folder
     predictor = Predictor.load(run, models=trusted(model), device="cpu")
     assert type(predictor.reader.model).__name__ == "OwnTagger"
-    test = read_splits(find_task("udpos"), str(world.data), None)[0]["test"]
+    test = read_splits(find_task("udpos"), world.config())[0]["test"]
     assert [one.predicted for one in predictor(test)] == [row["predicted"] for row in predictions(run, "test")]
     with pytest.raises(KR2CacheError):  # code runs only where kr2cache.toml says so
         Predictor.load(run, device="cpu")
