@@ -94,7 +94,7 @@ def test_every_command_of_the_readmes_parses(monkeypatch: pytest.MonkeyPatch) ->
         elif program.startswith((".", "python")):
             assert all((ROOT / word).exists() for word in (program, *arguments) if "/" in word), f"{page}: {line}"
         else:
-            assert program in ("git", "source", "pip", "ray", "export"), f"{page}: {line}"
+            assert program in ("git", "source", "pip", "ray", "export", "sort"), f"{page}: {line}"
     assert {"extract", "train", "sweep", "report", "predict", "list", "verify", "repair", "slice", "fuse"} <= seen
 
 
@@ -182,7 +182,7 @@ def test_files_and_names_exist(page: Path) -> None:
         if FILE.fullmatch(code) and (
             code.startswith(tuple(f"{one}/" for one in OWN_FOLDERS)) or code.endswith(SUFFIXES)
         ):
-            if code not in EXAMPLE_FILES and not is_there(code, page):
+            if code not in (*EXAMPLE_FILES, *SUFFIXES) and not is_there(code, page):
                 missing.append(code)
         elif page.name == "CONTRIBUTING.md" and code.isidentifier() and code not in words_of_code():
             missing.append(code)

@@ -12,8 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from kr2cache.cache.dtypes import DTYPES
+from kr2cache.commands.defaults import merge
 from kr2cache.commands.loading import loading
-from kr2cache.commands.options import App, CacheDir, Data, Device, Json, merge, print_json
+from kr2cache.commands.options import App, CacheDir, Data, Device, Json, print_json
 from kr2cache.commands.settings import OPTIONS
 from kr2cache.commands.verify import verify
 from kr2cache.config import default_cache_dir, read_toml

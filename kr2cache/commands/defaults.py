@@ -1,6 +1,6 @@
-"""The resource and the task, if neither the command line nor ``kr2cache.toml`` gives them.
+"""The settings of a call: what is given, then ``[defaults]`` of ``kr2cache.toml``, then the registry and the caches.
 
-They come from the registry, then from the caches. If there are several choices, an error lists them.
+The command line and Python (``kr2cache.calls``) settle them here. If there are several choices, an error lists them.
 """
 
 from __future__ import annotations
@@ -9,10 +9,78 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from kr2cache.config import ExtractConfig, Toml, TrainConfig, default_cache_dir, parse_seeds
 from kr2cache.errors import ConfigError
+from kr2cache.methods import METHODS
 from kr2cache.models.registry import find_model, known_models
 from kr2cache.store.stored import find_resource, tasks_and_resources
-from kr2cache.tasks import find_task, task_names
+from kr2cache.tasks import find_task, split_name, task_names
+from kr2cache.tasks.files import data_path, split_of
+
+
+def merge(toml: Toml, **given: Any) -> dict[str, Any]:
+    """The options that the call or ``[defaults]`` gives. The call wins; None means not given."""
+    values = {name: toml.defaults[name] for name in given if name in toml.defaults}
+    return values | {name: value for name, value in given.items() if value is not None}
+
+
+def extract_config(toml: Toml, **given: Any) -> ExtractConfig:
+    """The settings of stage one.
+
+    Args:
+        toml: ``kr2cache.toml``.
+        given: Each option of ``extract``; None for one that is not given.
+    """
+    settings = merge(toml, **given)
+    if "resource" not in settings:
+        raise ConfigError(
+            "Which resource?",
+            "Give --resource, or resource under [defaults] in kr2cache.toml: "
+            f"{', '.join(known_models(toml.models))}, a hub id or a folder.",
+        )
+    if not isinstance(settings["resource"], str):
+        raise ConfigError(
+            f"resource under [defaults] in kr2cache.toml names several: {', '.join(settings['resource'])}.",
+            "extract runs one: give it as --resource.",
+        )
+    if "split" in settings:
+        settings["split"] = split_name(settings["split"])
+    else:
+        path = data_path(settings.get("data"))
+        settings["split"] = "train" if path is None or path.is_dir() else split_of(path)
+    if "task" not in settings:
+        where = settings.get("cache_dir", default_cache_dir())
+        settings["task"] = choose_task(settings["resource"], where, toml.models)
+    return ExtractConfig(**settings, models=toml.models)
+
+
+def train_config(toml: Toml, *, extract: bool, **given: Any) -> TrainConfig:
+    """The settings of stage two.
+
+    Args:
+        toml: ``kr2cache.toml``.
+        extract: Whether missing caches are made.
+        given: Each option of ``train``; None for one that is not given.
+    """
+    settings = merge(toml, **given, dtype=None, compute_dtype=None)
+    if "max_length" in toml.defaults:  # it is meant for both stages
+        settings.setdefault("resource_max_length", toml.defaults["max_length"])
+    if "seeds" in settings:
+        settings["seeds"] = parse_seeds(settings["seeds"])
+    where = settings.get("cache_dir", default_cache_dir())
+    if "resource" not in settings:
+        try:
+            reader = settings.get("reader", TrainConfig.reader)
+            settings["resource"] = choose_resource(where, settings.get("task"), reader, toml.models)
+        except ConfigError:
+            method = METHODS.get(settings.get("method", TrainConfig.method))
+            if method is not None and method.needs_resource:
+                raise
+    if "task" not in settings:
+        resource = settings.get("resource")
+        first = resource[0] if isinstance(resource, tuple) else resource
+        settings["task"] = choose_task(first, where, toml.models)
+    return TrainConfig(**settings, extract=extract, models=toml.models, training=toml.training)
 
 
 def choose_resource(cache_dir: Path, task: str | None, reader: str, overrides: Mapping[str, Mapping[str, Any]]) -> str:

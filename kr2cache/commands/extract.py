@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from kr2cache.commands.defaults import choose_task
+from kr2cache.commands.defaults import extract_config
 from kr2cache.commands.loading import loading
-from kr2cache.commands.options import Json, merge, print_json, takes
+from kr2cache.commands.options import Json, print_json, takes
 from kr2cache.commands.settings import EXTRACT, OPTIONS
-from kr2cache.config import ExtractConfig, default_cache_dir, read_toml
-from kr2cache.errors import ConfigError
+from kr2cache.config import ExtractConfig, read_toml
 from kr2cache.extraction.checks import check_extraction
 from kr2cache.models.files import model_folder
-from kr2cache.models.registry import known_models
 from kr2cache.system.console import waiting
-from kr2cache.tasks import find_task, split_name
+from kr2cache.tasks import find_task
+from kr2cache.tasks.spool import STANDARD_INPUT, standard_input
 
 
 @takes(ExtractConfig, EXTRACT)
@@ -32,7 +32,15 @@ def extract_cli(
 
     A complete cache is never written again. An interrupted extraction continues where it stopped.
     """
-    config = _config(typed)
+    config = extract_config(read_toml(Path.cwd(), OPTIONS), **typed)
+    if config.data != STANDARD_INPUT:
+        _extract(config, dry_run, as_json)
+        return
+    with standard_input(find_task(config.task), config.split) as path:
+        _extract(dataclasses.replace(config, data=str(path)), dry_run, as_json)
+
+
+def _extract(config: ExtractConfig, dry_run: bool, as_json: bool) -> None:
     model_folder(check_extraction(config).spec)  # a download shows its own progress
     with loading(as_json):
         from kr2cache.extraction.extract import describe_result, extract
@@ -49,27 +57,6 @@ def extract_cli(
     describe_result(result)
     if as_json:
         print_json(result.json())
-
-
-def _config(typed: dict[str, Any]) -> ExtractConfig:
-    """The settings of this call. What the user did not type comes from ``kr2cache.toml`` or the registry."""
-    toml = read_toml(Path.cwd(), OPTIONS)
-    given = merge(toml, **typed)
-    given["split"] = split_name(given.get("split", "train"))
-    if "resource" not in given:
-        raise ConfigError(
-            "Which resource?",
-            "Give --resource, or resource under [defaults] in kr2cache.toml: "
-            f"{', '.join(known_models(toml.models))}, a hub id or a folder.",
-        )
-    if not isinstance(given["resource"], str):
-        raise ConfigError(
-            f"resource under [defaults] in kr2cache.toml names several: {', '.join(given['resource'])}.",
-            "extract runs one: give it as --resource.",
-        )
-    if "task" not in given:
-        given["task"] = choose_task(given["resource"], given.get("cache_dir", default_cache_dir()), toml.models)
-    return ExtractConfig(**given, models=toml.models)
 
 
 def _show_dry_run(plan: Any, as_json: bool) -> None:

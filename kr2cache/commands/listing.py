@@ -95,7 +95,7 @@ def _registered_models(specs: Mapping[str, ModelSpec], as_json: bool) -> None:
             console.print(f"{name} needs {spec.needs}.", markup=False, soft_wrap=True)
 
 
-HEADS = {"token": "tagging", "sequence": "classification", "choice": "multiple choice"}
+HEAD_NAMES = {"token": "tagging", "sequence": "classification", "choice": "multiple choice"}
 
 
 def _one_model(spec: ModelSpec, as_json: bool) -> None:
@@ -116,12 +116,12 @@ def _one_model(spec: ModelSpec, as_json: bool) -> None:
     console.print()
     words = {True: ("yes", "green"), False: ("no", "red"), None: ("not tried", "yellow")}
     able: dict[tuple[str, str], Text] = {(one.role, one.head): Text(*words[one.able]) for one in found.answers}
-    rows: list[list[str | Text]] = [[role, *(able[role, head] for head in HEADS)] for role in ROLES]
-    print_table("Can serve as", [Column(text) for text in ("", *HEADS.values())], rows)
+    rows: list[list[str | Text]] = [[role, *(able[role, head] for head in HEAD_NAMES)] for role in ROLES]
+    print_table("Can serve as", [Column(text) for text in ("", *HEAD_NAMES.values())], rows)
     for (why, remedy), answers in reasons(found.answers).items():
-        parts = {role: [HEADS[one.head] for one in answers if one.role == role] for role in ROLES}
+        parts = {role: [HEAD_NAMES[one.head] for one in answers if one.role == role] for role in ROLES}
         where = "; ".join(
-            role + ("" if len(heads) == len(HEADS) else f" for {', '.join(heads)}")
+            role + ("" if len(heads) == len(HEAD_NAMES) else f" for {', '.join(heads)}")
             for role, heads in parts.items()
             if heads
         )
@@ -158,13 +158,20 @@ def tasks_cli(as_json: Json = False) -> None:
     """List the tasks, and where their data comes from."""
     from kr2cache.system.terminal import Column, print_table
     from kr2cache.tasks import task_names
+    from kr2cache.tasks.base import HEADS
     from kr2cache.tasks.udpos import LANGUAGES
 
     tasks = [find_task(name) for name in task_names()]
     if as_json:
         print_json(
             [
-                {"name": t.name, "head": t.head, "metric": t.metric, "labels": t.labels, "data": t.default_data}
+                {
+                    "name": t.name,
+                    "head": HEADS.get(t.kind),
+                    "metric": t.metric,
+                    "labels": t.labels,
+                    "data": t.default_data,
+                }
                 for t in tasks
             ]
         )
@@ -180,8 +187,10 @@ def tasks_cli(as_json: Json = False) -> None:
     rows = [["udpos-LANG", "part-of-speech tagging", f1, "google/xtreme", "train.conllu, ..."]]
     for task in tasks:
         if not task.name.startswith("udpos-"):
-            metric = f1 if task.words else task.metric
-            rows.append([task.name, task.about, metric, task.default_data or "-", f"train{task.suffixes[0]}, ..."])
+            metric = f1 if task.kind == "tagging" else task.metric
+            rows.append(
+                [task.name, task.about, metric or "-", task.default_data or "-", f"train{task.suffixes[0]}, ..."]
+            )
     print_table("Tasks", columns, rows)
     console.print(f"LANG: {', '.join(f'{code} ({name})' for code, name in sorted(LANGUAGES.items()))}")
 

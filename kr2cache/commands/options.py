@@ -19,7 +19,7 @@ from typer.models import CommandFunctionType
 
 from kr2cache.commands.hints import more_advice
 from kr2cache.commands.settings import CACHE_DIR, DATA, DEVICE, LIMIT, OPTIONS, Setting, default_text, kind
-from kr2cache.config import ExtractConfig, Toml, TrainConfig, local, read_toml
+from kr2cache.config import ExtractConfig, TrainConfig, local, read_toml
 from kr2cache.errors import KR2CacheError, UsageError
 from kr2cache.models.registry import known_models
 from kr2cache.system.console import console
@@ -189,12 +189,6 @@ class App(typer.Typer):
             return function
 
         return add
-
-
-def merge(toml: Toml, **given: Any) -> dict[str, Any]:
-    """The options that the command line or ``[defaults]`` gives. The command line wins; None means not given."""
-    values = {name: toml.defaults[name] for name in given if name in toml.defaults}
-    return values | {name: value for name, value in given.items() if value is not None}
 
 
 def print_json(document: Any) -> None:

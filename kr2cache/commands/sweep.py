@@ -8,8 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
+from kr2cache.commands.defaults import merge
 from kr2cache.commands.loading import loading
-from kr2cache.commands.options import Json, checked, merge, option, print_json, takes
+from kr2cache.commands.options import Json, checked, option, print_json, takes
 from kr2cache.commands.settings import EXTRACT, OPTIONS, SWEEP, TRAIN_OPTIONS
 from kr2cache.config import ExtractConfig, SweepWorkers, TrainConfig, read_toml
 from kr2cache.experiment.cells import cells_of

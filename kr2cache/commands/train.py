@@ -7,12 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
-from kr2cache.commands.defaults import choose_resource, choose_task
+from kr2cache.commands.defaults import train_config
 from kr2cache.commands.loading import loading
-from kr2cache.commands.options import Json, merge, print_json, takes
+from kr2cache.commands.options import Json, print_json, takes
 from kr2cache.commands.settings import OPTIONS, TRAIN
-from kr2cache.config import TrainConfig, default_cache_dir, parse_seeds, read_toml
-from kr2cache.errors import ConfigError
+from kr2cache.config import TrainConfig, read_toml
 from kr2cache.experiment.checks import check_training
 from kr2cache.methods import METHODS, Method
 from kr2cache.models.files import model_folder
@@ -31,7 +30,7 @@ def train_cli(
 
     Missing caches are made first. A finished run is shown, not trained again.
     """
-    config = _config(typed, extract=not no_extract)
+    config = train_config(read_toml(Path.cwd(), OPTIONS), extract=not no_extract, **typed)
     model_folder(check_training(config).reader)  # a download shows its own progress
     _note_unused(METHODS[config.method], typed)
     with loading(as_json):
@@ -41,30 +40,6 @@ def train_cli(
     describe_training(result)
     if as_json:
         print_json(result.json())
-
-
-def _config(typed: dict[str, Any], extract: bool) -> TrainConfig:
-    """The settings of this call. What was not typed comes from ``kr2cache.toml``, the registry or the caches."""
-    toml = read_toml(Path.cwd(), OPTIONS)
-    given = merge(toml, **typed, dtype=None, compute_dtype=None)
-    if "max_length" in toml.defaults:  # it is meant for both stages
-        given.setdefault("resource_max_length", toml.defaults["max_length"])
-    if "seeds" in given:
-        given["seeds"] = parse_seeds(given["seeds"])
-    where = given.get("cache_dir", default_cache_dir())
-    if "resource" not in given:
-        try:
-            reader = given.get("reader", TrainConfig.reader)
-            given["resource"] = choose_resource(where, given.get("task"), reader, toml.models)
-        except ConfigError:
-            method = METHODS.get(given.get("method", TrainConfig.method))
-            if method is not None and method.needs_resource:
-                raise
-    if "task" not in given:
-        resource = given.get("resource")
-        first = resource[0] if isinstance(resource, tuple) else resource
-        given["task"] = choose_task(first, where, toml.models)
-    return TrainConfig(**given, extract=extract, models=toml.models, training=toml.training)
 
 
 def _note_unused(method: Method, typed: dict[str, Any]) -> None:

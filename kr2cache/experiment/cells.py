@@ -22,7 +22,7 @@ from kr2cache.methods import METHODS, Method
 from kr2cache.system import interrupt
 from kr2cache.system.console import count_text
 from kr2cache.tasks import find_task
-from kr2cache.tasks.files import data_folder
+from kr2cache.tasks.files import data_path
 from kr2cache.tasks.udpos import UdPos
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def _check_languages(grid: Grid, cells: Sequence[Cell]) -> None:
     for cell in cells:
         task = find_task(cell.config.task)
         try:
-            folder = data_folder(cell.config.data)
+            folder = data_path(cell.config.data)
         except DataError:  # ``sweep`` reports it; the other cells may run
             continue
         if not isinstance(task, UdPos) or task.language is None or folder is None:

@@ -60,6 +60,7 @@ def check_names(config: TrainConfig) -> Training:
     check_device_name(config.device)
     check_device_map(config.device_map, config.device)
     task = find_task(config.task)
+    _ = task.head  # an error for a task without labels
     if method.frozen == "reader":  # the reader is the resource, whatever resource is given
         config = dataclasses.replace(config, resource=config.reader, more_resources=())
     known = ", ".join(known_models(config.models))

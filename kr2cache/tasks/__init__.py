@@ -10,11 +10,12 @@ from kr2cache.tasks.piqa import Piqa
 from kr2cache.tasks.rows import RowTask
 from kr2cache.tasks.snli import Snli
 from kr2cache.tasks.swag import Swag
+from kr2cache.tasks.text import Text, Words
 from kr2cache.tasks.udpos import LANGUAGES, UdPos
 
 __all__ = ["COUNTS", "SPLITS", "Example", "Task", "find_task", "split_name", "task_names"]
 
-ROW_TASKS: tuple[type[RowTask], ...] = (Snli, Swag, Piqa, HellaSwag)
+ROW_TASKS: tuple[type[RowTask], ...] = (Snli, Swag, Piqa, HellaSwag, Text, Words)
 """Add your own task here."""
 
 COUNTS = {**UdPos.counts, **{name: title for task in ROW_TASKS for name, title in task.counts.items()}}

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from kr2cache.errors import ConfigError, DataError, MissingSplitError, unknown_name
 from kr2cache.system.console import count_text, note
-from kr2cache.tasks.files import SPLIT_FILES, SPLITS, Names, data_folder, names_text, split_files, unread_files
+from kr2cache.tasks.files import SPLIT_FILES, SPLITS, Names, data_path, names_text, split_files, split_of, unread_files
 
 Kind = Literal["tagging", "classification", "multilabel", "regression", "choice", "text"]
 """What the labels of a task are. ``text`` has none: its states can be extracted, and nothing can be trained."""
@@ -157,17 +157,17 @@ class Task(ABC):
 
         Args:
             split: ``train``, ``dev`` or ``test``.
-            data: A folder, or a hub id; None for the task's own hub data set.
+            data: A folder, a file, or a hub id; None for the task's own hub data set.
             limit: Only the first ``limit`` examples; None for all.
 
         Raises:
             MissingSplitError: If the data has no such split. The message names the files that were looked for.
             DataError: If the split is malformed or empty.
         """
-        folder = data_folder(data)
+        path = data_path(data)
         count = 0
         for example in (
-            self._folder_examples(folder, split) if folder is not None else self.hub_examples(self._hub_id(data), split)
+            self._path_examples(path, split) if path is not None else self.hub_examples(self._hub_id(data), split)
         ):
             count += 1
             if limit is None or count <= limit:
@@ -180,9 +180,9 @@ class Task(ABC):
             )
 
     def corpus(self, data: str | None) -> str:
-        """The name of the data: the folder's own name, or the hub id."""
-        folder = data_folder(data)
-        return folder.resolve().name if folder is not None else self._hub_id(data)
+        """The name of the data: the folder's or file's own name, or the hub id."""
+        path = data_path(data)
+        return path.resolve().name if path is not None else self._hub_id(data)
 
     def _hub_id(self, data: str | None) -> str:
         hub_id = data or self.default_data
@@ -198,24 +198,25 @@ class Task(ABC):
         """Check that the files of a split exist, without reading them.
 
         Raises:
-            MissingSplitError: If a folder has no such split.
-            KR2CacheError: If ``data`` is neither a folder nor the id of a hub data set.
+            MissingSplitError: If a folder has no such split, or a file is another one.
+            KR2CacheError: If ``data`` is neither a folder, nor a file of this task, nor the id of a hub data set.
         """
-        folder = data_folder(data)
-        if folder is None:
+        path = data_path(data)
+        if path is None:
             self._hub_id(data)
         else:
-            self._files(folder, split)
+            self._files(path, split)
 
     def source_files(self, split: str, data: str | None) -> dict[str, Path] | None:
         """All files that decide the examples of a split, by their path below the folder. None if they are not known,
         as for a data set of the hub.
         """
-        folder = data_folder(data)
-        if folder is None:
+        path = data_path(data)
+        if path is None:
             return None
-        files = [file for path in self._files(folder, split) for file in (path, *self.beside(path))]
-        return {path.relative_to(folder).as_posix(): path for path in files}
+        folder = path if path.is_dir() else path.parent
+        files = [file for one in self._files(path, split) for file in (one, *self.beside(one))]
+        return {file.relative_to(folder).as_posix(): file for file in files}
 
     def beside(self, path: Path) -> list[Path]:
         """The files that ``file_examples`` reads together with ``path``, if they are there: labels, for example."""
@@ -226,6 +227,10 @@ class Task(ABC):
         return Names(suffixes=self.suffixes, releases=self.releases, parts=self.parts)
 
     def _files(self, folder: Path, split: str) -> list[Path]:
+        """The files of a split in a folder; or the file itself, if it is one and not a folder."""
+        if not folder.is_dir():
+            self._check_file(folder, split)
+            return [folder]
         files = split_files(folder, split, self._names)
         if not files:
             self._say_unread(folder, split, files)
@@ -237,6 +242,24 @@ class Task(ABC):
             )
         return files
 
+    def _check_file(self, path: Path, split: str) -> None:
+        """Check that a file by itself can be this split of the task."""
+        if path.suffix not in self.suffixes:
+            other = (
+                f" Any other file with one text a line: --data - < {path}"
+                if self.kind == "text"
+                else " For the states of plain text, without labels: --task text"
+            )
+            raise DataError(
+                f"{path} is no file of task {self.name!r}, whose files end in {' or '.join(self.suffixes)}.",
+                f"Give such a file, or a folder of them.{other}",
+            )
+        if (own := split_of(path)) != split:
+            raise MissingSplitError(
+                f"{path} is one file, and is read as the {own} split, not as {split}.",
+                f"Put {split} in its name, or give a folder with {' and '.join(self._names.looked_for(split)[:1])}.",
+            )
+
     def _say_unread(self, folder: Path, split: str, files: Sequence[Path]) -> None:
         if unread := unread_files(folder, split, self._names):
             note(
@@ -245,8 +268,11 @@ class Task(ABC):
                 f"itself, unpacked, with names that end in {' or '.join(self.suffixes)}."
             )
 
-    def _folder_examples(self, folder: Path, split: str) -> Iterator[Example]:
+    def _path_examples(self, folder: Path, split: str) -> Iterator[Example]:
         files = self._files(folder, split)
+        if not folder.is_dir():
+            yield from self.file_examples(folder, split)
+            return
         self._say_unread(folder, split, files)
         if len(files) == 1 and files[0].parent == folder:
             yield from self.file_examples(files[0], split)

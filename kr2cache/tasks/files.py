@@ -19,6 +19,8 @@ SPLITS = ("train", "dev", "test")
 SPLIT_FILES = {"train": ("train",), "dev": ("dev", "valid", "validation", "val"), "test": ("test", "tests")}
 """The names that a split's file, folder or hub split may have."""
 COMPRESSED = (".gz", ".bz2", ".xz", ".zip", ".zst")
+DATA_SUFFIXES = (".conllu", ".csv", ".json", ".jsonl", ".parquet", ".tsv", ".txt")
+"""What ends so is a file, not the id of a data set on the hub."""
 NAMES_SHOWN = 8
 """The most file names in one message."""
 
@@ -40,24 +42,29 @@ class Names:
         return plain + [pattern.format(split=split) for pattern in self.releases + self.parts]
 
 
-def data_folder(data: str | None) -> Path | None:
-    """The folder that ``data`` names, or None if it is a hub id (or not given).
+def data_path(data: str | None) -> Path | None:
+    """The folder or file that ``data`` names, or None if it is a hub id (or not given).
 
     Raises:
-        DataError: If it must be a folder, but does not exist.
+        DataError: If it must be a folder or file, but does not exist.
         ConfigError: If it is a URL.
     """
     if data is None:
         return None
-    folder = local(Path(data), "--data").expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.is_file():
-        raise DataError(f"{data} is a file; --data takes the folder it is in.", f"Give --data {folder.parent}")
-    # A hub id has at most one slash. With a leading dot, tilde or slash, a path is meant.
-    if data.startswith((".", "/", "~")) or data.count("/") > 1:
-        raise DataError(f"There is no data folder {data}.", "Check --data, or data under [defaults] in kr2cache.toml.")
+    path = local(Path(data), "--data").expanduser()
+    if path.exists():
+        return path
+    # A hub id has at most one slash. With a leading dot, tilde or slash, or a suffix of data files, a path is meant.
+    if data.startswith((".", "/", "~")) or data.count("/") > 1 or path.suffix in DATA_SUFFIXES:
+        raise DataError(
+            f"There is no data folder or file {data}.", "Check --data, or data under [defaults] in kr2cache.toml."
+        )
     return None
+
+
+def split_of(path: Path) -> str:
+    """The split that a file by itself is: the one in its name (``dev.jsonl``, ``reviews_test.csv``), else ``train``."""
+    return _split_of(path, path.parent) or "train"
 
 
 def split_files(folder: Path, split: str, names: Names) -> list[Path]:

@@ -195,7 +195,7 @@ class RowTask(Task):
             note(f"{what}: {total - count:,} of {total:,} rows have no gold label ({self.no_gold}); they are left out.")
 
     def _check(self, example: Example, place: str) -> None:
-        if self.head == "choice" and len(example.texts) != len(self.labels):
+        if self.kind == "choice" and len(example.texts) != len(self.labels):
             raise DataError(
                 f"{place}: {len(example.texts)} choices, but {self.name} has {len(self.labels)}.", "Check the row."
             )

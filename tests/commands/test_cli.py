@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shlex
@@ -12,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -162,6 +164,31 @@ def test_extract_says_how_many_texts_are_as_long_as_they_may_be(
     assert "2 sequences of 12 tokens (--max-length): longer texts are cut." in capsys.readouterr().out
     assert command(f"{line} --max-length 100") == 0
     assert "(--max-length)" not in capsys.readouterr().out
+
+
+def test_the_states_of_plain_text_by_file_and_by_standard_input(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = ["das haus", "", "ein hund"]
+    (place / "sentences.txt").write_text("".join(f"{line}\n" for line in lines), "utf-8")
+    first = Answer("extract --resource gottbert --task text --data sentences.txt", capsys)
+    assert (first.document["sequences"], first.document["computed"]) == (2, 2)
+    assert "gottbert on text/train (sentences.txt)" in first.people
+    assert "1 line of 3 blank" in first.people
+    cache = FeatureCache.open(first.document["cache"])
+    assert cache.folder.parent == Path(".kr2cache/text/train")
+    assert cache.ids == ["train-0", "train-2"]
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO("\n".join(lines).encode())))
+    again = Answer("extract --resource gottbert --task text --data -", capsys)
+    assert (again.document["cache"], again.document["computed"]) == (first.document["cache"], 0)
+    (place / "dev.txt").write_text("das haus", "utf-8")
+    assert Answer("extract --resource gottbert --task text --data dev.txt", capsys).code == 0
+    assert [path.name for path in (place / ".kr2cache" / "text").iterdir() if path.name != "train"] == ["dev"]
+    before = files(place)
+    refused = Answer("train --resource gottbert --task text --data sentences.txt", capsys)
+    assert refused.code == 1
+    assert "Task 'text' is of kind text: it has no labels" in refused.document["error"]["message"]
+    assert files(place) == before
 
 
 def test_predict_says_how_many_words_it_did_not_read(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -405,16 +405,14 @@ def test_a_duplicate_in_one_file_of_several_is_still_an_error(folder: Path) -> N
         UdPos(None).read("train", str(folder))
 
 
-def test_a_file_given_as_data_is_answered_with_its_folder(folder: Path) -> None:
-    path = write(folder / "train.conllu", sentence("a"))
-    with pytest.raises(DataError, match="is a file") as caught:
-        UdPos(None).read("train", str(path))
-    assert str(folder) in caught.value.remedy
+def test_a_file_given_as_data_is_its_split(folder: Path) -> None:
+    path = write(folder / "my.conllu", sentence("a", name="s1") + sentence("b"))
+    assert UdPos(None).read("train", str(path)) == UdPos(None).read("train", str(path.rename(folder / "train.conllu")))
 
 
 @pytest.mark.parametrize("data", ["./nothing", "/nowhere/at/all", "a/b/c", "~/no-such-kr2cache-data"])
 def test_a_data_folder_that_is_not_there(workdir: Path, data: str) -> None:
-    with pytest.raises(DataError, match="There is no data folder"):
+    with pytest.raises(DataError, match="There is no data folder or file"):
         UdPos("de").read("train", data)
 
 
@@ -427,7 +425,7 @@ def test_udpos_of_no_language_needs_data() -> None:
 
 
 def test_every_listed_task_is_found_and_knows_its_data() -> None:
-    families = {"udpos", "snli", "swag", "piqa", "hellaswag"}
+    families = {"udpos", "snli", "swag", "piqa", "hellaswag", "text", "words"}
     assert {f"udpos-{language}" for language in LANGUAGES} | families == set(task_names())
     for name in task_names():
         assert find_task(name).name == name
