@@ -19,6 +19,8 @@ from kr2cache.errors import ConfigError, UnknownNameError, nearest
 
 TRAINABLE = ("fuse", "softmax", "mix")
 """Fusions of all layers whose weights are learned."""
+SOFTMAX = ("softmax", "mix")
+"""Those of them whose weights are a softmax of learned scores: positive, and 1 in sum."""
 FUSION_FORMS = re.compile(rf"{'|'.join(TRAINABLE)}|all|last[1-9][0-9]*|layer(0|[1-9][0-9]*)")
 """Each fusion has one spelling, because it is part of a run's name."""
 
@@ -36,8 +38,8 @@ class Fusion:
 
     @property
     def is_softmax(self) -> bool:
-        """Whether the weights are a softmax of learned scores: positive, and 1 in sum."""
-        return self.name in ("softmax", "mix")
+        """Whether the weights are a softmax of learned scores (``SOFTMAX``)."""
+        return self.name in SOFTMAX
 
     @property
     def normalises(self) -> bool:

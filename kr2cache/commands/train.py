@@ -45,6 +45,10 @@ def train_cli(
 def _note_unused(method: Method, typed: dict[str, Any]) -> None:
     """Name the options that the user typed although this method does not use them."""
     unused: list[str] = []
+    # One resource may have given the task by its language.
+    tells_task = typed["task"] is None and isinstance(typed["resource"], str)
+    if "resource" not in (method.trains, method.frozen) and not tells_task:
+        unused.append("resource")
     if method.frozen is None:
         unused += ["fusion", "projection", "fusion_learning_rate", "resource_max_length"]
     if not method.needs_teacher:

@@ -5,13 +5,14 @@ Importing torch and transformers takes seconds. A command line that cannot work 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from kr2cache.config import COMPUTE_DTYPES, DEFAULT_MAX_LENGTH, PROJECTIONS, TrainConfig
 from kr2cache.errors import ConfigError, unknown_name
-from kr2cache.fusion import check_fusion_name, parse_fusion
+from kr2cache.fusion import SOFTMAX, check_fusion_name, parse_fusion
 from kr2cache.methods import METHODS
 from kr2cache.models.files import check_obtainable, layers_in_config
 from kr2cache.models.registry import ModelSpec, find_model, known_models
@@ -101,21 +102,28 @@ def _find_resources(config: TrainConfig) -> dict[str, ModelSpec]:
         model_layers = layers_in_config(spec)
         check_fusion_name(config.fusion, model_layers)
         if model_layers is not None:
-            try:
+            with named_in_errors(spec, several=bool(config.more_resources)):
                 parse_fusion(config.fusion, model_layers)
-            except ConfigError as error:
-                if config.more_resources:
-                    error.message = f"{spec.name}: {error.message}"
-                raise
         _check_fits(config.fusion, config.projection)
     return resources
 
 
+@contextlib.contextmanager
+def named_in_errors(resource: ModelSpec, *, several: bool) -> Iterator[None]:
+    """If there are several resources, errors about the settings of this one begin with its name."""
+    try:
+        yield
+    except ConfigError as error:
+        if several:
+            error.message = f"{resource.name}: {error.message}"
+        raise
+
+
 def _check_fits(fusion: str, projection: str) -> None:
     """The direct projection has a weight for every number of every layer: it takes only the layers of a fusion."""
-    if projection == "direct" and fusion in ("softmax", "mix"):
+    if projection == "direct" and fusion in SOFTMAX:
         raise ConfigError(
-            f"--fusion {fusion} has no effect with --projection direct, which weights the layers itself.",
+            f"--fusion {fusion} cannot be used with --projection direct, whose matrix weights the layers itself.",
             "Give --fusion all, or another projection.",
         )
 

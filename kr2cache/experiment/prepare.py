@@ -6,7 +6,6 @@ The result has everything that decides the scores of a run, so the folder of the
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 
 from kr2cache.cache.reader import FeatureCache
 from kr2cache.config import DEFAULT_WEIGHTS_DTYPE, TrainConfig, deciding_training
+from kr2cache.experiment.checks import named_in_errors
 from kr2cache.experiment.ready import check_ready
 from kr2cache.experiment.resource import Resource
 from kr2cache.experiment.shared import Corpus, Shared
@@ -79,11 +79,12 @@ class Prepared:
 
     @property
     def words_without_states(self) -> dict[str, int]:
-        """By split, of all resources together."""
-        total: Counter[str] = Counter()
+        """By split. With several resources: how many words lack the states of at least one of them."""
+        lacking: dict[str, set[tuple[int, int]]] = {}
         for resource in self.resources.values():
-            total.update(resource.words_without_states)
-        return dict(total)
+            for split, words in resource.words_without_states.items():
+                lacking.setdefault(split, set()).update(words)
+        return {split: len(words) for split, words in lacking.items()}
 
     def recorded(self) -> dict[str, Any]:
         """Facts that are recorded with a run and do not decide its folder."""
@@ -195,11 +196,12 @@ def _with_features(
     features: dict[str, list[Features]] = {split: [] for split in job.splits}
     for name, resource in resources.items():
         width = caches[name]["train"].width
-        settings = InputSettings(
-            fusion=parse_fusion(config.fusion, caches[name]["train"].model_layers),
-            projection=projection_kind(config.projection, width, reader_width),
-            resource_width=width,
-        )
+        with named_in_errors(resource.spec, several=len(resources) > 1):
+            settings = InputSettings(
+                fusion=parse_fusion(config.fusion, caches[name]["train"].model_layers),
+                projection=projection_kind(config.projection, width, reader_width),
+                resource_width=width,
+            )
         inputs[name] = settings
         for split, cache in caches[name].items():
             states = ResourceFeatures(
@@ -214,7 +216,8 @@ def _with_features(
                 continue
             room -= states.nbytes
             size = bytes_text(states.nbytes)
-            resource.notes.append(f"The states of {split} ({size}) live on {device_name(device)}.")
+            of = f"{name}'s states" if len(resources) > 1 else "The states"
+            resource.notes.append(f"{of} of {split} ({size}) live on {device_name(device)}.")
             features[split].append(DeviceFeatures(states, device))
     splits = {split: dataclasses.replace(data, features=joined(features[split])) for split, data in job.splits.items()}
     return dataclasses.replace(job, splits=splits, inputs=inputs)

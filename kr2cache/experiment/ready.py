@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from kr2cache.config import TrainConfig
-from kr2cache.experiment.checks import Training, check_training
+from kr2cache.experiment.checks import Training, check_training, named_in_errors
 from kr2cache.experiment.rehearsal import rehearse
 from kr2cache.experiment.shared import Corpus, Shared
 from kr2cache.extraction.planning import check_length
@@ -102,8 +102,9 @@ def _check_resource(training: Training, spec: ModelSpec, reader_config: Pretrain
     model_config = resource_config(spec)
     check_complete(spec)
     layers, width = encoder_shape(model_config)
-    parse_fusion(config.fusion, layers)
-    projection_kind(config.projection, width, encoder_shape(reader_config)[1])
+    with named_in_errors(spec, several=len(training.resources) > 1):
+        parse_fusion(config.fusion, layers)
+        projection_kind(config.projection, width, encoder_shape(reader_config)[1])
     if config.resource_max_length is not None:
         check_length(config.resource_max_length, "--resource-max-length", spec, model_config)
     shared.tokenizer(spec, words=training.task.words)

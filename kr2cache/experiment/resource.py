@@ -32,7 +32,7 @@ from kr2cache.extraction.planning import ExtractPlan, describe, plan_extraction
 from kr2cache.extraction.rerun import plan_again
 from kr2cache.fusion import parse_fusion
 from kr2cache.models.digests import OpenedModel, known_digests, open_model
-from kr2cache.models.encode import missing_words
+from kr2cache.models.encode import absent_words, missing_words
 from kr2cache.models.files import local_folder
 from kr2cache.models.registry import ModelSpec
 from kr2cache.store.derive import derive, plan_fusion
@@ -55,8 +55,8 @@ class Resource:
         self.task = task
         self.computed = 0
         self.notes: list[str] = []
-        self.words_without_states: dict[str, int] = {}
-        """By split, for a task on words: how many words have no states in the cache."""
+        self.words_without_states: dict[str, set[tuple[int, int]]] = {}
+        """By split, for a task on words: the words that have no states in the cache, as numbers of example and word."""
         self.on_this_machine = local_folder(spec) is not None
         self.weights: str | None = None
         self.config_digest: str | None = None
@@ -175,7 +175,7 @@ class Resource:
         max_length = int(cache.provenance["chosen"]["max_length"])
         texts = [example.texts[0] for example in part.examples]
         missing = missing_words(index, texts, max_length, self._tokenizer)
-        self.words_without_states[split] = missing.total
+        self.words_without_states[split] = {(i, word) for i, words, _ in absent_words(index, texts) for word in words}
         if missing.total and not noted:
             self._note_once(
                 f"{self.spec.name}'s cache of {self.task.name}/{split} has no states for "

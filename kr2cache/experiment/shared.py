@@ -91,6 +91,8 @@ class Shared:
         self._tokenizers: dict[tuple[str, bool], PreTrainedTokenizerBase] = {}
         self._tokenizer_files: dict[tuple[str, bool], dict[str, bytes]] = {}
         self._checkpoints: OrderedDict[tuple[Any, ...], TaskCheckpoint] = OrderedDict()
+        self._earlier_heads: dict[tuple[Any, ...], tuple[str, ...]] = {}
+        """``earlier_head`` of checkpoints that are no longer in memory."""
         self._admitted: set[tuple[Any, ...]] = set()
         self._noted: set[str] = set()
 
@@ -158,10 +160,14 @@ class Shared:
     def checkpoint(self, spec: ModelSpec, task: Task, *, keep_head: bool = False) -> TaskCheckpoint:
         """The checkpoint that a reader of ``task`` starts from; arguments as for ``TaskCheckpoint``."""
         key = (repr(spec), task.head, task.labels, keep_head)
-        found = self._checkpoints.pop(key, None) or TaskCheckpoint(spec, task.head, task.labels, keep_head=keep_head)
+        found = self._checkpoints.pop(key, None)
+        if found is None:
+            found = TaskCheckpoint(spec, task.head, task.labels, keep_head=keep_head)
+            found.earlier_head = self._earlier_heads.get(key, ())
         self._checkpoints[key] = found  # at the end of the order: used most recently
         if len(self._checkpoints) > MAX_CHECKPOINTS:
-            self._checkpoints.popitem(last=False)
+            gone, checkpoint = self._checkpoints.popitem(last=False)
+            self._earlier_heads[gone] = checkpoint.earlier_head
         return found
 
     def check_reader(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -269,6 +269,20 @@ class MissingWords(NamedTuple):
         return ", ".join(parts)
 
 
+def absent_words(
+    index: SequenceIndex, texts: Sequence[Sequence[str]]
+) -> Iterator[tuple[int, list[int], NDArray[np.int32]]]:
+    """Of each sequence with a word that has no token: its number, its words without a token, and those with one.
+
+    Args:
+        texts: The words of each sequence.
+    """
+    first_subwords = FirstSubwords(index)
+    for i in np.flatnonzero(first_subwords.counts < np.array([len(text) for text in texts])).tolist():
+        _, there = first_subwords[i]
+        yield i, sorted(set(range(len(texts[i]))).difference(there.tolist())), there
+
+
 def missing_words(
     index: SequenceIndex,
     texts: Sequence[Sequence[str]],
@@ -284,12 +298,10 @@ def missing_words(
         tokenizer: Tells why words are missing at the ends of a text that fills the maximal length. Without it, they
             count as cut off.
     """
-    first_subwords = FirstSubwords(index)
     edges: list[str] = []
     total = 0
-    for i in np.flatnonzero(first_subwords.counts < np.array([len(text) for text in texts])).tolist():
-        words, (_, there) = texts[i], first_subwords[i]
-        absent = sorted(set(range(len(words))).difference(there.tolist()))
+    for i, absent, there in absent_words(index, texts):
+        words = texts[i]
         total += len(absent)
         if index.n_tokens[i] >= max_length:
             # Cutting removes words at one end. A word missing between two others never had a token.

@@ -17,10 +17,11 @@ WHOLE_TAGS = 3
 """The first ``procedure`` (in ``config.json``) whose F1 is that of XTREME. Before, CCONJ and SCONJ counted as one tag,
 and an X at the end of a sentence was ignored."""
 
-_DIGESTS = ("weights", "config", "tokens")
 _NOT_SETTINGS = ("task", "method", "data", "metric", "seed", "fusion", "more_resources")
+_NOT_SETTINGS_OF_A_PART = ("name", "fusion", "weights", "config", "tokens")
 _ADDED_LATER = {"keep_head": "False"}
 """Settings that runs from before them do not have, and what they were then."""
+_ADDED_LATER_TO_RESOURCES = {"weights_dtype": "float32"}
 OLDER = "older"
 """Marks a score that an older version computed differently."""
 
@@ -165,12 +166,12 @@ class Configuration:
         for name, value in self.config.items():
             if name in _NOT_SETTINGS:
                 continue
-            if not isinstance(value, Mapping):
+            if isinstance(value, Mapping):
+                settings |= _settings_of(name, value)
+            else:
                 settings[name] = _setting_text(value)
-                continue
-            for inner, inner_value in value.items():
-                if inner != "name" and inner not in _DIGESTS:
-                    settings[f"{name}.{inner}"] = _setting_text(inner_value)
+        for one in sequence(self.config.get("more_resources")):
+            settings |= _settings_of(f"resource {name_of(one)}", mapping(one))
         return settings
 
     def values(self, metric: str, seeds: Iterable[int] | None = None) -> list[float]:
@@ -260,6 +261,13 @@ def number(value: object) -> float | None:
 
 def name_of(value: object) -> str:
     return str(mapping(value).get("name", "")) if isinstance(value, Mapping) else str(value or "")
+
+
+def _settings_of(part: str, values: Mapping[str, Any]) -> dict[str, str]:
+    """Settings of a model, or of another part of a configuration, by dotted name."""
+    added = _ADDED_LATER_TO_RESOURCES if part.startswith("resource") else {}
+    own = {name: _setting_text(value) for name, value in values.items() if name not in _NOT_SETTINGS_OF_A_PART}
+    return {f"{part}.{name}": value for name, value in (added | own).items()}
 
 
 def _setting_text(value: object) -> str:

@@ -85,7 +85,7 @@ def check_appended(model: PreTrainedModel, head: Head, positions: int, who: str)
 
 def _check_room(reader: KReader, positions: int, who: str) -> None:
     """Raise ``UnsupportedModelError`` if the encoder has not so many positions. Most encoders have no limit: positions
-    are added to the embeddings of tokens alone. RoFormer keeps a table of angles, though.
+    are added to the embeddings of tokens alone. RoFormer keeps a table of angles, though, BigBird one of segments.
     """
     config = reader.config
     limit = getattr(config, "max_position_embeddings", None)
@@ -97,7 +97,7 @@ def _check_room(reader: KReader, positions: int, who: str) -> None:
     try:
         with torch.inference_mode():
             reader.logits_beside(tokens, appended, torch.ones(1, positions - 1, dtype=torch.long))
-    except (RuntimeError, IndexError) as error:
+    except Exception as error:  # models of any architecture can raise anything
         if is_out_of_memory(error):
             raise
         raise UnsupportedModelError(

@@ -182,6 +182,10 @@ class Appender(nn.Module):
             UnsupportedModelError: See ``place_of``.
         """
         super().__init__()
+        # A short batch switches BigBird from sparse to full attention for good, and sparse attention pads inside the
+        # model, to whole blocks. With full attention from the start, the order of batches does not matter.
+        if (set_attention := getattr(model.base_model, "set_attention_type", None)) is not None:
+            set_attention("original_full")
         place = place_of(model, who)
         embeddings = model.base_model.get_submodule(place.embeddings)
         self._pad = int(getattr(model.config, "pad_token_id", None) or 0)
@@ -226,13 +230,20 @@ class Appender(nn.Module):
         except (RuntimeError, IndexError) as error:
             if batch.placed or is_out_of_memory(error):
                 raise
-            raise _states_lost(T, batch) from error
+            raise self._lost(f"the model fails before they are appended: {error_text(error).rstrip('.')}") from error
         finally:
             self._batch = None
         # A model may silently accept a longer mask over fewer positions, so count the positions of its output.
         if not batch.placed or batch.seen != W:
-            raise _states_lost(batch.seen if batch.placed else T, batch)
+            seen = batch.seen if batch.placed else T
+            raise self._lost(f"it saw {seen} positions instead of {W} (reader and resource)")
         return logits
+
+    def _lost(self, reason: str) -> UnsupportedModelError:
+        remedy = "Choose another reader."
+        if getattr(self, "_is_replica", False):  # torch marks the copies that DataParallel makes
+            remedy = "Use torchrun for several GPUs: torch.nn.DataParallel loses the hook that appends the states."
+        return UnsupportedModelError(f"The resource's states did not reach the encoder: {reason}.", remedy)
 
     def _narrow(
         self, module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]
@@ -272,11 +283,3 @@ class Appender(nn.Module):
     def _count(self, module: nn.Module, inputs: Any, output: Any) -> None:
         if self._batch is not None:
             self._batch.seen = output[0].shape[1]
-
-
-def _states_lost(seen: int, batch: _Batch) -> UnsupportedModelError:
-    return UnsupportedModelError(
-        f"The encoder saw {seen} positions instead of {batch.positions} (reader and resource): the resource's states "
-        "did not reach it.",
-        "Use torchrun for several GPUs: torch.nn.DataParallel loses the hook that appends the states.",
-    )

@@ -222,9 +222,15 @@ class JoinedFeatures:
             part.sequences_read = total // len(self.parts)
 
     def batch(self, sequences: Sequence[int]) -> tuple[list[States], NDArray[np.int64]]:
-        """See ``Features.batch``."""
+        """See ``Features.batch``. If one resource's states are on a GPU, those of the others are copied there."""
         batches = [part.batch(sequences) for part in self.parts]
-        states = [own for own, _ in batches if not isinstance(own, list)]
+        states: list[States] = [own for own, _ in batches if not isinstance(own, list)]
+        if self.device.type != "cpu":
+            # The Trainer would wait for each copy: it does not expect states in pinned memory beside those on the GPU.
+            states = [
+                one if isinstance(one, Tensor) else torch.from_numpy(one).to(self.device, non_blocking=True)
+                for one in states
+            ]
         return states, np.concatenate([mask for _, mask in batches], axis=1)
 
 

@@ -213,6 +213,12 @@ class KReader(nn.Module):
                 ignore_mismatched_sizes=True,
                 trust_remote_code=trust_remote_code,
             )
+        saved_as, now = (config.architectures or [""])[0], type(model).__name__
+        if saved_as and saved_as != now:
+            raise CacheError(
+                f"The reader in {folder} is a {saved_as}; today's readers of this kind are a {now}.",
+                "An earlier version trained it: train it again.",
+            )
         if lost := sorted({*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}):
             raise CacheError(
                 f"The reader in {folder} lacks {len(lost)} of its weights, or has them in other shapes: "

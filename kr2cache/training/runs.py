@@ -25,6 +25,8 @@ from typing import Any
 from kr2cache.cache.format import canonical_json
 from kr2cache.errors import CacheError
 
+LONGEST_NAME = 255
+"""Bytes that the name of a folder may have on the usual file systems."""
 Metrics = dict[str, dict[str, float]]
 """Split to metric to fraction."""
 
@@ -221,7 +223,10 @@ def configuration_folder(run_dir: Path, task: str, parts: Sequence[str], decidin
         deciding: Everything that can change the result, except the seed.
     """
     digest = hashlib.sha256(canonical_json(deciding).encode()).hexdigest()
-    return run_dir / task / f"{'-'.join(parts)}-{digest[:8]}"
+    end = f"-{digest[:8]}"
+    # The digits alone tell configurations apart, so a name that is too long is cut.
+    readable = "-".join(parts).encode()[: LONGEST_NAME - len(end)].decode(errors="ignore")
+    return run_dir / task / f"{readable}{end}"
 
 
 def finished_seeds(configuration: Path) -> list[RunFolder]:

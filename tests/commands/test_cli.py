@@ -574,6 +574,9 @@ def test_the_readers_own_caches_leave_no_question(place: Path, capsys: pytest.Ca
         ("--method kreader --temperature 2 --resource-max-length 9", "use --resource-max-length, --temperature."),
         ("--fusion all --soft-weight 1", "Method kr2 does not use --soft-weight."),
         ("--method kreader2 --fusion last2 --projection mlp", None),
+        ("--method kreader --resource xlm-r", "Method kreader does not use --resource."),
+        ("--method kreader2 --resource xlm-r --fusion last2", "Method kreader2 does not use --resource."),
+        ("--method kd --teacher gottbert --task udpos-de", "Method kd does not use --resource."),
     ],
 )
 def test_options_that_a_method_has_no_use_for_are_named(

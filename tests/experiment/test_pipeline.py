@@ -458,7 +458,11 @@ def test_a_split_that_is_labelled_in_part_is_refused(world: World) -> None:
         ({"fusion": "layer5"}, ConfigError, "layer5|layer 5"),
         ({"fusion": "lastt4"}, UnknownNameError, "'last4'"),
         ({"projection": "none"}, ConfigError, "resource has 16, the reader 24"),
-        ({"fusion": "mix", "projection": "direct"}, ConfigError, "--fusion mix has no effect with --projection direct"),
+        (
+            {"fusion": "mix", "projection": "direct"},
+            ConfigError,
+            "--fusion mix cannot be used with --projection direct",
+        ),
         ({"projection": "mpl"}, UnknownNameError, "'mlp'"),
         ({"method": "kr3"}, UnknownNameError, "'kr2'"),
         ({"resource": None}, ConfigError, "needs --resource"),

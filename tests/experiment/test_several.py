@@ -25,6 +25,7 @@ from kr2cache.prediction.predict import Predictor
 from kr2cache.report import report
 from kr2cache.tasks.udpos import UPOS, UdPos
 from kr2cache.training.kreader import KReader
+from kr2cache.training.runs import configuration_folder
 
 
 def other(world: World) -> Path:
@@ -179,12 +180,41 @@ def test_order_and_number_of_resources_are_other_runs(world: World) -> None:
     [
         ({"method": "kresource"}, "Method kresource trains one resource, but .*res, .*second are given"),
         ({"fusion": "last4"}, "second: Fusion 'last4' asks for 4 layers, but this model has 3"),
+        (
+            {"fusion": "all", "projection": "none"},
+            "res: --projection none needs equal widths; the resource has 16, the reader 24",
+        ),
     ],
 )
 def test_what_several_resources_cannot_do(world: World, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         world.train(**resources(world) | changes)
     assert not world.caches.exists()
+
+
+def test_words_that_lack_states_of_several_resources_count_once(world: World) -> None:
+    result = world.train(**resources(world), fusion="last2", resource_max_length=6, epochs=1.0)
+    corpus = [tiny.sentences(count, seed=seed) for seed, count in enumerate(SPLITS.values())]
+    for split, sentences in zip(SPLITS, corpus, strict=True):
+        tokens = [cache.tokens() for cache in caches(world, split)]
+        lacking, of_each = 0, 0
+        for number, sentence in enumerate(sentences):
+            every = set(range(len(sentence)))
+            seen = [
+                set(one.word_index[one.first_token[number] : one.first_token[number + 1]].tolist()) for one in tokens
+            ]
+            lacking += len(every - seen[0] | every - seen[1])
+            of_each += len(every - seen[0]) + len(every - seen[1])
+        assert result.words_without_states[split] == lacking < of_each
+
+
+def test_a_run_of_long_names_has_a_folder(tmp_path: Path) -> None:
+    """A name may have 255 bytes. The digits at its end tell configurations apart."""
+    for name, cut in (("r" * 240, "r" * 240), ("r" * 300, "r" * 242), ("ü" * 300, "ü" * 121)):
+        folder = configuration_folder(tmp_path, "udpos", ["kr2", name], {"seed": 1})
+        assert folder.name.startswith(f"kr2-{cut}-"), name
+        assert len(folder.name.rpartition("-")[2]) == 8
+        folder.mkdir(parents=True)
 
 
 def test_two_resources_of_one_name_are_refused(world: World, tmp_path: Path) -> None:

@@ -141,6 +141,24 @@ def test_a_reader_from_memory_is_the_one_from_the_files(tmp_path: Path, model_ty
     assert common.earlier_head == ()
 
 
+def test_the_note_on_an_earlier_head_outlives_the_checkpoint(tmp_path: Path) -> None:
+    """A checkpoint that leaves the memory is not tried again, so its weights may never be read again."""
+    common, task = Shared(), find_task("udpos")
+    HEADS["token"].from_config(tiny.config("bert")).save_pretrained(tmp_path / "tuned")
+    tiny.save_model(tmp_path / "model")
+    tuned = ModelSpec(name="tuned", path=tmp_path / "tuned")
+    notes = []
+    for _ in range(2):
+        checkpoint = common.checkpoint(tuned, task)
+        common.check_reader(checkpoint, None, positions=9)
+        notes.append(checkpoint.head_note)
+        for i in range(MAX_CHECKPOINTS):
+            common.checkpoint(ModelSpec(name=f"m{i}", path=tmp_path / "model"), task)
+    assert checkpoint is not common.checkpoint(tuned, task)
+    assert notes[0] is not None
+    assert notes == [notes[0]] * 2
+
+
 def test_few_checkpoints_stay_in_memory(tmp_path: Path) -> None:
     common, task = Shared(), find_task("udpos")
     folder = tiny.save_model(tmp_path / "model")

@@ -479,6 +479,38 @@ def test_a_kept_head_is_a_setting_that_older_runs_did_not_have(tmp_path: Path) -
     assert [row[table.columns.index("keep_head")].text for row in table.rows] == ["False", "True"]
 
 
+@pytest.mark.parametrize(
+    ("before", "now", "shown"),
+    [
+        ({}, {"weights_dtype": "bfloat16"}, {"resource.weights_dtype": ["float32", "bfloat16"]}),
+        ({"second": {"max_length": 64}}, {"second": {"max_length": 128}}, {"resource e5.max_length": ["64", "128"]}),
+        (
+            {"second": {"projection": "none"}},
+            {"second": {"projection": "mlp", "weights_dtype": "bfloat16"}},
+            {"resource e5.projection": ["none", "mlp"], "resource e5.weights_dtype": ["float32", "bfloat16"]},
+        ),
+    ],
+)
+def test_settings_of_every_resource_are_settings(
+    tmp_path: Path, before: dict[str, Any], now: dict[str, Any], shown: dict[str, list[str]]
+) -> None:
+    for digits, changes in (("1", dict(before)), ("2", dict(now))):
+        second = {
+            "name": "e5",
+            "weights": ["3"],
+            "fusion": {"name": "all", "layers": [0, 1]},
+            "tokens": {"train": digits},
+        }
+        more = {"more_resources": [second | changes.pop("second")]} if "second" in changes else {}
+        first = {"name": "gottbert", "weights": ["2" * 32], "dtype": "float16", **changes}
+        settings = {"resource": first, **more}
+        make_run(tmp_path, f"piqa/kr2-x-{digits * 8}", 1, 0.5, method="kr2", fusion="all", settings=settings)
+    (table,) = report(tmp_path, None).tables
+    own = table.columns[table.columns.index("fusion") + 1 : table.columns.index("run")]
+    found = {name: [row[table.columns.index(name)].text for row in table.rows] for name in own}
+    assert {name: values for name, values in found.items() if name not in ("data", "trained", "state")} == shown
+
+
 def test_each_plot_is_a_file_of_its_own_as_svg_and_png(tmp_path: Path) -> None:
     everything(tmp_path)
     made = report(tmp_path, None)

@@ -228,6 +228,25 @@ def test_where_states_of_choices_go_without_a_model_for_choices() -> None:
         assert moved.tolist() == [[False, False], [False, True], [False, False]]
 
 
+def test_sparse_attention_is_full_with_states_appended() -> None:
+    """At most 28 positions switch this model for good, so the order of batches would decide."""
+    settings = {"block_size": 4, "num_random_blocks": 1}
+    sparse, full = model_of("big_bird", "token", **settings), model_of("big_bird", "token", **settings)
+    full.load_state_dict(sparse.state_dict())
+    full.base_model.set_attention_type("original_full")
+    KReader(copy.deepcopy(sparse), "token", [INPUT])  # the first one also looks for the place, with a few tokens
+    reader = KReader(copy.deepcopy(sparse), "token", [INPUT]).eval()
+    long = inputs_of("token") | {"input_ids": torch.arange(90).view(BATCH, 30) % 40 + 5}
+    long["attention_mask"] = torch.ones_like(long["input_ids"])
+    del long["order"]
+    before = logits(reader, long)
+    masked = long | {"resource_mask": torch.zeros_like(long["resource_mask"])}
+    assert_equal(logits(reader, masked), plain_logits(full, long))
+    assert (plain_logits(sparse, long) - plain_logits(full, long)).abs().max() > 1e-3, "sparse is something else"
+    logits(reader, inputs_of("token"))
+    assert torch.equal(logits(reader, long), before)
+
+
 # What is asked of the loaded model -----------------------------------------------------------------------------------
 
 
@@ -313,14 +332,14 @@ def test_a_reader_that_fails_a_check_is_refused_with_it(model_type: str) -> None
 
 def test_positions_that_an_encoder_has_not_are_refused() -> None:
     """Most add positions to the embeddings of tokens, so that states need none."""
-    for name in tiny.READERS:
+    for name in (*tiny.READERS, "big_bird"):
         model, _ = models_of(name, "token")  # 40 positions
         check_appended(copy.deepcopy(model), "token", 40, "my reader")
-        if name != "roformer":
+        if name not in ("roformer", "big_bird"):
             check_appended(copy.deepcopy(model), "token", 41, "my reader")
             continue
         with pytest.raises(
-            UnsupportedModelError, match=r"my reader \(roformer\) has 40 positions .* may be 41"
+            UnsupportedModelError, match=rf"my reader \({name}\) has 40 positions .* may be 41"
         ) as caught:
             check_appended(copy.deepcopy(model), "token", 41, "my reader")
         assert "--resource-max-length" in caught.value.remedy

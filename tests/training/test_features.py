@@ -23,7 +23,7 @@ from kr2cache.extraction.planning import plan_extraction
 from kr2cache.fusion import parse_fusion
 from kr2cache.system import disk
 from kr2cache.training import features
-from kr2cache.training.features import DeviceFeatures, ResourceFeatures, room_on
+from kr2cache.training.features import DeviceFeatures, ResourceFeatures, joined, room_on
 
 DTYPES = ("float16", "float32", "bfloat16", "int8")
 MODEL_LAYERS = 5
@@ -307,3 +307,19 @@ def test_a_worker_process_does_not_pin(caches: dict[str, FeatureCache]) -> None:
     )
     for start, (states, _) in zip(range(0, 12, 4), loader, strict=True):
         np.testing.assert_array_equal(states, usual.batch(range(start, start + 4))[0])
+
+
+def test_states_in_memory_follow_those_on_the_device(caches: dict[str, FeatureCache]) -> None:
+    """Of two resources one may fit on the GPU and one not. "meta" stands in for the GPU: it has shapes only."""
+    cache, device = caches["float16"], torch.device("meta")
+    parts = [
+        ResourceFeatures(cache, cache.ids, parse_fusion(name, MODEL_LAYERS), keep_layers=False) for name in FUSIONS
+    ]
+    both = joined([parts[0], DeviceFeatures(parts[1], device)])
+    states, mask = both.batch([3, 1, 2])
+    assert [one.device for one in states if isinstance(one, torch.Tensor)] == [device] * 2
+    lengths = [cache.n_tokens[i] for i in (3, 1, 2)]
+    assert mask.shape == (3, 2 * max(lengths))
+    assert mask.sum(axis=1).tolist() == [2 * length for length in lengths]
+    here, _ = joined(parts[:2]).batch([3, 1, 2])
+    assert all(isinstance(one, np.ndarray) for one in here)

@@ -392,8 +392,19 @@ def test_a_lost_hook_is_an_error(head: Head, padded: bool) -> None:
     inputs = inputs_of(head) if padded else full_masks(inputs_of(head))
     reader(**inputs)
     reader.model.base_model.embeddings._forward_hooks.clear()
-    with pytest.raises(UnsupportedModelError, match=rf"saw {TOKENS} positions instead of {TOKENS + POSITIONS}"):
+    seen = "the model fails before" if padded else f"it saw {TOKENS} positions instead of {TOKENS + POSITIONS}"
+    with pytest.raises(UnsupportedModelError, match=f"did not reach the encoder: {seen}") as caught:
         reader(**inputs)
+    assert caught.value.remedy == "Choose another reader."
+
+
+def test_what_fails_before_states_are_appended_is_named() -> None:
+    reader = kreader(fusion=parse_fusion("fuse", 3))
+    inputs = inputs_of()
+    inputs["input_ids"][0, 0] = 10**6
+    with pytest.raises(UnsupportedModelError, match="before they are appended: index out of range") as caught:
+        reader(**inputs)
+    assert "DataParallel" not in str(caught.value)
 
 
 def replica_of(module: nn.Module) -> nn.Module:
@@ -649,4 +660,14 @@ def test_a_saved_reader_without_some_weights_is_refused(tmp_path: Path, change: 
         weights["classifier.weight"] = weights["classifier.weight"][:2].contiguous()
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CacheError, match=r"lacks 1 of its weights, or has them in other shapes: classifier\.weight"):
+        KReader.load(tmp_path)
+
+
+def test_a_saved_reader_of_another_class_is_refused_by_its_class(tmp_path: Path) -> None:
+    """As choices by RoFormer's own model for them, which an earlier version trained."""
+    old = kreader("choice", model_type="roformer").model
+    assert type(old).__name__ == "RoFormerForMultipleChoice"
+    old.save_pretrained(tmp_path)
+    (tmp_path / "kr2.json").write_text('{"head": "choice"}')
+    with pytest.raises(CacheError, match=r"is a RoFormerForMultipleChoice; .* are a RoFormerForSequenceClassification"):
         KReader.load(tmp_path)
