@@ -104,8 +104,12 @@ class ExtractConfig:
     """For the engine ray: GPUs of each worker; None for one where there are GPUs."""
     models: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """``[models]`` of ``kr2cache.toml``."""
+    tasks: Mapping[str, Any] = field(default_factory=dict)
+    """``[tasks]`` of ``kr2cache.toml``, or ``Task`` objects by their names. The field ``task`` takes such an object
+    too: it then holds its name, and the object is here."""
 
     def __post_init__(self) -> None:
+        _name_task(self)
         _check_text(self)
         _positive("--max-length", self.max_length)
         _positive("--tokens-per-batch", self.tokens_per_batch)
@@ -187,6 +191,8 @@ class TrainConfig:
     device_map: str | None = None
     """As in ``ExtractConfig``, where missing caches are made."""
     models: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    tasks: Mapping[str, Any] = field(default_factory=dict)
+    """As in ``ExtractConfig``."""
     training: Mapping[str, Any] = field(default_factory=dict)
     """``[training]`` of ``kr2cache.toml``: passed on to transformers.TrainingArguments."""
 
@@ -195,6 +201,7 @@ class TrainConfig:
         if isinstance(several, list | tuple):
             object.__setattr__(self, "resource", several[0] if several else None)
             object.__setattr__(self, "more_resources", (*several[1:], *self.more_resources))
+        _name_task(self)
         _check_text(self)
         # 10 and 10.0 are one setting, and have to name one run.
         for name in ("epochs", "learning_rate", "fusion_learning_rate", "temperature", "soft_weight"):
@@ -280,6 +287,14 @@ def deciding_training(training: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in training.items() if not name.startswith(NOT_DECIDING)}
 
 
+def _name_task(config: ExtractConfig | TrainConfig) -> None:
+    """Where a task itself is given, keep it among ``tasks`` and its name in its place."""
+    task: Any = config.task
+    if not isinstance(task, str):
+        object.__setattr__(config, "tasks", {**config.tasks, task.name: task})
+        object.__setattr__(config, "task", task.name)
+
+
 def _check_text(config: ExtractConfig | SweepWorkers | TrainConfig) -> None:
     """Names and folders must be UTF-8, because they are recorded with the results. Folders must be on this machine."""
     for one in fields(config):
@@ -314,6 +329,7 @@ class Toml:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Options by their long names, with underscores for dashes."""
     models: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    tasks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -344,6 +360,9 @@ def load_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not valid TOML: {error}.", "Correct the file.") from error
 
 
+SECTIONS = ("defaults", "models", "tasks", "training")
+
+
 def read_toml(folder: Path, options: Mapping[str, type]) -> Toml:
     """Read ``kr2cache.toml``. The file only sets values; it cannot run code.
 
@@ -360,8 +379,8 @@ def read_toml(folder: Path, options: Mapping[str, type]) -> Toml:
         return Toml()
     content = load_toml(path)
     for section, value in content.items():
-        if section not in ("defaults", "models", "training"):
-            raise unknown_name(f"section in {TOML}:", section, ("defaults", "models", "training"))
+        if section not in SECTIONS:
+            raise unknown_name(f"section in {TOML}:", section, SECTIONS)
         if not isinstance(value, dict):
             raise ConfigError(f"{section} in {TOML} is not a section.", f"Write [{section}].")
     defaults = {}
@@ -374,7 +393,13 @@ def read_toml(folder: Path, options: Mapping[str, type]) -> Toml:
     for name, value in models.items():
         if not isinstance(value, dict):
             raise ConfigError(f"models.{name} in {TOML} is not a section.", f'Write [models.{name}] and path = "..."')
-    return Toml(defaults=defaults, models=models, training=content.get("training", {}))
+    tasks = content.get("tasks", {})
+    for name, value in tasks.items():
+        if not isinstance(value, dict):
+            raise ConfigError(
+                f"tasks.{name} in {TOML} is not a section.", f'Write [tasks.{name}] and kind = "classification".'
+            )
+    return Toml(defaults=defaults, models=models, tasks=tasks, training=content.get("training", {}))
 
 
 KIND_NAMES: dict[type, str] = {

@@ -41,7 +41,7 @@ def run(config: BenchConfig, folder: Path) -> Race:
     """Trainings from existing caches, beside the time of their training steps alone; and trainings without a cache."""
     shared = Shared()
     training = config.training
-    corpus = shared.corpus(find_task(training.task), training)
+    corpus = shared.corpus(find_task(training.task, training.tasks), training)
     corpus.splits = {
         split: CorpusSplit(part.task, part.examples[: EXAMPLES[split]]) for split, part in corpus.splits.items()
     }

@@ -25,7 +25,7 @@ def of(extracted: Race, plan: ExtractPlan, trained: Race, config: BenchConfig) -
     Loading the resource and tokenising are not counted: a run without a cache does both too.
     """
     training = config.training
-    task = find_task(training.task)
+    task = find_task(training.task, training.tasks)
     examples = task.read("train", training.data, training.limit)
     tokenizer = load_tokenizer(find_model(training.resource or "", training.models), words=task.words)
     tokens = int(encode_examples(tokenizer, examples, task, training.max_length).n_tokens.sum())

@@ -210,7 +210,7 @@ def verify_cli(
     if against_model:
         given = merge(toml, data=data, device=device)
         check_device_name(given.get("device", "auto"))
-        model = {"resource": resource, "models": toml.models, **given}
+        model = {"resource": resource, "models": toml.models, "tasks": toml.tasks, **given}
     elif (unused := resource or data or device) is not None:
         raise ConfigError(f"{unused!r} is for the comparison with the model.", "Give --against-model too.")
     where = _cache_dir(cache_dir)
@@ -249,7 +249,7 @@ def repair_cli(
         from kr2cache.extraction.repair import describe_repair, repair
         from kr2cache.extraction.rerun import RerunConfig
 
-    result = repair(RerunConfig(folder=folder, resource=resource, models=toml.models, **given))
+    result = repair(RerunConfig(folder=folder, resource=resource, models=toml.models, tasks=toml.tasks, **given))
     describe_repair(result)
     if as_json:
         print_json(result.json())

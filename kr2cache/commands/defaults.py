@@ -43,15 +43,16 @@ def extract_config(toml: Toml, **given: Any) -> ExtractConfig:
             f"resource under [defaults] in kr2cache.toml names several: {', '.join(settings['resource'])}.",
             "extract runs one: give it as --resource.",
         )
-    if "split" in settings:
-        settings["split"] = split_name(settings["split"])
-    else:
-        path = data_path(settings.get("data"))
-        settings["split"] = "train" if path is None or path.is_dir() else split_of(path)
     if "task" not in settings:
         where = settings.get("cache_dir", default_cache_dir())
         settings["task"] = choose_task(settings["resource"], where, toml.models)
-    return ExtractConfig(**settings, models=toml.models)
+    _keep_own_data(settings, given, toml)
+    if "split" in settings:
+        settings["split"] = split_name(settings["split"])
+    else:
+        path = data_path(settings.get("data") or find_task(settings["task"], toml.tasks).default_data)
+        settings["split"] = "train" if path is None or path.is_dir() else split_of(path)
+    return ExtractConfig(**settings, models=toml.models, tasks=toml.tasks)
 
 
 def train_config(toml: Toml, *, extract: bool, **given: Any) -> TrainConfig:
@@ -71,7 +72,7 @@ def train_config(toml: Toml, *, extract: bool, **given: Any) -> TrainConfig:
     if "resource" not in settings:
         try:
             reader = settings.get("reader", TrainConfig.reader)
-            settings["resource"] = choose_resource(where, settings.get("task"), reader, toml.models)
+            settings["resource"] = choose_resource(where, settings.get("task"), reader, toml)
         except ConfigError:
             method = METHODS.get(settings.get("method", TrainConfig.method))
             if method is not None and method.needs_resource:
@@ -80,10 +81,11 @@ def train_config(toml: Toml, *, extract: bool, **given: Any) -> TrainConfig:
         resource = settings.get("resource")
         first = resource[0] if isinstance(resource, tuple) else resource
         settings["task"] = choose_task(first, where, toml.models)
-    return TrainConfig(**settings, extract=extract, models=toml.models, training=toml.training)
+    _keep_own_data(settings, given, toml)
+    return TrainConfig(**settings, extract=extract, models=toml.models, tasks=toml.tasks, training=toml.training)
 
 
-def choose_resource(cache_dir: Path, task: str | None, reader: str, overrides: Mapping[str, Mapping[str, Any]]) -> str:
+def choose_resource(cache_dir: Path, task: str | None, reader: str, toml: Toml) -> str:
     """The one resource that has caches (of ``task``, if it is known). Caches of the reader come from method kreader2;
     they count only if there are no others.
 
@@ -92,10 +94,10 @@ def choose_resource(cache_dir: Path, task: str | None, reader: str, overrides: M
         ConfigError: If there is no resource, or there are several.
     """
     if task is not None:
-        find_task(task)
+        find_task(task, toml.tasks)
     held = sorted({resource for name, resource in tasks_and_resources(cache_dir) if task in (None, name)})
     if len(held) > 1:
-        own = find_model(reader, overrides).name
+        own = find_model(reader, toml.models).name
         held = [name for name in held if name != own] or held
     if len(held) == 1:
         return held[0]
@@ -107,7 +109,7 @@ def choose_resource(cache_dir: Path, task: str | None, reader: str, overrides: M
     raise ConfigError(
         f"Which resource? None is given, and {cache_dir} holds no cache{f' of {task}' if task else ''} yet.",
         "Give --resource, or resource under [defaults] in kr2cache.toml: "
-        f"{', '.join(known_models(overrides))}, a hub id or a folder.",
+        f"{', '.join(known_models(toml.models))}, a hub id or a folder.",
     )
 
 
@@ -138,3 +140,14 @@ def choose_task(resource: str | None, cache_dir: Path, overrides: Mapping[str, M
         f"Which task? {why}, and {cache_dir} holds {'several' if held else 'no cache'}.",
         f"Give --task, or task under [defaults] in kr2cache.toml: {choices}",
     )
+
+
+def _keep_own_data(settings: dict[str, Any], given: Mapping[str, Any], toml: Toml) -> None:
+    """``data`` under ``[tasks.NAME]`` is nearer to the task than ``data`` under ``[defaults]``: remove the latter.
+
+    Args:
+        settings: The options of a call, with those of ``[defaults]``.
+        given: Those of the call itself.
+    """
+    if given["data"] is None and "data" in toml.tasks.get(settings["task"], {}):
+        settings.pop("data", None)

@@ -36,7 +36,7 @@ def extract_cli(
     if config.data != STANDARD_INPUT:
         _extract(config, dry_run, as_json)
         return
-    with standard_input(find_task(config.task), config.split) as path:
+    with standard_input(find_task(config.task, config.tasks), config.split) as path:
         _extract(dataclasses.replace(config, data=str(path)), dry_run, as_json)
 
 
@@ -47,7 +47,8 @@ def _extract(config: ExtractConfig, dry_run: bool, as_json: bool) -> None:
         from kr2cache.extraction.planning import describe, plan_extraction
     with waiting(f"Reading and tokenising {config.task}/{config.split}"):
         # A dry run writes nothing, not even a plan for other processes.
-        unshared = find_task(config.task).examples(config.split, config.data, config.limit) if dry_run else None
+        task = find_task(config.task, config.tasks)
+        unshared = task.examples(config.split, config.data, config.limit) if dry_run else None
         plan = plan_extraction(config, unshared)
     describe(plan)
     if dry_run:

@@ -51,7 +51,13 @@ def sweep_cli(
 
     def cell_config(row: Line, column: Line) -> TrainConfig:
         return table.config(
-            row, column, defaults=defaults, overrides=overrides, models=toml.models, training=toml.training
+            row,
+            column,
+            defaults=defaults,
+            overrides=overrides,
+            models=toml.models,
+            tasks=toml.tasks,
+            training=toml.training,
         )
 
     cells = cells_of(table, cell_config)

@@ -116,7 +116,7 @@ def _check_languages(grid: Grid, cells: Sequence[Cell]) -> None:
     """Refuse two languages that read the same folder: the table would show one language's scores under two names."""
     first: dict[Path, tuple[str, Cell]] = {}
     for cell in cells:
-        task = find_task(cell.config.task)
+        task = find_task(cell.config.task, cell.config.tasks)
         try:
             folder = data_path(cell.config.data)
         except DataError:  # ``sweep`` reports it; the other cells may run

@@ -60,7 +60,7 @@ def check_names(config: TrainConfig) -> Training:
         raise unknown_name("weights dtype", config.weights_dtype, COMPUTE_DTYPES)
     check_device_name(config.device)
     check_device_map(config.device_map, config.device)
-    task = find_task(config.task)
+    task = find_task(config.task, config.tasks)
     _ = task.head  # an error for a task without labels
     if method.frozen == "reader":  # the reader is the resource, whatever resource is given
         config = dataclasses.replace(config, resource=config.reader, more_resources=())

@@ -17,7 +17,7 @@ from kr2cache.errors import ConfigError, unknown_name
 from kr2cache.methods import METHODS
 
 PAPERS = ("table1", "table2", "table3")
-GRID_KEYS = ("title", "paper", "baseline", "settings", "models", "rows", "columns")
+GRID_KEYS = ("title", "paper", "baseline", "settings", "models", "tasks", "rows", "columns")
 LINE_KEYS = {"rows": ("name", "swap", "baseline"), "columns": ("name",)}
 """Keys of a row or column that are no settings of ``train``."""
 
@@ -49,6 +49,7 @@ class Grid:
     rows: tuple[Line, ...]
     columns: tuple[Line, ...]
     models: Mapping[str, Mapping[str, Any]]
+    tasks: Mapping[str, Mapping[str, Any]]
 
     def config(
         self,
@@ -59,6 +60,7 @@ class Grid:
         overrides: Mapping[str, Any],
         models: Mapping[str, Mapping[str, Any]],
         training: Mapping[str, Any],
+        tasks: Mapping[str, Mapping[str, Any]] = {},
     ) -> TrainConfig:
         """The configuration of one cell.
 
@@ -67,15 +69,20 @@ class Grid:
             overrides: Settings that override the grid (the command line).
             models: ``[models]`` of ``kr2cache.toml``. They override the grid's models of the same name.
             training: ``[training]`` of ``kr2cache.toml``.
+            tasks: ``[tasks]`` of ``kr2cache.toml``. They override the grid's tasks of the same name.
 
         Raises:
             ConfigError: If the cell has no task, or its row swaps reader and resource and the settings do not allow it.
         """
-        values: dict[str, Any] = {**defaults, **self.settings, **column.settings, **row.settings, **overrides}
+        nearer = {**self.settings, **column.settings, **row.settings, **overrides}
+        values: dict[str, Any] = {**defaults, **nearer}
+        declared = {**self.tasks, **tasks}
         if "task" not in values:
             raise ConfigError(
                 f"{self.name}: the cell {row.name} / {column.name} has no task.", "Give task in its column."
             )
+        if "data" not in nearer and "data" in declared.get(values["task"], {}):
+            values.pop("data", None)  # the task's own data is nearer than that of [defaults]
         if row.swap:
             if "resource" not in values:
                 raise ConfigError(
@@ -102,7 +109,7 @@ class Grid:
             values["seeds"] = parse_seeds(values["seeds"])
         if "max_length" in values:  # in a grid it holds for both models
             values.setdefault("resource_max_length", values["max_length"])
-        return TrainConfig(**values, models={**self.models, **models}, training=training)
+        return TrainConfig(**values, models={**self.models, **models}, tasks=declared, training=training)
 
 
 def read_grid(path: Path, options: Mapping[str, type]) -> Grid:
@@ -142,9 +149,11 @@ def read_grid(path: Path, options: Mapping[str, type]) -> Grid:
     for baseline in (content.get("baseline"), *(row.baseline for row in lines["rows"])):
         if baseline is not None and baseline not in row_names:
             raise unknown_name(f"baseline in {path}:", str(baseline), row_names)
-    models = content.get("models", {})
-    if not isinstance(models, dict) or not all(isinstance(value, dict) for value in models.values()):
-        raise ConfigError(f"models in {path} is not a section.", 'Write [models.NAME] and path = "...".')
+    sections = {}
+    for section, line in (("models", 'path = "..."'), ("tasks", 'kind = "..."')):
+        tables = sections[section] = content.get(section, {})
+        if not isinstance(tables, dict) or not all(isinstance(value, dict) for value in tables.values()):
+            raise ConfigError(f"{section} in {path} is not a section.", f"Write [{section}.NAME] and {line}.")
     return Grid(
         name=path.stem,
         title=str(content.get("title", path.stem)),
@@ -153,7 +162,8 @@ def read_grid(path: Path, options: Mapping[str, type]) -> Grid:
         settings=_settings(content.get("settings", {}), f"[settings] of {path}", options),
         rows=lines["rows"],
         columns=lines["columns"],
-        models=models,
+        models=sections["models"],
+        tasks=sections["tasks"],
     )
 
 

@@ -246,7 +246,8 @@ def _deciding(job: Job, corpus: Corpus) -> dict[str, Any]:
         "learning_rate": config.learning_rate,
         "training": deciding_training(config.training),
         "procedure": PROCEDURE,
-        # Runs from before the option keep their folders.
+        # Runs from before the option, and of tasks that are not declared, keep their folders.
+        **({} if (declaration := job.task.declaration()) is None else {"declaration": declaration}),
         **({"keep_head": True} if config.keep_head else {}),
     }
 

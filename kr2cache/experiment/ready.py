@@ -5,6 +5,7 @@ A training runs these checks first; a sweep runs them for all its trainings befo
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -52,9 +53,10 @@ def check_ready(config: TrainConfig, shared: Shared) -> Ready:
         KR2CacheError: If a check fails.
     """
     training = check_training(config)
-    config, task = training.config, training.task
+    config = training.config
     training_arguments(config, config.run_dir, config.seeds[0])
     check_writable(config.run_dir, "--run-dir")
+    training = labelled(training, shared)
     checkpoint, tokenizer = open_models(training, shared)
     corpus = read_corpus(training, shared)
     rehearse(config, len(corpus.splits["train"].examples))
@@ -62,9 +64,20 @@ def check_ready(config: TrainConfig, shared: Shared) -> Ready:
         training=training,
         checkpoint=checkpoint,
         tokenizer=tokenizer,
-        tokenizer_files=shared.tokenizer_files(checkpoint, task, config) if config.keep_readers else {},
+        tokenizer_files=shared.tokenizer_files(checkpoint, training.task, config) if config.keep_readers else {},
         corpus=corpus,
     )
+
+
+def labelled(training: Training, shared: Shared) -> Training:
+    """The training with the labels of its task known. They may come from the train split.
+
+    Raises:
+        DataError: If they have to be read, and the train split is missing or malformed.
+    """
+    with waiting(f"Reading the labels of {training.task.name}"):
+        task = shared.labelled(training.task, training.config.data)
+    return dataclasses.replace(training, task=task)
 
 
 def read_corpus(training: Training, shared: Shared) -> Corpus:

@@ -292,6 +292,7 @@ class Resource:
             limit=self.config.limit_of(split),
             cache_dir=self.config.cache_dir,
             models=self.config.models,
+            tasks=self.config.tasks,
         )
         try:
             return plan_extraction(config, self.corpus.splits[split].examples)

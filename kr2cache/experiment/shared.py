@@ -88,6 +88,7 @@ class Shared:
 
     def __init__(self) -> None:
         self._corpus: tuple[tuple[Any, ...], Corpus | DataError] | None = None
+        self._labelled: tuple[tuple[Any, ...], Task] | None = None
         self._tokenizers: dict[tuple[str, bool], PreTrainedTokenizerBase] = {}
         self._tokenizer_files: dict[tuple[str, bool], dict[str, bytes]] = {}
         self._checkpoints: OrderedDict[tuple[Any, ...], TaskCheckpoint] = OrderedDict()
@@ -119,6 +120,13 @@ class Shared:
         if isinstance(found, DataError):
             raise found
         return found
+
+    def labelled(self, task: Task, data: str | None) -> Task:
+        """The task with its labels known; errors as for ``Task.with_labels_of``."""
+        key = (task.name, data)
+        if self._labelled is None or self._labelled[0] != key:
+            self._labelled = (key, task.with_labels_of(data))
+        return self._labelled[1]
 
     def tokenizer(self, spec: ModelSpec, *, words: bool) -> PreTrainedTokenizerBase:
         """The model's tokenizer, from ``load_tokenizer``."""

@@ -19,7 +19,7 @@ from kr2cache.experiment.cells import Cell, cells_text, count_cells, explained, 
 from kr2cache.experiment.checks import Training, check_names
 from kr2cache.experiment.grid import Grid
 from kr2cache.experiment.pipeline import train
-from kr2cache.experiment.ready import check_ready, open_models, read_corpus
+from kr2cache.experiment.ready import check_ready, labelled, open_models, read_corpus
 from kr2cache.experiment.shared import Shared
 from kr2cache.experiment.shared_cells import MANIFESTS, HeldCell, SharedCells
 from kr2cache.experiment.teacher import teacher_config
@@ -148,8 +148,8 @@ class Sweep:
         config = cell.config
         training = check_names(config)
         checks: list[Callable[[], object]] = [
-            lambda: read_corpus(training, self._shared),
-            lambda: open_models(training, self._shared),
+            lambda: read_corpus(labelled(training, self._shared), self._shared),
+            lambda: open_models(labelled(training, self._shared), self._shared),
             lambda: check_ready(config, self._shared),
         ]
         if training.positions is not None:
@@ -160,7 +160,8 @@ class Sweep:
 
     def _check_appends(self, training: Training) -> None:
         """Check that the reader can have states appended, which only its weights in memory show."""
-        checkpoint = self._shared.checkpoint(training.reader, training.task, keep_head=training.config.keep_head)
+        task = labelled(training, self._shared).task
+        checkpoint = self._shared.checkpoint(training.reader, task, keep_head=training.config.keep_head)
         self._shared.check_reader(checkpoint, None, positions=training.positions)
 
     def _check_teacher(self, config: TrainConfig) -> None:
@@ -221,7 +222,7 @@ class Sweep:
 
 def show_score(cell: Cell, mean: Metrics) -> None:
     """Print the score of a cell that is done."""
-    metric, split = find_task(cell.config.task).metric, "test" if "test" in mean else "dev"
+    metric, split = find_task(cell.config.task, cell.config.tasks).metric, "test" if "test" in mean else "dev"
     console.print(f"{cell.name}: {metric} {100 * mean[split][metric]:.1f}", markup=False)
 
 

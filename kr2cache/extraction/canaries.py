@@ -183,7 +183,7 @@ def canaries(config: RerunConfig) -> list[Canary]:
         raise CacheError(f"No sequence of {config.folder} is complete.", "Run the same kr2cache extract again.")
     positions = choose(cache.n_tokens, cache.complete)
     spec = model_of(config, chosen.resource)
-    tokenizer = load_tokenizer(spec, words=find_task(chosen.task).words)
+    tokenizer = load_tokenizer(spec, words=find_task(chosen.task, config.tasks).words)
     index = cache.tokens().select(positions)
     if made.segments:
         index = _with_segments(index, chosen, config, tokenizer)
@@ -199,7 +199,7 @@ def _with_segments(
     Raises:
         CacheMismatchError: If the data does not give the same tokens.
     """
-    task, names = find_task(chosen.task), index.ids.tolist()
+    task, names = find_task(chosen.task, config.tasks), index.ids.tolist()
     wanted = {name.decode("utf-8") for name in names}
     examples = [one for one in task.examples(chosen.split, config.data, None) if wanted.intersection(one.sequence_ids)]
     if examples:

@@ -42,7 +42,7 @@ def check_extraction(config: ExtractConfig) -> Extraction:
     check_device_map(config.device_map, config.device)
     check_workers(config.engine, config.workers, config.device)
     check_layers_form(config.layers)
-    task = find_task(config.task)
+    task = find_task(config.task, config.tasks)
     spec = find_model(config.resource, config.models)
     task.check_data(config.split, config.data)
     check_obtainable(spec)

@@ -229,5 +229,5 @@ def describe(plan: ExtractPlan, length_option: str = "--max-length") -> None:
     if missing := plan.missing_words.total:
         reasons = plan.missing_words.reasons(plan.config.max_length, length_option)
         note(f"No states for {count_text(missing, 'word')}: {reasons}.")
-    elif filled and not find_task(plan.config.task).words:
+    elif filled and not find_task(plan.config.task, plan.config.tasks).words:
         note(f"{count_text(filled, 'sequence')} of {longest}: longer texts are cut.")

@@ -159,7 +159,7 @@ def _plan(
 ) -> ExtractPlan:
     """The plan of the extraction that made the cache."""
     spec = model_of(config, chosen.resource)
-    task = find_task(chosen.task)
+    task = find_task(chosen.task, config.tasks)
     tokenizer = load_tokenizer(spec, words=task.words)
     if whole_index and not made.segments:
         index = FeatureCache.open(config.folder).tokens()

@@ -34,6 +34,8 @@ class RerunConfig:
     """The corpus; None for the task's own. It is read if an index is damaged or the model runs with segment ids."""
     device: str = "auto"
     models: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    tasks: Mapping[str, Any] = field(default_factory=dict)
+    """As in ``ExtractConfig``."""
 
 
 def model_of(config: RerunConfig, stored: str) -> ModelSpec:

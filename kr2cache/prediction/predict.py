@@ -81,12 +81,19 @@ class Predictor:
 
     @classmethod
     @process_unchanged()
-    def load(cls, folder: str | Path, models: Mapping[str, Mapping[str, Any]] = {}, device: str = "auto") -> Predictor:
+    def load(
+        cls,
+        folder: str | Path,
+        models: Mapping[str, Mapping[str, Any]] = {},
+        device: str = "auto",
+        tasks: Mapping[str, Any] = {},
+    ) -> Predictor:
         """Load the reader of a finished run. This needs its resource, but neither its data nor its caches.
 
         Args:
             folder: ``runs/TASK/.../seed-N``. The folder may have moved since the run.
             models: ``[models]`` of ``kr2cache.toml``: where the resource is, if it moved since the run.
+            tasks: ``Task`` objects by name, for a run on a task that neither a table declares nor a package brings.
 
         Raises:
             CacheError: If this is no run folder, its reader is missing or damaged, or another version wrote it.
@@ -95,7 +102,7 @@ class Predictor:
         """
         run = RunFolder(Path(folder).expanduser())
         config, resources = _read_run(run)
-        task = find_task(config["task"])
+        task = find_task(config["task"], {config["task"]: own} if (own := config.get("declaration")) else tasks)
         if not run.reader.is_dir():
             raise CacheError(
                 f"{run.path} holds no trained reader: the folder {run.reader.name}/ is missing.",

@@ -110,6 +110,7 @@ def source_of(
         "max_length": max_length,
         "tokenizer": state,
         "code": _code_digest(),
+        **({} if (words := task.declaration()) is None else {"declaration": words}),
         "versions": {name: version(name) for name in ("transformers", "tokenizers")},
         "python": platform.python_version(),
     }

@@ -102,6 +102,19 @@ class Task(ABC):
             )
         return HEADS[self.kind]
 
+    def declaration(self) -> dict[str, Any] | None:
+        """The words that declare the task, with all its labels, as a plain table. A run records it, so that ``predict``
+        needs no ``kr2cache.toml``. None for a task that its name alone describes."""
+        return None
+
+    def with_labels_of(self, data: str | None) -> Task:
+        """The task with its labels known: the declaration of a task may leave them to the train split of ``data``.
+
+        Raises:
+            DataError: If the train split is malformed or has no labels.
+        """
+        return self
+
     @abstractmethod
     def file_examples(self, path: Path, split: str) -> Iterator[Example]:
         """The examples of one file of the task's original format, one after the other.
@@ -121,7 +134,7 @@ class Task(ABC):
     @property
     @abstractmethod
     def default_data(self) -> str | None:
-        """The hub data set this task is read from when no ``--data`` is given."""
+        """The hub data set or folder that this task is read from when no ``--data`` is given."""
 
     @abstractmethod
     def from_line(self, line: str, name: str) -> Example:
@@ -164,7 +177,7 @@ class Task(ABC):
             MissingSplitError: If the data has no such split. The message names the files that were looked for.
             DataError: If the split is malformed or empty.
         """
-        path = data_path(data)
+        path = self._path(data)
         count = 0
         for example in (
             self._path_examples(path, split) if path is not None else self.hub_examples(self._hub_id(data), split)
@@ -181,8 +194,11 @@ class Task(ABC):
 
     def corpus(self, data: str | None) -> str:
         """The name of the data: the folder's or file's own name, or the hub id."""
-        path = data_path(data)
+        path = self._path(data)
         return path.resolve().name if path is not None else self._hub_id(data)
+
+    def _path(self, data: str | None) -> Path | None:
+        return data_path(self.default_data if data is None else data)
 
     def _hub_id(self, data: str | None) -> str:
         hub_id = data or self.default_data
@@ -201,7 +217,7 @@ class Task(ABC):
             MissingSplitError: If a folder has no such split, or a file is another one.
             KR2CacheError: If ``data`` is neither a folder, nor a file of this task, nor the id of a hub data set.
         """
-        path = data_path(data)
+        path = self._path(data)
         if path is None:
             self._hub_id(data)
         else:
@@ -211,7 +227,7 @@ class Task(ABC):
         """All files that decide the examples of a split, by their path below the folder. None if they are not known,
         as for a data set of the hub.
         """
-        path = data_path(data)
+        path = self._path(data)
         if path is None:
             return None
         folder = path if path.is_dir() else path.parent

@@ -10,7 +10,8 @@ from pathlib import Path
 from kr2cache.errors import DataError
 from kr2cache.system.utf8 import file_lines
 from kr2cache.tasks.base import Example
-from kr2cache.tasks.rows import Row, RowTask, json_rows
+from kr2cache.tasks.rows import RowTask
+from kr2cache.tasks.tables import Row, json_rows
 
 
 class Piqa(RowTask):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from kr2cache.tasks.base import Example
-from kr2cache.tasks.rows import Row, RowTask
+from kr2cache.tasks.rows import RowTask
+from kr2cache.tasks.tables import Row
 
 ENDINGS = tuple(f"ending{number}" for number in range(4))
 

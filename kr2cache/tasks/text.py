@@ -16,10 +16,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from kr2cache.errors import DataError
-from kr2cache.system.console import count_text, note
-from kr2cache.system.utf8 import file_lines
 from kr2cache.tasks.base import Example, Task
-from kr2cache.tasks.rows import Row, RowTask
+from kr2cache.tasks.rows import RowTask
+from kr2cache.tasks.tables import Row, line_rows
 
 ID = "id"
 
@@ -40,7 +39,7 @@ class Text(RowTask):
     left_out = "blank lines"
 
     def file_rows(self, path: Path, split: str) -> Iterable[Row]:
-        return self._lines(path, split) if path.suffix == ".txt" else super().file_rows(path, split)
+        return line_rows(path, split, self.columns[0]) if path.suffix == ".txt" else super().file_rows(path, split)
 
     def source_files(self, split: str, data: str | None) -> dict[str, Path] | None:
         return Task.source_files(self, split, data)  # ``file_rows`` reads no other file
@@ -52,17 +51,6 @@ class Text(RowTask):
         """The text of a row that has only this column and maybe an id: one string, or its words."""
         (column,) = (name for name in row.values if name != ID)
         return (row.text(column),)
-
-    def _lines(self, path: Path, split: str) -> Iterator[Row]:
-        blank = number = 0
-        for number, line in enumerate(file_lines(path), 1):
-            if line.strip():
-                values = {self.columns[0]: line.rstrip("\r\n")}
-                yield Row(values=values, place=f"{path}:{number}", split=split, number=number - 1)
-            else:
-                blank += 1
-        if 0 < blank < number:
-            note(f"{path}: {count_text(blank, 'line')} of {number:,} blank; left out, but counted in the ids.")
 
     def _examples(
         self, rows: Callable[[], Iterable[Row]], what: str, *, labels_matter: bool = True

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
 import statistics
@@ -95,7 +96,7 @@ class RunFolder:
         """
         try:
             metrics: Metrics = json.loads(self.metrics_file.read_text("utf-8"))
-            if not metrics or not all(float(value) >= 0 for scores in metrics.values() for value in scores.values()):
+            if not metrics or not all(math.isfinite(value) for scores in metrics.values() for value in scores.values()):
                 raise ValueError("no scores in it")
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise CacheError(

@@ -308,7 +308,7 @@ NOT_DECIDING: dict[str, Any] = {
     "extract": False,
     "check_states": True,
 }
-CONTENT_DECIDES = {"task", "reader", "resource", "more_resources", "data", "cache_dir", "models"}
+CONTENT_DECIDES = {"task", "reader", "resource", "more_resources", "data", "cache_dir", "models", "tasks"}
 """These fields name things whose content decides, wherever it is: other tests change the content."""
 HEAD = {"keep_head"}
 """It needs a reader with a head that fits (tests/training/test_checkpoint.py)."""

@@ -1,0 +1,196 @@
+"""``[tasks.NAME]``: the words that declare a task, and their checks.
+
+A declaration is a plain table, as ``kr2cache.toml`` and the ``config.json`` of a run hold it. ``README.md`` of this
+folder explains the words.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, get_args
+
+from kr2cache.errors import ConfigError, unknown_name
+from kr2cache.tasks.base import Kind
+from kr2cache.tasks.metrics import SCHEMES, metric_names
+
+KINDS: tuple[Kind, ...] = get_args(Kind)
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+"""Names that a folder can have on every system."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Declaration:
+    """The words of one task; empty for those that are not given."""
+
+    kind: Kind
+    about: str = ""
+    text: tuple[str, ...] = ()
+    """One column, or two: the segments of a pair."""
+    context: str = ""
+    """For choice: the column of the text before every choice."""
+    choices: tuple[str, ...] | str = ()
+    """For choice: one column for each choice, or one column with a list."""
+    words: str = ""
+    """For tagging: a column with lists of words."""
+    label: tuple[str, ...] | str = ""
+    """The column of the gold labels. For multilabel it may be several columns of 0 and 1."""
+    labels: tuple[str, ...] = ()
+    """The names of all labels. Empty for those of the train split."""
+    id: str = "id"
+    """The column of the ids, if the data has it."""
+    scheme: str = ""
+    """For tagging: how labels mark the words of an entity."""
+    metric: str = ""
+    """The metric that decides; empty for the first of the kind."""
+    data: str = ""
+    """The value of ``--data`` where none is given."""
+
+    def table(self) -> dict[str, Any]:
+        """The words as a plain table. ``declared`` reads it again."""
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        given = {name: list(value) if isinstance(value, tuple) else value for name, value in given.items() if value}
+        return {name: value for name, value in given.items() if (name, value) != ("id", "id")}
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value)
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(_is_text, value)) and len(set(value)) == len(value)
+
+
+def _is_label(value: Any) -> bool:
+    return isinstance(value, (bool, int)) or _is_text(value)
+
+
+@dataclass(frozen=True)
+class Word:
+    """What a word of a declaration may be."""
+
+    example: str
+    """How to write it, for errors."""
+    fits: Callable[[Any], bool] = _is_text
+
+
+WORDS: Mapping[str, Word] = {
+    "kind": Word('kind = "classification"'),
+    "about": Word('about = "is a review good or bad?"'),
+    "text": Word(
+        'text = "review" (the column of the text), or text = ["title", "body"] (the two segments of a pair)',
+        lambda value: _is_text(value) or (_are_texts(value) and len(value) <= 2),
+    ),
+    "context": Word('context = "question" (the column of the text before every choice)'),
+    "choices": Word(
+        'choices = ["a", "b"] (one column for each choice), or choices = "endings" (a column with a list)',
+        lambda value: _is_text(value) or (_are_texts(value) and len(value) >= 2),
+    ),
+    "words": Word('words = "tokens" (a column with lists of words)'),
+    "label": Word('label = "stars" (the column of the gold labels)'),
+    "labels": Word(
+        'labels = ["bad", "good"], all labels, each once; without it, those of the train split',
+        lambda value: (
+            isinstance(value, list)
+            and all(map(_is_label, value))
+            and len(value) >= 2
+            and len(set(map(label_name, value))) == len(value)
+        ),
+    ),
+    "id": Word('id = "id" (the column of the ids)'),
+    "scheme": Word('scheme = "BIO"'),
+    "metric": Word('metric = "accuracy"'),
+    "data": Word('data = "data/reviews"'),
+}
+SEVERAL_LABEL_COLUMNS = Word(
+    'label = "emotions" (a column with a list of labels), or label = ["anger", "joy"] (a column of 0 and 1 for each)',
+    lambda value: _is_text(value) or (_are_texts(value) and len(value) >= 2),
+)
+"""``label`` of a multilabel task."""
+ANY_KIND = ("kind", "about", "id", "data")
+OF_KIND: Mapping[Kind, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "tagging": (("words", "label"), ("labels", "scheme", "metric")),
+    "classification": (("text", "label"), ("labels", "metric")),
+    "multilabel": (("text", "label"), ("labels", "metric")),
+    "regression": (("text", "label"), ("metric",)),
+    "choice": (("choices", "label"), ("context", "labels", "metric")),
+    "text": (("text",), ()),
+}
+"""The words that a kind needs, and those that it may have."""
+
+
+def label_name(value: Any) -> str:
+    """The name of a label that is a text, a whole number, or true or false."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def declared(name: str, table: Mapping[str, Any]) -> Declaration:
+    """Check a declaration.
+
+    Args:
+        name: The task's.
+        table: The words and their values.
+
+    Raises:
+        ConfigError: For a name that no folder can have, a word that is missing, or a value of another type.
+        UnknownNameError: For a word, kind, metric or scheme that does not exist.
+    """
+    where = f"[tasks.{name}]"
+    if not NAME.fullmatch(name):
+        raise ConfigError(
+            f"{where}: {name!r} cannot be the name of a task, because folders are named after tasks.",
+            "Use letters, digits, hyphens, underscores and dots; a letter or digit comes first.",
+        )
+    kind = table.get("kind")
+    if kind is None:
+        raise ConfigError(f"{where} has no kind.", f"Write kind = and one of {', '.join(KINDS)}, in quotes.")
+    if kind not in KINDS:
+        raise unknown_name(f"kind in {where}:", str(kind), KINDS)
+    needed, optional = OF_KIND[kind]
+    for word in table:
+        if word not in (known := (*ANY_KIND, *needed, *optional)):
+            if word in WORDS:
+                raise ConfigError(
+                    f"{where}: a task of kind {kind} has no {word}.", f"The words of this kind: {', '.join(known)}."
+                )
+            raise unknown_name(f"word in {where}:", word, known)
+    for word in needed:
+        if word not in table:
+            raise ConfigError(f"{where} has no {word}.", f"Write {_word(kind, word).example}.")
+    for word, value in table.items():
+        if not _word(kind, word).fits(value):
+            raise ConfigError(f"{where}: {word} = {value!r} cannot be used.", f"Write {_word(kind, word).example}.")
+    return _declaration(where, {word: _plain(word, value) for word, value in table.items()})
+
+
+def _word(kind: Kind, word: str) -> Word:
+    return SEVERAL_LABEL_COLUMNS if (kind, word) == ("multilabel", "label") else WORDS[word]
+
+
+def _plain(word: str, value: Any) -> Any:
+    if word == "text" and isinstance(value, str):
+        return (value,)
+    if word == "labels":
+        return tuple(map(label_name, value))
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _declaration(where: str, words: dict[str, Any]) -> Declaration:
+    """The declaration, once each word by itself is right."""
+    made = Declaration(**words)
+    if made.scheme and made.scheme not in SCHEMES:
+        raise unknown_name(f"scheme in {where}:", made.scheme, SCHEMES)
+    if made.metric and made.metric not in (known := metric_names(made.kind, made.scheme, made.labels)):
+        raise unknown_name(f"metric in {where}:", made.metric, known)
+    if isinstance(made.label, tuple) and made.labels and len(made.labels) != len(made.label):
+        raise ConfigError(
+            f"{where}: {len(made.label)} columns of labels, but {len(made.labels)} labels.",
+            "Give a label for each column, or leave labels out: the columns' names are then the labels.",
+        )
+    if made.choices and isinstance(made.choices, tuple) and made.labels and len(made.labels) != len(made.choices):
+        raise ConfigError(
+            f"{where}: {len(made.choices)} choices, but {len(made.labels)} labels.",
+            "Give a label for each choice, in their order, or leave labels out: they are then 0, 1, and so on.",
+        )
+    return made

@@ -1,0 +1,257 @@
+"""A task that is declared by words: ``[tasks.NAME]`` in ``kr2cache.toml``, or the same table from elsewhere."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from kr2cache.errors import DataError
+from kr2cache.tasks import metrics
+from kr2cache.tasks.base import Example, Label, Task
+from kr2cache.tasks.declaration import Declaration, declared
+from kr2cache.tasks.labels import LabelNumbers, name_of, names_of, value_of
+from kr2cache.tasks.rows import RowTask
+from kr2cache.tasks.tables import Row, line_rows
+from kr2cache.tasks.udpos import UdPos
+
+MOST_LABELS = 1000
+"""More different labels are taken for a wrong column."""
+BIO = re.compile(r"O|[BI]-.+")
+
+
+@dataclass
+class Seen:
+    """What a first reading of the train split finds."""
+
+    names: set[str] = field(default_factory=set)
+    columns: tuple[str, ...] = ()
+    """Of the first row."""
+
+
+class DeclaredTask(RowTask):
+    """A task that is declared by words. Its labels are empty until they are known (``with_labels_of``)."""
+
+    def __init__(self, name: str, declaration: Declaration, *, seen: Seen | None = None) -> None:
+        """
+        Args:
+            seen: Collects the names of labels while the train split is read for them.
+        """
+        self.name = name
+        self.words_of = declaration
+        self.about = declaration.about or f"{declaration.kind}, declared"
+        self.kind = declaration.kind
+        self.words = declaration.kind == "tagging"
+        lines = declaration.kind == "text" and len(declaration.text) == 1
+        self.suffixes = (*((".txt",) if lines else ()), ".jsonl", ".csv")
+        self.template = _template(declaration)
+        self.labels = _labels(declaration)
+        self.metric = declaration.metric or next(iter(metrics.metric_names(self.kind, declaration.scheme, ())), "")
+        self.counts = UdPos.counts if self.words else {}
+        self.hub_data = declaration.data or None
+        where = declaration.label if isinstance(declaration.label, str) else ", ".join(declaration.label)
+        self.labelled_by = f"the column {where}"
+        self._numbers = LabelNumbers(self.labels)
+        self._seen = seen
+        if declaration.scheme:
+            self._check_scheme(self.labels)
+
+    @classmethod
+    def of_table(cls, name: str, table: Mapping[str, Any]) -> DeclaredTask:
+        """The task that a table of words declares; arguments and errors as for ``declared``."""
+        return cls(name, declared(name, table))
+
+    # Labels ----------------------------------------------------------------------------------------------------------
+
+    def declaration(self) -> dict[str, Any] | None:
+        return replace(self.words_of, data="").table()
+
+    def with_labels_of(self, data: str | None) -> DeclaredTask:
+        if self.labels or self.kind in ("regression", "text"):
+            return self
+        seen = Seen()
+        for _ in DeclaredTask(self.name, self.words_of, seen=seen).examples("train", data):
+            pass
+        labels = in_order(seen.names)
+        what = f"the train split of {self.corpus(data)}"
+        if not labels:
+            raise DataError(
+                f"No example of {what} has a label in {self.labelled_by}; its columns are {', '.join(seen.columns)}.",
+                f"Check label in [tasks.{self.name}], and the data.",
+            )
+        if len(labels) == 1:
+            raise DataError(f"All labels of {what} are {labels[0]!r}: there is nothing to learn.", "Check the data.")
+        if len(labels) > MOST_LABELS:
+            raise DataError(
+                f"{self.labelled_by} of {what} has {len(labels):,} different labels, such as {labels[0]!r}.",
+                f'Check label in [tasks.{self.name}]. For numbers write kind = "regression"; or give all labels.',
+            )
+        return DeclaredTask(self.name, replace(self.words_of, labels=tuple(labels)))
+
+    def _check_scheme(self, labels: Sequence[str]) -> None:
+        for label in labels:
+            if not BIO.fullmatch(label):
+                raise DataError(
+                    f"The label {label!r} of task {self.name} is not of scheme BIO: O, or B- or I- and a type.",
+                    f"Correct the labels, or leave scheme out of [tasks.{self.name}].",
+                )
+
+    def source_files(self, split: str, data: str | None) -> dict[str, Path] | None:
+        return Task.source_files(self, split, data)  # ``file_rows`` reads no other file
+
+    # Examples --------------------------------------------------------------------------------------------------------
+
+    @property
+    def columns(self) -> tuple[str, ...]:  # type: ignore[override]
+        words = self.words_of
+        if self.kind == "choice":
+            several = (words.choices,) * len(self.labels) if isinstance(words.choices, str) else words.choices
+            return (*([words.context] if words.context else []), *several)
+        return words.text
+
+    def file_rows(self, path: Path, split: str) -> Iterable[Row]:
+        return (
+            line_rows(path, split, self.words_of.text[0]) if path.suffix == ".txt" else super().file_rows(path, split)
+        )
+
+    def example(self, row: Row) -> Example:
+        if self._seen is not None and not self._seen.columns:
+            self._seen.columns = tuple(row.values)
+        texts = self._texts(row)
+        return Example(row.id(self.words_of.id), texts, self._label(row, texts))
+
+    def _texts(self, row: Row) -> tuple[tuple[str, ...], ...]:
+        words = self.words_of
+        if self.kind == "tagging":
+            return (_texts_of(row, words.words),)
+        if self.kind != "choice":
+            return (tuple(_text_of(row, column) for column in words.text),)
+        if isinstance(words.choices, str):
+            choices = _texts_of(row, words.choices)
+        else:
+            choices = tuple(_text_of(row, column) for column in words.choices)
+        before = (_text_of(row, words.context),) if words.context else ()
+        return tuple((*before, choice) for choice in choices)
+
+    def _label(self, row: Row, texts: tuple[tuple[str, ...], ...]) -> Label:
+        column = self.words_of.label
+        if self.kind == "choice" and self._seen is not None:
+            self._note_choices(row, len(texts))
+        if isinstance(column, tuple):
+            return self._of_columns(row, column)
+        value = row.values.get(column)
+        place = f"{row.place}: {column}"
+        if self.kind == "text" or value is None:
+            return None
+        if self.kind == "regression":
+            return value_of(value, place)
+        if self.kind == "tagging":
+            return self._tags(value, len(texts[0]), place)
+        if self.kind == "multilabel":
+            numbers = self._numbered(names_of(value, place, split=True), place)
+            return None if numbers is None else tuple(sorted(set(numbers)))
+        name = name_of(value, place)
+        if name is None or (name == "-1" and self.labels and name not in self.labels):
+            return None  # data sets of the hub mark an example without gold label so
+        numbers = self._numbered([name], place)
+        return None if numbers is None else numbers[0]
+
+    def _tags(self, value: Any, words: int, place: str) -> Label:
+        tags = names_of(value, place, split=False)
+        if len(tags) != words:
+            raise DataError(f"{place} has {len(tags)} labels for {words} words.", "Give one label for each word.")
+        numbers = self._numbered(tags, place)
+        return None if numbers is None else tuple(numbers)
+
+    def _of_columns(self, row: Row, columns: Sequence[str]) -> Label:
+        """Multilabel: the numbers of the columns that hold 1; None if a column is missing or empty."""
+        marks = [name_of(row.values.get(column), f"{row.place}: {column}") for column in columns]
+        for column, mark in zip(columns, marks, strict=True):
+            if mark not in (None, "0", "1", "true", "false"):
+                raise DataError(f"{row.place}: {column} is {mark!r}, not 0 or 1.", "Check the row.")
+        return None if None in marks else tuple(i for i, mark in enumerate(marks) if mark in ("1", "true"))
+
+    def _numbered(self, names: Sequence[str], place: str) -> list[int] | None:
+        """The numbers of labels; None while the labels are not known."""
+        if self.labels:
+            return [self._numbers.of(name, place, self.name) for name in names]
+        if self._seen is not None and self.kind != "choice":
+            self._seen.names.update(names)
+        return None
+
+    def _note_choices(self, row: Row, count: int) -> None:
+        assert self._seen is not None, "asked only while labels are collected"
+        if self._seen.names and len(self._seen.names) != count:
+            raise DataError(
+                f"{row.place}: {count} choices, but the rows before have {len(self._seen.names)}.",
+                "Every example needs as many choices.",
+            )
+        self._seen.names.update(map(str, range(count)))
+
+    def _check(self, example: Example, place: str) -> None:
+        if self.labels or self.kind != "choice":
+            super()._check(example, place)
+
+    def from_line(self, line: str, name: str) -> Example:
+        if self.kind == "tagging":
+            return UdPos(None).from_line(line, name)
+        if len(self.columns) == 1:
+            line = line.rstrip("\r\n").replace("\t", " ")
+        return super().from_line(line, name)
+
+    def score(self, gold: Sequence[Any], predicted: Sequence[Any]) -> dict[str, float]:
+        return metrics.score(self.kind, self.words_of.scheme, self.labels, gold, predicted)
+
+
+def in_order(names: set[str]) -> list[str]:
+    """Labels in sorted order; by value if all of them are whole numbers."""
+    whole = all(re.fullmatch(r"-?[0-9]+", name) for name in names)
+    return sorted(names, key=int) if whole else sorted(names)
+
+
+def _labels(words: Declaration) -> tuple[str, ...]:
+    """The labels that a declaration gives; empty if the data has to give them."""
+    if words.labels:
+        return words.labels
+    if words.kind == "choice" and not isinstance(words.choices, str):
+        return tuple(map(str, range(len(words.choices))))
+    return words.label if isinstance(words.label, tuple) else ()
+
+
+def _template(words: Declaration) -> str:
+    """Which texts become tokens, in which order."""
+    if words.kind == "tagging":
+        return "words"
+    if words.kind != "choice":
+        return ", ".join(words.text)
+    choices = f"each of {words.choices}" if isinstance(words.choices, str) else f"each of {', '.join(words.choices)}"
+    return f"{words.context}, {choices}" if words.context else choices
+
+
+def _text_of(row: Row, column: str) -> str:
+    """The text in a column.
+
+    Raises:
+        DataError: If there is no such column, or it holds a number, null or an empty text.
+    """
+    value = row.values.get(column)
+    if value is not None and not isinstance(value, str):
+        raise DataError(f"{row.place}: {column} is {str(value)[:60]!r}, not text.", "Check the row.")
+    if value is None and column in row.values:
+        raise DataError(f"{row.place}: {column} is null, not text.", "Every example needs a text; check the row.")
+    return row.text(column)
+
+
+def _texts_of(row: Row, column: str) -> tuple[str, ...]:
+    """The texts in a column of lists; errors as for ``_text_of``."""
+    value = row.values.get(column)
+    if column not in row.values:
+        row.text(column)
+    if not isinstance(value, (list, tuple)) or not all(isinstance(one, str) for one in value) or not value:
+        raise DataError(f"{row.place}: {column} is {str(value)[:60]!r}, not a list of texts.", "Check the row.")
+    for number, one in enumerate(value, 1):
+        if not one.strip():
+            raise DataError(f"{row.place}: text {number} in {column} is empty.", "Check the row.")
+    return tuple(value)

@@ -1,0 +1,94 @@
+"""Gold labels as data sets write them: texts, numbers, true and false, lists of such."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from kr2cache.errors import DataError
+from kr2cache.tasks.declaration import label_name
+
+SHOWN = 20
+"""The most labels in one message."""
+
+
+class LabelNumbers:
+    """The numbers of labels, by name. A number in the data may stand for a label, unless labels are numbers."""
+
+    def __init__(self, labels: Sequence[str]) -> None:
+        self._labels = labels
+        self._number = {label: number for number, label in enumerate(labels)}
+        if not any(label.lstrip("-").isdecimal() for label in labels):
+            self._number |= {str(number): number for number in range(len(labels))}
+
+    def of(self, name: str, place: str, task: str) -> int:
+        """The number of a label.
+
+        Raises:
+            DataError: For a name that is no label.
+        """
+        number = self._number.get(name)
+        if number is None:
+            more = len(self._labels) - SHOWN
+            known = ", ".join(self._labels[:SHOWN]) + (f" and {more} more" if more > 0 else "")
+            raise DataError(
+                f"{place} is {name!r}.", f"Labels are {known}. Correct it, or give all labels in [tasks.{task}]."
+            )
+        return number
+
+
+def name_of(value: Any, place: str) -> str | None:
+    """The name of a label: ``2`` and ``2.0`` are ``"2"``, true is ``"true"``. None for null, NaN and empty text.
+
+    Args:
+        place: Row and column, for errors.
+
+    Raises:
+        DataError: For a value of another type.
+    """
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return None
+    if isinstance(value, float):
+        return str(int(value)) if value.is_integer() else repr(value)
+    if isinstance(value, (bool, int)):
+        return label_name(value)
+    if isinstance(value, str):
+        return value.strip() or None
+    raise DataError(f"{place} is {str(value)[:60]!r}, not a label.", "A label is a text or a number; check the row.")
+
+
+def names_of(value: Any, place: str, *, split: bool) -> list[str]:
+    """The names of a list of labels.
+
+    Args:
+        split: Whether a text is taken as well: names with commas between them.
+
+    Raises:
+        DataError: For another value, or a list with an empty label.
+    """
+    if split and isinstance(value, str):
+        return [name for part in value.split(",") if (name := part.strip())]
+    if not isinstance(value, (list, tuple)):
+        raise DataError(f"{place} is {str(value)[:60]!r}, not a list of labels.", "Check the row.")
+    names = [name_of(one, place) for one in value]
+    if None in names:
+        raise DataError(f"{place}: label {names.index(None) + 1} is empty.", "Check the row.")
+    return [name for name in names if name is not None]
+
+
+def value_of(value: Any, place: str) -> float | None:
+    """The number that a regression learns; None for NaN and empty text.
+
+    Raises:
+        DataError: If it is no number, or infinite.
+    """
+    if isinstance(value, str) and not value.strip():
+        return None
+    try:
+        number = float(value) if isinstance(value, (int, float, str)) and not isinstance(value, bool) else math.inf
+    except ValueError:
+        number = math.inf
+    if math.isinf(number):
+        raise DataError(f"{place} is {str(value)[:60]!r}, not a number.", "Check the row.")
+    return None if math.isnan(number) else number
