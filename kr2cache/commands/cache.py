@@ -14,14 +14,14 @@ from rich.text import Text
 from kr2cache.cache.dtypes import DTYPES
 from kr2cache.commands.defaults import merge
 from kr2cache.commands.loading import loading
-from kr2cache.commands.options import App, CacheDir, Data, Device, Json, print_json
+from kr2cache.commands.options import App, CacheDir, Data, Device, DeviceMap, Json, print_json
 from kr2cache.commands.settings import OPTIONS
 from kr2cache.commands.verify import verify
-from kr2cache.config import default_cache_dir, read_toml
+from kr2cache.config import Toml, default_cache_dir, read_toml
 from kr2cache.errors import CacheError, ConfigError
 from kr2cache.models.registry import label
 from kr2cache.system.console import bytes_text, console, count_text, done, note, ranges_text, seconds_text
-from kr2cache.system.device import check_device_name
+from kr2cache.system.device import check_device_map, check_device_name
 from kr2cache.system.utf8 import file_lines
 
 app = App(
@@ -50,6 +50,15 @@ def _folder(name: str, cache_dir: Path | None) -> Path:
     from kr2cache.store.inventory import find_cache
 
     return find_cache(name, _cache_dir(cache_dir))
+
+
+def _where_it_runs(toml: Toml, **given: Any) -> dict[str, Any]:
+    """The options of a command that runs the model of a cache again."""
+    values = merge(toml, **given)
+    device = values.get("device", "auto")
+    check_device_name(device)
+    check_device_map(values.get("device_map"), device)
+    return values
 
 
 @app.command("list")
@@ -193,6 +202,7 @@ def verify_cli(
     resource: Resource = None,
     data: Data = None,
     device: Device = None,
+    device_map: DeviceMap = None,
     cache_dir: CacheDir = None,
     as_json: Json = False,
 ) -> None:
@@ -208,10 +218,9 @@ def verify_cli(
     toml = read_toml(Path.cwd(), OPTIONS)
     model = None
     if against_model:
-        given = merge(toml, data=data, device=device)
-        check_device_name(given.get("device", "auto"))
+        given = _where_it_runs(toml, data=data, device=device, device_map=device_map)
         model = {"resource": resource, "models": toml.models, "tasks": toml.tasks, **given}
-    elif (unused := resource or data or device) is not None:
+    elif (unused := resource or data or device or device_map) is not None:
         raise ConfigError(f"{unused!r} is for the comparison with the model.", "Give --against-model too.")
     where = _cache_dir(cache_dir)
     folders = [_folder(name, cache_dir) for name in caches] if caches else cache_folders(where)
@@ -233,6 +242,7 @@ def repair_cli(
     resource: Resource = None,
     data: Data = None,
     device: Device = None,
+    device_map: DeviceMap = None,
     cache_dir: CacheDir = None,
     as_json: Json = False,
 ) -> None:
@@ -242,9 +252,7 @@ def repair_cli(
     """
     toml = read_toml(Path.cwd(), OPTIONS)
     folder = _folder(cache, cache_dir)
-
-    given = merge(toml, data=data, device=device)
-    check_device_name(given.get("device", "auto"))
+    given = _where_it_runs(toml, data=data, device=device, device_map=device_map)
     with loading(as_json):
         from kr2cache.extraction.repair import describe_repair, repair
         from kr2cache.extraction.rerun import RerunConfig

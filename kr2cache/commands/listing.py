@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kr2cache.commands.defaults import merge
 from kr2cache.commands.loading import loading
-from kr2cache.commands.options import Device, Json, Limit, checked, model_names, print_json
+from kr2cache.commands.options import Device, Json, Limit, WeightsDtype, checked, model_names, print_json
 from kr2cache.commands.settings import OPTIONS
-from kr2cache.config import read_toml
+from kr2cache.config import COMPUTE_DTYPES, DEFAULT_WEIGHTS_DTYPE, read_toml
+from kr2cache.errors import ConfigError, unknown_name
 from kr2cache.models.files import check_here, check_obtainable
 from kr2cache.models.registry import ModelSpec, control, find_model, known_models
-from kr2cache.system.console import console
+from kr2cache.system.console import bytes_text, console
 from kr2cache.system.device import check_device_name
 from kr2cache.system.disk import check_writable
 from kr2cache.tasks import find_task
@@ -33,19 +35,25 @@ def models_cli(
             autocompletion=model_names,
         ),
     ] = None,
+    weights_dtype: WeightsDtype = None,
     as_json: Json = False,
 ) -> None:
     """List the registered models, and which of them are on this machine.
 
     With NAME: say of one model what it can serve as and why not, and its layers, width, positions and bytes per token.
 
-    The model is loaded and tried on two short texts.
+    The model is loaded and tried on two short texts. If memory is too small for it, it is not tried.
     """
-    overrides = read_toml(Path.cwd(), OPTIONS).models
+    toml = read_toml(Path.cwd(), OPTIONS)
     if model is None:
-        _registered_models(known_models(overrides), as_json)
-    else:
-        _one_model(find_model(model, overrides), as_json)
+        if weights_dtype is not None:
+            raise ConfigError("--weights-dtype is for one model.", "Name it: kr2cache models NAME --weights-dtype ...")
+        _registered_models(known_models(toml.models), as_json)
+        return
+    dtype = merge(toml, weights_dtype=weights_dtype).get("weights_dtype", DEFAULT_WEIGHTS_DTYPE)
+    if dtype not in COMPUTE_DTYPES:
+        raise unknown_name("weights dtype", dtype, COMPUTE_DTYPES)
+    _one_model(find_model(model, toml.models), dtype, as_json)
 
 
 def _registered_models(specs: Mapping[str, ModelSpec], as_json: bool) -> None:
@@ -98,7 +106,7 @@ def _registered_models(specs: Mapping[str, ModelSpec], as_json: bool) -> None:
 HEAD_NAMES = {"token": "tagging", "sequence": "classification", "choice": "multiple choice"}
 
 
-def _one_model(spec: ModelSpec, as_json: bool) -> None:
+def _one_model(spec: ModelSpec, weights_dtype: str, as_json: bool) -> None:
     """Show what a model can serve as."""
     from rich.text import Text
 
@@ -108,7 +116,7 @@ def _one_model(spec: ModelSpec, as_json: bool) -> None:
     with loading(as_json):
         from kr2cache.experiment.suitability import ROLES, reasons, suitability
 
-    found = suitability(spec)
+    found = suitability(spec, weights_dtype)
     if as_json:
         print_json(found.json())
         return
@@ -142,7 +150,11 @@ def _print_facts(found: Suitability) -> None:
         "layers": f"{found.layers} of width {found.width}, the embedding output included"
         if sizes
         else "not in its configuration",
-        "positions": "no limit" if found.positions is None else f"{found.positions:,}",
+        "positions": f"{found.positions:,}" if found.positions else found.positions_fault or "no limit",
+        "weights": f"{found.parameters:,} numbers: "
+        + ", ".join(f"{bytes_text(size)} in {name}" for name, size in found.weight_bytes.items())
+        if found.parameters is not None
+        else "",
         "bytes per token": ", ".join(sizes) + " (all layers)" if sizes else "",
         "tokenizer": f"{tokenizer['class']}{kind}, {tokenizer['tokens']:,} tokens; {aligned}"
         if tokenizer["class"]

@@ -18,7 +18,18 @@ from typer.core import TyperArgument, TyperCommand, TyperOption
 from typer.models import CommandFunctionType
 
 from kr2cache.commands.hints import more_advice
-from kr2cache.commands.settings import CACHE_DIR, DATA, DEVICE, LIMIT, OPTIONS, Setting, default_text, kind
+from kr2cache.commands.settings import (
+    CACHE_DIR,
+    DATA,
+    DEVICE,
+    DEVICE_MAP,
+    LIMIT,
+    OPTIONS,
+    WEIGHTS_DTYPE,
+    Setting,
+    default_text,
+    kind,
+)
 from kr2cache.config import ExtractConfig, TrainConfig, local, read_toml
 from kr2cache.errors import KR2CacheError, UsageError
 from kr2cache.models.registry import known_models
@@ -63,6 +74,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document; tex
 Data = Annotated[str | None, option(ExtractConfig, "data", DATA)]
 Limit = Annotated[int | None, option(ExtractConfig, "limit", LIMIT)]
 Device = Annotated[str | None, option(ExtractConfig, "device", DEVICE)]
+DeviceMap = Annotated[str | None, option(ExtractConfig, "device_map", DEVICE_MAP)]
+WeightsDtype = Annotated[str | None, option(ExtractConfig, "weights_dtype", WEIGHTS_DTYPE)]
 CacheDir = Annotated[Path | None, option(ExtractConfig, "cache_dir", CACHE_DIR)]
 DEBUG = Parameter(
     "debug",

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kr2cache.commands.defaults import merge
 from kr2cache.commands.loading import loading
-from kr2cache.commands.options import Device, Json, checked, print_json
+from kr2cache.commands.options import Device, DeviceMap, Json, checked, print_json
 from kr2cache.commands.settings import OPTIONS
 from kr2cache.config import read_toml
 from kr2cache.errors import ConfigError
 from kr2cache.system.console import console, count_text, note, to_stderr
-from kr2cache.system.device import check_device_name
+from kr2cache.system.device import check_device_map, check_device_name
 from kr2cache.training.runs import RunFolder
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def predict_cli(
     ] = None,
     conllu: Annotated[bool, typer.Option("--conllu", help="For tagging: print CoNLL-U.")] = False,
     device: Device = None,
+    device_map: DeviceMap = None,
     as_json: Json = False,
 ) -> None:
     """Label new text. Resource and reader run on it; no cache is needed."""
@@ -53,15 +55,16 @@ def predict_cli(
         raise ConfigError("--conllu and --json cannot be combined.", "Give only one of them.")
     to_stderr()  # standard output is for predictions only
     toml = read_toml(Path.cwd(), OPTIONS)
-    where = device or toml.defaults.get("device", "auto")
-    check_device_name(where)
+    where = merge(toml, device=device, device_map=device_map)
+    check_device_name(where.get("device", "auto"))
+    check_device_map(where.get("device_map"), where.get("device", "auto"))
     RunFolder(run).read_config()
     with loading(as_json):
         from kr2cache.prediction.predict import Predictor
         from kr2cache.prediction.texts import as_text, read_file, read_lines, score, typed_lines
         from kr2cache.prediction.texts import conllu as to_conllu
 
-    predictor = Predictor.load(run, toml.models, where)
+    predictor = Predictor.load(run, toml.models, **where)
     task = predictor.task
     if file is None:
         examples = read_lines(task, text or (), name="text")

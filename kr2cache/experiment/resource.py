@@ -162,7 +162,14 @@ class Resource:
         def load(index: SequenceIndex) -> tuple[ExtractPlan, PreTrainedModel]:
             config = self.config
             plan = plan_again(
-                cache, cache.folder, index, self.spec, tokenizer, device=config.device, models=config.models
+                cache,
+                cache.folder,
+                index,
+                self.spec,
+                tokenizer,
+                device=config.device,
+                device_map=config.device_map,
+                models=config.models,
             )
             return plan, self._opened_model().encoder
 

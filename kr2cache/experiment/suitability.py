@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -10,11 +9,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from kr2cache.cache.dtypes import DTYPES
 from kr2cache.cache.format import SequenceIndex
-from kr2cache.config import DEFAULT_MAX_LENGTH, ExtractConfig
+from kr2cache.config import DEFAULT_MAX_LENGTH, DEFAULT_WEIGHTS_DTYPE, ExtractConfig
 from kr2cache.errors import (
     DataError,
     DeviceMemoryError,
@@ -28,15 +27,18 @@ from kr2cache.extraction import trial
 from kr2cache.extraction.batches import by_weights
 from kr2cache.extraction.planning import ExtractPlan
 from kr2cache.models.encode import MissingWords, check_token_ids, encode_examples, missing_words
-from kr2cache.models.files import fault_of, model_folder
+from kr2cache.models.files import check_complete, fault_of, model_folder
 from kr2cache.models.load import encoder_shape, load_config, max_positions, vocabulary
 from kr2cache.models.registry import ModelSpec, control
-from kr2cache.models.stack import resource_config
+from kr2cache.models.stack import Stack, find_stack, load_encoder
 from kr2cache.models.tokenizers import load_tokenizer, pad_id
-from kr2cache.system.console import waiting
+from kr2cache.system.console import bytes_text, waiting
+from kr2cache.system.device import drop_unused_memory
+from kr2cache.system.memory import free_memory
 from kr2cache.tasks import Example, Task, find_task
 from kr2cache.tasks.base import Head
 from kr2cache.training.batches import Batcher, SplitData
+from kr2cache.training.checkpoint import TaskCheckpoint
 
 RESOURCE, READER, PLAIN = "resource", "reader with a resource", "reader alone"
 ROLES = (RESOURCE, READER, PLAIN)
@@ -45,6 +47,8 @@ TASKS: dict[Head, str] = {"token": "udpos", "sequence": "snli", "choice": "swag"
 """A task of each head. Its data is not read."""
 SHORT, LONG = "A dog ran home .", "It is half past ten , and the old house by the river is still dark . " * 30
 """Two texts: a short one, and one that is longer than ``DEFAULT_MAX_LENGTH`` tokens."""
+WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Bytes of one number of the weights, by their dtype in memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +77,12 @@ class Suitability:
     """With the embedding output; None if its configuration does not give it."""
     width: int | None
     positions: int | None
-    """Tokens of the longest text, special tokens included; None without a limit."""
+    """Tokens of the longest text, special tokens included; None without a limit, or if its configuration does not give
+    it (``positions_fault``)."""
+    positions_fault: str | None
+    """Why its configuration does not give the positions; None if it does."""
+    parameters: int | None
+    """How many numbers the weights of its layers are; None if no model can be built from its configuration."""
     tokenizer: dict[str, Any]
     """Class, whether it is fast, number of tokens, and whether it aligns words (if not, why)."""
     answers: tuple[Answer, ...]
@@ -87,6 +96,11 @@ class Suitability:
             return {}
         return {name: self.layers * dtype.row_bytes(self.width) for name, dtype in DTYPES.items()}
 
+    @property
+    def weight_bytes(self) -> dict[str, int]:
+        """Bytes of the weights in memory, by dtype; empty if they are not known."""
+        return {} if self.parameters is None else {name: self.parameters * size for name, size in WEIGHT_BYTES.items()}
+
     def json(self) -> dict[str, Any]:
         return {
             "name": self.spec.name,
@@ -96,6 +110,8 @@ class Suitability:
             "layers": self.layers,
             "width": self.width,
             "positions": self.positions,
+            "parameters": self.parameters,
+            "weight_bytes": self.weight_bytes,
             "bytes_per_token": self.token_bytes,
             "tokenizer": self.tokenizer,
             "tried_length": self.tried_length,
@@ -104,21 +120,31 @@ class Suitability:
         }
 
 
-def suitability(spec: ModelSpec) -> Suitability:
-    """Try a model in every role, on two short texts and on this computer's processor.
+def suitability(spec: ModelSpec, weights_dtype: str = DEFAULT_WEIGHTS_DTYPE) -> Suitability:
+    """Try a model in every role, on two short texts and on this computer's processor. A role for which memory is too
+    small is not tried.
+
+    Args:
+        weights_dtype: The dtype of the weights of a resource, as for ``extract``. A reader is trained in float32.
 
     Raises:
         KR2CacheError: If the model is not on this machine, or its configuration cannot be loaded.
     """
     folder = model_folder(spec)
-    config = whole = load_config(spec)
-    with contextlib.suppress(UnsupportedModelError):  # if no part reads text, the trial says so
-        config = resource_config(spec)
+    whole = load_config(spec)
+    stack = _or_none(lambda: find_stack(spec, whole))  # if no part reads text, the trial says so
+    config = whole if stack is None else stack.config
     shape = _or_none(lambda: encoder_shape(config))
-    positions = _or_none(lambda: max_positions(config))
+    positions, fault = None, None
+    try:
+        positions = max_positions(config)
+    except UnsupportedModelError as error:
+        fault = error.message
     length = min(DEFAULT_MAX_LENGTH, positions or DEFAULT_MAX_LENGTH)
     tokenizers = {words: _tokenizer(spec, config, words=words) for words in (False, True)}
-    trials = _Trials(spec, config, length, tokenizers, complete=fault_of(spec, folder) is None)
+    trials = _Trials(
+        spec, config, stack, length, tokenizers, weights_dtype, free_memory(), fault_of(spec, folder) is None
+    )
     return Suitability(
         spec=spec,
         folder=folder,
@@ -126,6 +152,8 @@ def suitability(spec: ModelSpec) -> Suitability:
         layers=shape and shape[0],
         width=shape and shape[1],
         positions=positions,
+        positions_fault=fault,
+        parameters=stack and stack.numbers,
         tokenizer=_about(tokenizers),
         answers=tuple(trials.answers()),
         tried_length=length,
@@ -185,23 +213,32 @@ class _Trials:
 
     spec: ModelSpec
     config: PretrainedConfig
+    stack: Stack | None
+    """None if no model can be built, or none that reads text."""
     length: int
     """Longer texts are cut."""
     tokenizers: dict[bool, Loaded]
     """By whether texts are lists of words."""
+    weights_dtype: str
+    free: int
+    """Bytes of free memory before the trials."""
     complete: bool
     """Whether its files are all there. If not, only what its configuration and tokenizer tell is known."""
 
     def answers(self) -> Iterator[Answer]:
-        """An answer for each role and head. The model is loaded as resource, and as reader for each head."""
+        """An answer for each role and head. The weights are read once, or once in each of two dtypes."""
         with waiting(f"Trying {self.spec.name} as resource"):
-            refused = _refusal(self._try_resource)
+            refused, encoder = self._try_resource()
         for head in TASKS:
             yield self._answer(RESOURCE, head, refused or _refusal(partial(self._index, head)))
+        if self.weights_dtype != DEFAULT_WEIGHTS_DTYPE:
+            encoder = None
         found: dict[str, list[Answer]] = {READER: [], PLAIN: []}
         for head in TASKS:
+            drop_unused_memory()
             with waiting(f"Trying {self.spec.name} as reader ({head})"):
-                plain, beside = self._try_reader(head)
+                encoder = encoder or self._encoder_of_readers()
+                plain, beside = self._try_reader(head, encoder)
             found[READER].append(self._answer(READER, head, plain or beside))
             found[PLAIN].append(self._answer(PLAIN, head, plain))
         yield from found[READER]
@@ -215,12 +252,34 @@ class _Trials:
         examples = list(_examples(task))
         return task, tokenizer, examples, encode_examples(tokenizer, examples, task, self.length)
 
-    def _try_resource(self) -> None:
+    def _try_resource(self) -> tuple[KR2CacheError | None, PreTrainedModel | None]:
+        """What is wrong with it as resource, and the loaded model; None if it was not loaded."""
+        encoder = None
+        try:
+            plan = self._plan()
+            check_complete(self.spec)
+            self._check_room(RESOURCE)
+            encoder = load_encoder(self.spec, self.weights_dtype)
+            fresh = trial.check_states(plan, encoder).fresh
+            if not all(bool(torch.isfinite(layer).all()) for layer in trial.layers_of(plan, encoder, [0], fresh=fresh)):
+                wrong = ValueRangeError(f"{self.spec.name!r} gives states that are not finite numbers.", "")
+                raise by_weights(wrong, encoder, self.spec.name)
+        except KR2CacheError as error:
+            return error, encoder
+        return None, encoder
+
+    def _plan(self) -> ExtractPlan:
         layers, width = encoder_shape(self.config)
         words = isinstance(self.tokenizers[False], KR2CacheError)
         task, tokenizer, _, index = self._index("token" if words else "sequence")
-        plan = ExtractPlan(
-            config=ExtractConfig(resource=self.spec.name, split="test", task=task.name, device="cpu"),
+        return ExtractPlan(
+            config=ExtractConfig(
+                resource=self.spec.name,
+                split="test",
+                task=task.name,
+                weights_dtype=self.weights_dtype,  # type: ignore[arg-type]  # the command checks it
+                device="cpu",
+            ),
             spec=self.spec,
             index=index,
             layers=tuple(range(layers)),
@@ -231,20 +290,52 @@ class _Trials:
             corpus="",
             missing_words=MissingWords(0, 0),
         )
-        encoder = trial.open_resource(plan).encoder
-        fresh = trial.check_states(plan, encoder).fresh
-        if not all(bool(torch.isfinite(layer).all()) for layer in trial.layers_of(plan, encoder, [0], fresh=fresh)):
-            wrong = ValueRangeError(f"{self.spec.name!r} gives states that are not finite numbers.", "")
-            raise by_weights(wrong, encoder, self.spec.name)
 
-    def _try_reader(self, head: Head) -> tuple[KR2CacheError | None, KR2CacheError | None]:
+    def _check_room(self, role: str) -> None:
+        """Raise ``DeviceMemoryError`` if memory is too small for the weights of a resource, or for those of a reader
+        and the ones that it starts from. Mapped files of weights would count as free memory later on, so it was
+        measured before anything was loaded.
+        """
+        if self.stack is None:
+            return
+        # A control is drawn in float32.
+        dtype = self.weights_dtype if role == RESOURCE and self.spec.random_seed is None else DEFAULT_WEIGHTS_DTYPE
+        needed = self.stack.numbers * WEIGHT_BYTES[dtype] * (1 if role == RESOURCE else 2)
+        if needed <= self.free:
+            return
+        what = f"for its weights in {dtype}"
+        if role != RESOURCE:
+            what += ", twice: a training keeps those that it starts from"
+        smaller = self.stack.numbers * WEIGHT_BYTES["bfloat16"]
+        remedy = "Ask on a machine with more memory."
+        if role == RESOURCE and dtype == DEFAULT_WEIGHTS_DTYPE and self.spec.random_seed is None:
+            remedy = f"Give --weights-dtype bfloat16 ({bytes_text(smaller)}), or ask on a machine with more memory."
+        raise DeviceMemoryError(
+            f"{self.spec.name!r} needs {bytes_text(needed)} {what}. {bytes_text(self.free)} of memory are free.", remedy
+        )
+
+    def _encoder_of_readers(self) -> PreTrainedModel | None:
+        """The model in float32, which the readers of all heads start from; None if it cannot be loaded."""
+        if self.stack is None or self.stack.path or not self.complete:
+            return None
+        try:
+            self._check_room(READER)
+            return load_encoder(self.spec)
+        except KR2CacheError:  # each reader finds the reason by itself
+            return None
+
+    def _try_reader(
+        self, head: Head, encoder: PreTrainedModel | None
+    ) -> tuple[KR2CacheError | None, KR2CacheError | None]:
         """What is wrong with the reader alone, and with the reader with a resource. The second is not tried after a
         failure of the first."""
-        shared = Shared()  # it keeps the weights of this head only
+        shared = Shared()
         try:
             task, tokenizer, examples, index = self._index(head)
             inputs = Batcher(SplitData(examples=examples, index=index), task, tokenizer).inputs(range(len(examples)))
-            checkpoint = shared.checkpoint(self.spec, task)
+            if self.complete and not (self.stack and self.stack.path):  # else its checkpoint says what is wrong
+                self._check_room(READER)
+            checkpoint = TaskCheckpoint(self.spec, head, task.labels, encoder=encoder)
             shared.check_reader(checkpoint, inputs, positions=None)
         except KR2CacheError as error:
             return error, None

@@ -38,12 +38,16 @@ def suiting(plan: ExtractPlan, device: torch.device) -> int:
     return plan.config.tokens_per_batch or TOKENS_PER_BATCH.get(device.type, TOKENS_PER_BATCH["cpu"])
 
 
-def too_long(plan: ExtractPlan, device: torch.device) -> DeviceMemoryError:
-    """The error if not even the longest sequence fits into the device's memory."""
+def too_long(plan: ExtractPlan, device: torch.device, *advice: str) -> DeviceMemoryError:
+    """The error if not even the longest sequence fits into the device's memory.
+
+    Args:
+        advice: As for ``memory_advice``.
+    """
     return DeviceMemoryError(
         f"The longest sequence, {int(plan.index.n_tokens.max()):,} tokens, does not fit into the memory of {device} "
         f"together with {plan.spec.name}.",
-        memory_advice(device, "give a smaller --max-length"),
+        memory_advice(device, *advice),
     )
 
 
@@ -108,7 +112,7 @@ def that_fits(plan: ExtractPlan, run: Run, device: torch.device, *, padded: bool
         if all(_fits(plan, run, device, batches[number]) for number in sorted(largest)):
             break
         if len(batches[0]) == 1 and max(positions) <= longest:
-            raise too_long(plan, device)
+            raise too_long(plan, device, "give a smaller --max-length")
         budget = min(budget, max(positions)) // 2
     if budget < wanted:
         note(

@@ -187,7 +187,16 @@ def canaries(config: RerunConfig) -> list[Canary]:
     index = cache.tokens().select(positions)
     if made.segments:
         index = _with_segments(index, chosen, config, tokenizer)
-    plan = plan_again(cache, config.folder, index, spec, tokenizer, device=config.device, models=config.models)
+    plan = plan_again(
+        cache,
+        config.folder,
+        index,
+        spec,
+        tokenizer,
+        device=config.device,
+        device_map=config.device_map,
+        models=config.models,
+    )
     return compare(cache, positions, plan, open_same(plan, made, config.folder).encoder)
 
 
@@ -243,8 +252,17 @@ def compare(
 
     Raises:
         CacheError: If the stored states of one are damaged.
+        DeviceMemoryError: If one does not fit into the device's memory.
+        UnsupportedModelError: If the model fails.
     """
     trial.move_to_device(plan, encoder)
+    with trial.first_passes(plan, encoder):
+        return _compared(cache, positions, plan, encoder)
+
+
+def _compared(
+    cache: FeatureCache, positions: NDArray[np.int64], plan: ExtractPlan, encoder: PreTrainedModel
+) -> list[Canary]:
     fresh, count = bool(cache.batch_plan.get(trial.FRESH)), len(plan.index)
     together = None
     if count > 1 and cache.batch_plan.get("padded", True) and not fresh:

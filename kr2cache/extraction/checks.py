@@ -41,6 +41,12 @@ def check_extraction(config: ExtractConfig) -> Extraction:
     check_device_name(config.device)
     check_device_map(config.device_map, config.device)
     check_workers(config.engine, config.workers, config.device)
+    if config.device_map is not None and config.engine == "local" and config.workers > 1:
+        raise ConfigError(
+            f"--device-map {config.device_map} spreads one model over all GPUs, but each of --workers {config.workers} "
+            "takes one GPU of its own.",
+            "Leave out one of the two. With --engine ray, --gpus-per-worker gives each worker several GPUs.",
+        )
     check_layers_form(config.layers)
     task = find_task(config.task, config.tasks)
     spec = find_model(config.resource, config.models)

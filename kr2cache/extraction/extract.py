@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kr2cache.cache.format import ShardHeader, ranges
 from kr2cache.cache.reader import FeatureCache
@@ -31,7 +32,7 @@ from kr2cache.models.stack import describe_dropped
 from kr2cache.models.states import device_of
 from kr2cache.store import folders, plans, provenance
 from kr2cache.store.sharing import CACHE, SharedShards, existing_header
-from kr2cache.store.takeover import Donors, OlderCaches, as_mask, find_donors
+from kr2cache.store.takeover import Donors, OlderCaches, Usable, as_mask, find_donors
 from kr2cache.system.allocator import return_free_memory
 from kr2cache.system.claims import claimed
 from kr2cache.system.console import WorkProgress, bytes_text, count_text, done, note, seconds_text, waiting
@@ -153,7 +154,7 @@ def _make_shards(
             _note_shard_size(plan.config.shard_gb, header)
             with contextlib.suppress(DeviceMemoryError):  # the missing sequences may be shorter, and fit
                 trial.check_history(plan, model.encoder, header.batch_plan)
-            _check_begun(plan, model, folder)
+            _check_begun(plan, model.encoder, folder)
         else:
             tried = trial.check_states(plan, model.encoder)
             batch_plan = budget.plan_batches(
@@ -162,9 +163,7 @@ def _make_shards(
             if tried.fresh:
                 batch_plan[trial.FRESH] = True
             header = _new_header(plan, model, found, fingerprint, batch_plan, tried.last_is_output)
-            donors = find_donors(plan.config.cache_dir, folder, header, plan.index)
-            for cache, positions in zip(donors.caches, donors.positions, strict=True):
-                canaries.check_before_more(cache, positions, plan, model.encoder)
+            donors = find_donors(plan.config.cache_dir, folder, header, plan.index, _agreeing(plan, model.encoder))
             if donors.covered.any():
                 # Record for which sequences the model runs: a continued extraction has to form the same batches.
                 computed = ranges(np.flatnonzero(~donors.covered).tolist())
@@ -178,7 +177,7 @@ def _make_shards(
     return shards, donors
 
 
-def _check_begun(plan: ExtractPlan, model: OpenedModel, folder: Path) -> None:
+def _check_begun(plan: ExtractPlan, encoder: PreTrainedModel, folder: Path) -> None:
     """Compare a cache that was begun earlier with its model, if other versions of the libraries began it.
 
     Raises:
@@ -189,7 +188,21 @@ def _check_begun(plan: ExtractPlan, model: OpenedModel, folder: Path) -> None:
     except CacheError:  # a shard is missing or damaged
         return
     positions = np.where(cache.complete, np.arange(len(plan.index)), -1)
-    canaries.check_before_more(cache, positions, plan, model.encoder)
+    canaries.check_before_more(cache, positions, plan, encoder)
+
+
+def _agreeing(plan: ExtractPlan, encoder: PreTrainedModel) -> Usable:
+    """Whether an older cache agrees with the model. If it does not, or is damaged, a note says so."""
+
+    def agrees(cache: FeatureCache, positions: NDArray[np.int64]) -> bool:
+        try:
+            canaries.check_before_more(cache, positions, plan, encoder)
+        except CacheError as error:
+            note(f"No states are copied from {cache.folder.name}: {error.message}")
+            return False
+        return True
+
+    return agrees
 
 
 def _note_shard_size(wanted_gb: float | None, header: ShardHeader) -> None:
@@ -223,7 +236,7 @@ def fill_shards(
     trial.move_to_device(plan, encoder)
     header, taken_over = shards.header, 0
     planned = as_mask(header.batch_plan.get("computed"), len(plan.index))
-    older = OlderCaches(plan.config.cache_dir, shards, ~planned, donors)
+    older = OlderCaches(plan.config.cache_dir, shards, ~planned, donors, _agreeing(plan, encoder))
     with WorkProgress(f"{plan.spec.name} on {plan.config.task}/{plan.config.split}", "sequences") as progress:
         try:
             with (

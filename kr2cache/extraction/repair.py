@@ -167,7 +167,16 @@ def _plan(
         examples = _first(task.read(chosen.split, config.data), made.sequences)
         index = encode_examples(tokenizer, examples, task, chosen.max_length)
         _check_index(index, made, config)
-    return plan_again(header, config.folder, index, spec, tokenizer, device=config.device, models=config.models)
+    return plan_again(
+        header,
+        config.folder,
+        index,
+        spec,
+        tokenizer,
+        device=config.device,
+        device_map=config.device_map,
+        models=config.models,
+    )
 
 
 def _first(examples: list[Example], sequences: int) -> list[Example]:

@@ -33,6 +33,8 @@ class RerunConfig:
     data: str | None = None
     """The corpus; None for the task's own. It is read if an index is damaged or the model runs with segment ids."""
     device: str = "auto"
+    device_map: str | None = None
+    """As in ``ExtractConfig``."""
     models: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     tasks: Mapping[str, Any] = field(default_factory=dict)
     """As in ``ExtractConfig``."""
@@ -66,6 +68,7 @@ def plan_again(
     tokenizer: PreTrainedTokenizerBase,
     *,
     device: str,
+    device_map: str | None,
     models: Mapping[str, Mapping[str, Any]],
 ) -> ExtractPlan:
     """The plan of the extraction that made a cache, for these of its sequences.
@@ -84,6 +87,7 @@ def plan_again(
             compute_dtype=chosen.compute_dtype,  # type: ignore[arg-type]  # the fingerprint was compared
             weights_dtype=chosen.weights_dtype,  # type: ignore[arg-type]  # as above
             device=device,
+            device_map=device_map,
             cache_dir=folders.cache_dir_of(folder, chosen.task, chosen.split) or folder.absolute().parent,
             models=models,
         ),

@@ -5,15 +5,16 @@ Shape letters: B sequences, T positions (padded), D width.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kr2cache.cache.format import SequenceIndex
-from kr2cache.errors import DeviceMemoryError, UnsupportedModelError, error_text
+from kr2cache.errors import DeviceMemoryError, KR2CacheError, UnsupportedModelError, error_text
 from kr2cache.extraction import budget
 from kr2cache.extraction.planning import ExtractPlan
 from kr2cache.models.digests import OpenedModel, open_model
@@ -98,21 +99,35 @@ def _depends_on_history(plan: ExtractPlan, encoder: PreTrainedModel) -> str | No
         UnsupportedModelError: If the model fails on a sequence, or its states are random.
         DeviceMemoryError: If the model or the longest sequence does not fit into the device's memory.
     """
-    device = move_to_device(plan, encoder)
+    move_to_device(plan, encoder)
 
     def run(model: PreTrainedModel, sequence: int) -> tuple[torch.Tensor, ...]:
         return hidden_states(model, plan.index, [sequence], pad_id=plan.pad_id, compute_dtype="float32")
 
-    try:
+    with first_passes(plan, encoder, "give a smaller --max-length"):
         return depends_on_history(encoder, plan.index.n_tokens, run, repr(plan.spec.name))
-    except UnsupportedModelError:
+
+
+@contextlib.contextmanager
+def first_passes(plan: ExtractPlan, encoder: PreTrainedModel, *advice: str) -> Iterator[None]:
+    """Explain the failure of a model that runs here for the first time: its code may raise anything.
+
+    Args:
+        advice: More to do if its longest sequence does not fit into the device's memory, as for ``memory_advice``.
+
+    Raises:
+        UnsupportedModelError: If it fails.
+        DeviceMemoryError: If memory is too small.
+    """
+    try:
+        yield
+    except KR2CacheError:
         raise
-    except Exception as error:  # this is the model's first pass, and its code may raise anything
+    except Exception as error:
         if is_out_of_memory(error):
-            raise budget.too_long(plan, device) from None
-        reason = error_text(error)
+            raise budget.too_long(plan, device_of(encoder), *advice) from None
         raise UnsupportedModelError(
-            f"{plan.spec.name!r} ({encoder.config.model_type}) fails on its first text: {reason}",
+            f"{plan.spec.name!r} ({encoder.config.model_type}) fails on its first texts: {error_text(error)}",
             "Check its config.json, or choose another model.",
         ) from error
 
@@ -136,6 +151,11 @@ def check_states(plan: ExtractPlan, encoder: PreTrainedModel) -> Trial:
         DeviceMemoryError: If the model or the longest sequence does not fit into the device's memory.
     """
     fresh = _depends_on_history(plan, encoder) is not None
+    with first_passes(plan, encoder, "give a smaller --max-length"):
+        return _check_shapes(plan, encoder, fresh=fresh)
+
+
+def _check_shapes(plan: ExtractPlan, encoder: PreTrainedModel, *, fresh: bool) -> Trial:
     shortest = int(np.argmin(plan.index.n_tokens))
     expected = (1, int(plan.index.n_tokens[shortest]), plan.width)
     alone = layers_of(plan, encoder, [shortest], fresh=fresh)
@@ -197,9 +217,6 @@ def _beside_the_longest(
 
     Returns:
         The length of the other sequence, and the layers of both.
-
-    Raises:
-        DeviceMemoryError: If not even the shortest sequence fits.
     """
     order = np.argsort(plan.index.n_tokens, kind="stable")
     place = len(order) - 1
@@ -211,6 +228,6 @@ def _beside_the_longest(
             if not is_out_of_memory(error):
                 raise
             if place == 0:
-                raise budget.too_long(plan, device_of(encoder)) from None
+                raise
         drop_unused_memory()
         place //= 2

@@ -18,6 +18,12 @@ def weight_files(folder: Path) -> list[Path]:
     return [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether ``folder`` has files of a tokenizer besides its configuration."""
+    names = ("tokenizer.json", "vocab*", "*.model", "merges.txt", "tokenization_*.py")
+    return any(path for name in names for path in folder.glob(name))
+
+
 def fault(folder: Path, *, weights: bool = True) -> tuple[str, str] | None:
     """The fault of a model's folder and its remedy, in words; None if its files are complete.
 
@@ -25,7 +31,8 @@ def fault(folder: Path, *, weights: bool = True) -> tuple[str, str] | None:
         folder: The folder.
         weights: Whether the model is loaded with weights from there.
     """
-    files = [path for path in folder.iterdir() if path.is_file()]
+    others = set() if weights else set(weight_files(folder))
+    files = [path for path in folder.iterdir() if path.is_file() and path not in others]
     pointers = sorted(path.name for path in files if _is_lfs_pointer(path))
     if pointers:
         more = f" (and {len(pointers) - 1} more)" if len(pointers) > 1 else ""
@@ -84,22 +91,25 @@ FOREIGN = re.compile(
 """Weights in any format (they are chosen separately), pictures, readmes."""
 
 
-def files_to_download(names: Iterable[str], config: dict[str, Any], tokenizer_config: dict[str, Any]) -> list[str]:
+def files_to_download(
+    names: Iterable[str], config: dict[str, Any], tokenizer_config: dict[str, Any], *, weights: bool = True
+) -> list[str]:
     """The files of a repository on the hub that a model needs: configurations, code, vocabulary, one format of weights.
 
     Args:
         names: Every file of the repository.
         config: Its config.json.
         tokenizer_config: Its tokenizer_config.json; empty if there is none.
+        weights: Whether the model is loaded with its weights.
     """
     here = [name for name in names if "/" not in name]
     safe = any(name.endswith(".safetensors") for name in here)
-    weights = re.compile(r".*\.safetensors" if safe else r"pytorch_model.*\.bin")
+    chosen = re.compile(r".*\.safetensors" if safe else r"pytorch_model.*\.bin")
     asked = _vocabulary_files(config, tokenizer_config)
     return [
         name
         for name in here
-        if weights.fullmatch(name)
+        if (weights and chosen.fullmatch(name))
         or name.endswith((".json", ".txt", ".model", ".py"))
         or (name in asked if asked is not None else not FOREIGN.fullmatch(name))
     ]

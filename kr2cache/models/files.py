@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kr2cache.errors import ModelUnavailableError, error_text
-from kr2cache.models.contents import fault, files_to_download, weight_files
+from kr2cache.models.contents import fault, files_to_download, has_tokenizer, weight_files
 from kr2cache.models.registry import ModelSpec
 from kr2cache.system import hub
 
@@ -28,9 +28,14 @@ def local_folder(spec: ModelSpec) -> Path | None:
         if hub_id is None:
             continue
         config = try_to_load_from_cache(hub_id, "config.json", revision=spec.revision)
-        if isinstance(config, str) and weight_files(Path(config).parent):
+        if isinstance(config, str) and _is_usable(spec, Path(config).parent):
             return Path(config).parent
     return None
+
+
+def _is_usable(spec: ModelSpec, snapshot: Path) -> bool:
+    """Whether a snapshot of the hub has more than its config.json: weights, or for a control a tokenizer."""
+    return bool(weight_files(snapshot)) or (spec.random_seed is not None and has_tokenizer(snapshot))
 
 
 def _inside_package(package: str) -> Path | None:
@@ -55,7 +60,7 @@ def model_folder(spec: ModelSpec) -> Path:
         return folder
     hub_id = _obtainable(spec)
     try:
-        return _download(hub_id, spec.revision)
+        return _download(hub_id, spec.revision, weights=spec.random_seed is None)
     except Exception as error:  # huggingface_hub raises a dozen unrelated classes; all mean "cannot be downloaded"
         raise _unavailable(spec, error_text(error)) from error
 
@@ -141,7 +146,7 @@ def layers_in_config(spec: ModelSpec) -> int | None:
     return layers + 1 if isinstance(layers, int) else None
 
 
-def _download(hub_id: str, revision: str | None) -> Path:
+def _download(hub_id: str, revision: str | None, *, weights: bool) -> Path:
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
     names = HfApi().list_repo_files(hub_id, revision=revision)
@@ -152,5 +157,5 @@ def _download(hub_id: str, revision: str | None) -> Path:
         content: dict[str, Any] = json.loads(Path(hf_hub_download(hub_id, name, revision=revision)).read_text("utf-8"))
         return content
 
-    wanted = files_to_download(names, fields("config.json"), fields("tokenizer_config.json"))
+    wanted = files_to_download(names, fields("config.json"), fields("tokenizer_config.json"), weights=weights)
     return Path(snapshot_download(hub_id, revision=revision, allow_patterns=wanted))

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import inspect
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -123,12 +124,24 @@ def load_config(spec: ModelSpec) -> PretrainedConfig:
                 f"Model {spec.name!r} should have the first {spec.layers} layers of a model that has {there}.",
                 f"Correct layers under [models.{spec.name}] in kr2cache.toml.",
             )
-        part.num_hidden_layers = spec.layers
+        _cut(part, there, spec.layers)
     if spec.dropout is not None:
         for name in config.to_dict():
             if "dropout" in name and isinstance(getattr(config, name), int | float):
                 setattr(config, name, float(spec.dropout))
     return config
+
+
+PER_LAYER = re.compile(r".*layer.*|.*_types|intermediate_size|activation_sparsity_pattern")
+"""Fields that may have one value for each layer, such as ``layer_types``."""
+
+
+def _cut(config: PretrainedConfig, there: int, layers: int) -> None:
+    """Leave the first ``layers`` layers of ``there``. transformers saves no configuration whose lists are longer."""
+    for name, value in vars(config).items():
+        if isinstance(value, list | tuple) and len(value) == there and PER_LAYER.fullmatch(name):
+            setattr(config, name, value[:layers])
+    config.num_hidden_layers = layers
 
 
 def _parts(config: PretrainedConfig) -> Iterator[PretrainedConfig]:
@@ -143,7 +156,13 @@ def _parts(config: PretrainedConfig) -> Iterator[PretrainedConfig]:
 
 
 def text_config(config: PretrainedConfig) -> PretrainedConfig:
-    """The part of a configuration that describes the reading of text; the whole of it for a model of text."""
+    """The part of a configuration that describes the reading of text; the whole of it for a model of text. Of an
+    encoder-decoder whose parts have configurations of their own, it is in that of the encoder."""
+    from transformers import PretrainedConfig
+
+    encoder = getattr(config, "encoder", None)
+    if config.is_encoder_decoder and isinstance(encoder, PretrainedConfig):
+        return text_config(encoder)
     try:
         found: PretrainedConfig = config.get_text_config()
     except ValueError:  # it has one for texts that are read, and one for texts that are written

@@ -49,6 +49,8 @@ class Stack(NamedTuple):
     """Its own configuration: layers, width, vocabulary and positions are those of the stack."""
     model_class: type[PreTrainedModel]
     """The class of the whole model."""
+    numbers: int
+    """How many numbers the weights of the stack are."""
 
 
 def find_stack(spec: ModelSpec, config: PretrainedConfig) -> Stack:
@@ -57,14 +59,12 @@ def find_stack(spec: ModelSpec, config: PretrainedConfig) -> Stack:
     Raises:
         UnsupportedModelError: If no model can be built from the configuration, or no part of it reads text alone.
     """
-    from transformers import AutoModel
-
     try:
-        whole = without_weights(spec, AutoModel, without_padding(config) or config)
+        whole = without_weights(spec, _auto_class(config), without_padding(config) or config)
     except UnsupportedModelError:
-        part = text_config(config)
-        if hasattr(part, "vocab_size"):  # it describes a model of text: perhaps a field makes no sense
-            vocabulary(part), encoder_shape(part), max_positions(part)
+        text = text_config(config)
+        if hasattr(text, "vocab_size"):  # it describes a model of text: perhaps a field makes no sense
+            vocabulary(text), encoder_shape(text), max_positions(text)
         raise
     path = _path(whole, text_config(whole.config))
     if path is None:
@@ -74,8 +74,19 @@ def find_stack(spec: ModelSpec, config: PretrainedConfig) -> Stack:
             "that takes token ids alone.",
             "Choose a model of text: an encoder, a decoder or an encoder-decoder.",
         )
-    found: PretrainedConfig = whole.get_submodule(path).config if path else whole.config  # type: ignore[assignment]
-    return Stack(path, config if type(found) is type(config) and not path else found, type(whole))
+    part: Any = whole.get_submodule(path) if path else whole
+    found: PretrainedConfig = config if type(part.config) is type(config) and not path else part.config
+    return Stack(path, found, type(whole), sum(parameter.numel() for parameter in part.parameters()))
+
+
+def _auto_class(config: PretrainedConfig) -> Any:
+    """AutoModel, if it knows the architecture; an encoder-decoder of two models (BERT2BERT) has no class without a
+    head.
+    """
+    from transformers import AutoModel, AutoModelForSeq2SeqLM
+
+    only_whole = type(config) not in AutoModel._model_mapping and type(config) in AutoModelForSeq2SeqLM._model_mapping
+    return AutoModelForSeq2SeqLM if only_whole else AutoModel
 
 
 def resource_config(spec: ModelSpec) -> PretrainedConfig:
@@ -192,11 +203,9 @@ def _loaded(
     """The model with the weights of its files, without those outside the stack; and the names of tensors in the files
     that it does not use.
     """
-    from transformers import AutoModel
-
     whole, report = from_pretrained(
         spec,
-        _only(stack) if stack.path else AutoModel,
+        _only(stack) if stack.path else _auto_class(config),
         folder,
         config,
         output_loading_info=True,
@@ -215,14 +224,13 @@ def _loaded(
 def _drawn(spec: ModelSpec, config: PretrainedConfig, options: dict[str, Any]) -> PreTrainedModel:
     """The model of a control: its weights are drawn by its seed."""
     import torch
-    from transformers import AutoModel
 
     from kr2cache.models.control import drawn_by
 
     assert spec.random_seed is not None, "it is a control"
     headless = {name: value for name, value in options.items() if name != "device_map"}
     with drawn_by(spec.random_seed):
-        model: PreTrainedModel = AutoModel.from_config(  # type: ignore[no-untyped-call]
+        model: PreTrainedModel = _auto_class(config).from_config(
             without_padding(config) or config,
             dtype=torch.float32,
             trust_remote_code=spec.trust_remote_code,

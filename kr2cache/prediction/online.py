@@ -26,8 +26,8 @@ from kr2cache.models.files import local_folder
 from kr2cache.models.load import encoder_shape
 from kr2cache.models.registry import ModelSpec, find_model
 from kr2cache.models.repeatable import as_loaded, depends_on_history
-from kr2cache.models.stack import load_encoder
-from kr2cache.models.states import hidden_states, padding_is_harmless
+from kr2cache.models.stack import open_encoder
+from kr2cache.models.states import device_of, hidden_states, padding_is_harmless
 from kr2cache.models.tokenizers import load_tokenizer, pad_id
 from kr2cache.tasks import Task
 
@@ -72,7 +72,7 @@ class OnlineFeatures:
         self.resource = resource
         self.index = index
         self.n_tokens = index.n_tokens
-        self.device = resource.encoder.device
+        self.device = device_of(resource.encoder)
         self.layers = layers
         self.weights = None if weights is None else weights.to(self.device)
         self.width = encoder_shape(resource.encoder.config)[1]
@@ -119,6 +119,7 @@ def load_resource(
     models: Mapping[str, Mapping[str, Any]],
     task: Task,
     device: torch.device,
+    device_map: str | None,
 ) -> OnlineResource:
     """Load the resource of a run, and check that it is the model that the reader was trained with.
 
@@ -126,6 +127,8 @@ def load_resource(
         config: The settings of the resource that decided the run (``config.json``).
         origin: Where the model was during the run, as ``models.origin`` recorded it.
         models: ``[models]`` of ``kr2cache.toml``.
+        device: Where the model runs.
+        device_map: As in ``ExtractConfig``; then ``device`` has no meaning.
 
     Raises:
         CacheMismatchError: If the model has other weights or another configuration.
@@ -135,7 +138,7 @@ def load_resource(
     name = str(config["name"])
     spec = _find_resource(name, origin, models)
     weights_dtype = str(config.get("weights_dtype", DEFAULT_WEIGHTS_DTYPE))
-    encoder = load_encoder(spec, weights_dtype)
+    encoder = open_encoder(spec, weights_dtype, device_map).encoder
     weights = weights_digest(encoder)
     where = local_folder(spec)
     differs = None
@@ -150,7 +153,8 @@ def load_resource(
             f'Set path = "..." under [models.{name}] in kr2cache.toml to the folder of the model used for training, or '
             "train again with this model.",
         )
-    encoder.to(device)  # type: ignore[arg-type]  # transformers annotates it for itself alone
+    if device_map is None:
+        encoder.to(device)  # type: ignore[arg-type]  # transformers annotates it for itself alone
     resource = OnlineResource(
         name=name,
         encoder=encoder,

@@ -86,6 +86,7 @@ class Predictor:
         folder: str | Path,
         models: Mapping[str, Mapping[str, Any]] = {},
         device: str = "auto",
+        device_map: str | None = None,
         tasks: Mapping[str, Any] = {},
     ) -> Predictor:
         """Load the reader of a finished run. This needs its resource, but neither its data nor its caches.
@@ -93,6 +94,8 @@ class Predictor:
         Args:
             folder: ``runs/TASK/.../seed-N``. The folder may have moved since the run.
             models: ``[models]`` of ``kr2cache.toml``: where the resource is, if it moved since the run.
+            device: Of the reader, and of its resources without a device map.
+            device_map: Of the resources, as in ``ExtractConfig``.
             tasks: ``Task`` objects by name, for a run on a task that neither a table declares nor a package brings.
 
         Raises:
@@ -119,7 +122,9 @@ class Predictor:
                 f"{run.reader} is not the reader that {run.config_file} describes: they have {counts} resources.",
                 "Restore the folder, or train the run again.",
             )
-        online = [load_resource(run.path, own, origin, models, task, chosen_device) for own, origin in resources]
+        online = [
+            load_resource(run.path, own, origin, models, task, chosen_device, device_map) for own, origin in resources
+        ]
         reader.to(chosen_device)
         return cls(
             task=task,

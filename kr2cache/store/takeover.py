@@ -49,21 +49,35 @@ class Donors:
                 yield i, states_as_stored(header, None, sources)
 
 
+Usable = Callable[[FeatureCache, NDArray[np.int64]], bool]
+"""Whether states may be copied from an older cache. It gets the cache, and (n,) where it holds each sequence of the new
+cache; -1 if it does not."""
+
+
 class OlderCaches:
     """Copies from older caches the sequences that are not in the batch plan of a new cache."""
 
-    def __init__(self, cache_dir: Path, shards: SharedShards, wanted: NDArray[np.bool_], donors: Donors | None) -> None:
+    def __init__(
+        self,
+        cache_dir: Path,
+        shards: SharedShards,
+        wanted: NDArray[np.bool_],
+        donors: Donors | None,
+        usable: Usable,
+    ) -> None:
         """
         Args:
             cache_dir: The folder of all caches.
             shards: The shards of the new cache.
             wanted: (n,) True for the sequences that are not in the batch plan.
             donors: The older caches; None if they were not searched for yet.
+            usable: As for ``find_donors``.
         """
         self._cache_dir = cache_dir
         self._shards = shards
         self._wanted = wanted
         self._donors = donors
+        self._usable = usable
 
     def copy_into(self, writer: ShardWriter, progress: WorkProgress, check: Callable[[], None]) -> int:
         """Copy the wanted sequences that the shard of ``writer`` lacks. The arguments are those of ``copy_states``.
@@ -76,11 +90,13 @@ class OlderCaches:
         missing = missing[self._wanted[missing]]
         if not len(missing):
             return 0
-        self._donors = self._donors or find_donors(self._cache_dir, shards.folder, shards.header, shards.index)
+        self._donors = self._donors or find_donors(
+            self._cache_dir, shards.folder, shards.header, shards.index, self._usable
+        )
         return copy_states(writer, self._donors.states(shards.header, missing.tolist()), progress, check)
 
 
-def find_donors(cache_dir: Path, folder: Path, header: ShardHeader, index: SequenceIndex) -> Donors:
+def find_donors(cache_dir: Path, folder: Path, header: ShardHeader, index: SequenceIndex, usable: Usable) -> Donors:
     """The caches of the same task and split that hold states of the sequences in ``index``.
 
     The states of a sequence depend on weights, configuration, token ids, segments (which follow from text and template)
@@ -92,6 +108,7 @@ def find_donors(cache_dir: Path, folder: Path, header: ShardHeader, index: Seque
         folder: The folder of the new cache. It is not searched.
         header: The header of the new cache.
         index: The sequences of the new cache.
+        usable: Called once for each cache that holds some of them.
     """
     segments = bool(header.provenance["found"]["segments"])
     layers = np.array(header.layers)
@@ -108,6 +125,8 @@ def find_donors(cache_dir: Path, folder: Path, header: ShardHeader, index: Seque
             key: position for position, key in enumerate(_keys(cache.tokens(), segments)) if cache.complete[position]
         }
         found = np.array([stored.get(key, -1) for key in keys], dtype=np.int64)
+        if not (found >= 0).any() or not usable(cache, found):
+            continue
         covered[np.ix_(found >= 0, holds)] = True
         caches.append(cache)
         positions.append(found)

@@ -19,6 +19,7 @@ from kr2cache.models.load import (
     not_finite,
     quiet,
     without_padding,
+    without_weights,
 )
 from kr2cache.models.registry import ModelSpec
 from kr2cache.models.stack import find_stack, load_encoder
@@ -33,11 +34,21 @@ class TaskCheckpoint:
     learned another task, or the same labels in another order. ``keep_head`` keeps it, with its labels put in order.
     """
 
-    def __init__(self, spec: ModelSpec, head: Head, labels: tuple[str, ...], *, keep_head: bool = False) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        head: Head,
+        labels: tuple[str, ...],
+        *,
+        keep_head: bool = False,
+        encoder: PreTrainedModel | None = None,
+    ) -> None:
         """
         Args:
             labels: The task's.
             keep_head: Keep the head of the checkpoint.
+            encoder: The model without a head, in float32 (``load_encoder``), if it is in memory: then no file is read,
+                and its weights are used without a copy.
 
         Raises:
             ConfigError: If the head has to be kept, but its label names are not the task's.
@@ -46,6 +57,7 @@ class TaskCheckpoint:
         self.head = head
         self.labels = labels
         self.keep_head = keep_head
+        self._encoder_in_memory = encoder
         self.config = load_config(spec)
         """As in its file, without the labels of the task."""
         self.earlier_head: tuple[str, ...] = ()
@@ -125,10 +137,12 @@ class TaskCheckpoint:
                 "It can be a frozen resource. Choose a model with one stack of layers (BERT, RoBERTa, ...).",
             )
         model_class, weights = task_class(self.head, config), None
-        if self.spec.random_seed is not None:  # no file has its weights
-            with torch.device("meta"), quiet():
-                model_class = type(model_class.from_config(without_padding(config) or config))
-            weights = load_encoder(self.spec).state_dict()
+        whole = self._encoder_in_memory
+        if whole is None and self.spec.random_seed is not None:  # no file has its weights
+            whole = load_encoder(self.spec)
+        if whole is not None:
+            model_class = type(without_weights(self.spec, model_class, without_padding(config) or config))
+            weights = whole.state_dict()
         model, missing, misfit = load_pretrained(self.spec, model_class, config, weights)
         if damaged := not_finite(model):
             more = f" and {len(damaged) - 1} more" if len(damaged) > 1 else ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -138,9 +138,44 @@ def test_an_extraction_does_not_continue_a_cache_of_other_states(world: World) -
 def test_states_of_other_versions_are_compared_before_they_are_copied(world: World) -> None:
     with versions():
         world.extract()
-    with other_states(), pytest.raises(CacheMismatchError, match="give other states"):
-        world.extract(layers="last2")
     assert world.extract(layers="last2").taken_over == 12
+
+
+@pytest.mark.parametrize("fault", ["other states", "damaged"])
+def test_an_older_cache_that_disagrees_or_is_damaged_is_left_out(
+    world: World, capsys: pytest.CaptureFixture[str], fault: str
+) -> None:
+    with versions():
+        older = FeatureCache.open(world.extract().cache)
+    if fault == "damaged":  # the shortest is compared
+        (path,) = older.folder.glob("*.h5")
+        shard, raw = open_shard(path), bytearray(path.read_bytes())
+        row = int(shard.first_row[np.argmin(older.n_tokens)])
+        raw[shard.array_offset("hidden") + row * older.width * 2] ^= 1
+        path.write_bytes(raw)
+    with other_states() if fault == "other states" else nullcontext():
+        result = world.extract(layers="last2")
+    assert (result.computed, result.taken_over) == (12, 0)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"No states are copied from {older.folder.name}: " in shown
+    assert ("give other states" if fault == "other states" else "damaged") in shown
+
+
+def test_it_is_left_out_of_an_extraction_that_continues(world: World) -> None:
+    older = world.extract().cache
+    begun = world.extract(layers="last2")
+    assert (begun.computed, begun.taken_over) == (0, 12)
+    (path,) = begun.cache.glob("*.h5")
+    unmark(open_shard(path), [2, 5])
+    with path.open("r+b") as file:  # as if they were never written
+        for sequence in (2, 5):
+            file.seek(open_shard(path).array_offset("examples/xxh3") + 8 * sequence)
+            file.write(bytes(8))
+    shutil.rmtree(older)
+    with versions(), other_states():
+        assert world.extract().cache == older
+    again = world.extract(layers="last2")
+    assert (again.computed, again.taken_over) == (2, 0)
 
 
 def test_a_repair_does_not_mix_states_of_other_versions(world: World) -> None:
@@ -238,6 +273,7 @@ def test_one_number_that_moves_is_found_as_well_as_all(place: World, tmp_path: P
         find_model(str(place.resource), {}),
         tiny.tokenizer(),
         device="cpu",
+        device_map=None,
         models={},
     )
     encoder = open_same(plan, provenance.found_of(cache.provenance, cache.folder), cache.folder).encoder
@@ -262,6 +298,22 @@ def test_verify_reads_the_segments_of_pairs_from_the_data(tmp_path: Path, capsys
     capsys.readouterr()
     assert run([*line, "--data", str(pairs.data), "--json"]) == 1
     assert "made from other data" in json.loads(capsys.readouterr().out)["caches"][0]["model"]["why"]
+
+
+def test_too_little_memory_for_the_comparison_is_explained(
+    world: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = world.extract().cache
+
+    def full(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(BertEncoder, "forward", full)
+    capsys.readouterr()
+    line = ["cache", "verify", str(folder), "--against-model", "--resource", str(world.resource), "--device", "cpu"]
+    assert run([*line, "--json"]) == 1
+    why = json.loads(capsys.readouterr().out)["caches"][0]["model"]["why"]
+    assert "tokens, does not fit into the memory of cpu together with res." in why
 
 
 def test_verify_says_why_it_cannot_compare(world: World, capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,7 +24,7 @@ import torch
 import xxhash
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
+from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer, BertModel
 
 from kr2cache.cache.reader import FeatureCache
 from kr2cache.cache.writer import ShardWriter
@@ -748,6 +748,8 @@ def test_states_of_a_model_that_a_short_text_changes_depend_on_nothing_else(tmp_
     cache = extracted(folder, tmp_path / "cache", texts, **SMALL_SHARDS)
     assert_states(cache, states_alone(folder, texts), rounding=ROUNDING["float16"])
     assert cache.batch_plan["fresh"]
+    # Its last block is filled for the model: the last of its hidden states is still its output.
+    assert cache.provenance["recorded"]["model"]["last_is_output"] is True
     # What these texts never switch runs as any model.
     assert "fresh" not in extracted(folder, tmp_path / "short", TEXTS).batch_plan
 
@@ -845,8 +847,25 @@ def test_a_cache_that_was_made_without_regard_to_it_is_neither_resumed_nor_repai
 
 def test_a_model_that_fails_on_its_first_text_is_refused_by_name(tmp_path: Path) -> None:
     folder = tiny.save_model(tmp_path / "model", chunk_size_feed_forward=7)  # lengths have to be a multiple of it
-    with pytest.raises(UnsupportedModelError, match=r"'model' \(bert\) fails on its first text: .*chunk size 7"):
+    with pytest.raises(UnsupportedModelError, match=r"'model' \(bert\) fails on its first texts: .*chunk size 7"):
         extracted(folder, tmp_path / "cache")
+    assert not list(tmp_path.rglob("*.h5"))
+
+
+def test_a_model_that_fails_beside_another_text_is_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A text alone runs; its first padded batch does not."""
+    real = BertModel.forward
+
+    def alone(self: Any, input_ids: torch.Tensor, **inputs: Any) -> Any:
+        if len(input_ids) > 1:
+            raise KeyError("batch")
+        return real(self, input_ids, **inputs)
+
+    monkeypatch.setattr(BertModel, "forward", alone)
+    with pytest.raises(UnsupportedModelError, match=r"'model' \(bert\) fails on its first texts: KeyError: 'batch'"):
+        extracted(tiny.save_model(tmp_path / "model"), tmp_path / "cache")
     assert not list(tmp_path.rglob("*.h5"))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from kr2cache.extraction.checks import check_extraction
 from kr2cache.extraction.planning import plan_extraction
 from kr2cache.extraction.repair import repair
 from kr2cache.extraction.rerun import RerunConfig
+from kr2cache.models import stack
 from kr2cache.models.digests import open_model, weights_digest
 from kr2cache.models.registry import ModelSpec
 from kr2cache.models.repeatable import as_loaded
@@ -175,6 +177,44 @@ def test_a_part_of_a_model_whose_layers_are_elsewhere_runs(tmp_path: Path) -> No
             assert all(torch.equal(one, other) for one, other in zip(states, expected, strict=True))
 
 
+def test_every_command_that_runs_a_resource_takes_a_device_map(
+    world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained = world.train(epochs=1.0).runs[0].folder
+    folder = next(one for one in world.cache_folders() if "train" in str(one))
+    (shard,) = folder.glob("*.h5")
+    before = shard.read_bytes()
+    with h5py.File(shard, "r+") as file:
+        file["examples/complete"][3] = 0
+    maps, real = [], stack.from_pretrained
+
+    def noting(*arguments: Any, **options: Any) -> Any:
+        maps.append(options.get("device_map"))
+        return real(*arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stack, "from_pretrained", noting)
+        own = ["--resource", str(world.resource), "--device-map", "auto"]
+        assert run(["cache", "repair", str(folder), *own]) == 0
+        assert shard.read_bytes() == before or torch.cuda.is_available()
+        assert run(["cache", "verify", str(folder), "--against-model", *own]) == 0
+        capsys.readouterr()
+        assert run(["predict", "--run", str(trained), "das haus", "--device-map", "auto", "--json"]) == 0
+        mapped = json.loads(capsys.readouterr().out)
+        assert maps == ["auto"] * 3
+    assert run(["predict", "--run", str(trained), "das haus", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == mapped
+    for line in (
+        ["cache", "repair", str(folder)],
+        ["cache", "verify", "--against-model"],
+        ["predict", "--run", str(trained), "a"],
+    ):
+        assert run([*line, "--device-map", "auto", "--device", "cpu", "--json"]) == 1
+        assert "--device cpu has no meaning" in json.loads(capsys.readouterr().out)["error"]["message"]
+        assert run([*line, "--device-map", "autp", "--json"]) == 1
+        assert "'autp'" in json.loads(capsys.readouterr().out)["error"]["message"]
+
+
 def config(world: World, **more: str) -> ExtractConfig:
     return ExtractConfig(resource=str(world.resource), split="train", task="udpos", data=str(world.data), **more)  # type: ignore[arg-type]
 
@@ -188,3 +228,5 @@ def test_settings_that_make_no_sense_are_refused(world: World) -> None:
             check_names(world.config(device="auto", **wrong))
     with pytest.raises(ConfigError, match="--device cpu has no meaning"):
         plan_extraction(config(world, device_map="auto", device="cpu"))
+    with pytest.raises(ConfigError, match="each of --workers 2 takes one GPU of its own"):
+        plan_extraction(ExtractConfig(**vars(config(world, device_map="auto")) | {"workers": 2}))

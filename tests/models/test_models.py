@@ -44,7 +44,7 @@ from kr2cache.extraction.planning import plan_extraction
 from kr2cache.models.contents import fault
 from kr2cache.models.digests import model_digests, weights_digest
 from kr2cache.models.encode import pad
-from kr2cache.models.files import check_obtainable, local_folder, model_folder
+from kr2cache.models.files import check_complete, check_obtainable, local_folder, model_folder
 from kr2cache.models.load import (
     WEIGHTS,
     encoder_shape,
@@ -232,6 +232,31 @@ def test_a_download_without_weights_is_not_a_model(bert: Path, hub: Path) -> Non
     snapshot = put_in_hub(hub, "me/model", bert)
     (snapshot / "model.safetensors").unlink()
     assert local_folder(find_model("me/model", {})) is None
+
+
+CONTROL = {"drawn": {"hub_id": "me/model", "weights": "random"}}
+
+
+def test_a_download_without_weights_is_enough_for_a_control(bert: Path, hub: Path) -> None:
+    snapshot = put_in_hub(hub, "me/model", bert)
+    (snapshot / "model.safetensors").unlink()
+    assert local_folder(find_model("drawn", CONTROL)) == snapshot
+    for path in snapshot.glob("*token*"):
+        path.unlink()
+    assert local_folder(find_model("drawn", CONTROL)) is None, "without a tokenizer it can run no text"
+
+
+def test_a_control_takes_a_clone_without_the_weights(bert: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(bert, tmp_path / "model"))
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    (model / "model.safetensors").write_text(pointer)
+    drawn = find_model("drawn", {"drawn": {"path": str(model), "weights": "random"}})
+    check_complete(drawn)
+    with pytest.raises(ModelUnavailableError, match="only a pointer"):
+        check_complete(find_model(str(model), {}))
+    (model / "tokenizer.json").write_text(pointer)
+    with pytest.raises(ModelUnavailableError, match=r"tokenizer\.json is only a pointer"):
+        check_complete(drawn)
 
 
 @pytest.mark.parametrize("name", ["gottbert", "kobert", "nobody/has-this"])
@@ -742,3 +767,7 @@ def test_a_download_takes_what_the_tokenizers_class_reads(
     monkeypatch.setattr("kr2cache.system.hub.unreachable", lambda: None)
     assert model_folder(find_model("me/phobert", {})) == repository
     assert set(asked) == wanted
+    asked.clear()
+    control = {"drawn": {"hub_id": "me/phobert", "weights": "random"}}
+    assert model_folder(find_model("drawn", control)) == repository
+    assert set(asked) == {name for name in wanted if not name.endswith((".safetensors", "pytorch_model.bin"))}

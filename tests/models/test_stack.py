@@ -19,6 +19,8 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    EncoderDecoderConfig,
+    EncoderDecoderModel,
     Gemma3Config,
     PreTrainedModel,
     T5EncoderModel,
@@ -86,6 +88,53 @@ def spec_of(folder: Path) -> ModelSpec:
 
 def extracted_difference(folder: Path, tmp_path: Path, **more: Any) -> float:
     return difference(extract(settings(folder, tmp_path, **more)).cache, folder)
+
+
+# The first layers of a model ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model_type", ["modernbert", "qwen3", "gemma3_text", "gpt2", "t5"])
+def test_the_first_layers_are_a_smaller_model_that_can_be_saved(model_type: str, tmp_path: Path) -> None:
+    """transformers refuses lists with an entry for each layer (``layer_types``) that are longer than the model."""
+    small = {"t5": {"num_layers": 3}, "gpt2": {"n_layer": 3}}.get(model_type, {"num_hidden_layers": 3})
+    known = tiny.READERS.get(model_type) or SETTINGS[model_type]
+    model = saved(tmp_path / "m", AutoModel, tiny.config(model_type, **(known | small))).eval()
+    cut = ModelSpec(name="m", path=tmp_path / "m", layers=2)
+    load_config(cut).save_pretrained(tmp_path / "saved")
+    assert AutoConfig.from_pretrained(tmp_path / "saved").num_hidden_layers == 2
+    ids = torch.arange(5)[None] + 5
+    with torch.no_grad():
+        whole = (model.encoder if model_type == "t5" else model)(input_ids=ids, output_hidden_states=True)
+        states = open_encoder(cut).encoder(input_ids=ids, output_hidden_states=True).hidden_states
+    assert len(states) == 3
+    for one, other in zip(states[:2], whole.hidden_states, strict=False):  # the last has the final norm
+        torch.testing.assert_close(one, other)
+
+
+def two_models(folder: Path) -> Any:
+    """BERT2BERT: an encoder of three layers and a decoder of two, each with its own configuration."""
+    parts = (tiny.config("bert", layers=count) for count in (3, 2))
+    torch.manual_seed(0)
+    model: Any = EncoderDecoderModel(EncoderDecoderConfig.from_encoder_decoder_configs(*parts)).eval()
+    model.save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    return model
+
+
+def test_of_an_encoder_decoder_of_two_models_the_encoder_counts(tmp_path: Path) -> None:
+    model = two_models(tmp_path / "m")
+    whole, cut = (ModelSpec(name="m", path=tmp_path / "m", layers=layers) for layers in (None, 1))
+    config = load_config(cut)
+    assert (config.encoder.num_hidden_layers, config.decoder.num_hidden_layers) == (1, 2)
+    ids = torch.arange(5)[None] + 5
+    with torch.no_grad():
+        expected = model.encoder(input_ids=ids, output_hidden_states=True).hidden_states
+        for spec, layers in ((whole, 4), (cut, 2)):
+            opened = open_encoder(spec)
+            states = opened.encoder(input_ids=ids, output_hidden_states=True).hidden_states
+            assert (opened.part, len(states)) == ("encoder", layers)
+            assert all(torch.equal(one, other) for one, other in zip(states, expected, strict=False))
+    assert extract(settings(tmp_path / "m", tmp_path)).computed > 0
 
 
 # Forms of checkpoints ------------------------------------------------------------------------------------------------
