@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import typer
 from world import unpack_old_world
@@ -128,6 +129,8 @@ def test_python_in_the_readmes_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert reading["both"].folders == (Path(OLD_CACHE), Path(OLD_DEV_CACHE))
     assert (reading["both"].ids[0], reading["both"].ids[-1], len(reading["pair"])) == ("train-1", "dev-2", 2)
     assert reading["batch"][0].shape == (2, tokens, width)
+    assert reading["items"][0].shape == (2, width)
+    assert np.array(reading["table"][0]["states"]).shape[1:] == (layers, width)
     labelled = both_stages["labelled"]
     assert len(labelled[0].predicted) == len(("Das", "ist", "ein", "Haus", "."))
     reviews = ran["kr2cache/tasks/README.md"]["Reviews"]()

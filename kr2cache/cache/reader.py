@@ -21,15 +21,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kr2cache.cache.batch import PackedBatch, output_rows
+from kr2cache.cache.facts import CacheFacts, Layers
 from kr2cache.cache.format import SequenceIndex, joined, states_xxh3
 from kr2cache.cache.ids import IdIndex
+from kr2cache.cache.means import sequence_mean, word_means
 from kr2cache.cache.parts import Parts, id_twice, open_parts
 from kr2cache.cache.rows import StoredRows
+from kr2cache.cache.views import StateDataset, as_dataset
 from kr2cache.errors import CacheError, SequenceNotFoundError
 from kr2cache.system.memory import aligned_empty
 
 
-class FeatureCache:
+class FeatureCache(CacheFacts):
     """The stored states of one resource on one split, or on several parts of a corpus, by sequence id.
 
     Only complete sequences are shown. A cache can be read while it is being written; it shows the sequences that were
@@ -37,9 +40,8 @@ class FeatureCache:
     """
 
     def __init__(self, parts: Parts) -> None:
+        super().__init__(parts)
         shards = parts.shards
-        self._parts = parts
-        self._header = parts.header
         self._stored = self._header.stored
         self._rows = StoredRows(shards, parts.maps)
         self._every_layer = parts.every_place
@@ -71,67 +73,6 @@ class FeatureCache:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (_reopen, (self.folders, self.fingerprint, self.check_on_read))
-
-    # Metadata -----------------------------------------------------------------------------------------------------
-
-    @property
-    def folders(self) -> tuple[Path, ...]:
-        """The folders that were opened as this cache."""
-        return self._parts.folders
-
-    @property
-    def folder(self) -> Path:
-        """The only folder.
-
-        Raises:
-            ConfigError: If several folders were opened as one.
-        """
-        return self.folders[self._parts.only("folder")]
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """The stored layer numbers; 0 = embedding output."""
-        return self._header.layers
-
-    @property
-    def model_layers(self) -> int:
-        """The number of the model's layers, embeddings included, whether stored or not."""
-        return self._header.model_layers
-
-    @property
-    def width(self) -> int:
-        """D, the width of the states."""
-        return self._header.width
-
-    @property
-    def dtype(self) -> str:
-        """The stored dtype: float16, float32, bfloat16 or int8."""
-        return self._header.dtype
-
-    @property
-    def fusion(self) -> dict[str, Any] | None:
-        """``{"layers", "weights"}`` if one fused layer is stored, else None."""
-        return self._header.fusion
-
-    @property
-    def fingerprint(self) -> str:
-        """The hash of everything that decides the states; of several folders, the hash of their fingerprints."""
-        return self._parts.fingerprint
-
-    @property
-    def provenance(self) -> dict[str, Any]:
-        """The record of how the cache was made: chosen, found and recorded fields; of several folders, those that are
-        equal in all."""
-        return self._parts.provenance
-
-    @property
-    def batch_plan(self) -> dict[str, Any]:
-        """How the sequences were grouped into batches for the forward passes.
-
-        Raises:
-            ConfigError: If several folders were opened as one.
-        """
-        return self._parts.headers[self._parts.only("batch plan")].batch_plan
 
     @property
     def mapped(self) -> bool:
@@ -197,6 +138,10 @@ class FeatureCache:
 
     def _folder_of(self, position: int) -> Path:
         return self._parts.shards[self._rows.span(position, 0, 0)[0]].path.parent
+
+    def id_at(self, position: int) -> str:
+        """The id of the sequence at ``position``."""
+        return self._index.name(position)
 
     def positions(self, ids: Iterable[str]) -> NDArray[np.int64]:
         """The positions of these sequences, which must be complete.
@@ -361,7 +306,12 @@ class FeatureCache:
             ConfigError: For a layer that is not stored, or if ``out`` is too small or not the right kind of array.
             CacheError: With ``check_on_read``, if the stored bytes do not match their checksum.
         """
-        positions = self._positions(ids)
+        return self.batch_at(self._positions(ids), layers, out=out)
+
+    def batch_at(
+        self, positions: list[int], layers: Sequence[int] | None = None, *, out: NDArray[np.floating] | None = None
+    ) -> PackedBatch:
+        """``batch`` of the sequences at these positions, which must be complete."""
         stored = self._parts.places(layers)
         n_tokens = list(map(self.n_tokens.item, positions))
         rows = sum(n_tokens) * len(stored)
@@ -380,6 +330,51 @@ class FeatureCache:
         for i, position in enumerate(positions):
             packed[i][...] = self._states(position, stored)
         return packed
+
+    # Pooled -------------------------------------------------------------------------------------------------------
+
+    def word_index(self, position: int) -> NDArray[np.int32]:
+        """(T,) the input word of each token of the sequence at ``position``; -1 for a special token."""
+        return self._rows.word_index(position)
+
+    def mean(self, sequence_id: str, layers: Layers = None) -> NDArray[np.float32]:
+        """The mean over all tokens of a sequence but the special ones.
+
+        Returns:
+            Shape (L, D), float32.
+
+        Raises:
+            DataError: If it has special tokens alone.
+            SequenceNotFoundError, ConfigError: As for ``batch``.
+        """
+        (position,) = self._positions([sequence_id])
+        states = self.states(position, self.layer_numbers(layers))
+        return sequence_mean(states, self.word_index(position), sequence_id)
+
+    def words(self, sequence_id: str, layers: Layers = None) -> NDArray[np.float32]:
+        """The mean over the tokens of each word.
+
+        Returns:
+            Shape (L, W, D), float32: row w is word w of the text, the first one 0. A word without a token (such as a
+            zero-width space) is nan. Words after the last one that has a token, such as those cut off, are not there.
+            Words are those of the data if it has words (``extract --task words``, tagging), else those that the model's
+            tokenizer splits first. The words of the second segment of a pair follow those of the first one.
+
+        Raises:
+            SequenceNotFoundError, ConfigError: As for ``batch``.
+        """
+        (position,) = self._positions([sequence_id])
+        return word_means(self.states(position, self.layer_numbers(layers)), self.word_index(position))
+
+    def dataset(
+        self, ids: Iterable[str] | None = None, *, layers: Layers = None, pool: str | None = None
+    ) -> StateDataset:
+        """The sequences as a map-style data set for ``torch.utils.data.DataLoader``; arguments and errors as there."""
+        return StateDataset(self, ids, layers, pool)
+
+    def to_dataset(self, ids: Iterable[str] | None = None, *, layers: Layers = None, pool: str | None = None) -> Any:
+        """The sequences as a ``datasets.Dataset`` in memory (``views.as_dataset``); arguments as for ``dataset``."""
+        return as_dataset(StateDataset(self, ids, layers, pool))
 
     def __repr__(self) -> str:
         return (

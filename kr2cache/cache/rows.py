@@ -11,6 +11,7 @@ import dataclasses
 import math
 import mmap
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -82,6 +83,22 @@ class StoredRows:
         first = first_row.item(local)
         tokens = (first_row.item(local + 1) - first) // self._layers
         return number, first + lowest * tokens, first + (highest + 1) * tokens
+
+    def word_index(self, position: int) -> NDArray[np.int32]:
+        """(T,) the input word of each token of a sequence; -1 for a special token. A view."""
+        number, start, stop = self.span(position, 0, 0)
+        first = start // self._layers
+        return self._word_index[number][first : first + stop - start]
+
+    @cached_property
+    def _word_index(self) -> list[NDArray[np.int32]]:
+        """(t,) for each shard: from the map, or read once."""
+        name = "tokens/word_index"
+        mapped = [
+            None if shard.offset(name) is None else _array(shard, file, name)
+            for shard, file in zip(self._shards, self._maps, strict=True)
+        ]
+        return [shard.read(name) if array is None else array for shard, array in zip(self._shards, mapped, strict=True)]
 
     def read(self, number: int, start: int, stop: int) -> tuple[NDArray[Any], NDArray[np.float32] | None]:
         """Read rows of a shard as stored. The result is a view if the shard is mapped.

@@ -1,0 +1,81 @@
+"""Means of the states of a sequence: of each word, of the whole sequence.
+
+Shape letters: L layers, T tokens, W words, D width. ``word_index``, shape (T,), has the input word of each token, -1
+for a special token.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kr2cache.errors import DataError
+
+
+def sequence_mean(states: NDArray[np.floating], word_index: NDArray[np.int32], sequence_id: str) -> NDArray[np.float32]:
+    """The mean of all tokens that are not special.
+
+    Args:
+        states: (L, T, D)
+        word_index: (T,)
+        sequence_id: Its id, for the error.
+
+    Returns:
+        (L, D)
+
+    Raises:
+        DataError: If all tokens are special.
+    """
+    kept: Any = np.flatnonzero(word_index >= 0)
+    if not len(kept):
+        raise DataError(
+            f"The sequence {sequence_id!r} has special tokens alone: there is nothing to average.",
+            "Leave this sequence out, or take its first token: pool='first'.",
+        )
+    if kept[-1] - kept[0] + 1 == len(kept):  # a view, as in nearly every sequence
+        kept = slice(kept[0], kept[-1] + 1)
+    mean: NDArray[np.float32] = states[:, kept].mean(axis=1, dtype=np.float32)
+    return mean
+
+
+def word_means(states: NDArray[np.floating], word_index: NDArray[np.int32]) -> NDArray[np.float32]:
+    """The mean of the tokens of each word.
+
+    Args:
+        states: (L, T, D)
+        word_index: (T,)
+
+    Returns:
+        (L, W, D), row w for word w of the text; nan for a word that has no token while a later word has one. The words
+        of the second segment of a pair follow those of the first one.
+    """
+    kept = np.flatnonzero(word_index >= 0)
+    number = _numbers(kept, word_index[kept])
+    words = int(number[-1]) + 1 if len(number) else 0
+    result = np.full((len(states), words, states.shape[2]), np.nan, dtype=np.float32)
+    begins = np.flatnonzero(np.diff(number, prepend=-1))  # the first token of each word that has one
+    counts = np.diff(begins, append=len(number))
+    first = kept[begins]
+    sums = states[:, first].astype(np.float32)
+    for place in range(1, int(counts.max(initial=1))):  # the second token of the words that have one, and so on
+        longer = np.flatnonzero(counts > place)
+        sums[:, longer] += states[:, kept[begins[longer] + place]]
+    result[:, number[begins]] = sums / counts[:, None].astype(np.float32)
+    return result
+
+
+def _numbers(places: NDArray[np.intp], words: NDArray[np.int32]) -> NDArray[np.int64]:
+    """(K,) the numbers of words, counted on through the segments of a pair: each segment counts its words from 0.
+
+    Args:
+        places: (K,) of the tokens that are not special.
+        words: (K,) their words.
+    """
+    step, gap = np.diff(words), np.diff(places) > 1
+    restarts = (step < 0) | ((step == 0) & gap & (words[1:] == 0))
+    before = np.where(restarts, words[:-1].astype(np.int64) + 1, 0)
+    numbers = words.astype(np.int64)
+    numbers[1:] += np.cumsum(before)
+    return numbers

@@ -1,0 +1,108 @@
+"""The sequences of a cache as a data set: for torch's ``DataLoader``, and as a ``datasets.Dataset``.
+
+Shape letters: L layers, T tokens and W words of one sequence, D width.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kr2cache.cache.facts import Layers
+from kr2cache.cache.means import sequence_mean, word_means
+from kr2cache.errors import unknown_name
+
+if TYPE_CHECKING:
+    from kr2cache.cache.reader import FeatureCache
+
+POOLS: dict[str, Callable[[NDArray[np.floating], NDArray[np.int32], str], NDArray[np.floating]]] = {
+    "mean": sequence_mean,
+    "sequence": sequence_mean,
+    "word": lambda states, word_index, _: word_means(states, word_index),
+    "first": lambda states, *_: states[:, 0].astype(np.float32),
+    "last": lambda states, *_: states[:, -1].astype(np.float32),
+}
+"""From states (L, T, D), the word of each token and the id to what is left of a sequence: (L, D), or (L, W, D)."""
+
+
+class StateDataset:
+    """A map-style data set for ``torch.utils.data.DataLoader``: item i is the array of sequence i.
+
+    It holds no open file: workers may be forked or spawned. It needs no torch.
+    """
+
+    def __init__(self, cache: FeatureCache, ids: Iterable[str] | None, layers: Layers, pool: str | None) -> None:
+        """
+        Args:
+            cache: Where the states are.
+            ids: The sequences, in this order; None for all complete ones, in the order of the cache.
+            layers: Which layers.
+            pool: A name in ``POOLS``; None for the states of all tokens.
+
+        Raises:
+            UnknownNameError: If there is no such pooling.
+            ConfigError: For a layer that is not stored.
+            SequenceNotFoundError: For an id that is not in the cache, or whose sequence is not complete.
+        """
+        if pool is not None and pool not in POOLS:
+            raise unknown_name("pooling", pool, POOLS)
+        self.cache = cache
+        self.layers = cache.layer_numbers(layers)
+        self.pool = pool
+        self.positions: NDArray[np.int64] = np.flatnonzero(cache.complete) if ids is None else cache.positions(ids)
+
+    @property
+    def ids(self) -> list[str]:
+        """The ids of its sequences."""
+        return [self.cache.id_at(position) for position in self.positions.tolist()]
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __getitem__(self, number: int) -> NDArray[np.floating]:
+        """One sequence: shape (L, D), or (L, W, D) for ``word``, in float32; without pooling (L, T, D) as stored."""
+        return self.__getitems__([range(len(self))[operator.index(number)]])[0]
+
+    def __getitems__(self, numbers: Sequence[int]) -> list[NDArray[np.floating]]:
+        """Several sequences, read together. ``DataLoader`` calls it with the numbers of a batch."""
+        positions = self.positions[np.asarray(numbers, dtype=np.int64)]
+        cache = self.cache
+        if self.pool is None:
+            batch = cache.batch_at(positions.tolist(), self.layers)
+            return [batch[i] for i in range(len(batch))]
+        pool = POOLS[self.pool]
+        cache.read_ahead(positions, self.layers)
+        return [
+            pool(cache.states(position, self.layers), cache.word_index(position), cache.id_at(position))
+            for position in positions.tolist()
+        ]
+
+
+def as_dataset(states: StateDataset) -> Any:
+    """A ``datasets.Dataset`` in memory, one row for each sequence.
+
+    Returns:
+        Columns ``id`` and ``states``: float32 of shape (L, D), or (W, L, D) for ``word`` and (T, L, D) without pooling,
+        because datasets lets only the first dimension differ between rows. Without pooling also ``word_index``, shape
+        (T,): the word of each token, -1 for a special token.
+    """
+    import datasets
+
+    arrays = [one.astype(np.float32, copy=False) for one in states.__getitems__(range(len(states)))]
+    columns: dict[str, Any] = {"id": states.ids}
+    features: dict[str, Any] = {"id": datasets.Value("string")}
+    shape = (len(states.cache.layers if states.layers is None else states.layers), states.cache.width)
+    if states.pool is None:
+        columns["word_index"] = [states.cache.word_index(position) for position in states.positions.tolist()]
+        features["word_index"] = datasets.List(datasets.Value("int32"))
+    if states.pool in (None, "word"):
+        columns["states"] = [one.swapaxes(0, 1) for one in arrays]
+        features["states"] = datasets.Array3D((None, *shape), "float32")
+    else:
+        columns["states"] = arrays
+        features["states"] = datasets.Array2D(shape, "float32")
+    return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
