@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, get_args
 
 from kr2cache.errors import ConfigError, unknown_name
 from kr2cache.tasks.base import Kind
+from kr2cache.tasks.columns import conllu_column
+from kr2cache.tasks.files import SPLITS
 from kr2cache.tasks.metrics import SCHEMES, metric_names
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -44,14 +46,29 @@ class Declaration:
     """For tagging: how labels mark the words of an entity."""
     metric: str = ""
     """The metric that decides; empty for the first of the kind."""
+    columns: tuple[int, ...] | tuple[str, ...] = ()
+    """Of files that do not name their columns. Tagging: those of word and label, from 0. Otherwise all names."""
+    rename: Mapping[str, str] = field(default_factory=dict)
+    """Other names that the data may have for columns, and the names that are used here."""
+    files: tuple[str, ...] = ()
+    """Patterns of file names, with ``{split}``."""
     data: str = ""
     """The value of ``--data`` where none is given."""
+    configuration: str = ""
+    """Of the hub data set ``data``, like the next two."""
+    revision: str = ""
+    splits: Mapping[str, str] = field(default_factory=dict)
+    """The names that the data set has for train, dev and test."""
 
-    def table(self) -> dict[str, Any]:
-        """The words as a plain table. ``declared`` reads it again."""
-        given = {field.name: getattr(self, field.name) for field in fields(self)}
+    def recorded(self) -> dict[str, Any]:
+        """The words that decide what examples and predictions are, as a plain table. ``declared`` reads it again."""
+        given = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in WHERE}
         given = {name: list(value) if isinstance(value, tuple) else value for name, value in given.items() if value}
         return {name: value for name, value in given.items() if (name, value) != ("id", "id")}
+
+
+WHERE = ("about", "files", "data", "configuration", "revision", "splits")
+"""Words that say where the data is, or what it is about: a run of the same data does not depend on them."""
 
 
 def _is_text(value: Any) -> bool:
@@ -60,6 +77,10 @@ def _is_text(value: Any) -> bool:
 
 def _are_texts(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(map(_is_text, value)) and len(set(value)) == len(value)
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, Mapping) and bool(value) and all(map(_is_text, value.values()))
 
 
 def _is_label(value: Any) -> bool:
@@ -101,16 +122,38 @@ WORDS: Mapping[str, Word] = {
     "id": Word('id = "id" (the column of the ids)'),
     "scheme": Word('scheme = "BIO"'),
     "metric": Word('metric = "accuracy"'),
+    "columns": Word(
+        'columns = ["sentence", "label"] (the names of all columns, for files without a line of names)', _are_texts
+    ),
+    "rename": Word('rename = {"Satz" = "sentence"} (the name in the file = the name used here)', _are_names),
+    "files": Word(
+        'files = ["{split}-de.tsv"]', lambda value: _are_texts(value) and all("{split}" in one for one in value)
+    ),
     "data": Word('data = "data/reviews"'),
+    "configuration": Word('configuration = "de" (of the hub data set that data names)'),
+    "revision": Word('revision = "main" (of the hub data set that data names)'),
+    "splits": Word(
+        'splits = {dev = "validation_matched"} (the name used here = the name on the hub)',
+        lambda value: _are_names(value) and set(value) <= set(SPLITS),
+    ),
 }
+TAGGED_COLUMNS = Word(
+    "columns = [0, 3] (of the word and its label, from 0; -1 is the last one)",
+    lambda value: (
+        isinstance(value, list)
+        and len(set(value)) == len(value) == 2
+        and all(isinstance(one, int) and not isinstance(one, bool) and one >= -1 for one in value)
+    ),
+)
+"""``columns`` of a tagging task."""
 SEVERAL_LABEL_COLUMNS = Word(
     'label = "emotions" (a column with a list of labels), or label = ["anger", "joy"] (a column of 0 and 1 for each)',
     lambda value: _is_text(value) or (_are_texts(value) and len(value) >= 2),
 )
 """``label`` of a multilabel task."""
-ANY_KIND = ("kind", "about", "id", "data")
+ANY_KIND = ("about", "id", "columns", "rename", "files", "data", "configuration", "revision", "splits")
 OF_KIND: Mapping[Kind, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "tagging": (("words", "label"), ("labels", "scheme", "metric")),
+    "tagging": ((), ("words", "label", "labels", "scheme", "metric")),
     "classification": (("text", "label"), ("labels", "metric")),
     "multilabel": (("text", "label"), ("labels", "metric")),
     "regression": (("text", "label"), ("metric",)),
@@ -149,7 +192,7 @@ def declared(name: str, table: Mapping[str, Any]) -> Declaration:
         raise unknown_name(f"kind in {where}:", str(kind), KINDS)
     needed, optional = OF_KIND[kind]
     for word in table:
-        if word not in (known := (*ANY_KIND, *needed, *optional)):
+        if word not in (known := ("kind", *needed, *optional, *ANY_KIND)):
             if word in WORDS:
                 raise ConfigError(
                     f"{where}: a task of kind {kind} has no {word}.", f"The words of this kind: {', '.join(known)}."
@@ -165,7 +208,8 @@ def declared(name: str, table: Mapping[str, Any]) -> Declaration:
 
 
 def _word(kind: Kind, word: str) -> Word:
-    return SEVERAL_LABEL_COLUMNS if (kind, word) == ("multilabel", "label") else WORDS[word]
+    own = {("multilabel", "label"): SEVERAL_LABEL_COLUMNS, ("tagging", "columns"): TAGGED_COLUMNS}
+    return own.get((kind, word), WORDS[word])
 
 
 def _plain(word: str, value: Any) -> Any:
@@ -179,6 +223,13 @@ def _plain(word: str, value: Any) -> Any:
 def _declaration(where: str, words: dict[str, Any]) -> Declaration:
     """The declaration, once each word by itself is right."""
     made = Declaration(**words)
+    complete = made.columns or (made.label and (made.words or conllu_column(str(made.label))))
+    if made.kind == "tagging" and not complete:
+        raise ConfigError(
+            f"{where} has no {'words' if made.label else 'label'}.",
+            f'Write {WORDS["words"].example} and label = "tags"; or columns = [0, 3] for files with a word a line; or '
+            'label = "XPOS" or label = "MISC.NER" for CoNLL-U.',
+        )
     if made.scheme and made.scheme not in SCHEMES:
         raise unknown_name(f"scheme in {where}:", made.scheme, SCHEMES)
     if made.metric and made.metric not in (known := metric_names(made.kind, made.scheme, made.labels)):

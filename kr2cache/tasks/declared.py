@@ -11,12 +11,17 @@ from typing import Any
 from kr2cache.errors import DataError
 from kr2cache.tasks import metrics
 from kr2cache.tasks.base import Example, Label, Task
+from kr2cache.tasks.columns import NOTHING, SUFFIXES, conllu_column, conllu_rows, word_rows
 from kr2cache.tasks.declaration import Declaration, declared
 from kr2cache.tasks.labels import LabelNumbers, name_of, names_of, value_of
 from kr2cache.tasks.rows import RowTask
-from kr2cache.tasks.tables import Row, line_rows
-from kr2cache.tasks.udpos import UdPos
+from kr2cache.tasks.tables import Row, line_rows, table_rows
+from kr2cache.tasks.udpos import UdPos, is_withheld
 
+TABLES = (".jsonl", ".parquet")
+"""Suffixes of tables whose cells can be lists."""
+HUB_FILES = ("{split}-*-of-*.parquet",)
+"""How the hub names files of Parquet."""
 MOST_LABELS = 1000
 """More different labels are taken for a wrong column."""
 BIO = re.compile(r"O|[BI]-.+")
@@ -34,6 +39,8 @@ class Seen:
 class DeclaredTask(RowTask):
     """A task that is declared by words. Its labels are empty until they are known (``with_labels_of``)."""
 
+    no_gold = "their text is withheld: _ in place of words"
+
     def __init__(self, name: str, declaration: Declaration, *, seen: Seen | None = None) -> None:
         """
         Args:
@@ -44,15 +51,21 @@ class DeclaredTask(RowTask):
         self.about = declaration.about or f"{declaration.kind}, declared"
         self.kind = declaration.kind
         self.words = declaration.kind == "tagging"
-        lines = declaration.kind == "text" and len(declaration.text) == 1
-        self.suffixes = (*((".txt",) if lines else ()), ".jsonl", ".csv")
+        self.suffixes = _suffixes(declaration)
+        self.releases = (*declaration.files, *HUB_FILES)
         self.template = _template(declaration)
         self.labels = _labels(declaration)
         self.metric = declaration.metric or next(iter(metrics.metric_names(self.kind, declaration.scheme, ())), "")
         self.counts = UdPos.counts if self.words else {}
         self.hub_data = declaration.data or None
-        where = declaration.label if isinstance(declaration.label, str) else ", ".join(declaration.label)
-        self.labelled_by = f"the column {where}"
+        self.hub_configuration = declaration.configuration or None
+        self.hub_revision = declaration.revision or None
+        self.hub_splits = declaration.splits
+        self.left_out = f"rows without a gold label ({self.no_gold})" if self.words else ""
+        self.word_column = declaration.words or "words"
+        self.label_column = declaration.label or "label"
+        label = self.label_column
+        self.labelled_by = f"the column {label if isinstance(label, str) else ', '.join(label)}"
         self._numbers = LabelNumbers(self.labels)
         self._seen = seen
         if declaration.scheme:
@@ -66,7 +79,7 @@ class DeclaredTask(RowTask):
     # Labels ----------------------------------------------------------------------------------------------------------
 
     def declaration(self) -> dict[str, Any] | None:
-        return replace(self.words_of, data="").table()
+        return self.words_of.recorded()
 
     def with_labels_of(self, data: str | None) -> DeclaredTask:
         if self.labels or self.kind in ("regression", "text"):
@@ -112,11 +125,29 @@ class DeclaredTask(RowTask):
         return words.text
 
     def file_rows(self, path: Path, split: str) -> Iterable[Row]:
-        return (
-            line_rows(path, split, self.words_of.text[0]) if path.suffix == ".txt" else super().file_rows(path, split)
-        )
+        if self.kind == "tagging":
+            return self._tagged_rows(path, split)
+        if path.suffix == ".txt":
+            return line_rows(path, split, self.words_of.text[0])
+        return table_rows(path, split, tuple(map(str, self.words_of.columns)), self.columns)
+
+    def _tagged_rows(self, path: Path, split: str) -> Iterable[Row]:
+        words, label, numbers = self.word_column, str(self.label_column), self.words_of.columns
+        if path.suffix == ".conllu":
+            tags = (int(numbers[1]), "") if numbers else conllu_column(label)
+            assert tags is not None, "else the suffix is not among those of the task"
+            nothing = metrics.OUTSIDE if self.words_of.scheme else NOTHING
+            return conllu_rows(path, split, words, label, tags, id_column=self.words_of.id, nothing=nothing)
+        if numbers and path.suffix not in TABLES:
+            return word_rows(path, split, (int(numbers[0]), int(numbers[1])), words, label)
+        return table_rows(path, split)
+
+    def has_no_gold(self, row: Row) -> bool:
+        return self.words and is_withheld(row.values.get(self.word_column) or ())
 
     def example(self, row: Row) -> Example:
+        if other := self.words_of.rename:
+            row = replace(row, values={other.get(column, column): value for column, value in row.values.items()})
         if self._seen is not None and not self._seen.columns:
             self._seen.columns = tuple(row.values)
         texts = self._texts(row)
@@ -125,7 +156,7 @@ class DeclaredTask(RowTask):
     def _texts(self, row: Row) -> tuple[tuple[str, ...], ...]:
         words = self.words_of
         if self.kind == "tagging":
-            return (_texts_of(row, words.words),)
+            return (_texts_of(row, self.word_column),)
         if self.kind != "choice":
             return (tuple(_text_of(row, column) for column in words.text),)
         if isinstance(words.choices, str):
@@ -136,7 +167,7 @@ class DeclaredTask(RowTask):
         return tuple((*before, choice) for choice in choices)
 
     def _label(self, row: Row, texts: tuple[tuple[str, ...], ...]) -> Label:
-        column = self.words_of.label
+        column = self.label_column
         if self.kind == "choice" and self._seen is not None:
             self._note_choices(row, len(texts))
         if isinstance(column, tuple):
@@ -203,6 +234,16 @@ class DeclaredTask(RowTask):
 
     def score(self, gold: Sequence[Any], predicted: Sequence[Any]) -> dict[str, float]:
         return metrics.score(self.kind, self.words_of.scheme, self.labels, gold, predicted)
+
+
+def _suffixes(words: Declaration) -> tuple[str, ...]:
+    """The suffixes of its files; the one that is likely comes first."""
+    if words.kind != "tagging":
+        lines = words.kind == "text" and len(words.text) == 1
+        return (*((".txt",) if lines else ()), ".jsonl", ".csv", ".tsv", ".parquet")
+    if words.columns:
+        return (*SUFFIXES, ".conllu", *TABLES)
+    return (*((".conllu",) if conllu_column(str(words.label)) else ()), *TABLES)
 
 
 def in_order(names: set[str]) -> list[str]:

@@ -19,7 +19,7 @@ SPLITS = ("train", "dev", "test")
 SPLIT_FILES = {"train": ("train",), "dev": ("dev", "valid", "validation", "val"), "test": ("test", "tests")}
 """The names that a split's file, folder or hub split may have."""
 COMPRESSED = (".gz", ".bz2", ".xz", ".zip", ".zst")
-DATA_SUFFIXES = (".conllu", ".csv", ".json", ".jsonl", ".parquet", ".tsv", ".txt")
+DATA_SUFFIXES = (".bio", ".conll", ".conllu", ".csv", ".iob", ".iob2", ".json", ".jsonl", ".parquet", ".tsv", ".txt")
 """What ends so is a file, not the id of a data set on the hub."""
 NAMES_SHOWN = 8
 """The most file names in one message."""

@@ -16,9 +16,9 @@ from kr2cache.errors import DataError, MissingSplitError, error_text
 from kr2cache.system import hub
 from kr2cache.system.console import note
 from kr2cache.tasks.base import Example, Task, UniqueIds, accuracy
-from kr2cache.tasks.tables import Row, csv_rows, json_rows
+from kr2cache.tasks.tables import Row, by_name, label_names, table_rows
 
-HUB_SPLITS = {"train": "train", "dev": "validation", "test": "test"}
+HUB_SPLITS: Mapping[str, str] = {"train": "train", "dev": "validation", "test": "test"}
 
 
 class RowTask(Task):
@@ -31,6 +31,8 @@ class RowTask(Task):
     hub_configuration: str | None = None
     hub_revision: str | None = None
     """The revision of ``hub_data``, if its main branch cannot be used."""
+    hub_splits: Mapping[str, str] = {}
+    """The names of the splits of ``hub_data``, where they are not those of ``HUB_SPLITS``."""
     columns: tuple[str, ...]
     """The columns from which ``example`` reads its texts. A plain line has them in this order, split by tabs. A column
     that occurs several times here is a list."""
@@ -63,19 +65,24 @@ class RowTask(Task):
 
     def file_rows(self, path: Path, split: str) -> Iterable[Row]:
         """The rows of one file, by its suffix."""
-        return csv_rows(path, split) if path.suffix == ".csv" else json_rows(path, split)
+        return table_rows(path, split)
 
     def hub_examples(self, hub_id: str, split: str) -> Iterator[Example]:
-        revision = self.hub_revision if hub_id == self.hub_data else None
-        # Your own data set may lack the configurations of the official data set.
-        configuration = self.hub_configuration if hub_id == self.hub_data else None
-        table, what = load_hub(hub_id, configuration, split, revision=revision, suffix=self.suffixes[0])
+        own = hub_id == self.hub_data  # yours may lack the configurations and splits of the official data set
+        table, what = load_hub(
+            hub_id,
+            self.hub_configuration if own else None,
+            split,
+            name=self.hub_splits.get(split) if own else None,
+            revision=self.hub_revision if own else None,
+            suffix=self.suffixes[0],
+        )
         # Class labels are compared by name: data sets number the same labels differently.
-        names = {column: names for column, kind in table.features.items() if (names := _label_names(kind))}
+        names = label_names(table.features)
 
         def rows() -> Iterator[Row]:
             for number, values in enumerate(table):
-                yield Row(values=_by_name(values, names), place=f"{what}, row {number}", split=split, number=number)
+                yield Row(values=by_name(values, names), place=f"{what}, row {number}", split=split, number=number)
 
         yield from self._examples(rows, what)
 
@@ -150,29 +157,19 @@ class RowTask(Task):
             raise DataError(f"{place}: a text is not Unicode ({error.reason}).", "Check the row.") from error
 
 
-def _by_name(values: Mapping[str, Any], names: Mapping[str, Sequence[str]]) -> Mapping[str, Any]:
-    """A row of the hub, with names in place of label numbers. Values that are no label number (-1, None) stay."""
-    return {**values, **{column: _named(values[column], labels) for column, labels in names.items()}}
-
-
-def _label_names(kind: Any) -> Sequence[str] | None:
-    """The names of the labels in a column of the hub: of one label, or of a list of labels."""
-    names: Sequence[str] | None = getattr(getattr(kind, "feature", kind), "names", None)
-    return names
-
-
-def _named(value: Any, labels: Sequence[str]) -> Any:
-    if isinstance(value, list):
-        return [_named(one, labels) for one in value]
-    return labels[value] if value is not None and 0 <= value < len(labels) else value
-
-
 def load_hub(
-    hub_id: str, configuration: str | None, split: str, *, suffix: str, revision: str | None = None
+    hub_id: str,
+    configuration: str | None,
+    split: str,
+    *,
+    suffix: str,
+    name: str | None = None,
+    revision: str | None = None,
 ) -> tuple[Any, str]:
     """Load a split from the hub, or from the hub's cache on this machine.
 
     Args:
+        name: The split's name there; None for the usual one.
         suffix: Suffix of the files that a data folder would hold, for the error.
 
     Returns:
@@ -184,9 +181,8 @@ def load_hub(
     """
     import datasets
 
-    what = ", ".join(
-        [hub_id, *([f"configuration {configuration}"] if configuration else []), f"split {HUB_SPLITS[split]}"]
-    )
+    name = name or HUB_SPLITS[split]
+    what = ", ".join([hub_id, *([f"configuration {configuration}"] if configuration else []), f"split {name}"])
     try:
         with contextlib.ExitStack() as inside:
             if hub.unreachable() is not None:
@@ -194,7 +190,7 @@ def load_hub(
             if not datasets.are_progress_bars_disabled():
                 datasets.disable_progress_bars()
                 inside.callback(datasets.enable_progress_bars)
-            return datasets.load_dataset(hub_id, configuration, split=HUB_SPLITS[split], revision=revision), what
+            return datasets.load_dataset(hub_id, configuration, split=name, revision=revision), what
     except Exception as error:  # datasets and the hub's client raise many unrelated classes
         reason = error_text(error)
         if reason.startswith("Unknown split"):

@@ -1,4 +1,4 @@
-"""The rows of a table: JSON lines, CSV, or a text a line. Every row knows its place, for errors."""
+"""The rows of a table: JSON lines, CSV, TSV, Parquet, or a text a line. Every row knows its place, for errors."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kr2cache.errors import DataError
+from kr2cache.errors import DataError, error_text
 from kr2cache.system.console import count_text, note
 from kr2cache.system.utf8 import file_lines
+
+AT_ONCE = 1_000
+"""Rows of a Parquet file in memory at the same time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,10 +88,32 @@ def json_rows(path: Path, split: str) -> Iterator[Row]:
         number += 1
 
 
-def csv_rows(path: Path, split: str) -> Iterator[Row]:
-    """The rows of a CSV file under its header; blank lines are skipped."""
-    reader = csv.reader(file_lines(path), strict=True)
-    header: list[str] | None = None
+def table_rows(path: Path, split: str, columns: Sequence[str] = (), needed: Sequence[str] = ()) -> Iterator[Row]:
+    """The rows of a table, by the suffix of its file.
+
+    Args:
+        columns: For CSV and TSV: the names of the columns, if the file has none. A first line with all columns of
+            ``needed`` has the names itself.
+    """
+    if path.suffix == ".parquet":
+        return parquet_rows(path, split)
+    if path.suffix in (".csv", ".tsv"):
+        return csv_rows(path, split, columns, needed)
+    return json_rows(path, split)
+
+
+def csv_rows(path: Path, split: str, columns: Sequence[str] = (), needed: Sequence[str] = ()) -> Iterator[Row]:
+    """The rows of a CSV or TSV file under its header; blank lines are skipped. In TSV a quote is a character as any
+    other. Arguments as for ``table_rows``.
+    """
+    tabs = path.suffix == ".tsv"
+    reader = csv.reader(
+        file_lines(path),
+        strict=True,
+        delimiter="\t" if tabs else ",",
+        quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL,
+    )
+    header: Sequence[str] | None = None
     number, first_line = 0, 1  # a row may have several lines
     try:
         for cells in reader:
@@ -97,16 +122,61 @@ def csv_rows(path: Path, split: str) -> Iterator[Row]:
             if not cells:
                 continue
             if header is None:
-                header = cells
-                continue
+                has_names = not columns or set(needed) <= set(cells)
+                header = cells if has_names else columns
+                if has_names:
+                    continue
             if len(cells) != len(header):
                 raise DataError(
-                    f"{place}: {len(cells)} columns, but the header has {len(header)}.", "Check the row's commas."
+                    f"{place}: {len(cells)} columns, but {'the header has' if header is not columns else 'there are'} "
+                    f"{len(header)}.",
+                    f"Check the row's {'tabs' if tabs else 'commas'}.",
                 )
             yield Row(values=dict(zip(header, cells, strict=True)), place=place, split=split, number=number)
             number += 1
     except csv.Error as error:
-        raise DataError(f"{path}:{first_line}: not CSV: {error}.", "Check the row's quotes.") from error
+        raise DataError(
+            f"{path}:{first_line}: not {'TSV' if tabs else 'CSV'}: {error}.", "Check the row's quotes."
+        ) from error
+
+
+def parquet_rows(path: Path, split: str) -> Iterator[Row]:
+    """The rows of a Parquet file. Class labels of the library ``datasets`` become their names."""
+    import datasets
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            names = label_names(datasets.Features.from_arrow_schema(file.schema_arrow))
+            for batch in file.iter_batches(AT_ONCE):
+                for values in batch.to_pylist():
+                    yield Row(values=by_name(values, names), place=f"{path}, row {number}", split=split, number=number)
+                    number += 1
+    except (pyarrow.ArrowException, ValueError) as error:
+        raise DataError(f"{path} is not Parquet: {error_text(error)}", "Check the file.") from error
+
+
+def label_names(features: Mapping[str, Any]) -> dict[str, Sequence[str]]:
+    """The names of the labels in each column of class labels, or of lists of them.
+
+    Args:
+        features: ``datasets.Features``.
+    """
+    kinds = {column: getattr(kind, "feature", kind) for column, kind in features.items()}
+    return {column: kind.names for column, kind in kinds.items() if hasattr(kind, "names")}
+
+
+def by_name(values: Mapping[str, Any], names: Mapping[str, Sequence[str]]) -> Mapping[str, Any]:
+    """A row with names in place of label numbers. Values that are no label number (-1, None) stay."""
+    return {**values, **{column: _named(values[column], labels) for column, labels in names.items()}}
+
+
+def _named(value: Any, labels: Sequence[str]) -> Any:
+    if isinstance(value, list):
+        return [_named(one, labels) for one in value]
+    return labels[value] if value is not None and 0 <= value < len(labels) else value
 
 
 def line_rows(path: Path, split: str, column: str) -> Iterator[Row]:

@@ -39,6 +39,7 @@ LANGUAGES = {
 }  # fmt: skip
 """Language in the name of XTREME's configuration (``udpos.German``), by language code."""
 
+FORM_COLUMN, UPOS_COLUMN = 1, 3
 LABEL_NUMBER = {tag: number for number, tag in enumerate(UPOS)}
 PREFIXED = tuple(f"{tag[0]}-{tag}" for tag in UPOS)
 """The name of each tag for seqeval. Since version 1 it takes the first letter of a tag for its prefix and the rest
@@ -180,8 +181,15 @@ def _say_withheld(count: int, total: int, what: str) -> None:
         )
 
 
-def read_conllu(path: Path) -> Iterator[tuple[int, str | None, list[str], list[str]]]:
-    """Each sentence of a CoNLL-U file: (line of its first word, sent_id or None, forms, UPOS tags).
+def read_conllu(
+    path: Path, form: int = FORM_COLUMN, tag: int = UPOS_COLUMN
+) -> Iterator[tuple[int, str | None, list[str], list[str]]]:
+    """Each sentence of a CoNLL-U file: (line of its first word, sent_id or None, forms, tags).
+
+    Args:
+        path: The file.
+        form: The column of the forms, from 0.
+        tag: The column of the tags.
 
     Raises:
         DataError: For a line without ten columns, an empty form, a sentence that has only empty nodes, or bytes that
@@ -223,10 +231,10 @@ def read_conllu(path: Path) -> Iterator[tuple[int, str | None, list[str], list[s
                         f"{path}:{number}: word {columns[0]}, but word {len(forms) + 1} was expected.",
                         "Words are numbered from 1, and sentences end with a blank line.",
                     )
-                if not columns[1].strip():
+                if not columns[form].strip():
                     raise DataError(f"{path}:{number}: word {columns[0]} has no form.", "Check the line.")
-                forms.append(shared.setdefault(columns[1], columns[1]))
-                tags.append(shared.setdefault(columns[3], columns[3]))
+                forms.append(shared.setdefault(columns[form], columns[form]))
+                tags.append(shared.setdefault(columns[tag], columns[tag]))
             elif not _is_range_or_empty_node(columns[0]):
                 raise DataError(
                     f"{path}:{number}: {columns[0]!r} is not a CoNLL-U id (such as 7, 4-5 or 8.1).", "Check the line."
