@@ -140,6 +140,16 @@ def open_parts(folders: str | Path | Sequence[str | Path]) -> Parts:
     return Parts(folders=tuple(paths), headers=tuple(headers), shards=tuple(shards), maps=tuple(maps))
 
 
+def one_shard(file: Path) -> Parts:
+    """One shard of a folder alone: the others may be damaged.
+
+    Raises:
+        CacheError: If the shard is damaged.
+    """
+    shard, mapped = map_shard(open_shard(file))
+    return Parts(folders=(file.parent,), headers=(shard.header,), shards=(shard,), maps=(mapped,))
+
+
 def _of_same_cache(shard: Shard, first: Path, header: ShardHeader) -> Shard:
     """The shard, with ``header`` in place of its own equal one: all shards of a folder share one object.
 

@@ -23,9 +23,8 @@ from kr2cache.cache.reader import FeatureCache
 from kr2cache.errors import CacheError, CacheMismatchError
 from kr2cache.extraction import trial
 from kr2cache.extraction.planning import ExtractPlan
-from kr2cache.extraction.rerun import RerunConfig, model_of, open_same, plan_again
+from kr2cache.extraction.rerun import RerunConfig, model_of, open_same, plan_again, with_segments
 from kr2cache.fusion import Fusion
-from kr2cache.models.encode import encode_examples
 from kr2cache.models.repeatable import TOLERANCE
 from kr2cache.models.states import PADDING_TOLERANCE
 from kr2cache.models.tokenizers import load_tokenizer
@@ -35,7 +34,7 @@ from kr2cache.tasks import find_task
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 LIBRARIES = ("torch", "transformers")
 """The libraries that compute states."""
@@ -186,7 +185,7 @@ def canaries(config: RerunConfig) -> list[Canary]:
     tokenizer = load_tokenizer(spec, words=find_task(chosen.task, config.tasks).words)
     index = cache.tokens().select(positions)
     if made.segments:
-        index = _with_segments(index, chosen, config, tokenizer)
+        index = with_segments(index, chosen, config, tokenizer)
     plan = plan_again(
         cache,
         config.folder,
@@ -198,30 +197,6 @@ def canaries(config: RerunConfig) -> list[Canary]:
         models=config.models,
     )
     return compare(cache, positions, plan, open_same(plan, made, config.folder).encoder)
-
-
-def _with_segments(
-    index: SequenceIndex, chosen: provenance.Chosen, config: RerunConfig, tokenizer: PreTrainedTokenizerBase
-) -> SequenceIndex:
-    """The same sequences with their segment ids, from the data: a cache does not store them.
-
-    Raises:
-        CacheMismatchError: If the data does not give the same tokens.
-    """
-    task, names = find_task(chosen.task, config.tasks), index.ids.tolist()
-    wanted = {name.decode("utf-8") for name in names}
-    examples = [one for one in task.examples(chosen.split, config.data, None) if wanted.intersection(one.sequence_ids)]
-    if examples:
-        read = encode_examples(tokenizer, examples, task, chosen.max_length)
-        there = {name: place for place, name in enumerate(read.ids.tolist())}
-        if all(name in there for name in names):
-            read = read.select(np.array([there[name] for name in names]))
-            if np.array_equal(read.input_id, index.input_id):
-                return read
-    raise CacheMismatchError(
-        f"{config.folder} was made from other data: the canaries have other tokens in it.",
-        "Give --data with the original corpus.",
-    )
 
 
 # The comparison -------------------------------------------------------------------------------------------------------

@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kr2cache.cache.create import ShardPart
 from kr2cache.cache.format import ShardHeader, ranges
+from kr2cache.cache.parts import one_shard
 from kr2cache.cache.reader import FeatureCache
 from kr2cache.config import ExtractConfig
 from kr2cache.errors import CacheError, CacheMismatchError, CacheVersionError, DeviceMemoryError, ValueRangeError
@@ -191,6 +193,18 @@ def _check_begun(plan: ExtractPlan, encoder: PreTrainedModel, folder: Path) -> N
     canaries.check_before_more(cache, positions, plan, encoder)
 
 
+def _check_shard(plan: ExtractPlan, encoder: PreTrainedModel, part: ShardPart) -> None:
+    """Compare what a shard holds with the model, before states are added to it. The other shards may be damaged.
+
+    Raises:
+        CacheMismatchError: As ``_check_begun``.
+    """
+    cache = FeatureCache(one_shard(part.path))
+    positions = np.full(len(plan.index), -1)
+    positions[part.start : part.stop] = np.where(cache.complete, np.arange(len(cache.complete)), -1)
+    canaries.check_before_more(cache, positions, plan, encoder)
+
+
 def _agreeing(plan: ExtractPlan, encoder: PreTrainedModel) -> Usable:
     """Whether an older cache agrees with the model. If it does not, or is damaged, a note says so."""
 
@@ -247,6 +261,10 @@ def fill_shards(
             ):
                 for held in shards.unfinished(check_interrupt, progress):
                     with held:  # what is in it ends if another process takes the shard over
+                        if canaries.made_with_others(header.provenance):
+                            with held.writer() as writer:  # marks what an earlier process wrote and did not mark
+                                progress.advance(writer.kept)
+                            _check_shard(plan, encoder, held.part)
                         with held.writer() as writer:
                             progress.advance(writer.kept)
                             taken_over += older.copy_into(writer, progress, held.check)

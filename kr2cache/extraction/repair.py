@@ -22,11 +22,11 @@ from kr2cache.cache.format import SequenceIndex, ShardHeader
 from kr2cache.cache.reader import FeatureCache
 from kr2cache.cache.shard import open_shard, readable_headers
 from kr2cache.cache.writer import unmark
-from kr2cache.errors import CacheError, CacheMismatchError, DeviceMemoryError
+from kr2cache.errors import CacheError, DeviceMemoryError
 from kr2cache.extraction import canaries, trial
 from kr2cache.extraction.extract import fill_shards
 from kr2cache.extraction.planning import ExtractPlan
-from kr2cache.extraction.rerun import RerunConfig, model_of, open_same, plan_again
+from kr2cache.extraction.rerun import RerunConfig, model_of, open_same, other_data, plan_again, with_segments
 from kr2cache.models.encode import encode_examples
 from kr2cache.models.tokenizers import load_tokenizer
 from kr2cache.store import derive, folders, provenance
@@ -161,9 +161,11 @@ def _plan(
     spec = model_of(config, chosen.resource)
     task = find_task(chosen.task, config.tasks)
     tokenizer = load_tokenizer(spec, words=task.words)
-    if whole_index and not made.segments:
+    if whole_index:
         index = FeatureCache.open(config.folder).tokens()
-    else:  # read the data: segment ids are not stored, and the index may be damaged
+        if made.segments:
+            index = with_segments(index, chosen, config, tokenizer)
+    else:
         examples = _first(task.read(chosen.split, config.data), made.sequences)
         index = encode_examples(tokenizer, examples, task, chosen.max_length)
         _check_index(index, made, config)
@@ -194,10 +196,7 @@ def _check_index(index: SequenceIndex, made: provenance.Found, config: RerunConf
     for name, now in (("texts", provenance.texts_digest(index)), ("tokens", provenance.tokens_digest(index))):
         then = getattr(made, name)
         if then != now:
-            raise CacheMismatchError(
-                f"{config.folder} was made from data with other {name} (digest {then[:8]} then, {now[:8]} now).",
-                "Give --data with the original corpus; or extract again, which copies the unchanged sequences.",
-            )
+            raise other_data(config, name)
 
 
 def describe_repair(result: RepairResult) -> None:

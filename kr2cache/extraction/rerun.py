@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from kr2cache.cache.format import SequenceIndex, ShardHeader
 from kr2cache.cache.reader import FeatureCache
 from kr2cache.config import ExtractConfig
@@ -14,10 +16,11 @@ from kr2cache.errors import CacheMismatchError, ConfigError, UnknownNameError
 from kr2cache.extraction import trial
 from kr2cache.extraction.planning import ExtractPlan
 from kr2cache.models.digests import OpenedModel
-from kr2cache.models.encode import MissingWords
+from kr2cache.models.encode import MissingWords, encode_examples
 from kr2cache.models.registry import ModelSpec, find_model, name_of_stored
 from kr2cache.models.tokenizers import pad_id
 from kr2cache.store import folders, provenance
+from kr2cache.tasks import find_task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -58,6 +61,45 @@ def model_of(config: RerunConfig, stored: str) -> ModelSpec:
             f"{config.folder} was made with the model {stored!r}, which is not registered.",
             "Give --resource with its folder, or register it under [models] in kr2cache.toml.",
         ) from error
+
+
+def with_segments(
+    index: SequenceIndex, chosen: provenance.Chosen, config: RerunConfig, tokenizer: PreTrainedTokenizerBase
+) -> SequenceIndex:
+    """The same sequences with their segment ids, from the data: a cache does not store them.
+
+    Args:
+        index: Sequences of the cache.
+
+    Raises:
+        CacheMismatchError: If the data does not give the same texts and tokens.
+    """
+    task, names = find_task(chosen.task, config.tasks), index.ids.tolist()
+    wanted = {name.decode("utf-8") for name in names}
+    examples = [one for one in task.examples(chosen.split, config.data, None) if wanted.intersection(one.sequence_ids)]
+    differ = "texts"
+    if examples:
+        read = encode_examples(tokenizer, examples, task, chosen.max_length)
+        there = {name: place for place, name in enumerate(read.ids.tolist())}
+        if all(name in there for name in names):
+            read = read.select(np.array([there[name] for name in names]))
+            if np.array_equal(read.text_xxh3, index.text_xxh3):
+                if np.array_equal(read.input_id, index.input_id):
+                    return read
+                differ = "tokens"
+    raise other_data(config, differ)
+
+
+def other_data(config: RerunConfig, what: str) -> CacheMismatchError:
+    """The error if the data does not give what a cache was made from.
+
+    Args:
+        what: ``texts`` or ``tokens``.
+    """
+    return CacheMismatchError(
+        f"{config.folder} was made from data with other {what}.",
+        "Give --data with the original corpus; or extract again, which copies the unchanged sequences.",
+    )
 
 
 def plan_again(

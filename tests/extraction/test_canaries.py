@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,15 @@ def other_states(share: float = 0.1) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+def never_written(path: Path, sequences: Sequence[int]) -> None:
+    """Leave these sequences of a shard without a checksum."""
+    start = open_shard(path).array_offset("examples/xxh3")
+    with path.open("r+b") as file:
+        for sequence in sequences:
+            file.seek(start + 8 * sequence)
+            file.write(bytes(8))
 
 
 # Which sequences -----------------------------------------------------------------------------------------------------
@@ -141,6 +150,21 @@ def test_states_of_other_versions_are_compared_before_they_are_copied(world: Wor
     assert world.extract(layers="last2").taken_over == 12
 
 
+def test_states_that_were_written_and_not_marked_are_compared_before_more_are_added(world: World) -> None:
+    """A killed process leaves them: nothing is complete, so there is nothing to compare before."""
+    with versions():
+        folder = world.extract().cache
+    (path,) = folder.glob("*.h5")
+    whole = path.read_bytes()
+    unmark(open_shard(path), list(range(12)))
+    never_written(path, [2, 5])
+    with other_states(), pytest.raises(CacheMismatchError, match="give other states: sequence 'train-s"):
+        world.extract()
+    assert int((~FeatureCache.open(folder).complete).sum()) == 2
+    assert world.extract().computed > 0
+    assert path.read_bytes() == whole
+
+
 @pytest.mark.parametrize("fault", ["other states", "damaged"])
 def test_an_older_cache_that_disagrees_or_is_damaged_is_left_out(
     world: World, capsys: pytest.CaptureFixture[str], fault: str
@@ -167,10 +191,7 @@ def test_it_is_left_out_of_an_extraction_that_continues(world: World) -> None:
     assert (begun.computed, begun.taken_over) == (0, 12)
     (path,) = begun.cache.glob("*.h5")
     unmark(open_shard(path), [2, 5])
-    with path.open("r+b") as file:  # as if they were never written
-        for sequence in (2, 5):
-            file.seek(open_shard(path).array_offset("examples/xxh3") + 8 * sequence)
-            file.write(bytes(8))
+    never_written(path, [2, 5])
     shutil.rmtree(older)
     with versions(), other_states():
         assert world.extract().cache == older
@@ -192,6 +213,24 @@ def test_a_repair_does_not_mix_states_of_other_versions(world: World) -> None:
         repair(config)
     assert path.read_bytes() == damaged
     repair(config)
+    assert path.read_bytes() == whole
+
+
+def test_a_repair_of_a_damaged_index_does_not_mix_them_either(world: World) -> None:
+    with versions():
+        folder = world.extract().cache
+    (path,) = folder.glob("*.h5")
+    whole = path.read_bytes()
+    unmark(open_shard(path), [2, 5])
+    never_written(path, [2, 5])
+    raw, place = bytearray(path.read_bytes()), open_shard(path).array_offset("tokens/word_index")
+    raw[place + 4 * 3] ^= 1
+    path.write_bytes(raw)
+    config = RerunConfig(folder=folder, resource=str(world.resource), data=str(world.data), device="cpu")
+    with other_states(), pytest.raises(CacheMismatchError, match="give other states"):
+        repair(config)
+    assert int((~FeatureCache.open(folder).complete).sum()) == 2, "nothing was added"
+    assert repair(config).computed > 0
     assert path.read_bytes() == whole
 
 
@@ -297,7 +336,7 @@ def test_verify_reads_the_segments_of_pairs_from_the_data(tmp_path: Path, capsys
     (pairs.data / "train.jsonl").write_text(rows, "utf-8")
     capsys.readouterr()
     assert run([*line, "--data", str(pairs.data), "--json"]) == 1
-    assert "made from other data" in json.loads(capsys.readouterr().out)["caches"][0]["model"]["why"]
+    assert "made from data with other texts" in json.loads(capsys.readouterr().out)["caches"][0]["model"]["why"]
 
 
 def test_too_little_memory_for_the_comparison_is_explained(
