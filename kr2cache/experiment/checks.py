@@ -61,7 +61,7 @@ def check_names(config: TrainConfig) -> Training:
     check_device_name(config.device)
     check_device_map(config.device_map, config.device)
     task = find_task(config.task, config.tasks)
-    _ = task.head  # an error for a task without labels
+    _check_kind(config, task)
     if method.frozen == "reader":  # the reader is the resource, whatever resource is given
         config = dataclasses.replace(config, resource=config.reader, more_resources=())
     known = ", ".join(known_models(config.models))
@@ -86,6 +86,23 @@ def check_names(config: TrainConfig) -> Training:
     if method.needs_teacher and not Path(config.teacher or "").expanduser().is_dir():
         teacher = find_model(config.teacher or "", config.models)
     return Training(config=config, task=task, reader=reader, resources=resources, teacher=teacher)
+
+
+def _check_kind(config: TrainConfig, task: Task) -> None:
+    """Raise ``ConfigError`` for a task without labels, and for a setting that needs labels of another kind."""
+    kind = task.kind if task.head else ""  # a task without labels has no head, and says so
+    if kind == "regression" and METHODS[config.method].needs_teacher and config.temperature != 1:
+        raise ConfigError(
+            f"--temperature {config.temperature:g} softens the probabilities of labels; task {task.name!r} is a "
+            "regression and has none.",
+            "Leave it out: the student learns the teacher's values.",
+        )
+    if kind in ("regression", "multilabel") and config.training.get("label_smoothing_factor"):
+        raise ConfigError(
+            f"[training] in kr2cache.toml has label_smoothing_factor, which is for tasks with one right label; task "
+            f"{task.name!r} is of kind {kind}.",
+            "Leave it out.",
+        )
 
 
 def _find_resources(config: TrainConfig) -> dict[str, ModelSpec]:

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kr2cache.cache.format import SequenceIndex, canonical_json, text_xxh3
 from kr2cache.config import TrainConfig
 from kr2cache.errors import DataError, MissingSplitError
+from kr2cache.experiment.labels import check_labels
 from kr2cache.models.encode import encode_examples
 from kr2cache.models.registry import ModelSpec
 from kr2cache.models.tokenizer_files import proven_files
@@ -28,6 +29,7 @@ from kr2cache.system.console import note
 from kr2cache.tasks import Example, Task
 from kr2cache.training import admission
 from kr2cache.training.checkpoint import TaskCheckpoint
+from kr2cache.training.kreader import PROBLEM_TYPES
 
 MAX_CHECKPOINTS = 3
 """Checkpoints in memory at the same time: the rows of a table train the reader, the resource and a student in turn."""
@@ -75,10 +77,13 @@ class Corpus:
     def __init__(self, task: Task, config: TrainConfig) -> None:
         """
         Raises:
-            DataError: For training examples without a label, or a split where only some examples have one.
+            DataError: For training examples without a label, or a split where only some examples have one, or a label
+                that no reader can learn (``labels``).
+            ConfigError: For a task that cannot be trained or scored (``labels``).
             MissingSplitError: If there is neither a labelled dev split nor a labelled test split.
         """
         labelled, self.notes = read_splits(task, config)
+        self.notes += check_labels(task, labelled)
         self.splits = {split: CorpusSplit(task, examples) for split, examples in labelled.items()}
         """``train``, and those of ``dev`` and ``test`` that have gold labels."""
 
@@ -167,10 +172,11 @@ class Shared:
 
     def checkpoint(self, spec: ModelSpec, task: Task, *, keep_head: bool = False) -> TaskCheckpoint:
         """The checkpoint that a reader of ``task`` starts from; arguments as for ``TaskCheckpoint``."""
-        key = (repr(spec), task.head, task.labels, keep_head)
+        problem_type = PROBLEM_TYPES.get(task.kind)
+        key = (repr(spec), task.head, task.labels, problem_type, keep_head)
         found = self._checkpoints.pop(key, None)
         if found is None:
-            found = TaskCheckpoint(spec, task.head, task.labels, keep_head=keep_head)
+            found = TaskCheckpoint(spec, task.head, task.labels, problem_type=problem_type, keep_head=keep_head)
             found.earlier_head = self._earlier_heads.get(key, ())
         self._checkpoints[key] = found  # at the end of the order: used most recently
         if len(self._checkpoints) > MAX_CHECKPOINTS:
@@ -194,10 +200,13 @@ class Shared:
         who = f"Reader {spec.name!r}"
         checks: dict[str | int, Callable[[PreTrainedModel], None]] = {}
         if inputs is not None:
-            checks["plain"] = lambda model: admission.check_plain(model, head, inputs, len(checkpoint.labels), who)
+            checks["plain"] = lambda model: admission.check_plain(model, head, inputs, checkpoint.outputs, who)
         if positions is not None:
             checks[positions] = lambda model: admission.check_appended(model, head, positions, who)
-        keys = {name: (repr(spec), head, checkpoint.labels, checkpoint.keep_head, name) for name in checks}
+        keys = {
+            name: (repr(spec), head, checkpoint.labels, checkpoint.problem_type, checkpoint.keep_head, name)
+            for name in checks
+        }
         if self._admitted.issuperset(keys.values()):
             return
         with torch.random.fork_rng(devices=[]):  # the random numbers of a training stay the same

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import softmax
+from scipy.special import expit, softmax
 from transformers import PreTrainedTokenizerBase
 
 from kr2cache.cache.format import SequenceIndex
@@ -36,7 +36,7 @@ from kr2cache.system.process import process_unchanged
 from kr2cache.tasks import Example, Task, find_task
 from kr2cache.training.admission import check_reader
 from kr2cache.training.batches import SplitData
-from kr2cache.training.evaluate import example_logits, most_likely
+from kr2cache.training.evaluate import example_logits, predictions
 from kr2cache.training.features import joined
 from kr2cache.training.kreader import KReader
 from kr2cache.training.runs import RunFolder, finished_seeds
@@ -47,10 +47,11 @@ class Predicted:
     """A reader's prediction for one example."""
 
     id: str
-    predicted: list[str | None] | str
-    """The label. For tagging, one label per word; None for a word without a token."""
+    predicted: list[str | None] | list[str] | str | float
+    """The label. For tagging, one label per word; None for a word without a token. For multilabel, all labels with a
+    probability of at least 0.5. For regression, the value."""
     scores: dict[str, float] | None
-    """The probability of every label; None for tagging."""
+    """The probability of every label; None for tagging and regression."""
 
     def json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -143,18 +144,18 @@ class Predictor:
         Raises:
             DataError: If an example does not fit the task.
         """
-        labels = self.task.labels
-        predictions = []
         logits = self.logits(examples)
-        for example, own, best in zip(examples, logits, most_likely(logits, self.task), strict=True):
-            if isinstance(best, list):
-                tags = [None if number is None else labels[number] for number in best]
-                predictions.append(Predicted(id=example.id, predicted=tags, scores=None))
-            else:
-                assert isinstance(best, int), "no task of another kind can be trained yet"
-                scores = dict(zip(labels, softmax(own[0].astype(np.float64)).tolist(), strict=True))
-                predictions.append(Predicted(id=example.id, predicted=labels[best], scores=scores))
-        return predictions
+        return [
+            Predicted(id=example.id, predicted=self.task.named(one), scores=self._scores(own))
+            for example, own, one in zip(examples, logits, predictions(logits, self.task), strict=True)
+        ]
+
+    def _scores(self, logits: NDArray[np.float32]) -> dict[str, float] | None:
+        """``Predicted.scores`` of one example, from its logits (1, labels)."""
+        if self.task.kind in ("tagging", "regression"):
+            return None
+        probabilities = (expit if self.task.kind == "multilabel" else softmax)(logits[0].astype(np.float64))
+        return dict(zip(self.task.labels, probabilities.tolist(), strict=True))
 
     def logits(self, examples: Sequence[Example]) -> list[NDArray[np.float32]]:
         """``evaluate.example_logits`` of these examples. The resource's states are computed now."""

@@ -12,6 +12,7 @@ from kr2cache.errors import ConfigError, DataError
 from kr2cache.prediction.predict import Predicted
 from kr2cache.system import utf8
 from kr2cache.tasks import Example, Task
+from kr2cache.training.evaluate import scores
 
 # Input --------------------------------------------------------------------------------------------------------
 
@@ -74,32 +75,44 @@ def score(task: Task, examples: Sequence[Example], predicted: Sequence[Predicted
     file."""
     if not examples or any(example.label is None for example in examples):
         return None
-    numbers = {label: number for number, label in enumerate(task.labels)}
+    numbers: dict[str | None, int | None] = {None: None} | {label: number for number, label in enumerate(task.labels)}
 
-    def numbered(label: list[str | None] | str) -> Any:
+    def numbered(label: Any) -> Any:
+        if task.kind == "multilabel":
+            return tuple(numbers[one] for one in label)
         if isinstance(label, list):
-            return [None if tag is None else numbers[tag] for tag in label]
-        return numbers[label]
+            return [numbers[tag] for tag in label]
+        return numbers[label] if isinstance(label, str) else label
 
-    return task.score(
-        [example.label for example in examples], [numbered(prediction.predicted) for prediction in predicted]
+    return scores(
+        task, [example.label for example in examples], [numbered(prediction.predicted) for prediction in predicted]
     )
 
 
 UNKNOWN = "_"
 """CoNLL-U's sign for an unknown value."""
+NO_LABEL = "no label"
+"""In place of labels, if an example has none."""
 
 
 def as_text(task: Task, example: Example, predicted: Predicted) -> str:
     """One line to read: ``Das/DET ist/AUX`` for tagging, ``word/_`` for a word without a label; else the label, its
-    probability and the text (with several choices, the chosen text)."""
-    if isinstance(predicted.predicted, list):
-        tags = [UNKNOWN if tag is None else tag for tag in predicted.predicted]
+    probability and the text (with several choices, the chosen text). Multilabel: each label with its probability.
+    Regression: the value and the text.
+    """
+    answer, probabilities = predicted.predicted, predicted.scores or {}
+    if task.kind == "tagging":
+        assert isinstance(answer, list), "one label per word"
+        tags = [UNKNOWN if tag is None else tag for tag in answer]
         return " ".join(f"{_one_line(word)}/{tag}" for word, tag in zip(example.texts[0], tags, strict=True))
-    assert predicted.scores is not None, "labels of whole examples have probabilities"
-    label = predicted.predicted
-    text = example.texts[task.labels.index(label) if task.head == "choice" else 0]
-    return f"{label}  {predicted.scores[label]:.2f}  {' | '.join(map(_one_line, text))}"
+    text = example.texts[task.labels.index(str(answer)) if task.kind == "choice" else 0]
+    if isinstance(answer, float):
+        said = f"{answer:.3f}"
+    elif isinstance(answer, list):
+        said = ", ".join(f"{label} {probabilities[str(label)]:.2f}" for label in answer) or NO_LABEL
+    else:
+        said = f"{answer}  {probabilities[answer]:.2f}"
+    return f"{said}  {' | '.join(map(_one_line, text))}"
 
 
 def conllu(examples: Sequence[Example], predicted: Sequence[Predicted]) -> str:
@@ -110,7 +123,7 @@ def conllu(examples: Sequence[Example], predicted: Sequence[Predicted]) -> str:
     """
     sentences = []
     for example, prediction in zip(examples, predicted, strict=True):
-        if not isinstance(prediction.predicted, list):
+        if not isinstance(prediction.predicted, list) or prediction.scores is not None:
             raise ConfigError("CoNLL-U holds tagged words; these predictions are labels of whole examples.")
         forms = [_one_line(word) or UNKNOWN for word in example.texts[0]]
         lines = [f"# sent_id = {_one_line(example.id)}", f"# text = {' '.join(forms)}"]

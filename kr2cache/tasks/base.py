@@ -156,6 +156,16 @@ class Task(ABC):
             predicted: One ``Prediction`` per example.
         """
 
+    def named(self, label: Label | Prediction) -> Any:
+        """A label as people read it, and as files have it: its name, a list of names for several (None for a word
+        without a prediction), the value of a regression. None without gold.
+        """
+        if label is None or self.kind == "regression":
+            return label
+        if isinstance(label, (list, tuple)):
+            return [None if one is None else self.labels[one] for one in label]
+        return self.labels[int(label)]
+
     # Reading --------------------------------------------------------------------------------------------------------
 
     def read(self, split: str, data: str | None, limit: int | None = None) -> list[Example]:

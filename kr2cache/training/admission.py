@@ -33,17 +33,17 @@ ROUNDING = 1e-4
 if they pass, and by at least 4e-4 if they fail."""
 
 
-def check_plain(model: PreTrainedModel, head: Head, inputs: Mapping[str, Tensor], labels: int, who: str) -> None:
+def check_plain(model: PreTrainedModel, head: Head, inputs: Mapping[str, Tensor], outputs: int, who: str) -> None:
     """Raise ``UnsupportedModelError`` unless the model gives finite logits of the right shape for real examples.
 
     Args:
         model: The task model, in evaluation mode.
         inputs: A few examples, as ``KReader.forward`` takes them.
-        labels: Number of labels; for a choice head, number of choices per example.
+        outputs: Number of labels; for a choice head, number of choices per example; for regression 1.
         who: Name of the model, for the error.
     """
     B, T = inputs["input_ids"].shape[0], inputs["input_ids"].shape[-1]
-    expected = (B, T, labels) if head == "token" else (B, labels)
+    expected = (B, T, outputs) if head == "token" else (B, outputs)
     try:
         with torch.inference_mode():
             logits = KReader(model, head)(**inputs)["logits"]

@@ -72,6 +72,8 @@ class Batcher:
     def __init__(self, data: SplitData, task: Task, tokenizer: PreTrainedTokenizerBase) -> None:
         self.data = data
         self.head = task.head
+        self.kind = task.kind
+        self.labels = len(task.labels)
         self.pad_id = pad_id(tokenizer)
         self.first = data.index.first_token
 
@@ -109,6 +111,10 @@ class Batcher:
         return batch
 
     def _labels(self, examples: Sequence[int], T: int) -> Tensor:
+        if self.kind == "regression":
+            return torch.tensor([[self.data.examples[i].label] for i in examples], dtype=torch.float32)
+        if self.kind == "multilabel":
+            return self._indicators(examples)
         if self.head != "token":
             return torch.tensor([self.data.examples[i].label for i in examples])
         labels = np.full((len(examples), T), IGNORED, dtype=np.int64)
@@ -118,6 +124,15 @@ class Batcher:
             starts, words = self.data.first_subwords[i]
             row[starts] = np.array(gold, dtype=np.int64)[words]
         return torch.from_numpy(labels)
+
+    def _indicators(self, examples: Sequence[int]) -> Tensor:
+        """(B, labels) of 0 and 1: the labels that each example has."""
+        indicators = torch.zeros(len(examples), self.labels)
+        for row, i in zip(indicators, examples, strict=True):
+            gold = self.data.examples[i].label
+            assert isinstance(gold, tuple), "training splits have gold labels"
+            row[list(gold)] = 1.0
+        return indicators
 
     def _teacher_logits(self, teacher: TeacherLogits, examples: Sequence[int], T: int) -> Tensor:
         """(B, T, K) for tagging, nan except at the first subword of each word; else (B, K)."""
@@ -200,7 +215,9 @@ class StepBatcher:
 
 
 def _targets(tensor: Tensor) -> int:
-    """How many labels, or predictions of the teacher, the mean loss counts."""
+    """How many labels, or predictions of the teacher, the mean loss counts. Floats (B, ..., K) are of one answer in
+    their last axis: K logits, K labels that are right or not, or one value.
+    """
     if tensor.is_floating_point():
         return int((~tensor[..., 0].isnan()).sum())
     return int((tensor != IGNORED).sum())

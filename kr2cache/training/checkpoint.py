@@ -24,7 +24,7 @@ from kr2cache.models.load import (
 from kr2cache.models.registry import ModelSpec
 from kr2cache.models.stack import find_stack, load_encoder
 from kr2cache.tasks.base import Head
-from kr2cache.training.kreader import HEADS, some, task_class
+from kr2cache.training.kreader import HEADS, PROBLEM_TYPES, some, task_class
 
 
 class TaskCheckpoint:
@@ -40,32 +40,52 @@ class TaskCheckpoint:
         head: Head,
         labels: tuple[str, ...],
         *,
+        problem_type: str | None = None,
         keep_head: bool = False,
         encoder: PreTrainedModel | None = None,
     ) -> None:
         """
         Args:
-            labels: The task's.
+            labels: The task's. A regression needs none.
+            problem_type: Of the readers, see ``PROBLEM_TYPES``.
             keep_head: Keep the head of the checkpoint.
             encoder: The model without a head, in float32 (``load_encoder``), if it is in memory: then no file is read,
                 and its weights are used without a copy.
 
         Raises:
-            ConfigError: If the head has to be kept, but its label names are not the task's.
+            ConfigError: If the head has to be kept, but its label names are not the task's, or it gives several
+                numbers for a regression.
         """
         self.spec = spec
         self.head = head
         self.labels = labels
+        self.problem_type = problem_type
         self.keep_head = keep_head
         self._encoder_in_memory = encoder
         self.config = load_config(spec)
         """As in its file, without the labels of the task."""
         self.earlier_head: tuple[str, ...] = ()
         """Names of the weights of the head of an earlier training. Empty until the weights are read."""
-        if keep_head and head != "choice":
+        if keep_head and self._named:
             self._label_order()
+        if keep_head and self._is_regression and (several := len(self._label_names())) != 1:
+            raise self._not_kept(f"it gives {several} numbers, a regression has one")
         self._loaded: tuple[type[PreTrainedModel], dict[str, Tensor]] | None = None
         """Class of the task model, and the weights that a new reader takes over."""
+
+    @property
+    def outputs(self) -> int:
+        """How many logits an example (tagging: a token) has."""
+        return 1 if self._is_regression else len(self.labels)
+
+    @property
+    def _is_regression(self) -> bool:
+        return self.problem_type == PROBLEM_TYPES["regression"]
+
+    @property
+    def _named(self) -> bool:
+        """Whether each logit of the head belongs to a label."""
+        return self.head != "choice" and not self._is_regression
 
     @property
     def head_note(self) -> str | None:
@@ -94,22 +114,25 @@ class TaskCheckpoint:
         theirs = [name.casefold() for name in self._label_names()]
         ours = [label.casefold() for label in self.labels]
         if sorted(theirs) != sorted(ours):
-            raise ConfigError(
-                f"--keep-head cannot keep the head of {self.spec.name!r}: its labels are {some(self._label_names())}, "
-                f"those of the task {some(self.labels)}.",
-                "Leave out --keep-head: then a new head is trained.",
-            )
+            raise self._not_kept(f"its labels are {some(self._label_names())}, those of the task {some(self.labels)}")
         return [theirs.index(name) for name in ours]
+
+    def _not_kept(self, why: str) -> ConfigError:
+        return ConfigError(
+            f"--keep-head cannot keep the head of {self.spec.name!r}: {why}.",
+            "Leave out --keep-head: then a new head is trained.",
+        )
 
     def task_config(self) -> PretrainedConfig:
         """The configuration of a reader: that of the checkpoint, with the labels of the task."""
         config = copy.deepcopy(self.config)
-        config.problem_type = None  # may be set by an earlier training
-        if self.head != "choice":
+        # Another may be set by an earlier training.
+        config.problem_type = self.problem_type  # type: ignore[assignment]  # transformers lists the three values
+        if self._named:
             config.id2label = dict(enumerate(self.labels))
             config.label2id = {label: number for number, label in enumerate(self.labels)}
         elif task_class(self.head, config) is HEADS["sequence"]:
-            config.num_labels = 1  # one score for each choice
+            config.num_labels = 1  # the value, or one score for each choice
         return config
 
     def task_model(self) -> PreTrainedModel:
@@ -161,7 +184,7 @@ class TaskCheckpoint:
         weights = {name: tensor for name, tensor in model.state_dict().items() if name not in drawn}
         if self.keep_head:
             self._check_head(model, missing | misfit)
-            if self.head != "choice":
+            if self._named:
                 order = torch.tensor(self._label_order())
                 weights |= {name: weights[name].index_select(axis, order) for name, axis in _label_axes(model).items()}
         return type(model), weights
@@ -181,10 +204,7 @@ class TaskCheckpoint:
             if lacking
             else f"it is of a {kinds[0]}, the task needs a {type(model).__name__}"
         )
-        raise ConfigError(
-            f"--keep-head cannot keep the head of {self.spec.name!r}: {what}.",
-            "Leave out --keep-head: then a new head is trained.",
-        )
+        raise self._not_kept(what)
 
     def _encoder(self, model: PreTrainedModel, missing: frozenset[str]) -> PreTrainedModel | None:
         """The base model, if it surely equals what ``open_encoder`` loads: it has the same class and all weights.

@@ -2,7 +2,9 @@
 
 KR2, section on distillation: ``L = L_hard + 0.5 L_soft``, both at the level of tokens. ``L_soft`` is the cross entropy
 between the teacher's and the student's distributions over labels: for tagging at the first subword of each word, else
-once per example. The teacher never changes, so its logits are computed once and stored beside the caches.
+once per example. Where each label is right or not by itself (multilabel), it is the binary cross entropy; for
+regression the squared difference of both values. The teacher never changes, so its logits are computed once and stored
+beside the caches.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from torch.nn import functional
 
 from kr2cache.cache.format import encode_ids, offsets
 from kr2cache.errors import CacheError
+from kr2cache.training.kreader import PROBLEM_TYPES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,20 +87,31 @@ class TeacherLogits:
         return cls(ids=ids, logits=parts)
 
 
-def soft_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+def soft_loss(student: Tensor, teacher: Tensor, temperature: float, problem_type: str | None = None) -> Tensor:
     """L_soft: mean over positions of ``-sum_k p_k log q_k``, where p is the teacher's distribution and q the student's.
 
     The temperature t softens both. The loss is scaled by t^2, so that the size of its gradient does not depend on t
     (Hinton et al. 2015, arXiv:1503.02531, section 2). If student and teacher agree, the loss is the teacher's entropy.
 
+    Multilabel: the same with a distribution over yes and no for each label, and a mean over labels too. Regression:
+    mean of ``(teacher - student)^2``, the loss by which Ba and Caruana (2014, arXiv:1312.6184) let a student learn a
+    teacher's logits. A value is no distribution, so nothing is softened.
+
     Args:
         student: Logits, (..., K).
         teacher: Logits, (..., K); positions with nan are ignored.
+        problem_type: ``KReader.problem_type``.
 
     Returns:
         float32 scalar; 0 if all positions are ignored.
     """
     there = torch.isfinite(teacher).all(dim=-1)
-    p = functional.softmax(teacher[there].float() / temperature, dim=-1)
-    log_q = functional.log_softmax(student[there].float() / temperature, dim=-1)
+    said, learned = teacher[there].float(), student[there].float()
+    if problem_type == PROBLEM_TYPES["regression"]:
+        return (said - learned).square().sum() / max(1, said.numel())
+    said, learned = said / temperature, learned / temperature
+    if problem_type == PROBLEM_TYPES["multilabel"]:
+        total = functional.binary_cross_entropy_with_logits(learned, said.sigmoid(), reduction="sum")
+        return total / max(1, said.numel()) * temperature**2
+    p, log_q = functional.softmax(said, dim=-1), functional.log_softmax(learned, dim=-1)
     return -(p * log_q).sum() / max(1, len(p)) * temperature**2

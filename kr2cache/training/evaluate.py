@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -18,7 +19,7 @@ from kr2cache.models.encode import length_sorted_batches
 from kr2cache.models.forward import cheaper_forward
 from kr2cache.system.device import drop_unused_memory, is_out_of_memory, memory_advice
 from kr2cache.tasks import Task
-from kr2cache.tasks.base import Prediction
+from kr2cache.tasks.base import Label, Prediction
 from kr2cache.training.batches import Batcher, SplitData, part_overhead, split_by_length
 from kr2cache.training.kreader import KReader
 
@@ -38,16 +39,24 @@ class Evaluated:
 def evaluate(reader: KReader, data: SplitData, task: Task, tokenizer: PreTrainedTokenizerBase) -> Evaluated:
     """Predict and score one split that has gold labels."""
     predictions = predict(reader, data, task, tokenizer)
-    return Evaluated(predictions, task.score([example.label for example in data.examples], predictions))
+    return Evaluated(predictions, scores(task, [example.label for example in data.examples], predictions))
+
+
+def scores(task: Task, gold: Sequence[Label], predicted: Sequence[Prediction]) -> dict[str, float]:
+    """The task's metrics. One that is not defined counts as 0: the correlation of constant predictions, for example,
+    which tell nothing about the gold values."""
+    found = task.score(gold, predicted)
+    return {name: value if math.isfinite(value) else 0.0 for name, value in found.items()}
 
 
 def predict(reader: KReader, data: SplitData, task: Task, tokenizer: PreTrainedTokenizerBase) -> list[Prediction]:
-    """The most likely label number of each example, in order. For tagging: of each word, None without a token."""
-    return most_likely(example_logits(reader, data, task, tokenizer), task)
+    """The prediction for each example, in order."""
+    return predictions(example_logits(reader, data, task, tokenizer), task)
 
 
-def most_likely(logits: Sequence[NDArray[np.float32]], task: Task) -> list[Prediction]:
-    """The most likely label numbers.
+def predictions(logits: Sequence[NDArray[np.float32]], task: Task) -> list[Prediction]:
+    """What the logits say, as the task's kind has it: the most likely label (tagging: of each word, None without a
+    token); for multilabel all labels with a probability of at least 0.5; for regression the value.
 
     Args:
         logits: The result of ``example_logits``.
@@ -55,6 +64,10 @@ def most_likely(logits: Sequence[NDArray[np.float32]], task: Task) -> list[Predi
     if not logits:
         return []
     rows = np.concatenate(logits)
+    if task.kind == "regression":
+        return list(rows[:, 0].astype(np.float64).tolist())
+    if task.kind == "multilabel":  # sigmoid(0) = 0.5
+        return [tuple(np.flatnonzero(row >= 0).tolist()) for row in rows]
     unknown = np.isnan(rows)
     rows[unknown] = -np.inf  # argmax treats nan as the largest value
     best: list[int] = rows.argmax(axis=1).tolist()
@@ -88,7 +101,7 @@ def example_logits(
 
     Returns:
         One array per example: (words, labels) for tagging, from the first subword of each word, nan for a word without
-        a token; else (1, labels or choices).
+        a token; else (1, labels or choices), (1, 1) for regression.
 
     Raises:
         TrainingError: If a logit is not a finite number. Otherwise it would count as a word without a token, or as the

@@ -30,7 +30,7 @@ from transformers import (
 
 from kr2cache.errors import CacheError, ConfigError
 from kr2cache.models.load import quiet
-from kr2cache.tasks.base import Head, Task
+from kr2cache.tasks.base import Head, Kind, Task
 from kr2cache.training.appending import Appender, packed_order
 from kr2cache.training.resource_input import InputSettings, ResourceInput
 
@@ -40,6 +40,9 @@ HEADS: dict[Head, Any] = {
     "choice": AutoModelForMultipleChoice,
 }
 
+PROBLEM_TYPES: Mapping[Kind, str] = {"multilabel": "multi_label_classification", "regression": "regression"}
+"""``problem_type`` of a reader's configuration, from which transformers chooses the same loss as ``KReader.loss``. The
+other kinds have none: their loss is the cross entropy."""
 IGNORED = -100
 """Label of positions that do not count, as in torch's cross entropy."""
 EXTRAS = "kr2.safetensors"
@@ -72,6 +75,8 @@ class KReader(nn.Module):
         super().__init__()
         self.model = model
         self.head = head
+        self.problem_type: str | None = model.config.problem_type if head == "sequence" else None
+        """See ``PROBLEM_TYPES``."""
         self.scores_choices = head == "choice" and task_class(head, model.config) is HEADS["sequence"]
         """Whether the model scores each choice as a sequence of its own."""
         width = int(model.config.hidden_size) if inputs else 0
@@ -118,10 +123,10 @@ class KReader(nn.Module):
             resource_states: (B * C, L, R, D); of several resources one such tensor each, in the order of ``resources``.
             resource_mask: (B * C, R), 1 for states, 0 for padding; R positions of all resources, one behind the other.
             order: (B * C, W), ``packed_order`` of both masks, on the device. Without it, it is computed here.
-            labels: (B, T) for tagging, ``IGNORED`` at positions without a label; else (B,).
+            labels: As for ``loss``.
 
         Returns:
-            ``logits``: (B, T, labels), (B, labels) or (B, C); ``loss`` (float32, mean cross entropy) with labels.
+            ``logits``: (B, T, labels), (B, labels) or (B, C); with labels also their ``loss``. Regression has (B, 1).
         """
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
         if token_type_ids is not None:
@@ -134,10 +139,23 @@ class KReader(nn.Module):
             logits = self.logits_beside(inputs, self._appended(resource_states), resource_mask, order)
         if labels is None:
             return {"logits": logits}
-        loss = functional.cross_entropy(
-            logits.float().reshape(-1, logits.shape[-1]), labels.reshape(-1), ignore_index=IGNORED
-        )
-        return {"loss": loss, "logits": logits}
+        return {"loss": self.loss(logits, labels), "logits": logits}
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The mean loss, float32 scalar: cross entropy; for multilabel binary cross entropy with logits, over examples
+        and labels; for regression the squared error.
+
+        Args:
+            logits: As ``forward`` returns them.
+            labels: (B, T) for tagging, ``IGNORED`` at positions without a label; (B,) for classification and choice.
+                Float for multilabel, (B, labels) of 0 and 1, and for regression, (B, 1).
+        """
+        logits = logits.float()
+        if self.problem_type == PROBLEM_TYPES["regression"]:
+            return functional.mse_loss(logits, labels)
+        if self.problem_type == PROBLEM_TYPES["multilabel"]:
+            return functional.binary_cross_entropy_with_logits(logits, labels)
+        return functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), ignore_index=IGNORED)
 
     def _appended(self, resource_states: Tensor | Sequence[Tensor]) -> Tensor:
         """G^0 of every resource, (B * C, R, H): Concat(G_1^0, G_2^0, ...)."""
@@ -239,17 +257,21 @@ class KReader(nn.Module):
         return reader.eval()
 
     def check_task(self, task: Task, folder: Path) -> None:
-        """Raise ``CacheError`` unless this trained reader has the head and the labels of the task, in the same order.
+        """Raise ``CacheError`` unless this trained reader has the head and the labels of the task, in the same order,
+        and learned with its loss.
 
         Args:
             folder: Where the reader was loaded from, for the error.
         """
         names = self.config.id2label or {}
-        if self.head == task.head and (task.head == "choice" or names == dict(enumerate(task.labels))):
+        fits = self.head == task.head and self.problem_type == PROBLEM_TYPES.get(task.kind)
+        named = task.kind in ("choice", "regression") or names == dict(enumerate(task.labels))
+        if fits and named:
             return
+        problem = f", {self.problem_type}" if self.problem_type else ""
         raise CacheError(
-            f"The reader in {folder} (head {self.head}, labels {some(names.values())}) does not fit task "
-            f"{task.name!r} of this version of kr2cache (head {task.head}, labels {some(task.labels)}).",
+            f"The reader in {folder} (head {self.head}{problem}, labels {some(names.values())}) does not fit task "
+            f"{task.name!r} of this version of kr2cache (head {task.head}, {task.kind}, labels {some(task.labels)}).",
             "Train the run again.",
         )
 

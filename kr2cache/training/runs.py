@@ -73,7 +73,8 @@ class RunFolder:
         return self.path / "reader"
 
     def predictions_file(self, split: str) -> Path:
-        """One line per example: ``{"id": ..., "gold": ..., "predicted": ...}`` with label names."""
+        """One line per example: ``{"id": ..., "gold": ..., "predicted": ...}`` with label names: one, a list for
+        tagging and multilabel; a number for regression."""
         return self.path / f"predictions-{split}.jsonl"
 
     # Stages of a run -------------------------------------------------------------------------------------------------
@@ -166,7 +167,7 @@ class RunFolder:
     def write_predictions(self, split: str, rows: Iterable[tuple[str, Any, Any]]) -> None:
         """
         Args:
-            rows: id, gold and predicted label names of each example.
+            rows: id, gold and prediction of each example, as ``Task.named`` gives them.
         """
         with self.predictions_file(split).open("w", encoding="utf-8") as file:
             for name, gold, predicted in rows:

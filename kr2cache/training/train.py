@@ -159,13 +159,7 @@ def write_run(job: Job, trained: Trained, run: RunFolder, content: dict[str, Any
 
 def write_trained(job: Job, trained: Trained, run: RunFolder) -> None:
     """Write predictions, history, fusion weights and metrics, but not the configuration and the reader."""
-    names = job.task.labels
-
-    def named(label: Any) -> Any:
-        if isinstance(label, (list, tuple)):
-            return [None if one is None else names[one] for one in label]
-        return names[label]
-
+    named = job.task.named
     for split, predicted in trained.predictions.items():
         rows = (
             (example.id, named(example.label), named(label))

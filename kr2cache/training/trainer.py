@@ -159,7 +159,9 @@ class ReaderTrainer(Trainer):
         # The mean loss of a part without labels is nan. The part still needs a backward pass.
         loss = loss * share if share else 0.0 * outputs["logits"].float().sum()
         if teacher is not None and soft_share:
-            soft = soft_share * soft_loss(outputs["logits"], teacher, self.config.temperature)
+            assert isinstance(self.model, KReader), "the Trainer keeps its wrapped copy apart"
+            temperature, problem_type = self.config.temperature, self.model.problem_type
+            soft = soft_share * soft_loss(outputs["logits"], teacher, temperature, problem_type)
             self.soft_losses.append(soft.detach())
             loss = loss + self.config.soft_weight * soft
         return (loss, outputs) if return_outputs else loss

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -18,10 +18,11 @@ from torch import Tensor
 from kr2cache.fusion import parse_fusion
 from kr2cache.models.encode import encode_examples
 from kr2cache.tasks import Example, Task
-from kr2cache.tasks.base import Head
+from kr2cache.tasks.base import HEADS as KIND_HEADS
+from kr2cache.tasks.base import Kind, Label
 from kr2cache.training.batches import WHOLE, Batcher, LengthGroupedSampler, SplitData, StepBatcher, split_by_length
 from kr2cache.training.distill import TeacherLogits, soft_loss
-from kr2cache.training.kreader import HEADS, KReader
+from kr2cache.training.kreader import HEADS, PROBLEM_TYPES, KReader
 from kr2cache.training.resource_input import InputSettings
 
 WIDTH = 6
@@ -151,9 +152,14 @@ class States:
         return states, mask
 
 
-def batcher_of(head: Head, examples: int = 9) -> Batcher:
+def batcher_of(kind: Kind, examples: int = 9) -> Batcher:
     """Examples of very different lengths, with a resource and a teacher; one has words that no tokenizer keeps."""
-    draw, task = random.Random(0), cast("Task", SimpleNamespace(head=head, words=head == "token"))
+    draw, head = random.Random(0), KIND_HEADS[kind]
+    task = cast("Task", SimpleNamespace(kind=kind, head=head, words=head == "token", labels=("a", "b", "c")))
+    label: dict[Kind, Callable[[], Label]] = {
+        "multilabel": lambda: tuple(sorted(draw.sample(range(3), draw.randrange(4)))),
+        "regression": lambda: draw.uniform(-5, 5),
+    }
     made = []
     for i in range(examples):
         texts = tuple(
@@ -164,10 +170,12 @@ def batcher_of(head: Head, examples: int = 9) -> Batcher:
             texts = ((" ",),) if i == 4 else texts
             made.append(Example(f"e{i}", texts, tuple(draw.randrange(3) for _ in texts[0])))
         else:
-            made.append(Example(f"e{i}", tuple((" ".join(text),) for text in texts), draw.randrange(3)))
+            gold = label.get(kind, lambda: draw.randrange(3))()
+            made.append(Example(f"e{i}", tuple((" ".join(text),) for text in texts), gold))
     index = encode_examples(tiny.tokenizer(), made, task, 30)
+    outputs = 1 if kind == "regression" else 3
     logits = [
-        np.random.default_rng(i).standard_normal((len(e.texts[0]) if head == "token" else 1, 3), dtype=np.float32)
+        np.random.default_rng(i).standard_normal((len(e.texts[0]) if head == "token" else 1, outputs), dtype=np.float32)
         for i, e in enumerate(made)
     ]
     teacher = TeacherLogits(ids=tuple(e.id for e in made), logits=logits)
@@ -185,17 +193,18 @@ def gradients(reader: KReader, parts: Sequence[dict[str, Any]]) -> tuple[list[fl
         soft_share = inputs.pop("teacher_logits_share", 1.0)
         output = reader(**inputs)
         hard = output["loss"] * share if share else torch.zeros(())
-        soft = soft_share * soft_loss(output["logits"], teacher, 1.0)
+        soft = soft_share * soft_loss(output["logits"], teacher, 1.0, reader.problem_type)
         (hard + soft).backward()
         sums = [sums[0] + hard.item(), sums[1] + soft.item()]
     return sums, {name: one.grad.clone() for name, one in reader.named_parameters() if one.grad is not None}
 
 
-@pytest.mark.parametrize("head", ["token", "sequence", "choice"])
-def test_the_gradients_of_the_parts_add_up_to_the_batchs_own(head: Head) -> None:
-    batcher = batcher_of(head)
+@pytest.mark.parametrize("kind", KIND_HEADS)
+def test_the_gradients_of_the_parts_add_up_to_the_batchs_own(kind: Kind) -> None:
+    batcher, head = batcher_of(kind), KIND_HEADS[kind]
     torch.manual_seed(1)
-    model = HEADS[head].from_config(tiny.config("bert", num_labels=3))
+    config = tiny.config("bert", num_labels=1 if kind == "regression" else 3, problem_type=PROBLEM_TYPES.get(kind))
+    model = HEADS[head].from_config(config)
     reader = KReader(
         model, head, [InputSettings(fusion=parse_fusion("fuse", 4), projection="mlp", resource_width=WIDTH)]
     ).eval()
@@ -213,14 +222,14 @@ def test_the_gradients_of_the_parts_add_up_to_the_batchs_own(head: Head) -> None
 
 
 def test_a_batch_without_any_label_is_no_part() -> None:
-    batcher = batcher_of("token")
+    batcher = batcher_of("tagging")
     assert len(StepBatcher(batcher, 0)([4, 0])["parts"]) == 1, "example 4 has no token that stands for a word"
     (alone,) = StepBatcher(batcher, 0)([4])["parts"]
     assert alone["labels_share"] == 0, "yet a step has a part"
 
 
 def test_a_batch_that_is_not_to_be_cut_is_the_plain_one() -> None:
-    batcher = batcher_of("sequence")
+    batcher = batcher_of("classification")
     (part,) = StepBatcher(batcher, WHOLE)([2, 5, 1])["parts"]
     ordered = sorted([2, 5, 1], key=lambda i: -int(batcher.data.positions()[i]))
     plain = batcher(ordered)

@@ -14,7 +14,7 @@ from kr2cache.models.encode import encode_examples
 from kr2cache.tasks import Example, find_task
 from kr2cache.training import evaluate
 from kr2cache.training.batches import SplitData
-from kr2cache.training.evaluate import example_logits, most_likely, predict
+from kr2cache.training.evaluate import example_logits, predict, predictions
 from kr2cache.training.kreader import HEADS, KReader
 
 TASK = find_task("udpos")
@@ -113,5 +113,5 @@ def test_a_logit_that_is_no_number_is_neither_a_word_without_a_token_nor_the_fir
 
 def test_a_label_of_unknown_logit_is_never_the_most_likely() -> None:
     piqa = find_task("piqa")
-    assert most_likely([np.array([[np.nan, -9.0]]), np.array([[2.0, 1.0]]), np.array([[0.0, 0.5]])], piqa) == [1, 0, 1]
-    assert most_likely([], TASK) == most_likely([], piqa) == []
+    assert predictions([np.array([[np.nan, -9.0]]), np.array([[2.0, 1.0]]), np.array([[0.0, 0.5]])], piqa) == [1, 0, 1]
+    assert predictions([], TASK) == predictions([], piqa) == []
