@@ -196,11 +196,14 @@ def _count(config: PretrainedConfig, name: str) -> int:
 
 
 def _field_error(config: PretrainedConfig, name: str, needed: str) -> UnsupportedModelError:
-    said = repr(getattr(config, name)) if hasattr(config, name) else "absent"
+    there = hasattr(config, name)
+    said = repr(getattr(config, name)) if there else "absent"
     name = config.attribute_map.get(name, name)  # as its file has it: BART says encoder_layers
+    # CANINE has no vocabulary: nothing in its file could be corrected.
+    remedy = f"Correct {name} in its config.json, or choose another model." if there else "Choose another model."
     return UnsupportedModelError(
         f"The configuration of {config.name_or_path or 'the model'} ({config.model_type}) has {name} {said}; {needed}.",
-        f"Correct {name} in its config.json, or choose another model.",
+        remedy,
     )
 
 

@@ -65,7 +65,7 @@ READER_WORDS = (
     ("states that are masked", "masked states seen"),
     ("a sequence alone", "other sequences seen"),
     ("no module of it", "no place"),
-    ("did not reach it", "states not seen"),
+    ("did not reach the encoder", "states not seen"),
     ("fails: ", "fails"),
 )
 

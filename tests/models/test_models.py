@@ -25,6 +25,7 @@ from transformers import (
     BertForTokenClassification,
     BertModel,
     BertTokenizer,
+    CanineConfig,
     PreTrainedConfig,
     RobertaConfig,
     XLNetConfig,
@@ -52,6 +53,7 @@ from kr2cache.models.load import (
     load_config,
     load_pretrained,
     max_positions,
+    vocabulary,
 )
 from kr2cache.models.registry import REGISTRY, ModelSpec, find_model, known_models
 from kr2cache.models.stack import load_encoder
@@ -646,6 +648,16 @@ def test_an_architecture_that_is_not_known_and_a_package_that_is_missing_get_the
         load_config(spec)
     assert "model_type" in refused.value.remedy
     assert "transformers" in refused.value.remedy
+
+
+def test_what_an_architecture_has_not_cannot_be_corrected() -> None:
+    """CANINE reads characters, without a vocabulary; a BERT of 0 layers has a mistake in its file."""
+    with pytest.raises(UnsupportedModelError, match=r"\(canine\) has vocab_size absent") as refused:
+        vocabulary(CanineConfig())
+    assert refused.value.remedy == "Choose another model."
+    with pytest.raises(UnsupportedModelError, match="has num_hidden_layers 0") as refused:
+        encoder_shape(BertConfig(num_hidden_layers=0))
+    assert refused.value.remedy == "Correct num_hidden_layers in its config.json, or choose another model."
 
 
 def test_no_limit_of_positions_is_no_limit() -> None:
