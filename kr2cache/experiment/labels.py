@@ -22,17 +22,18 @@ TRIED = 64
 """Examples on which the task's score is tried."""
 
 
-def check_labels(task: Task, splits: Mapping[str, Sequence[Example]]) -> list[str]:
+def check_labels(task: Task, splits: Mapping[str, Sequence[Example]], *, whole: bool) -> list[str]:
     """Check the labels of ``train`` and of the splits that are scored.
 
     Args:
         splits: Their examples, all with gold labels.
+        whole: Whether these are all training examples, not the first ones of a larger split.
 
     Returns:
         Notes about labels that can be used but look wrong.
 
     Raises:
-        DataError: For a label that does not fit the task's kind, and for training examples that all have the same.
+        DataError: For a label that does not fit the task's kind, and for a whole train split with one label.
         ConfigError: For a task with one label, or a task that cannot be scored.
     """
     if task.kind in BY_NAME and len(task.labels) < 2:
@@ -54,11 +55,11 @@ def check_labels(task: Task, splits: Mapping[str, Sequence[Example]]) -> list[st
     for split, examples in splits.items():
         only = _only_label(task, examples)
         if only is not None and split == "train":
-            raise DataError(
-                f"All {len(examples)} training examples have the label {only}: there is nothing to learn.",
-                "Check the data. --limit and --train-limit take the first examples of the file: give a larger one.",
-            )
-        if only is not None and task.kind == "regression":
+            said = f"All {len(examples)} training examples have the label {only}: there is nothing to learn."
+            if whole:
+                raise DataError(said, "Check the data.")
+            notes.append(f"{said} --limit and --train-limit take the first examples of the file.")
+        elif only is not None and task.kind == "regression":
             notes.append(f"All values of the {split} split are {only}: no correlation with them is defined (scored 0).")
     return notes + _unseen(task, splits)
 

@@ -83,7 +83,7 @@ class Corpus:
             MissingSplitError: If there is neither a labelled dev split nor a labelled test split.
         """
         labelled, self.notes = read_splits(task, config)
-        self.notes += check_labels(task, labelled)
+        self.notes += check_labels(task, labelled, whole=config.limit_of("train") is None)
         self.splits = {split: CorpusSplit(task, examples) for split, examples in labelled.items()}
         """``train``, and those of ``dev`` and ``test`` that have gold labels."""
 

@@ -279,3 +279,9 @@ def test_labels_that_training_lacks_are_said(world: World) -> None:
     result = world.train(task=kinds.Moods(), data=str(data), method="kreader", epochs=1.0)
     said = [one for one in result.notes if one.startswith("No training example")]
     assert said == [f"No training example has these labels of the {split} split: joy." for split in ("dev", "test")]
+
+
+def test_the_first_examples_may_all_have_one_label(world: World) -> None:
+    data = kinds.save_moods(world.folder / "data")
+    result = world.train(task=AllAlike(), data=str(data), method="kreader", epochs=1.0, train_limit=5)
+    assert any(note.startswith("All 5 training examples have the label joy") for note in result.notes)
