@@ -1,14 +1,18 @@
 """The command line: where it starts and ends.
 
 Standard output is for results; with ``--json`` it is one JSON document only. Exit codes: 0 done, 1 a failure
-that was explained, 2 wrong usage, 130 interrupted. This module imports little, so that Ctrl-C is explained early.
+that was explained, 2 wrong usage, 130 interrupted by Ctrl-C, 143 stopped by SIGTERM. This module imports little, so
+that Ctrl-C is explained early.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
+
+CTRL_C = 128 + signal.SIGINT
 
 
 def run(arguments: list[str]) -> int:
@@ -39,7 +43,6 @@ def run(arguments: list[str]) -> int:
 
 def _call(arguments: list[str], as_json: bool) -> int:
     from kr2cache.commands.app import app
-    from kr2cache.commands.failure import INTERRUPTED
     from kr2cache.system.console import console
 
     console.stderr = as_json
@@ -49,24 +52,29 @@ def _call(arguments: list[str], as_json: bool) -> int:
         sys.stdout.flush()
     finally:
         console.stderr = False
-    if code == INTERRUPTED:  # how typer reports Ctrl-C
+    if code == CTRL_C:  # how typer reports Ctrl-C
         raise KeyboardInterrupt
     return int(code or 0)
 
 
 def main() -> None:
     """The console script."""
-    try:
-        from kr2cache.system import allocator, interrupt, threads
+    code = CTRL_C
+    with contextlib.suppress(KeyboardInterrupt):
+        from kr2cache.system import interrupt
 
         interrupt.listen()
-        allocator.keep_free_memory()
-        threads.bound_spinning()
-        code = run(sys.argv[1:])
-    except KeyboardInterrupt:  # before ``run`` could explain it, or while it explained another one
-        code = 128 + signal.SIGINT
-    # All work is done: from here on, Ctrl-C ends the process without a traceback.
+        try:
+            from kr2cache.system import allocator, threads
+
+            allocator.keep_free_memory()
+            threads.bound_spinning()
+            code = run(sys.argv[1:])
+        except KeyboardInterrupt:  # before ``run`` could explain it, or while it explained another one
+            code = interrupt.exit_code()
+    # All work is done: from here on, the signals end the process without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     sys.exit(code)
 
 

@@ -14,8 +14,6 @@ from kr2cache.errors import DeviceMemoryError, InterruptedWorkError, KR2CacheErr
 from kr2cache.system import interrupt
 from kr2cache.system.console import console, to_stderr
 
-INTERRUPTED = 130
-"""128 + the number of SIGINT, as in shells."""
 TYPER_USAGE_ERROR: Any = typer.BadParameter.__bases__[0]
 """The base class of usage errors. typer contains its own click and exports only subclasses."""
 
@@ -36,11 +34,11 @@ def explain(error: BaseException) -> Failure:
     if isinstance(error, KeyboardInterrupt | typer.Abort) or (
         interrupt.was_pressed() and not isinstance(error, KR2CacheError)
     ):
-        error = InterruptedWorkError("Interrupted. Complete work is kept.", "Run the same command again.")
+        error = InterruptedWorkError(f"{interrupt.cause()}. Complete work is kept.", "Run the same command again.")
     code = 1
     if isinstance(error, KR2CacheError):
         message, remedy = error.message, error.remedy
-        code = {InterruptedWorkError: INTERRUPTED, UsageError: 2}.get(type(error), 1)
+        code = {InterruptedWorkError: interrupt.exit_code(), UsageError: 2}.get(type(error), 1)
     elif isinstance(error, TYPER_USAGE_ERROR):
         message = error.format_message() or str(error)
         remedy = "kr2cache --help lists the commands, kr2cache COMMAND --help its options."
@@ -77,7 +75,7 @@ def report(failure: Failure, as_json: bool) -> None:
             forget_stdout()
     to_stderr()
     try:
-        if failure.code != INTERRUPTED:  # its message already says so
+        if failure.kind != InterruptedWorkError.__name__:  # its message already says so
             console.print(f"[bold red]{failure.kind}:[/] ", end="")
         console.print(failure.message, markup=False, soft_wrap=True)
         if failure.remedy:

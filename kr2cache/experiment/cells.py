@@ -172,7 +172,7 @@ def explained(error: Exception) -> KR2CacheError:
     if isinstance(error, KR2CacheError):
         return error
     if interrupt.was_pressed():  # a library turned Ctrl-C into its own error
-        raise InterruptedWorkError("Interrupted.") from None
+        raise InterruptedWorkError(f"{interrupt.cause()}.") from None
     return KR2CacheError(
         f"{type(error).__name__}: {error}", "This error was not expected: train this cell with --debug and report it."
     )

@@ -24,6 +24,7 @@ from kr2cache.models.registry import shown_name
 from kr2cache.system.allocator import objects_set_aside, return_free_memory
 from kr2cache.system.claims import Claim, claimed
 from kr2cache.system.console import console, count_text, done, note, seconds_text
+from kr2cache.system.interrupt import cause
 from kr2cache.system.process import process_unchanged
 from kr2cache.system.terminal import Column, print_table
 from kr2cache.tasks import COUNTS, Task
@@ -136,7 +137,7 @@ def _train_again(teacher: Prepared) -> KReader:
             return train_seed(job, SEED, Path(folder), f"teacher {job.reader.name}").reader
         except KeyboardInterrupt:
             raise InterruptedWorkError(
-                f"Interrupted while the teacher {job.reader.name} was fine-tuned again.", "Run the same command again."
+                f"{cause()} while the teacher {job.reader.name} was fine-tuned again.", "Run the same command again."
             ) from None
 
 
@@ -169,7 +170,7 @@ def _train_seeds(prepared: Prepared, keep: Callable[[Trained], None] | None = No
             except KeyboardInterrupt:
                 kept = f"Caches and {count_text(len(runs), 'finished run')} are kept"
                 raise InterruptedWorkError(
-                    f"Interrupted in seed {seed}. {kept}: {folder}",
+                    f"{cause()} in seed {seed}. {kept}: {folder}",
                     "Run the same command again: it trains the seeds that are missing.",
                 ) from None
             runs.append(run)

@@ -169,6 +169,7 @@ class SharedCells:
             self._count_dead(cell)
             if not self._is_open(cell):  # another process has trained it meanwhile, or too many died in it
                 return None
+            until_handed_over.callback(self._give_back, cell)
             self._begin(cell)
             until_handed_over.pop_all()
         return HeldCell(cell, claim, self._give_back)
@@ -190,10 +191,14 @@ class SharedCells:
     def _give_back(self, cell: Cell) -> None:
         def change(entries: dict[str, Entry]) -> None:
             entry = entries.get(self._unit[cell], {})
-            if self._process in _dead_in(entry):
-                entry["taken_by"].remove(self._process)
+            self._forget_taken(entry)
 
         self._change(change)
+
+    def _forget_taken(self, entry: Entry) -> None:
+        """This process has not died in a cell that it took and did not try to the end."""
+        if self._process in _dead_in(entry):
+            entry["taken_by"].remove(self._process)
 
     def settle(self, cell: Cell) -> None:
         """Write the result of a cell into the manifest: the folder of its runs, or its error."""
@@ -262,6 +267,8 @@ class SharedCells:
             entries[self._unit[cell]] = (entry if "done" in entry else cell.json()) | work
 
     def _leave(self, entries: dict[str, Entry]) -> None:
+        for entry in entries.values():
+            self._forget_taken(entry)
         if self._presence is not None:
             self._presence.release()
         for unit in ended_units(self.manifest) - {MANIFEST}:

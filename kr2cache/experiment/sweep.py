@@ -26,6 +26,7 @@ from kr2cache.experiment.teacher import teacher_config
 from kr2cache.system.allocator import objects_set_aside
 from kr2cache.system.console import console, count_text, failed, heading, note, silent
 from kr2cache.system.disk import check_writable
+from kr2cache.system.interrupt import cause
 from kr2cache.tasks import find_task
 from kr2cache.training.runs import Metrics, RunFolder, mean_and_std
 
@@ -103,7 +104,7 @@ class Sweep:
                     self._drop_readers(shared)
                     place = "between two cells"
             except (KeyboardInterrupt, InterruptedWorkError) as error:
-                message = error.message if isinstance(error, InterruptedWorkError) else "Interrupted"
+                message = error.message if isinstance(error, InterruptedWorkError) else cause()
                 raise InterruptedWorkError(
                     f"{message.rstrip('.')}. The sweep {self.grid.name} stopped {place}.",
                     "Run the same command again: it skips finished runs.",
@@ -173,7 +174,7 @@ class Sweep:
         try:
             cell.result = train(cell.config, self._shared)
         except KeyboardInterrupt:
-            raise InterruptedWorkError("Interrupted.") from None
+            raise InterruptedWorkError(f"{cause()}.") from None
         except Exception as raised:  # the other cells may still run, whatever failed here
             error = explained(raised)
             if not held.is_held:

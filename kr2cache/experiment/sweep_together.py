@@ -12,6 +12,7 @@ from kr2cache.experiment.shared_cells import DrivenCells, count_outcomes, read_m
 from kr2cache.experiment.sweep import Sweep, SweepResult, show_score
 from kr2cache.extraction.checks import check_workers
 from kr2cache.system.console import WorkProgress, count_text, failed
+from kr2cache.system.interrupt import cause
 from kr2cache.workers import run_workers
 
 
@@ -58,7 +59,7 @@ def sweep_with_workers(sweep: Sweep, workers: SweepWorkers, *, keep_going: bool 
                 )
             except KeyboardInterrupt:
                 raise InterruptedWorkError(
-                    f"Interrupted. The sweep {sweep.grid.name} stopped after {display.shown_count} of "
+                    f"{cause()}. The sweep {sweep.grid.name} stopped after {display.shown_count} of "
                     f"{count_text(len(sweep.cells), 'cell')}.",
                     "Run the same command again: it skips finished runs.",
                 ) from None

@@ -12,6 +12,7 @@ from kr2cache.errors import InterruptedWorkError
 from kr2cache.extraction.planning import ExtractPlan
 from kr2cache.store.sharing import SharedShards, existing_header
 from kr2cache.system.console import WorkProgress, count_text
+from kr2cache.system.interrupt import cause
 from kr2cache.workers import run_workers
 
 
@@ -78,7 +79,7 @@ def fill_with_workers(share: Share, work: Callable[[Share], Filled]) -> Filled:
 def interrupted(folder: Path, complete: int, sequences: int) -> InterruptedWorkError:
     """The error that is raised on Ctrl-C."""
     return InterruptedWorkError(
-        f"Interrupted. {complete:,} of {count_text(sequences, 'sequence')} are complete, kept in {folder}.",
+        f"{cause()}. {complete:,} of {count_text(sequences, 'sequence')} are complete, kept in {folder}.",
         "Run the same command again to continue.",
     )
 

@@ -18,7 +18,7 @@ from kr2cache.errors import InterruptedWorkError
 from kr2cache.fusion import Fusion
 from kr2cache.store.sharing import SharedShards
 from kr2cache.system.console import WorkProgress, bytes_text
-from kr2cache.system.interrupt import interrupt_between_batches
+from kr2cache.system.interrupt import cause, interrupt_between_batches
 
 Stored = tuple[NDArray[Any], NDArray[np.float32] | None]
 """Values (rows, D) as on disk, and the scales (rows,) if rows have scales."""
@@ -105,7 +105,7 @@ def fill_from(shards: SharedShards, stored: Callable[[int], Stored], origin: str
                         written += copy_states(writer, ((i, stored(i)) for i in missing), progress, held.check)
         except KeyboardInterrupt:
             raise InterruptedWorkError(
-                f"Interrupted. Complete sequences are kept in {folder}.",
+                f"{cause()}. Complete sequences are kept in {folder}.",
                 "Run the same command again to continue.",
             ) from None
     return written

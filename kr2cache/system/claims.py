@@ -33,7 +33,7 @@ import time
 import uuid
 import weakref
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -42,15 +42,15 @@ from typing import Self
 from kr2cache.errors import BusyError, ConfigError
 from kr2cache.system.console import note_waiting
 from kr2cache.system.disk import disk_error
+from kr2cache.system.interrupt import uninterrupted
 from kr2cache.system.owners import Owner, this_process
+from kr2cache.system.silence import is_gone, is_silent
 
 HEARTBEAT_S = 5.0
 """A holder touches its claim once in so many seconds."""
 TIMEOUT_S = 90.0
 """A holder counts as silent if its claim was not touched for so many seconds. Network file systems may show a touch by
 another machine 60 s late."""
-ABANDONED_S = 3600.0
-"""A holder counts as silent at once if its last touch was so many seconds before this process started."""
 DECIDE_S = 1.0
 """How many seconds a process waits at most for another process that requests the same unit at the same moment."""
 PATIENCE_S = 0.5
@@ -65,14 +65,19 @@ class Claim:
     """A unit of work that this process holds. Use it as a context manager, or call ``release``."""
 
     def __init__(self, folder: Path, owner: Owner) -> None:
-        self.folder = folder
+        self._held = _Held(folder, owner)
+        # Ctrl-C may come just before the ``with`` block: then the claim ends with this object, or with the process.
+        self._release = weakref.finalize(self, self._held.release)
+        threading.Thread(target=self._held.beat, name="claim", daemon=True).start()
+
+    @property
+    def folder(self) -> Path:
         """Only the holder writes here. It publishes a file by a rename out of this folder."""
-        self.owner = owner
-        self._done = threading.Event()
-        self._lost = threading.Event()
-        # If Ctrl-C prevents the release, the touches end when this object is deleted: the thread does not refer to it.
-        weakref.finalize(self, self._done.set).atexit = False
-        threading.Thread(target=_beat, args=(folder, self._done, self._lost), name="claim", daemon=True).start()
+        return self._held.folder
+
+    @property
+    def owner(self) -> Owner:
+        return self._held.owner
 
     @property
     def earlier_may_live(self) -> bool:
@@ -82,29 +87,20 @@ class Claim:
     def fenced(self) -> None:
         """Record that from now on no earlier holder can change the files of this unit."""
         if self.earlier_may_live:
-            self.owner = replace(self.owner, earlier_may_live=False)
+            self._held.owner = replace(self.owner, earlier_may_live=False)
             with contextlib.suppress(OSError):  # if this fails, the next holder makes a copy that is not needed
                 _write_owner(self.folder, self.owner)
 
     @property
     def is_held(self) -> bool:
         """False once another process has taken this claim over. Then nothing that this process writes has an effect."""
-        if not self._lost.is_set():
-            _touch(self.folder, self._lost)
-        return not self._lost.is_set()
+        self._held.touch()
+        return not self._held.lost.is_set()
 
     def release(self) -> None:
         """Give up the unit. A claim that another process has taken over is not changed."""
-        self._done.set()
-        if os.getpid() != self.owner.pid:  # a forked process has a copy of this object, not the claim
-            return
-        if self.earlier_may_live:  # ``fenced`` was not called: the claim stays, so that the next holder knows
-            with contextlib.suppress(OSError):
-                _write_owner(self.folder, replace(self.owner, released=True))
-            return
-        with contextlib.suppress(OSError):
-            _remove(self.folder)
-        _remove_leftovers(self.folder.parent)
+        with uninterrupted():
+            self._release()
 
     def __enter__(self) -> Self:
         return self
@@ -115,18 +111,40 @@ class Claim:
         self.release()
 
 
-def _beat(folder: Path, done: threading.Event, lost: threading.Event) -> None:
-    while not done.wait(HEARTBEAT_S) and not lost.is_set():
-        _touch(folder, lost)
+class _Held:
+    """What a claim needs until its end. It does not refer to the claim, so that the claim can be deleted before."""
 
+    def __init__(self, folder: Path, owner: Owner) -> None:
+        self.folder = folder
+        self.owner = owner
+        self.done = threading.Event()
+        self.lost = threading.Event()
 
-def _touch(folder: Path, lost: threading.Event) -> None:
-    try:
-        os.utime(folder / "alive")
-    except OSError as error:
-        # Other errors may be temporary. If they are not, ``TIMEOUT_S`` ends the claim.
-        if _is_gone(error):
-            lost.set()
+    def beat(self) -> None:
+        while not self.done.wait(HEARTBEAT_S) and not self.lost.is_set():
+            self.touch()
+
+    def touch(self) -> None:
+        if self.lost.is_set():
+            return
+        try:
+            os.utime(self.folder / "alive")
+        except OSError as error:
+            # Other errors may be temporary. If they are not, ``TIMEOUT_S`` ends the claim.
+            if is_gone(error):
+                self.lost.set()
+
+    def release(self) -> None:
+        self.done.set()
+        if os.getpid() != self.owner.pid:  # a forked process has a copy of this object, not the claim
+            return
+        if self.owner.earlier_may_live:  # ``fenced`` was not called: the claim stays, so that the next holder knows
+            with contextlib.suppress(OSError):
+                _write_owner(self.folder, replace(self.owner, released=True))
+            return
+        with contextlib.suppress(OSError):
+            _remove(self.folder)
+        _remove_leftovers(self.folder.parent)
 
 
 def try_claim(place: Path, unit: str) -> Claim | None:
@@ -143,6 +161,11 @@ def try_claim(place: Path, unit: str) -> Claim | None:
         DiskSpaceError: If the disk is full.
         ConfigError: If the folder of ``place`` is not writable.
     """
+    with uninterrupted():
+        return _try_claim(place, unit)
+
+
+def _try_claim(place: Path, unit: str) -> Claim | None:
     folder, request = claims_folder(place), None
     try:
         earlier = _claims_in(folder, unit)
@@ -159,7 +182,7 @@ def try_claim(place: Path, unit: str) -> Claim | None:
                 _remove(request)
         if not isinstance(error, OSError):
             raise
-        if _is_gone(error):  # this process was stopped for so long that another process removed its request
+        if is_gone(error):  # this process was stopped for so long that another process removed its request
             return None
         raise _with_remedy(error, place) from error
 
@@ -229,10 +252,6 @@ def _with_remedy(error: OSError, place: Path) -> Exception:
             "Change its permissions, or give another folder.",
         )
     return disk_error(error, claims_folder(place), 4096)
-
-
-def _is_gone(error: OSError) -> bool:
-    return error.errno in (errno.ENOENT, errno.ESTALE)
 
 
 def wait_for_claim(place: Path, unit: str, *, wait: bool = True) -> Claim:
@@ -313,7 +332,7 @@ def _names(folder: Path) -> list[str]:
     try:
         return [path.name for path in folder.iterdir()]
     except OSError as error:
-        if _is_gone(error):
+        if is_gone(error):
             return []
         raise
 
@@ -325,51 +344,7 @@ def _is_request(claim: Path) -> bool:
 def _is_free(claim: Path) -> bool:
     """Whether the holder of a claim has ended or is silent."""
     owner = _owner(claim)
-    return (owner is not None and owner.ended) or _is_silent(claim)
-
-
-@dataclass
-class _Watch:
-    """When this process saw that a claim was touched."""
-
-    touched: int
-    """Time of the last touch, ns."""
-    looked: float
-    unchanged: float = 0.0
-    """For how many seconds this process saw no touch."""
-
-
-_watches: dict[Path, _Watch] = {}
-_BEGAN = time.time()
-
-
-def _is_silent(claim: Path) -> bool:
-    """Whether nobody touched the claim for ``TIMEOUT_S`` while this process watched it. Only the clock of this process
-    counts: clocks of other machines and of file systems differ. Time in which this process was stopped is not counted,
-    because the holder may have been stopped too.
-    """
-    try:
-        try:
-            # A network file system asks the server for the time of a file only when the file is opened.
-            with (claim / "alive").open("rb") as file:
-                touched = os.fstat(file.fileno()).st_mtime_ns
-        except FileNotFoundError:  # a request
-            touched = claim.stat().st_mtime_ns
-    except OSError as error:
-        if not _is_gone(error):
-            raise
-        _watches.pop(claim, None)
-        return False  # the caller looks again
-    if touched / 1e9 < _BEGAN - ABANDONED_S:
-        return True
-    now, watch = time.monotonic(), _watches.get(claim)
-    if watch is None or watch.touched != touched:
-        for old in [claim for claim, watch in _watches.items() if now - watch.looked > 10 * TIMEOUT_S]:
-            _watches.pop(old, None)
-        watch = _watches[claim] = _Watch(touched, now)
-    watch.unchanged += min(now - watch.looked, 2 * HEARTBEAT_S)
-    watch.looked = now
-    return watch.unchanged > TIMEOUT_S
+    return (owner is not None and owner.ended) or is_silent(claim, TIMEOUT_S, 2 * HEARTBEAT_S)
 
 
 def _owner(claim: Path) -> Owner | None:

@@ -8,8 +8,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from kr2cache.errors import WorkerLostError
+from kr2cache.system import interrupt
 from kr2cache.system.console import count_text, note
-from kr2cache.system.interrupt import interrupt_between_batches
 
 WATCH_EVERY_S = 0.5
 MOST_REPLACED = 3
@@ -29,6 +29,8 @@ class Crew(ABC):
         """The result of each worker, by its place (0, 1, ...)."""
         self.shown: set[str] = set()
         """What workers sent or printed and the user saw."""
+        self.check_interrupt: Callable[[], None] = lambda: None
+        """Raises KeyboardInterrupt if this process was asked to stop. ``drive`` sets it."""
         self._done = 0
         self._replaced = 0
         """Workers that were replaced since ``_done`` grew."""
@@ -74,7 +76,7 @@ class Crew(ABC):
             note(text)
 
     def count_lost(self, what: str, advice: str) -> None:
-        """Count a worker that died and is replaced now, and tell the user.
+        """Count a worker that died or was stopped, and is replaced now. Tell the user.
 
         Args:
             what: Which worker died, and how: the first part of the message.
@@ -82,7 +84,9 @@ class Crew(ABC):
 
         Raises:
             WorkerLostError: If too many workers were replaced before.
+            KeyboardInterrupt: If this process was asked to stop: perhaps the same signal ended the worker.
         """
+        self.check_interrupt()
         if self._replaced == max(MOST_REPLACED, self.count):
             raise WorkerLostError(
                 f"{what}, and so did {count_text(self._replaced, 'other')} before. What they completed is kept.",
@@ -101,7 +105,8 @@ def drive(crew: Crew, watch: Callable[[], int]) -> list[Any]:
     """Let a crew work until it is done. ``run_workers`` describes the behaviour. Call this function inside the ``with``
     block of the crew.
     """
-    with interrupt_between_batches() as check_interrupt:
+    with interrupt.interrupt_between_batches() as check_interrupt:
+        crew.check_interrupt = check_interrupt
         try:
             crew.start()
             while crew.is_working:
@@ -110,7 +115,8 @@ def drive(crew: Crew, watch: Callable[[], int]) -> list[Any]:
                 crew.see_done(watch())
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt):
-                note("Stopping: each worker finishes its current batch. Ctrl-C again ends the workers at once.")
+                again = f"{interrupt.signal_name()} again ends the workers at once."
+                note(f"Stopping: each worker finishes its current batch. {again}")
             crew.stop()
             raise
     return [crew.results[place] for place in sorted(crew.results)]

@@ -2,7 +2,7 @@
 
 Each worker is a new Python interpreter. A fork of a process that has used torch can hang, and ``multiprocessing`` would
 import the user's script again. Each worker has its own session, so Ctrl-C reaches only the driver, which then asks the
-workers to stop.
+workers to stop. A worker that was asked by somebody else (SIGTERM) is replaced, as one that died.
 """
 
 from __future__ import annotations
@@ -25,12 +25,15 @@ from rich.text import Text
 
 from kr2cache.system.console import console
 from kr2cache.system.device import visible_gpus
+from kr2cache.system.interrupt import blocked
 from kr2cache.system.threads import cores
 from kr2cache.workers.crew import Crew, drive
 from kr2cache.workers.outcome import Outcome
 
 EXIT_S = 10.0
 """Seconds that a worker has to end after it has sent its outcome."""
+INTERRUPT_S = 0.05
+"""After so many seconds at most, the driver asks its workers to stop."""
 ALIGNMENT = 64
 """Each array of a job begins at a multiple of this, in bytes."""
 
@@ -96,11 +99,12 @@ class _Processes(Crew):
     def listen(self, seconds: float) -> None:
         end = time.monotonic() + seconds
         while self.working and (left := end - time.monotonic()) > 0:
-            for worker, received in self._receive(left):
+            self.check_interrupt()
+            for worker, received in self._receive(min(left, INTERRUPT_S)):
                 if isinstance(received, str):
                     self.note(received)
-                elif received is None:
-                    self._replace(worker)
+                elif received is None or received.stopped:
+                    self._replace(worker, received)
                 elif received.error is not None:
                     raise received.error
                 else:
@@ -130,9 +134,12 @@ class _Processes(Crew):
             result.append((worker, received))
         return result
 
-    def _replace(self, lost: _Worker) -> None:
-        code = lost.process.wait()
-        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    def _replace(self, lost: _Worker, outcome: Outcome | None) -> None:
+        if outcome is not None:
+            how = "was stopped by a signal"
+        else:
+            code = lost.process.wait()
+            how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         self.count_lost(
             f"Worker process {lost.process.pid} {how}",
             "If memory was too small (the system then sends SIGKILL), give fewer --workers.",
@@ -143,17 +150,18 @@ class _Processes(Crew):
         connection, theirs = Pipe()
         with theirs:
             numbers = (theirs.fileno(), self._job.fileno())
-            process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "kr2cache.workers.process", *map(str, numbers), str(os.getpid())],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                errors="replace",
-                env=self._environment(place),
-                pass_fds=numbers,
-                start_new_session=True,
-            )
+            with blocked():  # the worker receives signals from when it can handle them
+                process = subprocess.Popen(
+                    [sys.executable, "-P", "-m", "kr2cache.workers.process", *map(str, numbers), str(os.getpid())],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                    errors="replace",
+                    env=self._environment(place),
+                    pass_fds=numbers,
+                    start_new_session=True,
+                )
         relay = threading.Thread(target=self._relay, args=(process.stdout,), daemon=True)
         self.working.append(_Worker(place, connection, process, relay))
         relay.start()

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from kr2cache.errors import KR2CacheError
+from kr2cache.errors import InterruptedWorkError, KR2CacheError
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,11 @@ class Outcome:
 
     value: Any = None
     error: BaseException | None = None
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a signal stopped the work."""
+        return isinstance(self.error, KeyboardInterrupt | InterruptedWorkError)
 
 
 def outcome_of(work: Callable[[], Any]) -> Outcome:

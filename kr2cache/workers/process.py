@@ -36,7 +36,7 @@ def main(connection_number: int, job_number: int, driver: int) -> None:
         spans, sys.argv = connection.recv()
     except EOFError:  # the driver has ended already
         return
-    interrupt.listen()  # if a shell started the command in the background, this process ignored Ctrl-C until here
+    interrupt.listen()
     threading.Thread(target=_stop_with_driver, args=(connection, driver, done), daemon=True).start()
     sending = threading.Lock()
 
@@ -44,9 +44,13 @@ def main(connection_number: int, job_number: int, driver: int) -> None:
         with sending:
             connection.send(text)
 
-    with as_worker(send_note):
-        outcome = outcome_of(lambda: _do(job_number, spans))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with as_worker(send_note):
+            outcome = outcome_of(lambda: _do(job_number, spans))
+        interrupt.ignore()
+    except KeyboardInterrupt as error:  # when the work had just ended
+        interrupt.ignore()
+        outcome = Outcome(error=error)
     done.set()
     _send(connection, outcome)
 
@@ -54,6 +58,7 @@ def main(connection_number: int, job_number: int, driver: int) -> None:
 def _do(job_number: int, spans: list[tuple[int, int]]) -> Any:
     # Ctrl-C must not reach imports of extension modules: their C++ code may abort the process.
     with interrupt_between_batches() as check_interrupt:
+        interrupt.unblock()
         work, argument = _job(job_number, spans)
         check_interrupt()
     return work(argument)

@@ -26,9 +26,9 @@ from ray import exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from kr2cache.errors import ConfigError, error_text
-from kr2cache.system import allocator, threads
+from kr2cache.system import allocator, interrupt, threads
 from kr2cache.system.console import as_worker, count_text
-from kr2cache.system.interrupt import also_stopped_by
+from kr2cache.system.interrupt import also_stopped_by, handlers_kept
 from kr2cache.workers.crew import Crew, drive
 from kr2cache.workers.outcome import Outcome, outcome_of
 
@@ -95,6 +95,7 @@ class Actor:
         """
         sys.path += [folder for folder in path if folder not in sys.path]
         sys.argv = command
+        interrupt.listen()
         allocator.keep_free_memory()
         threads.bound_spinning()
 
@@ -159,10 +160,15 @@ class _Actors(Crew):
             try:
                 outcome = ray.get(worker.result)
             except LOST as error:
-                self._replace(worker, error)
+                *_, why = (line.strip() for line in str(error).splitlines() if line.strip())
+                advice = f"Ray says: {why} If memory was too small, give fewer --workers."
+                self._replace(worker, "was lost", advice)
                 continue
             except exceptions.RayTaskError as error:  # the worker could not read the job or send its result
                 raise RuntimeError(f"A worker on {_host(worker)}: {error_text(error.cause)}") from error
+            if outcome.stopped:
+                self._replace(worker, "was stopped by a signal", "Another program ends workers of this cluster.")
+                continue
             if outcome.error is not None:
                 raise outcome.error
             self.results[worker.place] = outcome.value
@@ -194,12 +200,8 @@ class _Actors(Crew):
             ray.kill(worker.actor)  # even an actor that cannot be reached may be alive
         return ended
 
-    def _replace(self, lost: _Worker, error: Exception) -> None:
-        *_, why = (line.strip() for line in str(error).splitlines() if line.strip())
-        self.count_lost(
-            f"A worker on {_host(lost)} was lost",
-            f"Ray says: {why} If memory was too small, give fewer --workers.",
-        )
+    def _replace(self, lost: _Worker, how: str, advice: str) -> None:
+        self.count_lost(f"A worker on {_host(lost)} {how}", advice)
         self._start_actor(lost.place)
 
     def _start_actor(self, place: int) -> None:
@@ -281,11 +283,12 @@ def _connected() -> Iterator[None]:
             _check_cluster(address)
         own: dict[str, Any] = {"address": "local", "num_cpus": threads.cores(), "include_dashboard": False}
         try:
-            ray.init(
-                **({"address": address} if address not in ("", "local") else own),
-                log_to_driver=False,
-                logging_level=logging.CRITICAL,
-            )
+            with handlers_kept():  # Ray's own handler would end this process on SIGTERM
+                ray.init(
+                    **({"address": address} if address not in ("", "local") else own),
+                    log_to_driver=False,
+                    logging_level=logging.CRITICAL,
+                )
         except (OSError, RuntimeError, ValueError) as error:
             raise _no_cluster(address or "this machine", error_text(error)) from None
         try:

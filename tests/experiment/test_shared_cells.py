@@ -107,7 +107,7 @@ def test_two_processes_share_the_cells_and_show_the_same(
 
 
 @pytest.mark.usefixtures("programs", "quick")
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
 def test_the_cell_of_a_process_that_ends_is_trained_by_another(
     here: World, alone: World, started: Callable[[], subprocess.Popen[str]], how: signal.Signals
 ) -> None:
@@ -115,11 +115,13 @@ def test_the_cell_of_a_process_that_ends_is_trained_by_another(
     signal_in_training(here, first, how)
     second = started()
     said = first.communicate()[0]
-    assert first.returncode == (130 if how is signal.SIGINT else -signal.SIGKILL)
-    if how is signal.SIGINT:
+    assert first.returncode == (-how if how is signal.SIGKILL else 128 + how)
+    if how is not signal.SIGKILL:
         assert "The sweep grid stopped at cell 1 of 8 (X · KResource)." in said
+        assert "Traceback" not in said
     shown = second.communicate()[0]
     assert second.returncode == 0, shown
+    assert ("was killed, or it crashed" in shown) == (how is signal.SIGKILL)
     assert trained(said) == ["X · KResource"], "the teacher comes first"
     assert sorted(trained(shown)) == sorted(CELLS)
     assert scores(here) == scores(alone)
@@ -155,19 +157,19 @@ def test_a_failure_in_a_worker_is_shown_once_and_at_the_end(here: World, capsys:
 
 
 @pytest.mark.usefixtures("programs", "quick")
-def test_ctrl_c_ends_the_workers_too(here: World) -> None:
+@pytest.mark.parametrize(("how", "cause"), [(signal.SIGINT, "Interrupted"), (signal.SIGTERM, "Stopped by SIGTERM")])
+def test_a_signal_ends_the_workers_too(here: World, how: signal.Signals, cause: str) -> None:
     process = start(here, "--workers", "2")
     while not any(holders(here.folder / "runs" / "udpos")):
         assert process.poll() is None
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(how)
     said = process.communicate()[0]
-    assert process.returncode == 130, said
-    assert re.search(r"Interrupted\. The sweep grid stopped after \d of 8 cells\.", said)
-    left = {
-        folder: folder.with_name(folder.name[1:].removesuffix(".claims")) for folder in here.folder.rglob("*.claims")
-    }
-    assert not any(map(claims.held_units, left.values())), "no worker is left that holds anything"
+    assert process.returncode == 128 + how, said
+    assert re.search(rf"{cause}\. The sweep grid stopped after \d of 8 cells\.", said)
+    assert "Traceback" not in said
+    assert not list(here.folder.rglob("*.claims"))
+    assert "taken_by" not in manifest_of(here).read_text("utf-8"), "no process died in a cell"
 
 
 @pytest.mark.parametrize("options", [["--workers", "0"], ["--engine", "rai"], ["--gpus-per-worker", "-1"]])
@@ -232,6 +234,20 @@ def test_a_worker_that_is_killed_is_replaced(long: World, long_scores: dict[str,
     assert driver.returncode == 0, shown
     assert shown.count("was ended by SIGKILL; another one takes its place.") == 1
     assert shown.count(": The process that trained this cell was killed, or it crashed.") == 1
+    assert "8 of 8 cells filled." in shown
+    assert scores(long) == long_scores
+    assert not list(long.folder.rglob("*.claims"))
+
+
+@pytest.mark.long
+def test_a_worker_that_sigterm_stops_is_no_failure(long: World, long_scores: dict[str, bytes]) -> None:
+    driver = start(long, "--workers", "2")
+    wait_for(long, driver, lambda: len(training(long)) == 2)
+    os.kill(min(training(long)), signal.SIGTERM)
+    shown = driver.communicate()[0]
+    assert driver.returncode == 0, shown
+    assert shown.count("was stopped by a signal; another one takes its place.") == 1
+    assert "was killed, or it crashed" not in shown
     assert "8 of 8 cells filled." in shown
     assert scores(long) == long_scores
     assert not list(long.folder.rglob("*.claims"))
@@ -630,7 +646,7 @@ def test_a_process_that_was_stopped_for_long_joins_again(
     monkeypatch.setattr(claims, "TIMEOUT_S", 0.5)
     with sharing() as one:
         assert one._presence is not None
-        one._presence._done.set()  # this ends its heartbeat
+        one._presence._held.done.set()  # this ends its heartbeat
         with sharing() as other:
             while one._process in other._present:
                 time.sleep(0.05)

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,13 @@ def stat(pid: int) -> list[str]:
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return []
+
+
+def iter_until(lines: Iterable[str], end: str) -> Iterator[str]:
+    for line in lines:
+        yield line
+        if line.startswith(end):
+            return
 
 
 def children(pid: int) -> list[int]:
@@ -192,19 +199,29 @@ def test_a_worker_that_is_killed_is_replaced_and_nothing_is_lost(
 
 
 @pytest.mark.usefixtures("programs")
-def test_ctrl_c_leaves_no_process_and_no_claim(config: ExtractConfig, by_one: dict[str, bytes], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("how", "cause"), [(signal.SIGINT, "Interrupted"), (signal.SIGTERM, "Stopped by SIGTERM")])
+def test_a_signal_leaves_no_process_and_no_claim(
+    config: ExtractConfig, by_one: dict[str, bytes], tmp_path: Path, how: signal.Signals, cause: str
+) -> None:
     driver = start(dataclasses.replace(config, workers=2))
     workers = workers_of(driver, tmp_path)
     assert len(workers) == 2
-    os.killpg(driver.pid, signal.SIGINT)  # as a terminal does on Ctrl-C
-    shown, _ = driver.communicate(timeout=60)
-    assert driver.returncode == 130
+    for worker in workers:  # until it has its signal, on a busy machine too
+        os.kill(worker, signal.SIGSTOP)
+    os.killpg(driver.pid, how)  # as a terminal does on Ctrl-C
+    assert driver.stdout is not None
+    said = "".join(iter_until(driver.stdout, "! Stopping: each worker"))
+    time.sleep(0.2)
+    for worker in workers:
+        os.kill(worker, signal.SIGCONT)
+    shown = said + driver.communicate(timeout=60)[0]
+    assert driver.returncode == 128 + how
     assert not any(map(stat, workers))
     cache = cache_of(tmp_path)
     assert not list(cache.parent.glob(".*"))
     done = int(FeatureCache.open(cache).complete.sum())
     assert 0 < done < SENTENCES
-    assert f"Interrupted. {done:,} of {SENTENCES:,} sequences are complete, kept in {cache}." in shown
+    assert f"{cause}. {done:,} of {SENTENCES:,} sequences are complete, kept in {cache}." in shown
     assert "Traceback" not in shown
     assert extract.extract(config).computed <= SENTENCES - done + 2 * 64
     assert tiny_cache.folder_bytes(cache) == by_one

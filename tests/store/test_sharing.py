@@ -253,7 +253,7 @@ def test_complete_sequences_in_the_shard_of_a_stopped_process_are_kept(
     assert claim is not None
     monkeypatch.setattr(claims.Owner, "ended", property(lambda self: self.attempt == 1))
     monkeypatch.setattr(claims, "TIMEOUT_S", -1.0)
-    claim._done.set()
+    claim._held.done.set()
     assert fill(shards) == list(range(1, 8))
     assert tiny_cache.folder_bytes(shards.folder) == whole
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import re
@@ -10,9 +11,12 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
 
@@ -21,7 +25,7 @@ import mounts
 from forking import ForkedPython
 
 from kr2cache.errors import BusyError, ConfigError, DiskSpaceError
-from kr2cache.system import claims, owners
+from kr2cache.system import claims, interrupt, owners, silence
 from kr2cache.system.claims import Claim, claimed, try_claim, wait_for_claim
 
 HOLDER = """
@@ -307,7 +311,7 @@ def test_the_folder_goes_while_it_is_claimed(tmp_path: Path, monkeypatch: pytest
 
 def test_a_file_in_place_of_the_folder_is_said(tmp_path: Path) -> None:
     claims.claims_folder(tmp_path / "cache").touch()
-    with pytest.raises(FileExistsError, match=r"cache\.claims"):
+    with pytest.raises((FileExistsError, NotADirectoryError), match=r"cache\.claims"):
         try_claim(tmp_path / "cache", "unit")
 
 
@@ -407,11 +411,48 @@ def test_a_process_of_another_user_that_is_hidden_lives(tmp_path: Path) -> None:
     assert code == 0
 
 
-@pytest.mark.usefixtures("quick")
-def test_a_claim_that_nobody_has_in_hands_becomes_silent(tmp_path: Path) -> None:
-    """Ctrl-C may come before a claim is in its ``with`` block."""
+def test_a_claim_that_nobody_has_in_hands_is_released(tmp_path: Path) -> None:
     try_claim(tmp_path / "place", "unit")
-    wait_for_claim(tmp_path / "place", "unit").release()
+    assert list(tmp_path.iterdir()) == []
+
+
+STEP = 13
+"""Ctrl-C comes before every thirteenth bytecode."""
+
+
+def test_ctrl_c_at_any_moment_leaves_no_claim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    watched = {module.__file__ for module in (claims, contextlib, interrupt, owners, silence, weakref)} | {__file__}
+    bytecodes, moment = 0, 0
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        nonlocal bytecodes
+        if frame.f_code.co_filename not in watched:
+            return None
+        frame.f_trace_opcodes = True
+        bytecodes += event == "opcode"
+        if event == "opcode" and bytecodes == moment:
+            os.kill(os.getpid(), signal.SIGINT)
+        return trace
+
+    monkeypatch.setattr(interrupt, "_listening", [True])
+    monkeypatch.setattr(interrupt, "_received", [])
+    before = signal.signal(signal.SIGINT, interrupt._on_signal)
+    try:
+        while bytecodes >= moment:
+            bytecodes, moment, interrupted = 0, moment + STEP, False
+            sys.settrace(trace)
+            try:
+                with claimed(tmp_path / "place"):
+                    pass
+            except KeyboardInterrupt:
+                interrupted = True
+            finally:
+                sys.settrace(None)
+            assert interrupted == (bytecodes >= moment), "the signal is not lost"
+            assert list(tmp_path.iterdir()) == [], moment
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert moment > 50 * STEP
 
 
 def test_ctrl_c_before_it_is_decided_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import os
 import pty
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,13 +20,13 @@ from kr2cache.system import interrupt
 
 AT_AN_IMPORT = """
 import os, signal, sys
-_, module, how, *sys.argv[1:] = sys.argv
+_, module, how, number, *sys.argv[1:] = sys.argv
 class CtrlC:
     def find_spec(self, name, path=None, target=None):
         if name == module:
             sys.meta_path.remove(self)
             try:
-                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), int(number))
             except KeyboardInterrupt:
                 if how == "hidden":
                     raise ImportError("initialization failed")
@@ -37,15 +38,17 @@ main()
 """
 
 
-def interrupted(module: str, line: str, how: str = "raised") -> subprocess.CompletedProcess[str]:
-    """Run ``kr2cache LINE`` as the console script does, with SIGINT at the moment when ``module`` is imported.
+def interrupted(
+    module: str, line: str, how: str = "raised", number: signal.Signals = signal.SIGINT
+) -> subprocess.CompletedProcess[str]:
+    """Run ``kr2cache LINE`` as the console script does, with a signal at the moment when ``module`` is imported.
 
     Args:
         how: What the import does with a KeyboardInterrupt: it is ``raised``, ``hidden`` by another error of its own,
             as extension modules do, or ``swallowed``.
     """
     return subprocess.run(
-        [sys.executable, "-c", AT_AN_IMPORT, module, how, *shlex.split(line)],
+        [sys.executable, "-c", AT_AN_IMPORT, module, how, str(int(number)), *shlex.split(line)],
         capture_output=True,
         text=True,
         check=False,
@@ -96,6 +99,14 @@ def test_ctrl_c_while_torch_is_imported(workdir: Path, bert: Path, corpus: Path,
     assert done.stderr == f"{LOADING}\n{SAID}", "said before the seconds that torch takes"
 
 
+@pytest.mark.parametrize(("module", "how"), [("rich.console", "hidden"), ("torch", "swallowed")])
+def test_sigterm_is_said_and_has_an_exit_code_of_its_own(workdir: Path, module: str, how: str) -> None:
+    done = interrupted(module, "demo", how, signal.SIGTERM)
+    assert (done.returncode, done.stdout) == (143, "")
+    said = "Stopped by SIGTERM. Complete work is kept.\nRun the same command again.\n"
+    assert done.stderr == (f"{LOADING}\n{said}" if module == "torch" else said)
+
+
 def test_ctrl_c_under_json_is_one_document(workdir: Path) -> None:
     done = interrupted("torch", "demo --json")
     assert (done.returncode, done.stderr) == (130, f"{LOADING}\n")
@@ -109,7 +120,7 @@ def test_ctrl_c_under_json_is_one_document(workdir: Path) -> None:
 def test_a_terminal_shows_a_spinner_while_torch_is_imported(workdir: Path) -> None:
     terminal, shown = pty.openpty()
     with subprocess.Popen(
-        [sys.executable, "-c", AT_AN_IMPORT, "torch", "raised", "demo"], stdin=shown, stdout=shown, stderr=shown
+        [sys.executable, "-c", AT_AN_IMPORT, "torch", "raised", "2", "demo"], stdin=shown, stdout=shown, stderr=shown
     ) as process:
         os.close(shown)
         seen = b""
@@ -181,12 +192,9 @@ def test_names_paths_and_options_are_checked_before_torch_is_imported(workdir: P
 def test_an_error_that_was_foreseen_is_not_taken_for_ctrl_c(
     workdir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    interrupt._pressed.set()
-    try:
-        assert run(["extract", "--resource", "gotbert", "--task", "udpos"]) == 1
-        assert "'gotbert'" in capsys.readouterr().err
-    finally:
-        interrupt._pressed.clear()
+    monkeypatch.setattr(interrupt, "_received", [signal.SIGINT])
+    assert run(["extract", "--resource", "gotbert", "--task", "udpos"]) == 1
+    assert "'gotbert'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("line", ["tasks", "models --json", "train --help"])

@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -213,10 +214,12 @@ DRIVER = """
 import sys
 from pathlib import Path
 import test_workers
+from kr2cache.system import interrupt
+interrupt.listen()
 try:
     test_workers.run(test_workers.run_batches, Path(sys.argv[1]))
 except KeyboardInterrupt:
-    sys.exit(130)
+    sys.exit(interrupt.exit_code())
 """
 
 
@@ -235,14 +238,54 @@ def driver_at_work(folder: Path) -> tuple[subprocess.Popen[str], list[int]]:
 
 
 @pytest.mark.usefixtures("programs")
-def test_ctrl_c_lets_workers_finish_their_batch_and_leaves_no_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["Ctrl-C", "SIGTERM", "SIGTERM to all"])
+def test_a_signal_lets_workers_finish_their_batch_and_leaves_no_process(tmp_path: Path, how: str) -> None:
     driver, workers = driver_at_work(tmp_path)
-    os.killpg(driver.pid, signal.SIGINT)  # as a terminal does on Ctrl-C
+    number = signal.SIGINT if how == "Ctrl-C" else signal.SIGTERM
+    os.killpg(driver.pid, number)  # as a terminal does on Ctrl-C
+    for worker in workers if how == "SIGTERM to all" else ():  # as SLURM does
+        os.kill(worker, number)
+    shown, _ = driver.communicate(timeout=60)
+    assert driver.returncode == 128 + number
+    again = f"{how.split(maxsplit=1)[0]} again ends the workers at once."
+    assert shown == f"! Stopping: each worker finishes its current batch. {again}\n"
+    assert not any(map(is_alive, workers))
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["stopped"] * 2
+
+
+@pytest.mark.usefixtures("programs")
+def test_ctrl_c_while_the_workers_start_shows_no_traceback(tmp_path: Path) -> None:
+    driver = subprocess.Popen(
+        [sys.executable, "-c", DRIVER, str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    wait_until(lambda: Path(f"/proc/{driver.pid}/task/{driver.pid}/children").read_text())
+    driver.send_signal(signal.SIGINT)
     shown, _ = driver.communicate(timeout=60)
     assert driver.returncode == 130
     assert shown == "! Stopping: each worker finishes its current batch. Ctrl-C again ends the workers at once.\n"
-    assert not any(map(is_alive, workers))
-    assert [path.read_text() for path in tmp_path.iterdir()] == ["stopped"] * 2
+
+
+def stop_once(folder: Path) -> str:
+    name = claim_a_name(folder)
+    if name == "first":
+        with interrupt_between_batches() as check_interrupt:
+            os.kill(os.getpid(), signal.SIGTERM)
+            (folder / "batch done").touch()
+            check_interrupt()
+    return name
+
+
+@pytest.mark.usefixtures("programs")
+def test_a_worker_that_a_signal_stops_is_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sorted(run(stop_once, tmp_path)) == ["second", "third"]
+    assert (tmp_path / "batch done").exists()
+    shown = capsys.readouterr().out
+    assert re.fullmatch(r"! Worker process \d+ was stopped by a signal; another one takes its place\.\n", shown)
 
 
 @pytest.mark.usefixtures("programs")
