@@ -25,12 +25,17 @@ Projection = Literal["auto", "none", "mlp", "direct"]
 PROJECTIONS: tuple[Projection, ...] = get_args(Projection)
 ComputeDtype = Literal["float32", "bfloat16", "float16"]
 COMPUTE_DTYPES: tuple[ComputeDtype, ...] = get_args(ComputeDtype)
+Pool = Literal["none", "word", "sequence"]
+POOLS: tuple[Pool, ...] = get_args(Pool)
+"""What one stored state stands for: a token, a word (the mean of its tokens), or a sequence (the mean of all its tokens
+that are not special)."""
 
 DEFAULT_READER = "xlm-r"
 DEFAULT_MAX_LENGTH = 128
 DEFAULT_DTYPE = "float16"
 DEFAULT_COMPUTE_DTYPE: ComputeDtype = "float32"
 DEFAULT_WEIGHTS_DTYPE: ComputeDtype = "float32"
+DEFAULT_POOL: Pool = "none"
 DEFAULT_FUSION = "last4"
 
 
@@ -80,6 +85,8 @@ class ExtractConfig:
     """``all``, ``lastN`` or a list such as ``0,3,5``."""
     dtype: str = DEFAULT_DTYPE
     """On disk: float16, float32, bfloat16 or int8."""
+    pool: Pool = DEFAULT_POOL
+    """Whether each token's state is stored, or means of them: a name in ``POOLS``."""
     compute_dtype: ComputeDtype = DEFAULT_COMPUTE_DTYPE
     """The dtype of the forward pass; bfloat16 and float16 use autocast. With float32, the weights' dtype decides."""
     weights_dtype: ComputeDtype = DEFAULT_WEIGHTS_DTYPE
@@ -185,6 +192,8 @@ class TrainConfig:
     dtype: str | None = None
     """Dtype of the cache to use or make; None for the cache's, or float16 if there is no cache. ``dtype`` and
     ``compute_dtype`` come from ``[defaults]``."""
+    pool: Pool | None = None
+    """Pooling of the cache to use or make, a name in ``POOLS``; None for the cache's, or none if there is no cache."""
     compute_dtype: ComputeDtype | None = None
     weights_dtype: ComputeDtype | None = None
     """Dtype of the resource's weights; None for that of its caches, or float32 if there is no cache."""
@@ -264,27 +273,6 @@ OWN_TRAINING = {
     "load_best_model_at_end": "a dev and a test split (the best epoch on dev is kept)",
 }
 """Arguments of TrainingArguments that have an option of their own in kr2cache."""
-
-
-NOT_DECIDING = (
-    "report_to",
-    "run_name",
-    "logging_",
-    "log_",
-    "save_",
-    "hub_",
-    "push_to_hub",
-    "dataloader_num_workers",
-    "dataloader_prefetch_factor",
-    "dataloader_persistent_workers",
-    "dataloader_pin_memory",
-)
-"""Arguments of TrainingArguments that change no result: how their names start."""
-
-
-def deciding_training(training: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments in ``[training]`` that can change the result of a run."""
-    return {name: value for name, value in training.items() if not name.startswith(NOT_DECIDING)}
 
 
 def _name_task(config: ExtractConfig | TrainConfig) -> None:

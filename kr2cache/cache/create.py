@@ -28,7 +28,15 @@ from kr2cache.cache.format import (
     shard_name,
 )
 from kr2cache.cache.layout import read_layout
-from kr2cache.cache.shard import Shard, fixed_xxh3, is_structure_intact, open_shard, read_intact, readable_headers
+from kr2cache.cache.shard import (
+    OF_POOLED,
+    Shard,
+    fixed_xxh3,
+    is_structure_intact,
+    open_shard,
+    read_intact,
+    readable_headers,
+)
 from kr2cache.errors import CacheError, CacheVersionError
 from kr2cache.system.disk import disk_error, free_bytes, reserve, sync_folder, write_whole
 
@@ -229,6 +237,8 @@ def _build(path: Path, header: ShardHeader, index: SequenceIndex) -> None:
             "tokens/input_id": index.input_id,
             "tokens/word_index": index.word_index,
         }
+        if index.tokens_xxh3 is not None:
+            fixed[OF_POOLED] = index.tokens_xxh3
         for name, array in fixed.items():
             _dataset(file, name, array.shape, array.dtype)[...] = array
 
@@ -254,8 +264,10 @@ def _state_bytes(header: ShardHeader, index: SequenceIndex) -> int:
 
 
 def _size(header: ShardHeader, index: SequenceIndex) -> int:
-    """Bytes of a shard, accurate to a few pages: states, index (the id and 29 more bytes per sequence), tokens and
-    HDF5's own structures.
+    """Bytes of a shard, accurate to a few pages: states, index (the id and 29 more bytes per sequence; 37 if they are
+    pooled), tokens and HDF5's own structures.
     """
-    beside = len(index) * (index.ids.dtype.itemsize + 29) + 8 * len(index.input_id) + len(header_copy(header)) * 2
+    pooled = 0 if index.tokens_xxh3 is None else index.tokens_xxh3.itemsize
+    beside = len(index) * (index.ids.dtype.itemsize + 29 + pooled)
+    beside += 8 * len(index.input_id) + len(header_copy(header)) * 2
     return _state_bytes(header, index) + beside + 32 * PAGE

@@ -9,6 +9,8 @@ letters: n sequences, t tokens of all sequences, L stored layers, R = L * t rows
     /examples/first_row   (n+1,)   int64             rows of sequence i = first_row[i] .. first_row[i+1]
     /examples/n_tokens    (n,)     int32             T of sequence i, special tokens included
     /examples/text_xxh3   (n,)     uint64            XXH3-64 of the input text: words or segments, joined by U+001F
+    /examples/tokens_xxh3 (n,)     uint64            only in a pooled cache: XXH3-64 of the ids and the word numbers of
+                                                     all tokens of the sequence
     /examples/xxh3        (n,)     uint64            XXH3-64 of the sequence's stored bytes, then of its scales if any
     /examples/complete    (n,)     uint8             1 if the sequence's bytes are on disk, else 0
     /tokens/input_id      (t,)     int32             the resource's token ids, all sequences in order
@@ -25,6 +27,9 @@ with a default value and never filtered. HDF5 then keeps no chunk index and stor
 that the block can be memory-mapped as a plain array. With chunks of about 8 MiB there are few chunks to check.
 Sequences are stored in data-set order, without padding, layer by layer. So all layers, the last four, or one layer of a
 sequence are each one contiguous range of the file.
+
+A pooled cache stores the mean of several tokens as one state: one for each word, or one for each sequence. T is then
+the number of stored positions, and input_id and word_index are those of the first token of each position.
 
 ``index_xxh3`` is the XXH3-64 of the bytes of id, first_row, n_tokens, text_xxh3, input_id and word_index, in this
 order. The field ``header_xxh3`` of the provenance, which may be absent, is the checksum of the other attributes
@@ -59,6 +64,8 @@ READ_VERSIONS = (1,)
 """The versions that can be read."""
 CHUNK_BYTES = 8 * 2**20
 """The largest size of a chunk of ``hidden``, unless one row is larger."""
+SPECIAL = -1
+"""``word_index`` of a special token."""
 SEPARATOR = "\x1f"
 """The character between the words or segments of a text when it is hashed."""
 
@@ -119,6 +126,9 @@ class SequenceIndex:
     segment_id: NDArray[np.int8] | None = None
     """(t,) the segment of each token in a text pair, if the model takes segment ids. It is never stored, because the
     template and the tokenizer determine it."""
+    tokens_xxh3: NDArray[np.uint64] | None = None
+    """(n,) XXH3-64 of all tokens of each sequence, if the cache is pooled: then the arrays above have one value for
+    each stored position, not for each token (``pooling.py``)."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -138,6 +148,7 @@ class SequenceIndex:
             input_id=self.input_id[first:last],
             word_index=self.word_index[first:last],
             segment_id=None if self.segment_id is None else self.segment_id[first:last],
+            tokens_xxh3=None if self.tokens_xxh3 is None else self.tokens_xxh3[start:stop],
         )
 
     def select(self, positions: NDArray[np.int64]) -> SequenceIndex:
@@ -151,6 +162,7 @@ class SequenceIndex:
             input_id=self.input_id[tokens],
             word_index=self.word_index[tokens],
             segment_id=None if self.segment_id is None else self.segment_id[tokens],
+            tokens_xxh3=None if self.tokens_xxh3 is None else self.tokens_xxh3[positions],
         )
 
     def xxh3(self, layers: int) -> int:

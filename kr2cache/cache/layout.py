@@ -42,7 +42,7 @@ MAX_ATTRIBUTES = 16
 """The format has ten attributes."""
 DATASETS = {
     "": ("hidden", "hidden_scale"),
-    "examples": ("id", "first_row", "n_tokens", "text_xxh3", "xxh3", "complete"),
+    "examples": ("id", "first_row", "n_tokens", "text_xxh3", "tokens_xxh3", "xxh3", "complete"),
     "tokens": ("input_id", "word_index"),
 }
 """The data sets of the format, by group."""

@@ -168,14 +168,17 @@ class FeatureCache(CacheFacts):
         )
 
     def tokens(self) -> SequenceIndex:
-        """Token ids and word alignment of all sequences, by position. Each call reads them from the files."""
+        """Token ids and word alignment of all sequences, by position. Each call reads them from the files. In a pooled
+        cache, they are those of the first token of each stored state."""
         parts = [shard.tokens() for shard in self._parts.shards]
+        pooled = [part.tokens_xxh3 for part in parts if part.tokens_xxh3 is not None]
         return SequenceIndex(
             ids=joined(self._index.parts),
             n_tokens=self.n_tokens,
             text_xxh3=self.text_xxh3,
             input_id=joined([part.input_id for part in parts]),
             word_index=joined([part.word_index for part in parts]),
+            tokens_xxh3=joined(pooled) if len(pooled) == len(parts) else None,
         )
 
     # States -------------------------------------------------------------------------------------------------------

@@ -44,6 +44,8 @@ INDEX_DATASETS = {
     "tokens/word_index": np.dtype("<i4"),
 }
 """The data sets of the index with their types; ids are strings of any fixed length."""
+OF_POOLED = "examples/tokens_xxh3"
+"""The data set of the index that only pooled caches have."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +109,7 @@ class Shard:
                 text_xxh3=self.text_xxh3,
                 input_id=self.read("tokens/input_id"),
                 word_index=self.read("tokens/word_index"),
+                tokens_xxh3=self.read(OF_POOLED) if OF_POOLED in self.layout.datasets else None,
             )
 
 
@@ -136,6 +139,9 @@ def open_shard(path: Path) -> Shard:
         n = len(ids)
         lengths = {name: len(array) - (name == "first_row") for name, array in index.items()}
         lengths["xxh3"] = layout.datasets["examples/xxh3"].shape[0]  # read when it is used
+        if OF_POOLED in layout.datasets:
+            _check_dataset(layout, OF_POOLED, np.dtype("<u8"), 1, path)
+            lengths["tokens_xxh3"] = layout.datasets[OF_POOLED].shape[0]
         if n == 0 or set(lengths.values()) != {n}:
             raise CacheError(f"{path}: the index is empty or its arrays have different lengths ({lengths}).", REMEDY)
         expected = offsets(n_tokens) * len(header.layers)

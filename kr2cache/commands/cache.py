@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -23,6 +23,9 @@ from kr2cache.models.registry import label
 from kr2cache.system.console import bytes_text, console, count_text, done, note, ranges_text, seconds_text
 from kr2cache.system.device import check_device_map, check_device_name
 from kr2cache.system.utf8 import file_lines
+
+if TYPE_CHECKING:
+    from kr2cache.store.inventory import Entry
 
 app = App(
     no_args_is_help=True,
@@ -96,7 +99,7 @@ def list_cli(cache_dir: CacheDir = None, as_json: Json = False) -> None:
             state = Text(f"{one.complete:,} of {one.sequences:,} complete", style="yellow")
         if one.stale:
             state = Text.assemble(("stale", "yellow"), f", {state.plain}" if one.complete < one.sequences else "")
-        layers = _layers(one.layers, one.fusion)
+        layers = _layers(one)
         sizes = [f"{one.sequences:,}", bytes_text(one.bytes), one.written_text]
         rows.append([name, one.corpus, layers, one.dtype, *sizes, state])
     print_table(f"Caches in {where}", columns, rows)
@@ -128,8 +131,18 @@ def _dtypes(chosen: dict[str, Any]) -> str:
     return f"{weights}, the dtype of its weights," if compute == "float32" else f"{compute} with weights in {weights}"
 
 
-def _layers(layers: Sequence[int], fusion: dict[str, Any] | None) -> str:
-    return ranges_text(layers) if fusion is None else f"average of {ranges_text(fusion['layers'])}"
+def _positions(about: Entry, max_length: int) -> str:
+    """How many positions a cache stores, in words."""
+    if about.pool == "none":
+        return f"{about.tokens:,} tokens, at most {max_length} each"
+    states = f"{about.tokens:,} words" if about.pool == "word" else "one state each"
+    return f"{states}, from texts of at most {max_length} tokens"
+
+
+def _layers(cache: Entry) -> str:
+    """What is stored for a token, word or sequence."""
+    layers = ranges_text(cache.layers) if cache.fusion is None else f"average of {ranges_text(cache.fusion['layers'])}"
+    return layers if cache.pool == "none" else f"{layers}, by {cache.pool}"
 
 
 @app.command("info")
@@ -156,9 +169,8 @@ def info_cli(cache: Cache, cache_dir: CacheDir = None, as_json: Json = False) ->
         "resource": f"{label(about.resource, recorded.get('model') or {})}  "
         f"({opened.model_layers} layers of width {opened.width})",
         "data": f"{about.corpus}, {about.task}/{about.split}",
-        "sequences": f"{about.complete:,} of {about.sequences:,} complete, {about.tokens:,} tokens, at most "
-        f"{chosen['max_length']} each",
-        "states": f"layers {_layers(about.layers, about.fusion)} as {about.dtype}, {bytes_text(about.bytes)} on disk "
+        "sequences": f"{about.complete:,} of {about.sequences:,} complete, {_positions(about, chosen['max_length'])}",
+        "states": f"layers {_layers(about)} as {about.dtype}, {bytes_text(about.bytes)} on disk "
         f"in {count_text(len(list(folder.glob('*.h5'))), 'shard')}, "
         f"{'mapped' if opened.mapped else 'read through HDF5 (rewritten by another tool)'}",
         "computed": f"in {_dtypes(chosen)} on {recorded.get('device', '?')}, torch {versions.get('torch', '?')}"
@@ -173,7 +185,8 @@ def info_cli(cache: Cache, cache_dir: CacheDir = None, as_json: Json = False) ->
     console.print()
     edges, counts = seen.lengths
     names = [f"{a}" if b - a == 1 else f"{a}-{b - 1}" for a, b in pairwise(edges)]
-    _bars("tokens per sequence", names, [float(count) for count in counts], lambda value: f"{value:,.0f}")
+    what = "tokens" if about.pool == "none" else "states of a layer"
+    _bars(f"{what} per sequence", names, [float(count) for count in counts], lambda value: f"{value:,.0f}")
     if seen.sampled:
         titles = [str(layer) for layer in about.layers] if about.fusion is None else ["fused"]
         console.print()

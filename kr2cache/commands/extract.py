@@ -61,7 +61,7 @@ def _extract(config: ExtractConfig, dry_run: bool, as_json: bool) -> None:
 
 
 def _show_dry_run(plan: Any, as_json: bool) -> None:
-    from kr2cache.system.console import bytes_text
+    from kr2cache.system.console import bytes_text, console, ranges_text
     from kr2cache.system.disk import free_bytes
     from kr2cache.system.terminal import Column, print_table
 
@@ -78,6 +78,7 @@ def _show_dry_run(plan: Any, as_json: bool) -> None:
                 "dry_run": True,
                 "free_bytes": free_bytes(plan.config.cache_dir),
                 "bytes_by_choice": choices,
+                "bytes_by_pool": plan.bytes_by_pool(),
             }
         )
         return
@@ -85,3 +86,5 @@ def _show_dry_run(plan: Any, as_json: bool) -> None:
     columns = [Column("dtype"), *(Column("all layers" if name == "all" else name, right=True) for name in names)]
     rows = [[name, *(bytes_text(size) for size in sizes.values())] for name, sizes in choices.items()]
     print_table("On disk it would take (nothing was written)", columns, rows)
+    others = [f"{bytes_text(size)} with --pool {pool}" for pool, size in plan.bytes_by_pool().items()]
+    console.print(f"Layers {ranges_text(plan.layers)} as {plan.config.dtype}: {', '.join(others)}.", soft_wrap=True)

@@ -12,7 +12,7 @@ from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from kr2cache.cache.dtypes import DTYPES
-from kr2cache.config import COMPUTE_DTYPES, KIND_NAMES, ExtractConfig, TrainConfig
+from kr2cache.config import COMPUTE_DTYPES, KIND_NAMES, POOLS, ExtractConfig, TrainConfig
 from kr2cache.methods import METHODS
 from kr2cache.tasks import ROW_TASKS
 
@@ -34,6 +34,7 @@ DEVICE = Setting("Where models run: auto, cpu, cuda, cuda:1 or mps.")
 WEIGHTS_DTYPE = Setting(
     f"Dtype of the resource's weights in memory: {', '.join(COMPUTE_DTYPES)}. The 16-bit ones take half of the memory."
 )
+POOL = Setting(f"One state for each token (none), or their mean for each word or sequence: {', '.join(POOLS)}.")
 DEVICE_MAP = Setting(
     "auto: spread the resource's layers over all GPUs, and what does not fit over the computer's memory.",
     default="one device",
@@ -48,6 +49,7 @@ EXTRACT = {
     "max_length": Setting("Maximum number of tokens in a sequence, special tokens included."),
     "layers": Setting("all, lastN (last4), or a list: 0,3,5. Layer 0 is the embeddings."),
     "dtype": Setting(f"Dtype on disk: {', '.join(DTYPES)}."),
+    "pool": POOL,
     "compute_dtype": Setting(f"Dtype of the forward pass: {', '.join(COMPUTE_DTYPES)} (autocast)."),
     "weights_dtype": WEIGHTS_DTYPE,
     "device": DEVICE,
@@ -97,6 +99,7 @@ TRAIN = {
     "soft_weight": Setting("For kd: weight of the teacher's loss; the loss on the labels has weight 1."),
     "limit": LIMIT,
     "train_limit": Setting("Use only the first N examples of the train split.", default="all"),
+    "pool": dataclasses.replace(POOL, default="the cache's, else none"),
     "weights_dtype": dataclasses.replace(WEIGHTS_DTYPE, default="the cache's, else float32"),
     "device": DEVICE,
     "device_map": DEVICE_MAP,

@@ -50,7 +50,7 @@ def _note_unused(method: Method, typed: dict[str, Any]) -> None:
     if "resource" not in (method.trains, method.frozen) and not tells_task:
         unused.append("resource")
     if method.frozen is None:
-        unused += ["fusion", "projection", "fusion_learning_rate", "resource_max_length"]
+        unused += ["fusion", "projection", "fusion_learning_rate", "resource_max_length", "pool"]
     if not method.needs_teacher:
         unused += ["teacher", "temperature", "soft_weight"]
     if options := [f"--{name.replace('_', '-')}" for name in unused if typed[name] is not None]:

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from kr2cache.config import COMPUTE_DTYPES, DEFAULT_MAX_LENGTH, PROJECTIONS, TrainConfig
+from kr2cache.config import COMPUTE_DTYPES, DEFAULT_MAX_LENGTH, POOLS, PROJECTIONS, TrainConfig
 from kr2cache.errors import ConfigError, unknown_name
 from kr2cache.fusion import SOFTMAX, check_fusion_name, parse_fusion
 from kr2cache.methods import METHODS
@@ -41,7 +41,7 @@ class Training:
         are found; None if nothing is appended."""
         if METHODS[self.config.method].frozen is None:
             return None
-        longest = self.config.resource_max_length or DEFAULT_MAX_LENGTH
+        longest = 1 if self.config.pool == "sequence" else self.config.resource_max_length or DEFAULT_MAX_LENGTH
         return self.config.max_length + len(self.resources) * longest
 
 
@@ -58,6 +58,8 @@ def check_names(config: TrainConfig) -> Training:
         raise unknown_name("projection", config.projection, PROJECTIONS)
     if config.weights_dtype is not None and config.weights_dtype not in COMPUTE_DTYPES:
         raise unknown_name("weights dtype", config.weights_dtype, COMPUTE_DTYPES)
+    if config.pool is not None and config.pool not in POOLS:
+        raise unknown_name("pooling", config.pool, POOLS)
     check_device_name(config.device)
     check_device_map(config.device_map, config.device)
     task = find_task(config.task, config.tasks)

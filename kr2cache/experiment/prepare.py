@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from kr2cache.cache.reader import FeatureCache
-from kr2cache.config import DEFAULT_WEIGHTS_DTYPE, TrainConfig, deciding_training
+from kr2cache.config import DEFAULT_POOL, DEFAULT_WEIGHTS_DTYPE, TrainConfig
 from kr2cache.experiment.checks import named_in_errors
 from kr2cache.experiment.ready import check_ready
 from kr2cache.experiment.resource import Resource
@@ -28,6 +28,7 @@ from kr2cache.models.load import encoder_shape, vocabulary
 from kr2cache.store import provenance
 from kr2cache.system.console import bytes_text, count_text, waiting
 from kr2cache.system.device import choose_device, device_name
+from kr2cache.training.arguments import deciding_training
 from kr2cache.training.batches import Batcher, SplitData
 from kr2cache.training.features import DeviceFeatures, Features, ResourceFeatures, joined, room_on
 from kr2cache.training.resource_input import InputSettings, projection_kind
@@ -153,7 +154,7 @@ def prepare(config: TrainConfig, shared: Shared) -> Prepared:
         resources[spec.name] = Resource(own, spec, task, shared)
         caches[spec.name] = resources[spec.name].caches(splits)
     if resources:  # the caches found may hold longer texts than a new one
-        longest = sum(int(own["train"].provenance["chosen"]["max_length"]) for own in caches.values())
+        longest = sum(_positions(own["train"]) for own in caches.values())
         shared.check_reader(checkpoint, None, positions=config.max_length + longest)
     job = _with_features(job, resources, caches)
     return Prepared(
@@ -163,6 +164,12 @@ def prepare(config: TrainConfig, shared: Shared) -> Prepared:
         deciding=_deciding(job, ready.corpus) | _resources_decide(job, resources, caches),
         notes=[*notes, *(text for resource in resources.values() for text in resource.notes)],
     )
+
+
+def _positions(cache: FeatureCache) -> int:
+    """The largest number of states of a sequence that a cache with the same settings may have."""
+    by_sequence = provenance.pool_of(cache.provenance) == "sequence"
+    return 1 if by_sequence else int(cache.provenance["chosen"]["max_length"])
 
 
 def _unseen_words(job: Job) -> list[str]:
@@ -303,6 +310,7 @@ def _resource_decides(resource: Resource, caches: Mapping[str, FeatureCache]) ->
         "compute_dtype": chosen["compute_dtype"],
         # Runs of earlier versions had float32 weights, and did not say so.
         **({"weights_dtype": resource.weights_dtype} if resource.weights_dtype != DEFAULT_WEIGHTS_DTYPE else {}),
+        **({"pool": pool} if (pool := provenance.pool_of(caches["train"].provenance)) != DEFAULT_POOL else {}),
         # These states were rounded twice, so they differ slightly from those of an extraction.
         **({"rounded_again": rounded} if rounded else {}),
     }

@@ -21,6 +21,7 @@ from kr2cache.models.files import check_complete, local_folder
 from kr2cache.models.load import encoder_shape
 from kr2cache.models.registry import ModelSpec
 from kr2cache.models.stack import resource_config
+from kr2cache.models.words import check_tells_words
 from kr2cache.store.stored import has_caches
 from kr2cache.system.console import waiting
 from kr2cache.system.disk import check_writable
@@ -120,4 +121,6 @@ def _check_resource(training: Training, spec: ModelSpec, reader_config: Pretrain
         projection_kind(config.projection, width, encoder_shape(reader_config)[1])
     if config.resource_max_length is not None:
         check_length(config.resource_max_length, "--resource-max-length", spec, model_config)
-    shared.tokenizer(spec, words=training.task.words)
+    tokenizer = shared.tokenizer(spec, words=training.task.words)
+    if config.pool == "word" and not training.task.words:
+        check_tells_words(tokenizer, f"The tokenizer of {spec.name!r}")

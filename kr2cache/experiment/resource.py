@@ -7,20 +7,23 @@ made from other contents, an error says what changed.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kr2cache.cache.dtypes import DTYPES
 from kr2cache.cache.format import SequenceIndex
+from kr2cache.cache.pooling import pooled
 from kr2cache.cache.reader import FeatureCache
 from kr2cache.config import (
     DEFAULT_COMPUTE_DTYPE,
     DEFAULT_DTYPE,
     DEFAULT_MAX_LENGTH,
+    DEFAULT_POOL,
     DEFAULT_WEIGHTS_DTYPE,
     ExtractConfig,
+    Pool,
     TrainConfig,
     default_cache_dir,
 )
@@ -36,7 +39,8 @@ from kr2cache.models.encode import absent_words, missing_words
 from kr2cache.models.files import local_folder
 from kr2cache.models.registry import ModelSpec
 from kr2cache.store.derive import derive, plan_fusion
-from kr2cache.store.find import StoredCaches, Wanted, choose, common_weights_dtype, find_caches
+from kr2cache.store.find import StoredCaches, Tokenise, Wanted, choose, common_weights_dtype, find_caches
+from kr2cache.store.provenance import pool_of
 from kr2cache.system.console import bytes_text, count_text, note, seconds_text, waiting
 from kr2cache.tasks import Task
 from kr2cache.training.features import fits_in_memory
@@ -64,6 +68,7 @@ class Resource:
         self.max_length = config.resource_max_length
         self.dtype = config.dtype
         self.compute_dtype = config.compute_dtype
+        self.pool = config.pool
         # The weights are hashed as they run, so this is settled before caches are compared.
         self.weights_dtype = (
             config.weights_dtype
@@ -116,6 +121,7 @@ class Resource:
             dtype=self.dtype,
             compute_dtype=self.compute_dtype,
             weights_dtype=self.weights_dtype,
+            pool=self.pool,
             fusion=self.config.fusion,
             layers_apart=self.config.projection == "direct",
             weights=self.weights,
@@ -137,6 +143,7 @@ class Resource:
             chosen["dtype"],
             chosen["compute_dtype"],
         )
+        self.pool = pool_of(cache.provenance)
         if not self.on_this_machine:  # the caches of the other splits have to be of the same model
             found = cache.provenance["found"]
             self.weights, self.config_digest = found["weights"], found["config"]
@@ -178,8 +185,13 @@ class Resource:
     def _count_missing_words(self, cache: FeatureCache, split: str, *, noted: bool) -> None:
         """Count the words that have no states in the cache, and show a note unless the extraction ``noted`` it."""
         part = self.corpus.splits[split]
-        index = cache.tokens().select(cache.positions(part.ids))
         max_length = int(cache.provenance["chosen"]["max_length"])
+        if pool_of(cache.provenance) == DEFAULT_POOL:
+            index = cache.tokens().select(cache.positions(part.ids))
+        elif self._tokenizer is not None:  # a pooled cache does not have all tokens
+            index = part.index(self.spec, self._tokenizer, max_length)
+        else:
+            return
         texts = [example.texts[0] for example in part.examples]
         missing = missing_words(index, texts, max_length, self._tokenizer)
         self.words_without_states[split] = {(i, word) for i, words, _ in absent_words(index, texts) for word in words}
@@ -249,12 +261,17 @@ class Resource:
             note(f"{none_fits}, so a new one is made.{reasons}")
         return None
 
-    def _tokenise(self, split: str) -> Callable[[int], SequenceIndex] | None:
-        """Maximal length to the sequences of a split; None if the model is not on this machine."""
+    def _tokenise(self, split: str) -> Tokenise | None:
+        """The sequences of a split, as a cache has them; None if the model is not on this machine."""
         tokenizer = self._tokenizer
         if tokenizer is None:
             return None
-        return lambda max_length: self.corpus.splits[split].index(self.spec, tokenizer, max_length)
+
+        def tokenise(max_length: int, pool: Pool) -> SequenceIndex:
+            index = self.corpus.splits[split].index(self.spec, tokenizer, max_length)
+            return index if pool == DEFAULT_POOL else pooled(index, pool).stored
+
+        return tokenise
 
     def _settle_length(self, found: StoredCaches) -> None:
         """If no maximal length was given, take the one of the resource's other caches of the same sequences. Otherwise
@@ -294,6 +311,7 @@ class Resource:
             dtype=self.dtype or DEFAULT_DTYPE,
             compute_dtype=self.compute_dtype or DEFAULT_COMPUTE_DTYPE,
             weights_dtype=self.weights_dtype,  # type: ignore[arg-type]  # checked, or from a cache
+            pool=self.pool or DEFAULT_POOL,
             device=self.config.device,
             device_map=self.config.device_map,
             limit=self.config.limit_of(split),
@@ -322,6 +340,7 @@ class Resource:
             ("--dtype", self.dtype),
             ("--compute-dtype", self.compute_dtype),
             ("--weights-dtype", None if self.weights_dtype == DEFAULT_WEIGHTS_DTYPE else self.weights_dtype),
+            ("--pool", None if self.pool == DEFAULT_POOL else self.pool),
             ("--device-map", self.config.device_map),
         ):
             if value is not None:

@@ -56,7 +56,7 @@ class BatchRunner:
         self.batch_plan = batch_plan
         self.planned = planned
         self.progress = progress
-        self._pack = Packer(plan.index, plan.layers, plan.config.dtype, device_of(encoder))
+        self._pack = Packer(plan.index, plan.layers, plan.config.dtype, device_of(encoder), plan.pooling)
         self.computed = 0
         """How many sequences ran, in all shards; also those of a shard that another process took over."""
         self._tokens, self._seconds, self._bytes = 0, 0.0, 0

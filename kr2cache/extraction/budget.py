@@ -123,7 +123,7 @@ def that_fits(plan: ExtractPlan, run: Run, device: torch.device, *, padded: bool
 
 
 def _fits(plan: ExtractPlan, run: Run, device: torch.device, batch: NDArray[np.intp]) -> bool:
-    pack = Packer(plan.index, plan.layers, plan.config.dtype, device)
+    pack = Packer(plan.index, plan.layers, plan.config.dtype, device, plan.pooling)
     try:
         for _ in range(2):  # one batch is copied out while the next one computes
             for _ready in pack(batch, run(batch)):

@@ -19,11 +19,13 @@ from numpy.typing import NDArray
 
 from kr2cache.cache.dtypes import DTYPES
 from kr2cache.cache.format import SequenceIndex
+from kr2cache.cache.pooling import Pooling, pooled
 from kr2cache.cache.reader import FeatureCache
+from kr2cache.config import DEFAULT_POOL
 from kr2cache.errors import CacheError, CacheMismatchError
 from kr2cache.extraction import trial
 from kr2cache.extraction.planning import ExtractPlan
-from kr2cache.extraction.rerun import RerunConfig, model_of, open_same, plan_again, with_segments
+from kr2cache.extraction.rerun import RerunConfig, from_data, model_of, needs_data, open_same, plan_again
 from kr2cache.fusion import Fusion
 from kr2cache.models.repeatable import TOLERANCE
 from kr2cache.models.states import PADDING_TOLERANCE
@@ -184,8 +186,8 @@ def canaries(config: RerunConfig) -> list[Canary]:
     spec = model_of(config, chosen.resource)
     tokenizer = load_tokenizer(spec, words=find_task(chosen.task, config.tasks).words)
     index = cache.tokens().select(positions)
-    if made.segments:
-        index = with_segments(index, chosen, config, tokenizer)
+    if needs_data(chosen, made):
+        index = from_data(index, chosen, config, tokenizer)
     plan = plan_again(
         cache,
         config.folder,
@@ -242,13 +244,16 @@ def _compared(
     together = None
     if count > 1 and cache.batch_plan.get("padded", True) and not fresh:
         together = trial.layers_of(plan, encoder, range(count), fresh=False)
+    pool = provenance.pool_of(cache.provenance)
+    pooling = None if pool == DEFAULT_POOL else pooled(plan.index, pool)
     share = max(ROUNDING[plan.config.compute_dtype], ROUNDING[plan.config.weights_dtype])
     result = []
     for i, position in enumerate(positions.tolist()):
         cache.check(position)
         T = int(plan.index.n_tokens[i])
-        exact, rounded = _as_stored(cache, trial.layers_of(plan, encoder, [i], fresh=fresh), 0, T)
-        beside = exact if together is None else _as_stored(cache, together, i, T)[0]
+        alone = _Text(sequence=i, row=0, tokens=T, pooling=pooling)
+        exact, rounded = _as_stored(cache, trial.layers_of(plan, encoder, [i], fresh=fresh), alone)
+        beside = exact if together is None else _as_stored(cache, together, replace(alone, row=i))[0]
         moved = _measured(cache.states(position).astype(np.float32) - exact)
         allowed = share * _measured(exact) + 2 * _measured(rounded - exact) + 2 * _measured(beside - exact)
         shares = moved / np.maximum(allowed, np.finfo(np.float32).tiny)
@@ -271,15 +276,30 @@ def _measured(states: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.array([measure(states) for measure in MEASURES.values()], dtype=np.float32)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Text:
+    """One sequence of a batch."""
+
+    sequence: int
+    """Its position in the plan."""
+    row: int
+    """Its row in the batch."""
+    tokens: int
+    pooling: Pooling | None
+    """How the cache pools the sequences of the plan."""
+
+
 def _as_stored(
-    cache: FeatureCache, layers: tuple[torch.Tensor, ...], row: int, T: int
+    cache: FeatureCache, layers: tuple[torch.Tensor, ...], text: _Text
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """What the cache stores of one sequence of a batch, without and with the rounding of its dtypes: (L, T, D) each."""
     fusion = None
     if cache.fusion is not None:
         fusion = Fusion(name="stored", layers=tuple(cache.fusion["layers"]), trainable=False)
     numbers = cache.layers if fusion is None else fusion.layers
-    exact = np.stack([layers[number][row, :T].float().cpu().numpy() for number in numbers])
+    exact = np.stack([layers[number][text.row, : text.tokens].float().cpu().numpy() for number in numbers])
+    if text.pooling is not None:
+        exact = text.pooling.mean(text.sequence, exact)
     before = cache.provenance.get("recorded", {}).get("converted_from")
     rounded = exact
     if before is not None or fusion is not None:  # it was made from a cache that had rounded each layer

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 
 from kr2cache.cache.dtypes import DTYPES
-from kr2cache.config import COMPUTE_DTYPES, ExtractConfig
+from kr2cache.config import COMPUTE_DTYPES, POOLS, ExtractConfig
 from kr2cache.errors import ConfigError, unknown_name
 from kr2cache.fusion import check_layers_form, parse_layers
 from kr2cache.models.files import check_obtainable, layers_in_config
@@ -38,6 +38,8 @@ def check_extraction(config: ExtractConfig) -> Extraction:
         raise unknown_name("compute dtype", config.compute_dtype, COMPUTE_DTYPES)
     if config.weights_dtype not in COMPUTE_DTYPES:
         raise unknown_name("weights dtype", config.weights_dtype, COMPUTE_DTYPES)
+    if config.pool not in POOLS:
+        raise unknown_name("pooling", config.pool, POOLS)
     check_device_name(config.device)
     check_device_map(config.device_map, config.device)
     check_workers(config.engine, config.workers, config.device)

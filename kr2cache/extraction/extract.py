@@ -93,7 +93,7 @@ def extract(settings: ExtractConfig | ExtractPlan, model: OpenedModel | None = N
         note(f"{plan.spec.name}: only its {model.part} is used.")
     if dropped := describe_dropped(plan.spec, model.dropped):
         note(f"{dropped}.")
-    found = provenance.found(plan.index, model.digests.weights, model.digests.config, plan.template)
+    found = provenance.found(plan.stored, model.digests.weights, model.digests.config, plan.template)
     fingerprint = provenance.fingerprint(plan.chosen, found)
     config = plan.config
     folder = folders.cache_folder(config.cache_dir, config.task, config.split, plan.spec.name, fingerprint)
@@ -129,7 +129,7 @@ def _work(share: Share) -> Filled:
     if _is_finished(folder, fingerprint):  # nothing is left for a worker that started late
         return Filled()
     model = trial.open_resource(plan)
-    found = provenance.found(plan.index, model.digests.weights, model.digests.config, plan.template)
+    found = provenance.found(plan.stored, model.digests.weights, model.digests.config, plan.template)
     if provenance.fingerprint(plan.chosen, found) != fingerprint:
         raise CacheMismatchError(
             f"The model {plan.spec.name} of the worker on {platform.node()} differs from the one on the machine where "
@@ -165,12 +165,12 @@ def _make_shards(
             if tried.fresh:
                 batch_plan[trial.FRESH] = True
             header = _new_header(plan, model, found, fingerprint, batch_plan, tried.last_is_output)
-            donors = find_donors(plan.config.cache_dir, folder, header, plan.index, _agreeing(plan, model.encoder))
+            donors = find_donors(plan.config.cache_dir, folder, header, plan.stored, _agreeing(plan, model.encoder))
             if donors.covered.any():
                 # Record for which sequences the model runs: a continued extraction has to form the same batches.
                 computed = ranges(np.flatnonzero(~donors.covered).tolist())
                 header = replace(header, batch_plan={**batch_plan, "computed": computed})
-        shards = SharedShards(folder, header, plan.index)
+        shards = SharedShards(folder, header, plan.stored)
         for unfinished in folder.glob("*.partial"):  # earlier versions of kr2cache left unfinished shards here
             unfinished.unlink()
         shards.create(claim.folder)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,10 @@ import torch
 from numpy.typing import NDArray
 
 from kr2cache.cache.dtypes import DTYPES, FLOAT32, quantise
-from kr2cache.cache.format import SequenceIndex
+from kr2cache.cache.format import SequenceIndex, offsets
+from kr2cache.cache.pooling import Pooling
 from kr2cache.cache.writer import PackedStates
+from kr2cache.models.states import means, moved
 
 
 class HostBuffers:
@@ -64,15 +67,24 @@ class Packer:
     memory. While one batch is copied, the model computes the next batch. So ``__call__`` returns the previous batch.
     """
 
-    def __init__(self, index: SequenceIndex, layers: Sequence[int], dtype: str, device: torch.device) -> None:
+    def __init__(
+        self,
+        index: SequenceIndex,
+        layers: Sequence[int],
+        dtype: str,
+        device: torch.device,
+        pooling: Pooling | None = None,
+    ) -> None:
         """
         Args:
-            index: All sequences of the cache.
+            index: All sequences of the cache, with the tokens that the model reads.
             layers: Model layer numbers to store.
             dtype: The stored dtype, a key of ``DTYPES``.
             device: The device of the states.
+            pooling: How the states are pooled; None if each token's state is stored.
         """
         self.index = index
+        self.pooling = pooling
         self.layers = layers
         self.dtype = DTYPES[dtype]
         self.torch_dtype: torch.dtype = getattr(torch, self.dtype.name)
@@ -90,13 +102,18 @@ class Packer:
         """
         lengths = self.index.n_tokens[batch]
         sequences = batch.tolist()
+        states = None if self.pooling is None else self._pooled(self.pooling, batch, layers_BTD)
         if self.device.type == "cuda":
-            raw, scale = self._encode(self._gather(layers_BTD, lengths))
+            raw, scale = self._encode(self._gather(layers_BTD, lengths) if states is None else states)
             self._waiting.append(self._start_copy(sequences, raw, scale))
             if len(self._waiting) > 1:
                 yield self._finish_copy()
             return
-        packed, stored = self._copy_out(layers_BTD, lengths)
+        if states is None:
+            packed, stored = self._copy_out(layers_BTD, lengths)
+        else:
+            packed, stored = self._memory(*states.shape)
+            packed.copy_(states)
         scale = None
         if self.dtype.has_scales:
             packed, scale = self._encode(packed)
@@ -117,8 +134,7 @@ class Packer:
         separate gathering and conversion take three.
         """
         L, D = len(self.layers), layers_BTD[0].shape[2]
-        dtypes = (torch.float32, FLOAT32) if self.dtype.has_scales else (self.torch_dtype, self.dtype.on_disk)
-        packed, stored = self._buffers.empty(int(lengths.sum()) * L, D, *dtypes)
+        packed, stored = self._memory(int(lengths.sum()) * L, D)
         wanted = [layers_BTD[layer] for layer in self.layers]
         row = 0
         # Copy adjacent sequences of equal length together: torch uses several cores for a large copy.
@@ -131,6 +147,20 @@ class Packer:
             row += rows
         return packed, stored
 
+    def _memory(self, rows: int, width: int) -> tuple[torch.Tensor, NDArray[Any]]:
+        """Memory for stored values, or for float32 if rows have scales; as ``HostBuffers.empty``."""
+        dtypes = (torch.float32, FLOAT32) if self.dtype.has_scales else (self.torch_dtype, self.dtype.on_disk)
+        return self._buffers.empty(rows, width, *dtypes)
+
+    def _pooled(self, pooling: Pooling, batch: NDArray[np.intp], layers_BTD: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """The stored positions of each sequence, layer by layer, in float32: (rows, D)."""
+        by_layer = torch.cat(means(pooling, batch, [layers_BTD[layer] for layer in self.layers]))
+        counts, L = pooling.stored.n_tokens[batch], len(self.layers)
+        grid = np.arange(len(by_layer)).reshape(L, -1)
+        first = offsets(counts)
+        rows = [grid[:, start:stop].ravel() for start, stop in pairwise(first.tolist())]
+        return by_layer.index_select(0, moved(np.concatenate(rows), by_layer.device))
+
     def _gather(self, layers_BTD: tuple[torch.Tensor, ...], lengths: NDArray[np.int32]) -> torch.Tensor:
         """The valid positions of each sequence, layer by layer, on the device: (rows, D)."""
         T = layers_BTD[0].shape[1]
@@ -141,10 +171,7 @@ class Packer:
         stacked = torch.stack(wanted, dim=1).flatten(0, 2)
         grid = np.arange(len(lengths) * L * T).reshape(len(lengths), L, T)
         rows = np.concatenate([grid[i, :, :length].ravel() for i, length in enumerate(lengths.tolist())])
-        index = torch.from_numpy(rows)
-        if self.device.type == "cuda":
-            index = index.pin_memory().to(self.device, non_blocking=True)
-        return stacked.index_select(0, index)
+        return stacked.index_select(0, moved(rows, stacked.device))
 
     def _encode(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Stored values, (rows, D), and the scale of each row, (rows,), if rows have scales."""

@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
 from kr2cache.cache.dtypes import DTYPES
 from kr2cache.cache.format import SequenceIndex, canonical_json
+from kr2cache.cache.pooling import Pooling, check_words, count_positions, pooled
 from kr2cache.cache.shard import readable_headers
-from kr2cache.config import ExtractConfig
+from kr2cache.config import POOLS, ExtractConfig
 from kr2cache.errors import ConfigError, DiskSpaceError
 from kr2cache.extraction.checks import check_extraction
 from kr2cache.fusion import parse_layers
@@ -23,6 +25,7 @@ from kr2cache.models.registry import ModelSpec
 from kr2cache.models.stack import resource_config
 from kr2cache.models.tokenise import Tokenised, tokenise, tokenise_first
 from kr2cache.models.tokenizers import load_tokenizer
+from kr2cache.models.words import check_tells_words
 from kr2cache.store import folders, plans, provenance
 from kr2cache.system.console import bytes_text, console, count_text, note, ranges_text
 from kr2cache.system.device import choose_device
@@ -40,6 +43,7 @@ class ExtractPlan:
     config: ExtractConfig
     spec: ModelSpec
     index: SequenceIndex
+    """All tokens that the model reads."""
     layers: tuple[int, ...]
     model_layers: int
     width: int
@@ -51,18 +55,33 @@ class ExtractPlan:
     recorded: Mapping[str, Any] = field(default_factory=dict)
     """What the cache records about this plan (``store.plans``)."""
 
+    @cached_property
+    def pooling(self) -> Pooling | None:
+        """How states are pooled; None if each token's state is stored."""
+        return None if self.config.pool == "none" else pooled(self.index, self.config.pool)
+
+    @property
+    def stored(self) -> SequenceIndex:
+        """The index of the cache: one value for each stored position."""
+        return self.index if self.pooling is None else self.pooling.stored
+
     @property
     def tokens(self) -> int:
         return len(self.index.input_id)
 
     @property
+    def positions(self) -> int:
+        """How many states of a layer are stored: one a token, unless they are pooled."""
+        return len(self.stored.input_id)
+
+    @property
     def token_bytes(self) -> int:
-        """Bytes of one token in all stored layers."""
+        """Bytes of one stored position in all stored layers."""
         return DTYPES[self.config.dtype].row_bytes(self.width) * len(self.layers)
 
     @property
     def state_bytes(self) -> int:
-        return self.tokens * self.token_bytes
+        return self.positions * self.token_bytes
 
     @property
     def chosen(self) -> provenance.Chosen:
@@ -77,15 +96,20 @@ class ExtractPlan:
             dtype=self.config.dtype,
             compute_dtype=self.config.compute_dtype,
             weights_dtype=self.config.weights_dtype,
+            pool=self.config.pool,
         )
 
     def bytes_by_choice(self) -> dict[str, dict[str, int]]:
         """Bytes on disk, for every dtype, with all layers, the last four layers, and one layer."""
         choices = {"all": self.model_layers, "last4": min(4, self.model_layers), "one layer": 1}
         return {
-            name: {text: self.tokens * layers * dtype.row_bytes(self.width) for text, layers in choices.items()}
+            name: {text: self.positions * layers * dtype.row_bytes(self.width) for text, layers in choices.items()}
             for name, dtype in DTYPES.items()
         }
+
+    def bytes_by_pool(self) -> dict[str, int]:
+        """Bytes on disk for every pooling, with the layers and the dtype of the plan."""
+        return {pool: count_positions(self.index, pool) * self.token_bytes for pool in POOLS}
 
 
 def plan_extraction(config: ExtractConfig, examples: Iterable[Example] | None = None) -> ExtractPlan:
@@ -104,9 +128,11 @@ def plan_extraction(config: ExtractConfig, examples: Iterable[Example] | None = 
     layers = parse_layers(config.layers, model_layers)
     check_length(config.max_length, "--max-length", spec, model_config)
     tokenizer = load_tokenizer(spec, words=task.words)
+    if config.pool == "word" and not task.words:
+        check_tells_words(tokenizer, f"The tokenizer of {spec.name!r}")
     tokenised, recorded = _tokenised(config, spec, task, tokenizer, examples)
     check_token_ids(tokenised.index, vocabulary(model_config), repr(spec.name))
-    return ExtractPlan(
+    plan = ExtractPlan(
         config=config,
         spec=spec,
         index=tokenised.index,
@@ -117,8 +143,10 @@ def plan_extraction(config: ExtractConfig, examples: Iterable[Example] | None = 
         template=task.template,
         corpus=task.corpus(config.data),
         missing_words=tokenised.missing_words,
-        recorded=recorded,
+        recorded=recorded if config.pool == "none" else {},  # the index of a pooled cache has not all tokens
     )
+    check_words(plan.stored)
+    return plan
 
 
 def check_length(length: int, option: str, spec: ModelSpec, model_config: PretrainedConfig) -> None:
@@ -185,7 +213,7 @@ def check_disk(plan: ExtractPlan) -> None:
 
 def _fewer_bytes(plan: ExtractPlan) -> str:
     """Which settings need fewer bytes, as a sentence; empty if none does."""
-    rows = plan.tokens * len(plan.layers)
+    rows = plan.positions * len(plan.layers)
     options = {
         "--layers last4": plan.bytes_by_choice()[plan.config.dtype]["last4"],
         "--dtype int8": rows * DTYPES["int8"].row_bytes(plan.width),
@@ -207,6 +235,14 @@ def _reserved(plan: ExtractPlan) -> int:
     return most
 
 
+def _pool_text(plan: ExtractPlan) -> str:
+    """What is stored if the states are pooled: ``, pooled to 25,147 words``; else empty."""
+    if plan.config.pool == "none":
+        return ""
+    stored = f" to {count_text(plan.positions, 'word')}" if plan.config.pool == "word" else " to one for each sequence"
+    return f", pooled{stored}"
+
+
 def describe(plan: ExtractPlan, length_option: str = "--max-length") -> None:
     """Show what the extraction will run and store.
 
@@ -219,7 +255,7 @@ def describe(plan: ExtractPlan, length_option: str = "--max-length") -> None:
         (plan.spec.name, "bold"),
         f" on {plan.config.task}/{plan.config.split} ({plan.corpus}): "
         f"{count_text(len(plan.index), 'sequence')}, {count_text(plan.tokens, 'token')}, layers "
-        f"{ranges_text(plan.layers)} of width {plan.width} as {plan.config.dtype}: ",
+        f"{ranges_text(plan.layers)} of width {plan.width} as {plan.config.dtype}{_pool_text(plan)}: ",
         (bytes_text(plan.state_bytes), "bold"),
         f" ({bytes_text(free)} free in {os.fspath(plan.config.cache_dir)})",
     )

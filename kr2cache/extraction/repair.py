@@ -19,14 +19,16 @@ import numpy as np
 
 from kr2cache.cache.check import CacheCheck, check_cache
 from kr2cache.cache.format import SequenceIndex, ShardHeader
+from kr2cache.cache.pooling import pooled
 from kr2cache.cache.reader import FeatureCache
 from kr2cache.cache.shard import open_shard, readable_headers
 from kr2cache.cache.writer import unmark
+from kr2cache.config import DEFAULT_POOL
 from kr2cache.errors import CacheError, DeviceMemoryError
 from kr2cache.extraction import canaries, trial
 from kr2cache.extraction.extract import fill_shards
 from kr2cache.extraction.planning import ExtractPlan
-from kr2cache.extraction.rerun import RerunConfig, model_of, open_same, other_data, plan_again, with_segments
+from kr2cache.extraction.rerun import RerunConfig, from_data, model_of, needs_data, open_same, other_data, plan_again
 from kr2cache.models.encode import encode_examples
 from kr2cache.models.tokenizers import load_tokenizer
 from kr2cache.store import derive, folders, provenance
@@ -139,7 +141,7 @@ def _mend(
         sound = cache.complete & ~np.isin(cache.all_ids, found.damaged_ids)
         canaries.check_before_more(cache, np.where(sound, np.arange(len(sound)), -1), plan, model.encoder)
     _remove_marks(found, held)
-    shards = SharedShards(config.folder, header, plan.index)
+    shards = SharedShards(config.folder, header, plan.stored)
     shards.create(held.build_in)
     return lambda: fill_shards(plan, model.encoder, shards)
 
@@ -161,14 +163,15 @@ def _plan(
     spec = model_of(config, chosen.resource)
     task = find_task(chosen.task, config.tasks)
     tokenizer = load_tokenizer(spec, words=task.words)
-    if whole_index:
-        index = FeatureCache.open(config.folder).tokens()
-        if made.segments:
-            index = with_segments(index, chosen, config, tokenizer)
+    stored = FeatureCache.open(config.folder).tokens() if whole_index else None
+    if stored is not None and provenance.tokens_digest(stored) == made.tokens:  # index_xxh3 leaves out tokens_xxh3
+        index = stored
+        if needs_data(chosen, made):
+            index = from_data(index, chosen, config, tokenizer)
     else:
         examples = _first(task.read(chosen.split, config.data), made.sequences)
         index = encode_examples(tokenizer, examples, task, chosen.max_length)
-        _check_index(index, made, config)
+        _check_index(index if chosen.pool == DEFAULT_POOL else pooled(index, chosen.pool).stored, made, config)
     return plan_again(
         header,
         config.folder,

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kr2cache.cache.format import SequenceIndex, ShardHeader
+from kr2cache.cache.pooling import pooled
 from kr2cache.cache.reader import FeatureCache
-from kr2cache.config import ExtractConfig
+from kr2cache.config import DEFAULT_POOL, ExtractConfig
 from kr2cache.errors import CacheMismatchError, ConfigError, UnknownNameError
 from kr2cache.extraction import trial
 from kr2cache.extraction.planning import ExtractPlan
@@ -34,7 +35,8 @@ class RerunConfig:
     resource: str | None = None
     """The model; None for the name that the cache records."""
     data: str | None = None
-    """The corpus; None for the task's own. It is read if an index is damaged or the model runs with segment ids."""
+    """The corpus; None for the task's own. It is read if an index is damaged or does not have all input of the model
+    (``needs_data``)."""
     device: str = "auto"
     device_map: str | None = None
     """As in ``ExtractConfig``."""
@@ -63,13 +65,18 @@ def model_of(config: RerunConfig, stored: str) -> ModelSpec:
         ) from error
 
 
-def with_segments(
+def needs_data(chosen: provenance.Chosen, made: provenance.Found) -> bool:
+    """Whether a cache does not store all input of the model: segment ids, or all tokens if it is pooled."""
+    return made.segments or chosen.pool != DEFAULT_POOL
+
+
+def from_data(
     index: SequenceIndex, chosen: provenance.Chosen, config: RerunConfig, tokenizer: PreTrainedTokenizerBase
 ) -> SequenceIndex:
-    """The same sequences with their segment ids, from the data: a cache does not store them.
+    """The same sequences with all input of the model, from the data (``needs_data``).
 
     Args:
-        index: Sequences of the cache.
+        index: Sequences of the cache, as it stores them.
 
     Raises:
         CacheMismatchError: If the data does not give the same texts and tokens.
@@ -84,7 +91,8 @@ def with_segments(
         if all(name in there for name in names):
             read = read.select(np.array([there[name] for name in names]))
             if np.array_equal(read.text_xxh3, index.text_xxh3):
-                if np.array_equal(read.input_id, index.input_id):
+                now = read if chosen.pool == DEFAULT_POOL else pooled(read, chosen.pool).stored
+                if provenance.tokens_digest(now) == provenance.tokens_digest(index):
                     return read
                 differ = "tokens"
     raise other_data(config, differ)
@@ -117,6 +125,7 @@ def plan_again(
 
     Args:
         folder: Of the cache.
+        index: All tokens of the sequences.
     """
     chosen = provenance.chosen_of(cache.provenance, folder)
     return ExtractPlan(
@@ -128,6 +137,7 @@ def plan_again(
             dtype=chosen.dtype,
             compute_dtype=chosen.compute_dtype,  # type: ignore[arg-type]  # the fingerprint was compared
             weights_dtype=chosen.weights_dtype,  # type: ignore[arg-type]  # as above
+            pool=chosen.pool,
             device=device,
             device_map=device_map,
             cache_dir=folders.cache_dir_of(folder, chosen.task, chosen.split) or folder.absolute().parent,

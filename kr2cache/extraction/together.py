@@ -97,5 +97,5 @@ class _CompleteOnDisk:
             header = existing_header(share.folder, share.fingerprint)
             if header is None:
                 return 0
-            self._shards = SharedShards(share.folder, header, share.plan.index)
+            self._shards = SharedShards(share.folder, header, share.plan.stored)
         return self._shards.complete_count()

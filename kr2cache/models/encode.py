@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from kr2cache.cache.format import SequenceIndex, encode_ids, range_indices, text_xxh3
+from kr2cache.cache.format import SPECIAL, SequenceIndex, encode_ids, range_indices, text_xxh3
 from kr2cache.errors import ConfigError, DataError
 from kr2cache.models.words import reading_of
 from kr2cache.tasks import Example, Task
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
 TEXTS_AT_ONCE = 1_000
 """Texts per call of the tokenizer. Its objects are large; this limits the memory they take."""
-SPECIAL = -1
-"""``word_index`` of a special token."""
 
 
 def encode(

@@ -1,6 +1,6 @@
-"""The hidden states of a model: all layers of a batch, and whether padding changes them.
+"""The hidden states of a model: all layers of a batch, their means, and whether padding changes them.
 
-Shape letters: B sequences, T positions (padded), D width.
+Shape letters: B sequences, T positions (padded), P stored positions of a pooled batch, D width.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kr2cache.cache.format import SequenceIndex
+from kr2cache.cache.format import SequenceIndex, offsets
+from kr2cache.cache.pooling import Pooling
 from kr2cache.errors import UnsupportedModelError
 from kr2cache.models.encode import pad, padding_mask
 
@@ -72,23 +73,53 @@ def model_output(
 
     device = device_of(encoder)
 
-    def moved(array: NDArray[Any]) -> torch.Tensor:
-        # From pinned memory, the copy to a GPU does not make this thread wait for the running batch.
-        tensor = torch.from_numpy(array)
-        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
     def tensor(tokens: NDArray[Any], fill: int) -> torch.Tensor:
-        return moved(pad([tokens[first[i] : first[i + 1]] for i in sequences], fill))
+        return moved(pad([tokens[first[i] : first[i + 1]] for i in sequences], fill), device)
 
     first = index.first_token
     inputs = {"input_ids": tensor(index.input_id, pad_id)}
     if index.segment_id is not None:
         inputs["token_type_ids"] = tensor(index.segment_id, 0)
-    inputs["attention_mask"] = moved(padding_mask(index.n_tokens[np.asarray(sequences)]))
+    inputs["attention_mask"] = moved(padding_mask(index.n_tokens[np.asarray(sequences)]), device)
     autocast = compute_dtype != "float32"
     dtype = getattr(torch, compute_dtype) if autocast else torch.bfloat16
     with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=autocast):
         return encoder(**inputs, output_hidden_states=True)
+
+
+def moved(array: NDArray[Any], device: torch.device) -> torch.Tensor:
+    """The array as a tensor on the device. From pinned memory, the copy to a GPU does not make this thread wait for the
+    batch that runs there.
+    """
+    import torch
+
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def means(pooling: Pooling, batch: NDArray[np.intp], layers_BTD: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The stored positions of a batch: each is the mean of its tokens, added up in float32 in their order.
+
+    Args:
+        pooling: Of all sequences.
+        batch: (B,) positions of the sequences in the index.
+        layers_BTD: Layers of the model, each (B, T, D).
+
+    Returns:
+        For each layer (P, D) in float32, sequence by sequence, on the device of the layers.
+    """
+    from torch.nn.functional import embedding_bag
+
+    device = layers_BTD[0].device
+    rows, places, counts = pooling.of(batch)
+    tokens = moved(rows * layers_BTD[0].shape[1] + places, device)
+    begins = moved(offsets(counts)[:-1], device)
+    numbers = moved(counts.astype(np.float32)[:, None], device)
+    # The states of a layer are the table of an embedding, and each position is a bag. This is 9 times as fast as
+    # torch.segment_reduce. Its own mean is not exact: it multiplies by a rounded 1 / count.
+    return [
+        embedding_bag(tokens, layer_BTD.flatten(0, 1).float(), begins, mode="sum") / numbers for layer_BTD in layers_BTD
+    ]
 
 
 PADDING_TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2, "float16": 1e-2}

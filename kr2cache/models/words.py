@@ -132,6 +132,28 @@ def reading_of(tokenizer: PreTrainedTokenizerBase, who: str) -> Reading:
     )
 
 
+def check_tells_words(tokenizer: PreTrainedTokenizerBase, who: str) -> None:
+    """Check that the tokenizer says which word of a plain text each token belongs to.
+
+    Args:
+        tokenizer: From ``load_tokenizer``, for plain text.
+        who: The tokenizer, for the error.
+
+    Raises:
+        UnsupportedModelError: If it is written in Python, or takes a whole text for one word (Llama 2's).
+    """
+    told = 0
+    if tokenizer.is_fast:
+        told = len({word for word in tokenizer(" ".join(PROBE)).word_ids() if word is not None})
+    if told < 2:
+        why = "takes a whole text for one word" if told else "does not say which word a token belongs to"
+        raise UnsupportedModelError(
+            f"{who} ({type(tokenizer).__name__}) {why}, so the states of a plain text cannot be pooled by word.",
+            "Give --pool sequence, omit --pool, or choose another model. Tasks whose texts are lists of words can be "
+            "pooled by word with every model.",
+        )
+
+
 class _Joined(NamedTuple):
     """A token with characters of several words."""
 

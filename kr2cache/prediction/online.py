@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kr2cache.cache.format import SequenceIndex
-from kr2cache.config import DEFAULT_WEIGHTS_DTYPE
+from kr2cache.cache.pooling import check_words, pooled
+from kr2cache.config import DEFAULT_POOL, DEFAULT_WEIGHTS_DTYPE, Pool
 from kr2cache.errors import CacheMismatchError, ModelUnavailableError, UnknownNameError
 from kr2cache.models.digests import config_digest, weights_digest
 from kr2cache.models.encode import encode, padding_mask
@@ -27,7 +28,7 @@ from kr2cache.models.load import encoder_shape
 from kr2cache.models.registry import ModelSpec, find_model
 from kr2cache.models.repeatable import as_loaded, depends_on_history
 from kr2cache.models.stack import open_encoder
-from kr2cache.models.states import device_of, hidden_states, padding_is_harmless
+from kr2cache.models.states import device_of, hidden_states, means, padding_is_harmless
 from kr2cache.models.tokenizers import load_tokenizer, pad_id
 from kr2cache.tasks import Task
 
@@ -42,6 +43,8 @@ class OnlineResource:
     max_length: int
     compute_dtype: str
     weights_dtype: str
+    pool: Pool = DEFAULT_POOL
+    """As in the cache with which the reader was trained."""
     padded: bool
     """Whether sequences of different lengths may run in one batch."""
     fresh: bool = False
@@ -71,7 +74,10 @@ class OnlineFeatures:
         """
         self.resource = resource
         self.index = index
-        self.n_tokens = index.n_tokens
+        self.pooling = None if resource.pool == DEFAULT_POOL else pooled(index, resource.pool)
+        stored = index if self.pooling is None else self.pooling.stored
+        check_words(stored)
+        self.n_tokens = stored.n_tokens
         self.device = device_of(resource.encoder)
         self.layers = layers
         self.weights = None if weights is None else weights.to(self.device)
@@ -94,7 +100,8 @@ class OnlineFeatures:
         states_BLTD = torch.zeros(len(numbers), layers, mask.shape[1], self.width, device=self.device)
         together = [np.arange(len(numbers))]
         if not self.resource.padded:
-            together = [np.flatnonzero(lengths == length) for length in np.unique(lengths)]
+            tokens = self.index.n_tokens[numbers]
+            together = [np.flatnonzero(tokens == length) for length in np.unique(tokens)]
         for rows in together:
             states_BLTD[torch.from_numpy(rows), :, : int(lengths[rows].max())] = self._states(numbers[rows])
         padding = torch.from_numpy(mask == 0)[:, None, :, None].to(self.device)
@@ -102,11 +109,18 @@ class OnlineFeatures:
 
     def _states(self, sequences: NDArray[np.intp]) -> Tensor:
         """(B, L, T, D), padded positions included."""
-        states = self.resource.states(self.index, sequences)
-        states_BLTD = torch.stack([states[layer].float() for layer in self.layers], dim=1)
+        states = [self.resource.states(self.index, sequences)[layer].float() for layer in self.layers]
+        if self.pooling is not None:
+            states = [self._padded(layer, sequences) for layer in means(self.pooling, sequences, states)]
+        states_BLTD = torch.stack(states, dim=1)
         if self.weights is None:
             return states_BLTD
         return torch.einsum("l,bltd->btd", self.weights, states_BLTD)[:, None]
+
+    def _padded(self, states: Tensor, sequences: NDArray[np.intp]) -> Tensor:
+        """Pooled states of some sequences, one sequence behind the other (P, D), as rows: (B, T, D)."""
+        parts = list(torch.split(states, self.n_tokens[sequences].tolist()))
+        return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)
 
 
 # The resource of a finished run --------------------------------------------------------------------------------------
@@ -162,6 +176,7 @@ def load_resource(
         max_length=int(config["max_length"]),
         compute_dtype=str(config["compute_dtype"]),
         weights_dtype=weights_dtype,
+        pool=config.get("pool", DEFAULT_POOL),
         padded=False,
     )
     if _depends_on_history(resource, words=task.words):

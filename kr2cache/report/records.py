@@ -21,7 +21,7 @@ _NOT_SETTINGS = ("task", "method", "data", "metric", "seed", "fusion", "more_res
 _NOT_SETTINGS_OF_A_PART = ("name", "fusion", "weights", "config", "tokens")
 _ADDED_LATER = {"keep_head": "False"}
 """Settings that runs from before them do not have, and what they were then."""
-_ADDED_LATER_TO_RESOURCES = {"weights_dtype": "float32"}
+_ADDED_LATER_TO_RESOURCES = {"weights_dtype": "float32", "pool": "none"}
 OLDER = "older"
 """Marks a score that an older version computed differently."""
 

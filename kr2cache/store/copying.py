@@ -46,15 +46,21 @@ def states_as_stored(header: ShardHeader, fusion: Fusion | None, sources: list[t
         return header.stored.encode(cache.states(position, layers).reshape(-1, header.width))
     if cache.layers == header.layers:
         return cache.stored(position)
-    parts = []
-    for layer in header.layers:
-        source, place = next((c, p) for c, p in sources if layer in c.layers)
-        raw, scale = source.stored(place)
-        T, number = int(source.n_tokens[place]), source.layers.index(layer)
-        rows = slice(number * T, (number + 1) * T)
-        parts.append((raw[rows], None if scale is None else scale[rows]))
-    scales = [scale for _, scale in parts if scale is not None]
-    return np.concatenate([raw for raw, _ in parts]), np.concatenate(scales) if scales else None
+    return joined(one_layer(*next((c, p) for c, p in sources if layer in c.layers), layer) for layer in header.layers)
+
+
+def one_layer(cache: FeatureCache, position: int, layer: int) -> Stored:
+    """One layer of a sequence, as the cache stores it."""
+    raw, scale = cache.stored(position)
+    T, number = int(cache.n_tokens[position]), cache.layers.index(layer)
+    rows = slice(number * T, (number + 1) * T)
+    return raw[rows], None if scale is None else scale[rows]
+
+
+def joined(parts: Iterable[Stored]) -> Stored:
+    """Layers of one sequence, one behind the other."""
+    raw, scales = zip(*parts, strict=True)
+    return np.concatenate(raw), None if scales[0] is None else np.concatenate(scales)
 
 
 def copy_states(

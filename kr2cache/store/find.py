@@ -18,7 +18,14 @@ from numpy.typing import NDArray
 from kr2cache.cache.format import SequenceIndex
 from kr2cache.cache.reader import FeatureCache
 from kr2cache.cache.shard import readable_headers
-from kr2cache.config import DEFAULT_COMPUTE_DTYPE, DEFAULT_DTYPE, DEFAULT_MAX_LENGTH, DEFAULT_WEIGHTS_DTYPE
+from kr2cache.config import (
+    DEFAULT_COMPUTE_DTYPE,
+    DEFAULT_DTYPE,
+    DEFAULT_MAX_LENGTH,
+    DEFAULT_POOL,
+    DEFAULT_WEIGHTS_DTYPE,
+    Pool,
+)
 from kr2cache.errors import CacheError, ConfigError
 from kr2cache.fusion import parse_fusion
 from kr2cache.store import folders, provenance
@@ -37,6 +44,7 @@ class Wanted:
     dtype: str | None
     compute_dtype: str | None
     weights_dtype: str = DEFAULT_WEIGHTS_DTYPE
+    pool: Pool | None = None
     fusion: str
     """The fusion's name. Which layers it needs depends on how many the cache's model has."""
     layers_apart: bool = False
@@ -86,14 +94,18 @@ class StoredCaches:
         return lengths.pop() if len(lengths) == 1 else None
 
 
-def find_caches(cache_dir: Path, wanted: Wanted, tokenise: Callable[[int], SequenceIndex] | None) -> StoredCaches:
+Tokenise = Callable[[int, Pool], SequenceIndex]
+"""Maximal length and pooling to the index that a cache of some sequences has."""
+
+
+def find_caches(cache_dir: Path, wanted: Wanted, tokenise: Tokenise | None) -> StoredCaches:
     """Open every cache of the wanted task and split once, and compare it with what is wanted.
 
     Args:
         cache_dir: Where to look.
         wanted: What the run needs.
-        tokenise: Maximal length to the tokens of the wanted sequences. None if the model is not on this machine: tokens
-            are not compared then, and caches of other resource names never fit.
+        tokenise: Of the wanted sequences. None if the model is not on this machine: tokens are not compared then, and
+            caches of other resource names never fit.
     """
     opened, unreadable = open_caches(cache_dir, wanted.task, wanted.split)
     found = StoredCaches(wanted=wanted, opened=opened)
@@ -105,7 +117,8 @@ def find_caches(cache_dir: Path, wanted: Wanted, tokenise: Callable[[int], Seque
             if same_resource:
                 found.reasons.append(f"{cache.folder}: {', '.join(difference.text for difference in differences)}")
             continue
-        index = None if tokenise is None else tokenise(int(chosen["max_length"]))
+        pool = provenance.pool_of(cache.provenance)
+        index = None if tokenise is None else tokenise(int(chosen["max_length"]), pool)
         differences = found_differences(cache, wanted, index)
         if not differences:
             if cache.complete[cache.find(wanted.ids)].all():
@@ -155,14 +168,23 @@ def choose(fitting: list[FeatureCache], resource: str, length_option: str) -> Fe
     # rounded again.
     for cache in sorted(fitting, key=lambda cache: (provenance.rounded_again(cache), cache.stored_bytes)):
         chosen = cache.provenance["chosen"]
-        by_settings.setdefault((chosen["max_length"], chosen["dtype"], chosen["compute_dtype"]), cache)
-    default = (DEFAULT_MAX_LENGTH, DEFAULT_DTYPE, DEFAULT_COMPUTE_DTYPE)
+        pool = provenance.pool_of(cache.provenance)
+        by_settings.setdefault((chosen["max_length"], chosen["dtype"], chosen["compute_dtype"], pool), cache)
+    default = (DEFAULT_MAX_LENGTH, DEFAULT_DTYPE, DEFAULT_COMPUTE_DTYPE, DEFAULT_POOL)
     if len(by_settings) == 1:
         return next(iter(by_settings.values()))
     if default in by_settings:
         return by_settings[default]
-    kinds = "; ".join(f"max length {length}, {dtype}, computed in {compute}" for length, dtype, compute in by_settings)
-    options = (length_option, "dtype under [defaults] in kr2cache.toml", "compute-dtype under [defaults] there")
+    kinds = "; ".join(
+        f"max length {length}, {dtype}, computed in {compute}, pool {pool}"
+        for length, dtype, compute, pool in by_settings
+    )
+    options = (
+        length_option,
+        "dtype under [defaults] in kr2cache.toml",
+        "compute-dtype under [defaults] there",
+        "--pool",
+    )
     differing = [option for option, *values in zip(options, *by_settings, strict=True) if len(set(values)) > 1]
     raise CacheError(f"Several caches of {resource} fit and differ: {kinds}.", f"Choose: {', '.join(differing)}.")
 
@@ -178,6 +200,8 @@ def chosen_differences(cache: FeatureCache, wanted: Wanted) -> list[Difference]:
         asked = getattr(wanted, name)
         if asked is not None and chosen[name] != asked:
             result.append(Difference(field=name, text=f"{name} is {chosen[name]} there, {asked} was asked for"))
+    if wanted.pool not in (None, pool := provenance.pool_of(cache.provenance)):
+        result.append(Difference(field="pool", text=f"pool is {pool} there, {wanted.pool} was asked for (--pool)"))
     if (there := provenance.weights_dtype_of(cache.provenance)) != wanted.weights_dtype:
         text = f"its weights were {there}, {wanted.weights_dtype} was asked for (--weights-dtype)"
         result.append(Difference(field="weights_dtype", text=text))
@@ -298,11 +322,19 @@ def _changed_tokens(
     for i in np.flatnonzero(same).tolist():
         a = slice(first_then[positions[i]], first_then[positions[i] + 1])
         b = slice(first_now[i], first_now[i + 1])
-        if not np.array_equal(then.input_id[a], now.input_id[b]) or not np.array_equal(
-            then.word_index[a], now.word_index[b]
+        same_tokens = _digest_of(then, int(positions[i])) == _digest_of(now, i)
+        if (
+            not same_tokens
+            or not np.array_equal(then.input_id[a], now.input_id[b])
+            or not np.array_equal(then.word_index[a], now.word_index[b])
         ):
             changed.append(i)
     return changed
+
+
+def _digest_of(index: SequenceIndex, i: int) -> int | None:
+    """The digest of all tokens of a sequence of a pooled cache, which stores only some of them; else None."""
+    return None if index.tokens_xxh3 is None else int(index.tokens_xxh3[i])
 
 
 def _revision(cache: FeatureCache) -> str:

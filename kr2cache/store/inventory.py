@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kr2cache.cache.reader import FeatureCache
-from kr2cache.config import local
+from kr2cache.config import DEFAULT_POOL, local
 from kr2cache.errors import CacheError, ConfigError
 from kr2cache.store import folders, provenance
 from kr2cache.store.sharing import whole_cache
@@ -48,6 +48,7 @@ class Entry:
     layers: tuple[int, ...] = ()
     fusion: dict[str, Any] | None = None
     dtype: str = ""
+    pool: str = DEFAULT_POOL
     fingerprint: str = ""
     written: float = 0.0
     """When the newest shard was last written, in seconds since 1970. Copying a cache can change it."""
@@ -112,6 +113,7 @@ def entry(folder: Path) -> Entry:
         layers=cache.layers,
         fusion=cache.fusion,
         dtype=cache.dtype,
+        pool=chosen.pool,
         fingerprint=cache.fingerprint,
         written=max(path.stat().st_mtime for path in _files(folder)),
     )
@@ -149,7 +151,8 @@ def _changes(older: Path, newer: Path) -> list[str]:
         changes.append(f"{changed:,} of {count_text(len(in_both), 'text')} changed")
     same_texts = made.get("texts") == remade.get("texts")
     same_length = then.provenance["chosen"]["max_length"] == now.provenance["chosen"]["max_length"]
-    if same_texts and same_length and made.get("tokens") != remade.get("tokens"):
+    same_pool = provenance.pool_of(then.provenance) == provenance.pool_of(now.provenance)
+    if same_texts and same_length and same_pool and made.get("tokens") != remade.get("tokens"):
         changes.append("other tokens")
     return changes
 

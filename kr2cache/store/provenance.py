@@ -22,7 +22,7 @@ import xxhash
 from kr2cache.cache.dtypes import DTYPES
 from kr2cache.cache.format import SequenceIndex, canonical_json
 from kr2cache.cache.reader import FeatureCache
-from kr2cache.config import DEFAULT_WEIGHTS_DTYPE
+from kr2cache.config import DEFAULT_POOL, DEFAULT_WEIGHTS_DTYPE, POOLS, Pool
 from kr2cache.errors import CacheError
 from kr2cache.version import __version__
 
@@ -44,13 +44,17 @@ class Chosen:
     dtype: str
     compute_dtype: str
     weights_dtype: str = DEFAULT_WEIGHTS_DTYPE
+    pool: Pool = DEFAULT_POOL
 
     def stored(self) -> dict[str, Any]:
-        """The fields as a cache records them: older versions had float32 weights alone, and did not say so."""
-        fields = asdict(self)
-        if self.weights_dtype == DEFAULT_WEIGHTS_DTYPE:
-            del fields["weights_dtype"]
-        return fields
+        """The fields as a cache records them. Those of ``ADDED_LATER`` are recorded if they differ from what they were
+        before.
+        """
+        return {name: value for name, value in asdict(self).items() if (name, value) not in ADDED_LATER.items()}
+
+
+ADDED_LATER = {"weights_dtype": DEFAULT_WEIGHTS_DTYPE, "pool": DEFAULT_POOL}
+"""Chosen fields that older versions did not have, and the values with which those made caches."""
 
 
 def weights_dtype_of(recorded: Mapping[str, Any]) -> str:
@@ -60,6 +64,16 @@ def weights_dtype_of(recorded: Mapping[str, Any]) -> str:
         recorded: The cache's provenance.
     """
     return str(recorded["chosen"].get("weights_dtype", DEFAULT_WEIGHTS_DTYPE))
+
+
+def pool_of(recorded: Mapping[str, Any]) -> Pool:
+    """How the states of a cache are pooled.
+
+    Args:
+        recorded: The cache's provenance.
+    """
+    pool: Pool = recorded["chosen"].get("pool", DEFAULT_POOL)
+    return pool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,10 +126,13 @@ def texts_digest(index: SequenceIndex) -> str:
 
 
 def tokens_digest(index: SequenceIndex) -> str:
-    """XXH3-128 of the lengths, token ids and word alignment of all sequences."""
+    """XXH3-128 of the lengths, token ids and word alignment of all sequences. Of pooled ones, also of the digests of
+    all their tokens.
+    """
     digest = xxhash.xxh3_128()
-    for array in (index.n_tokens, index.input_id, index.word_index):
-        digest.update(np.ascontiguousarray(array).data)
+    for array in (index.n_tokens, index.input_id, index.word_index, index.tokens_xxh3):
+        if array is not None:
+            digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
 
 
@@ -162,13 +179,13 @@ def chosen_of(recorded: Mapping[str, Any], folder: Path) -> Chosen:
     if (
         isinstance(stored, dict)
         and isinstance(made, dict)
-        and (set(stored) | {"weights_dtype"} == {f.name for f in fields(Chosen)})
+        and (set(stored) | set(ADDED_LATER) == {f.name for f in fields(Chosen)})
     ):
-        stored = {"weights_dtype": DEFAULT_WEIGHTS_DTYPE, **stored}
-        names = ("resource", "task", "corpus", "split", "dtype", "compute_dtype", "weights_dtype")
+        stored = {**ADDED_LATER, **stored}
+        names = ("resource", "task", "corpus", "split", "dtype", "compute_dtype", *ADDED_LATER)
         strings = all(isinstance(stored[name], str) for name in names)
         numbers = isinstance(stored["max_length"], int) and isinstance(stored["layers"], list)
-        if strings and numbers:
+        if strings and numbers and stored["pool"] in POOLS:
             return Chosen(**{**stored, "layers": tuple(stored["layers"])})
     raise CacheError(
         f"{folder} does not record what it was made from (chosen and found fields of its provenance).",

@@ -12,12 +12,14 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from kr2cache.cache.dtypes import DTYPES, FLOAT32
 from kr2cache.cache.format import SequenceIndex, ShardHeader
+from kr2cache.cache.pooling import Pooling, pooled
 from kr2cache.cache.reader import FeatureCache
 from kr2cache.cache.writer import ShardWriter
 from kr2cache.errors import CacheError
 from kr2cache.store import provenance
-from kr2cache.store.copying import Stored, copy_states, states_as_stored
+from kr2cache.store.copying import Stored, copy_states, joined, one_layer, states_as_stored
 from kr2cache.store.inventory import open_caches
 from kr2cache.store.sharing import SharedShards
 from kr2cache.system.console import WorkProgress
@@ -30,6 +32,8 @@ class Donors:
     caches: list[FeatureCache]
     positions: list[NDArray[np.int64]]
     """For each older cache, (n,): where it holds each of the n sequences of the new cache; -1 if it does not."""
+    poolings: list[Pooling | None]
+    """For each older cache, how its states are pooled now; None if they are copied as they are."""
     covered: NDArray[np.bool_]
     """(n,) whether the donors together hold all layers of a sequence."""
 
@@ -44,9 +48,36 @@ class Donors:
         for i in sequences:
             if not self.covered[i]:
                 continue
-            sources = [(c, int(p[i])) for c, p in zip(self.caches, self.positions, strict=True) if p[i] >= 0]
+            places = [int(positions[i]) for positions in self.positions]
+            holders = [number for number, place in enumerate(places) if place >= 0]
             with contextlib.suppress(CacheError):
-                yield i, states_as_stored(header, None, sources)
+                if any(self.poolings[number] is not None for number in holders):
+                    yield i, self._means(header, holders, places)
+                else:
+                    yield i, states_as_stored(header, None, [(self.caches[n], places[n]) for n in holders])
+
+    def _means(self, header: ShardHeader, holders: Sequence[int], places: Sequence[int]) -> Stored:
+        """One sequence as a pooled cache stores it. Some of its holders have the state of each token.
+
+        Args:
+            header: The header of the new cache.
+            holders: The numbers of the older caches that hold the sequence.
+            places: For each older cache, where it holds the sequence.
+
+        Raises:
+            CacheError: If the sequence is damaged in one of them.
+        """
+        for number in holders:
+            self.caches[number].check(places[number])
+
+        def stored(layer: int) -> Stored:
+            number = next(number for number in holders if layer in self.caches[number].layers)
+            cache, place, pooling = self.caches[number], places[number], self.poolings[number]
+            if pooling is None:
+                return one_layer(cache, place, layer)
+            return header.stored.encode(pooling.mean(place, cache.states(place, [layer]))[0])
+
+        return joined(map(stored, header.layers))
 
 
 Usable = Callable[[FeatureCache, NDArray[np.int64]], bool]
@@ -101,7 +132,8 @@ def find_donors(cache_dir: Path, folder: Path, header: ShardHeader, index: Seque
 
     The states of a sequence depend on weights, configuration, token ids, segments (which follow from text and template)
     and dtypes. If these are equal, so are the states. The sequence's id, the maximal length and the rest of the corpus
-    do not matter.
+    do not matter. A pooled cache also takes the means of states that are stored as float32 for each token: these are
+    the states that the model gives.
 
     Args:
         cache_dir: The folder of all caches.
@@ -115,22 +147,27 @@ def find_donors(cache_dir: Path, folder: Path, header: ShardHeader, index: Seque
     covered = np.zeros((len(index), len(layers)), dtype=bool)
     caches: list[FeatureCache] = []
     positions: list[NDArray[np.int64]] = []
+    poolings: list[Pooling | None] = []
+    pool = provenance.pool_of(header.provenance)
     keys: list[bytes] | None = None
     for cache in _candidates(cache_dir, folder, header):
         holds = np.isin(layers, cache.layers)
         if not holds.any() or covered[:, holds].all():
             continue
         keys = keys or _keys(index, segments)
-        stored = {
-            key: position for position, key in enumerate(_keys(cache.tokens(), segments)) if cache.complete[position]
-        }
+        there, pooling = cache.tokens(), None
+        if pool != provenance.pool_of(cache.provenance):
+            pooling = pooled(there, pool)
+            there = pooling.stored
+        stored = {key: position for position, key in enumerate(_keys(there, segments)) if cache.complete[position]}
         found = np.array([stored.get(key, -1) for key in keys], dtype=np.int64)
         if not (found >= 0).any() or not usable(cache, found):
             continue
         covered[np.ix_(found >= 0, holds)] = True
         caches.append(cache)
         positions.append(found)
-    return Donors(caches, positions, np.asarray(covered.all(axis=1)))
+        poolings.append(pooling)
+    return Donors(caches, positions, poolings, np.asarray(covered.all(axis=1)))
 
 
 def _candidates(cache_dir: Path, folder: Path, header: ShardHeader) -> list[FeatureCache]:
@@ -138,6 +175,7 @@ def _candidates(cache_dir: Path, folder: Path, header: ShardHeader) -> list[Feat
     first.
     """
     chosen, found = header.provenance["chosen"], header.provenance["found"]
+    pool = provenance.pool_of(header.provenance)
 
     def is_usable(cache: FeatureCache) -> bool:
         if cache.folder.resolve() == folder.resolve() or cache.fusion is not None or provenance.rounded_again(cache):
@@ -145,7 +183,8 @@ def _candidates(cache_dir: Path, folder: Path, header: ShardHeader) -> list[Feat
         chosen_there, found_there = cache.provenance["chosen"], cache.provenance["found"]
         return (
             all(found[name] == found_there.get(name) for name in ("weights", "config", "template", "segments"))
-            and all(chosen[name] == chosen_there[name] for name in ("dtype", "compute_dtype"))
+            and chosen["compute_dtype"] == chosen_there["compute_dtype"]
+            and _gives(provenance.pool_of(cache.provenance), cache.dtype, pool, header.dtype)
             and provenance.weights_dtype_of(header.provenance) == provenance.weights_dtype_of(cache.provenance)
             and (cache.width, cache.model_layers) == (header.width, header.model_layers)
         )
@@ -154,8 +193,18 @@ def _candidates(cache_dir: Path, folder: Path, header: ShardHeader) -> list[Feat
     return sorted(filter(is_usable, caches), key=lambda cache: -len(cache.layers))
 
 
+def _gives(pool_there: str, dtype_there: str, pool: str, dtype: str) -> bool:
+    """Whether states that are stored in one way are also what the other way stores."""
+    if pool_there == pool:
+        return dtype_there == dtype
+    return pool_there == "none" and DTYPES[dtype_there].on_disk == FLOAT32
+
+
 def _keys(index: SequenceIndex, segments: bool) -> list[bytes]:
     """For each sequence, a digest of its input to the model."""
+    if index.tokens_xxh3 is not None:  # the text makes the digest long enough
+        both = np.stack([index.tokens_xxh3, index.text_xxh3], axis=1)
+        return [pair.tobytes() for pair in both]
     first = index.first_token.tolist()
     tokens = np.ascontiguousarray(index.input_id)
     texts = index.text_xxh3.tolist()

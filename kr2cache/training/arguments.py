@@ -22,6 +22,20 @@ IN_THIS_PROCESS = {
     "dataloader_prefetch_factor": None,
 }
 """Batches with states on the GPU: such states cannot be pinned, and no other process can gather them."""
+NOT_DECIDING = (
+    "report_to",
+    "run_name",
+    "logging_",
+    "log_",
+    "save_",
+    "hub_",
+    "push_to_hub",
+    "dataloader_num_workers",
+    "dataloader_prefetch_factor",
+    "dataloader_persistent_workers",
+    "dataloader_pin_memory",
+)
+"""Arguments of TrainingArguments that change no result: how their names start."""
 
 
 def training_arguments(
@@ -129,3 +143,8 @@ def settings_error(training: Mapping[str, Any], failure: Failure) -> ConfigError
         f"[training] in kr2cache.toml has settings that do not work. {'; '.join(said)}",
         "Change them or leave them out.",
     )
+
+
+def deciding_training(training: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments in ``[training]`` that can change the result of a run."""
+    return {name: value for name, value in training.items() if not name.startswith(NOT_DECIDING)}

@@ -294,6 +294,7 @@ DECIDING: dict[str, Any] = {
     "train_limit": 5,
     "dtype": "float32",
     "compute_dtype": "bfloat16",
+    "pool": "word",
     "weights_dtype": "bfloat16",
     "training": {"warmup_steps": 3},
 }

@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from transformers import AutoModel, AutoTokenizer, BertJapaneseTokenizer, CanineTokenizer, PreTrainedTokenizerBase
 
-from kr2cache.cache.format import SequenceIndex
+from kr2cache.cache.format import SPECIAL, SequenceIndex
 from kr2cache.cache.reader import FeatureCache
 from kr2cache.config import ExtractConfig
 from kr2cache.extraction import extract, planning
-from kr2cache.models.encode import SPECIAL, TEXTS_AT_ONCE, encode, encode_examples
+from kr2cache.models.encode import TEXTS_AT_ONCE, encode, encode_examples
 from kr2cache.models.registry import ModelSpec
 from kr2cache.models.tokenizers import load_tokenizer
 from kr2cache.store import find

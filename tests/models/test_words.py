@@ -17,8 +17,9 @@ import trained
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, BertConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from kr2cache.cache.format import SPECIAL
 from kr2cache.errors import DataError, UnsupportedModelError
-from kr2cache.models.encode import SPECIAL, MissingWords, encode, missing_words
+from kr2cache.models.encode import MissingWords, encode, missing_words
 from kr2cache.models.registry import ModelSpec
 from kr2cache.models.tokenizers import load_tokenizer
 from kr2cache.models.words import as_words, in_running_text, one_by_one, reading_of, with_spaces
