@@ -8,10 +8,11 @@ import typer
 
 from kr2cache.commands import cache
 from kr2cache.commands.extract import extract_cli
-from kr2cache.commands.listing import bench_cli, demo_cli, models_cli, tasks_cli
+from kr2cache.commands.listing import bench_cli, demo_cli, models_cli
 from kr2cache.commands.options import App
 from kr2cache.commands.predict import predict_cli
 from kr2cache.commands.sweep import report_cli, sweep_cli
+from kr2cache.commands.tasks import tasks_cli
 from kr2cache.commands.train import train_cli
 from kr2cache.version import __version__
 

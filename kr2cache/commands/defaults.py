@@ -46,7 +46,7 @@ def extract_config(toml: Toml, **given: Any) -> ExtractConfig:
     if "task" not in settings:
         where = settings.get("cache_dir", default_cache_dir())
         settings["task"] = choose_task(settings["resource"], where, toml.models)
-    _keep_own_data(settings, given, toml)
+    settings["data"] = data_for(settings["task"], given["data"], toml)
     if "split" in settings:
         settings["split"] = split_name(settings["split"])
     else:
@@ -81,7 +81,7 @@ def train_config(toml: Toml, *, extract: bool, **given: Any) -> TrainConfig:
         resource = settings.get("resource")
         first = resource[0] if isinstance(resource, tuple) else resource
         settings["task"] = choose_task(first, where, toml.models)
-    _keep_own_data(settings, given, toml)
+    settings["data"] = data_for(settings["task"], given["data"], toml)
     return TrainConfig(**settings, extract=extract, models=toml.models, tasks=toml.tasks, training=toml.training)
 
 
@@ -142,12 +142,16 @@ def choose_task(resource: str | None, cache_dir: Path, overrides: Mapping[str, M
     )
 
 
-def _keep_own_data(settings: dict[str, Any], given: Mapping[str, Any], toml: Toml) -> None:
-    """``data`` under ``[tasks.NAME]`` is nearer to the task than ``data`` under ``[defaults]``: remove the latter.
+def data_for(task: str, given: str | None, toml: Toml) -> str | None:
+    """The data of a call; None for the task's own. ``data`` under ``[tasks.NAME]`` is nearer to the task than ``data``
+    under ``[defaults]``.
 
     Args:
-        settings: The options of a call, with those of ``[defaults]``.
-        given: Those of the call itself.
+        task: Its name.
+        given: The data that the call gives.
+        toml: ``kr2cache.toml``.
     """
-    if given["data"] is None and "data" in toml.tasks.get(settings["task"], {}):
-        settings.pop("data", None)
+    if given is not None or "data" in toml.tasks.get(task, {}):
+        return given
+    data: str | None = toml.defaults.get("data")
+    return data

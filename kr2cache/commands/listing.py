@@ -1,4 +1,4 @@
-"""``kr2cache models``, ``tasks``, ``demo`` and ``bench``."""
+"""``kr2cache models``, ``demo`` and ``bench``."""
 
 from __future__ import annotations
 
@@ -164,47 +164,6 @@ def _print_facts(found: Suitability) -> None:
     for title, text in rows.items():
         table.add_row(Text(title, style="bold"), Text(text))
     console.print(table)
-
-
-def tasks_cli(as_json: Json = False) -> None:
-    """List the tasks, and where their data comes from."""
-    from kr2cache.system.terminal import Column, print_table
-    from kr2cache.tasks import task_names
-    from kr2cache.tasks.base import HEADS
-    from kr2cache.tasks.udpos import LANGUAGES
-
-    tasks = [find_task(name) for name in task_names()]
-    if as_json:
-        print_json(
-            [
-                {
-                    "name": t.name,
-                    "head": HEADS.get(t.kind),
-                    "metric": t.metric,
-                    "labels": t.labels,
-                    "data": t.default_data,
-                }
-                for t in tasks
-            ]
-        )
-        return
-    columns = (
-        Column("name"),
-        Column("what", breaks=" ", rank=1),
-        Column("metric", breaks=" ", rank=3),
-        Column("hub data set", breaks="/", rank=2),
-        Column("or --data with", rank=4),
-    )
-    f1 = "XTREME's F1, word accuracy"
-    rows = [["udpos-LANG", "part-of-speech tagging", f1, "google/xtreme", "train.conllu, ..."]]
-    for task in tasks:
-        if not task.name.startswith("udpos-"):
-            metric = f1 if task.kind == "tagging" else task.metric
-            rows.append(
-                [task.name, task.about, metric or "-", task.default_data or "-", f"train{task.suffixes[0]}, ..."]
-            )
-    print_table("Tasks", columns, rows)
-    console.print(f"LANG: {', '.join(f'{code} ({name})' for code, name in sorted(LANGUAGES.items()))}")
 
 
 def demo_cli(

@@ -34,6 +34,7 @@ from kr2cache.config import ExtractConfig, TrainConfig, local, read_toml
 from kr2cache.errors import KR2CacheError, UsageError
 from kr2cache.models.registry import known_models
 from kr2cache.system.console import console
+from kr2cache.tasks import task_names
 
 REPEATED = ((TrainConfig, "resource"),)
 """Options that may be given more than once."""
@@ -44,6 +45,12 @@ MODELS = ("resource", "reader", "teacher")
 def model_names() -> list[str]:
     with contextlib.suppress(KR2CacheError):
         return list(known_models(read_toml(Path.cwd(), OPTIONS).models))
+    return []
+
+
+def task_completions() -> list[str]:
+    with contextlib.suppress(KR2CacheError):
+        return [*task_names(), *read_toml(Path.cwd(), OPTIONS).tasks]
     return []
 
 

@@ -11,6 +11,8 @@ from kr2cache.tasks.declared import DeclaredTask
 from kr2cache.tasks.files import SPLITS
 from kr2cache.tasks.hellaswag import HellaSwag
 from kr2cache.tasks.piqa import Piqa
+from kr2cache.tasks.plugins import plugin_names, plugin_task
+from kr2cache.tasks.ready import READY, ReadyTask
 from kr2cache.tasks.rows import RowTask
 from kr2cache.tasks.snli import Snli
 from kr2cache.tasks.swag import Swag
@@ -36,27 +38,35 @@ def find_task(name: str, declared: Mapping[str, Any] = {}) -> Task:
         UnknownNameError: If there is no such task. The message gives the nearest name and all names.
         ConfigError: If it is declared in a wrong way, or under the name of a task that exists.
     """
-    if name not in declared:
-        return _built_in(name, declared)
-    if name in task_names():
-        raise ConfigError(f"[tasks.{name}]: there is a built-in task {name}.", "Give yours another name.")
-    task = declared[name]
-    return task if isinstance(task, Task) else DeclaredTask.of_table(name, task)
-
-
-def _built_in(name: str, declared: Mapping[str, Any]) -> Task:
-    for task in ROW_TASKS:
-        if task.name == name:
-            return task()
-    if name == "udpos":
-        return UdPos(None)
-    if name.startswith("udpos-") and name.removeprefix("udpos-") in LANGUAGES:
-        return UdPos(name.removeprefix("udpos-"))
+    given = declared.get(name)
+    if isinstance(given, Task):
+        return given
+    if (task := _built_in(name)) is not None:
+        if given is not None:
+            raise ConfigError(f"[tasks.{name}]: there is a built-in task {name}.", "Give yours another name.")
+        return task
+    if given is not None:
+        return DeclaredTask.of_table(name, given)
+    if (task := plugin_task(name)) is not None:
+        return task
     raise unknown_name(
         "task", name, [*task_names(), *declared], "A task of your own: [tasks.NAME] in kr2cache.toml declares it."
     )
 
 
+def _built_in(name: str) -> Task | None:
+    for kind in ROW_TASKS:
+        if kind.name == name:
+            return kind()
+    if name == "udpos":
+        return UdPos(None)
+    if name.startswith("udpos-") and name.removeprefix("udpos-") in LANGUAGES:
+        return UdPos(name.removeprefix("udpos-"))
+    return ReadyTask.of_table(name, READY[name]) if name in READY else None
+
+
 def task_names() -> list[str]:
-    """The names of all tasks, in the order of the list."""
-    return ["udpos", *(f"udpos-{language}" for language in sorted(LANGUAGES)), *(task.name for task in ROW_TASKS)]
+    """The names of all tasks, in the order of the list. Those of other packages come last."""
+    own = ["udpos", *(f"udpos-{language}" for language in sorted(LANGUAGES)), *(task.name for task in ROW_TASKS)]
+    own += READY
+    return own + [name for name in plugin_names() if name not in own]

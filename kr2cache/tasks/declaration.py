@@ -42,12 +42,18 @@ class Declaration:
     """The names of all labels. Empty for those of the train split."""
     id: str = "id"
     """The column of the ids, if the data has it."""
+    unlabelled: str = ""
+    """What stands in the place of a label that is not known."""
+    skip_empty: bool = False
+    """Whether rows with an empty text are left out."""
     scheme: str = ""
     """For tagging: how labels mark the words of an entity."""
     metric: str = ""
     """The metric that decides; empty for the first of the kind."""
     columns: tuple[int, ...] | tuple[str, ...] = ()
     """Of files that do not name their columns. Tagging: those of word and label, from 0. Otherwise all names."""
+    quoted: bool = False
+    """Whether TSV without names of columns has quotes as CSV has them."""
     rename: Mapping[str, str] = field(default_factory=dict)
     """Other names that the data may have for columns, and the names that are used here."""
     files: tuple[str, ...] = ()
@@ -77,6 +83,10 @@ def _is_text(value: Any) -> bool:
 
 def _are_texts(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(map(_is_text, value)) and len(set(value)) == len(value)
+
+
+def _is_switch(value: Any) -> bool:
+    return isinstance(value, bool)
 
 
 def _are_names(value: Any) -> bool:
@@ -125,6 +135,9 @@ WORDS: Mapping[str, Word] = {
     "columns": Word(
         'columns = ["sentence", "label"] (the names of all columns, for files without a line of names)', _are_texts
     ),
+    "quoted": Word("quoted = true", _is_switch),
+    "unlabelled": Word('unlabelled = "-" (what stands in the place of a label that is not known)', _is_label),
+    "skip_empty": Word("skip_empty = true", _is_switch),
     "rename": Word('rename = {"Satz" = "sentence"} (the name in the file = the name used here)', _are_names),
     "files": Word(
         'files = ["{split}-de.tsv"]', lambda value: _are_texts(value) and all("{split}" in one for one in value)
@@ -151,13 +164,25 @@ SEVERAL_LABEL_COLUMNS = Word(
     lambda value: _is_text(value) or (_are_texts(value) and len(value) >= 2),
 )
 """``label`` of a multilabel task."""
-ANY_KIND = ("about", "id", "columns", "rename", "files", "data", "configuration", "revision", "splits")
+ANY_KIND = (
+    "about",
+    "id",
+    "skip_empty",
+    "columns",
+    "quoted",
+    "rename",
+    "files",
+    "data",
+    "configuration",
+    "revision",
+    "splits",
+)
 OF_KIND: Mapping[Kind, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "tagging": ((), ("words", "label", "labels", "scheme", "metric")),
-    "classification": (("text", "label"), ("labels", "metric")),
+    "classification": (("text", "label"), ("labels", "unlabelled", "metric")),
     "multilabel": (("text", "label"), ("labels", "metric")),
-    "regression": (("text", "label"), ("metric",)),
-    "choice": (("choices", "label"), ("context", "labels", "metric")),
+    "regression": (("text", "label"), ("unlabelled", "metric")),
+    "choice": (("choices", "label"), ("context", "labels", "unlabelled", "metric")),
     "text": (("text",), ()),
 }
 """The words that a kind needs, and those that it may have."""
@@ -217,6 +242,8 @@ def _plain(word: str, value: Any) -> Any:
         return (value,)
     if word == "labels":
         return tuple(map(label_name, value))
+    if word == "unlabelled":
+        return label_name(value)
     return tuple(value) if isinstance(value, list) else value
 
 

@@ -15,7 +15,7 @@ from kr2cache.tasks.columns import NOTHING, SUFFIXES, conllu_column, conllu_rows
 from kr2cache.tasks.declaration import Declaration, declared
 from kr2cache.tasks.labels import LabelNumbers, name_of, names_of, value_of
 from kr2cache.tasks.rows import RowTask
-from kr2cache.tasks.tables import Row, line_rows, table_rows
+from kr2cache.tasks.tables import Row, Unnamed, line_rows, table_rows
 from kr2cache.tasks.udpos import UdPos, is_withheld
 
 TABLES = (".jsonl", ".parquet")
@@ -39,8 +39,6 @@ class Seen:
 class DeclaredTask(RowTask):
     """A task that is declared by words. Its labels are empty until they are known (``with_labels_of``)."""
 
-    no_gold = "their text is withheld: _ in place of words"
-
     def __init__(self, name: str, declaration: Declaration, *, seen: Seen | None = None) -> None:
         """
         Args:
@@ -48,7 +46,7 @@ class DeclaredTask(RowTask):
         """
         self.name = name
         self.words_of = declaration
-        self.about = declaration.about or f"{declaration.kind}, declared"
+        self.about = declaration.about or "a task of your own"
         self.kind = declaration.kind
         self.words = declaration.kind == "tagging"
         self.suffixes = _suffixes(declaration)
@@ -61,7 +59,8 @@ class DeclaredTask(RowTask):
         self.hub_configuration = declaration.configuration or None
         self.hub_revision = declaration.revision or None
         self.hub_splits = declaration.splits
-        self.left_out = f"rows without a gold label ({self.no_gold})" if self.words else ""
+        self.because = "have _ in place of their words" if self.words else "have an empty text"
+        self.left_out = f"rows that {self.because}" if self.words or declaration.skip_empty else ""
         self.word_column = declaration.words or "words"
         self.label_column = declaration.label or "label"
         label = self.label_column
@@ -129,7 +128,9 @@ class DeclaredTask(RowTask):
             return self._tagged_rows(path, split)
         if path.suffix == ".txt":
             return line_rows(path, split, self.words_of.text[0])
-        return table_rows(path, split, tuple(map(str, self.words_of.columns)), self.columns)
+        words = self.words_of
+        names = tuple(map(str, words.columns))
+        return table_rows(path, split, Unnamed(columns=names, needed=self.columns, quoted=words.quoted))
 
     def _tagged_rows(self, path: Path, split: str) -> Iterable[Row]:
         words, label, numbers = self.word_column, str(self.label_column), self.words_of.columns
@@ -143,11 +144,18 @@ class DeclaredTask(RowTask):
         return table_rows(path, split)
 
     def has_no_gold(self, row: Row) -> bool:
-        return self.words and is_withheld(row.values.get(self.word_column) or ())
+        if self.words:
+            return is_withheld(row.values.get(self.word_column) or ())
+        return self.words_of.skip_empty and any(self._renamed(row).values.get(one) == "" for one in self.columns)
+
+    def _renamed(self, row: Row) -> Row:
+        """The row under the names of columns that the declaration has."""
+        if not (other := self.words_of.rename):
+            return row
+        return replace(row, values={other.get(column, column): value for column, value in row.values.items()})
 
     def example(self, row: Row) -> Example:
-        if other := self.words_of.rename:
-            row = replace(row, values={other.get(column, column): value for column, value in row.values.items()})
+        row = self._renamed(row)
         if self._seen is not None and not self._seen.columns:
             self._seen.columns = tuple(row.values)
         texts = self._texts(row)
@@ -174,7 +182,7 @@ class DeclaredTask(RowTask):
             return self._of_columns(row, column)
         value = row.values.get(column)
         place = f"{row.place}: {column}"
-        if self.kind == "text" or value is None:
+        if self.kind == "text" or value is None or self._is_unlabelled(value, place):
             return None
         if self.kind == "regression":
             return value_of(value, place)
@@ -185,9 +193,13 @@ class DeclaredTask(RowTask):
             return None if numbers is None else tuple(sorted(set(numbers)))
         name = name_of(value, place)
         if name is None or (name == "-1" and self.labels and name not in self.labels):
-            return None  # data sets of the hub mark an example without gold label so
+            return None  # as data sets of the hub have it
         numbers = self._numbered([name], place)
         return None if numbers is None else numbers[0]
+
+    def _is_unlabelled(self, value: Any, place: str) -> bool:
+        mark = self.words_of.unlabelled
+        return bool(mark) and name_of(value, place) == mark
 
     def _tags(self, value: Any, words: int, place: str) -> Label:
         tags = names_of(value, place, split=False)

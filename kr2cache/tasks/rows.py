@@ -38,6 +38,8 @@ class RowTask(Task):
     that occurs several times here is a list."""
     no_gold = ""
     """How ``has_no_gold`` recognises a row without a gold label, in words."""
+    because = ""
+    """Why rows are left out, if not for want of a gold label: ``have an empty text``."""
 
     @abstractmethod
     def example(self, row: Row) -> Example:
@@ -142,7 +144,8 @@ class RowTask(Task):
                 "Label the row, or remove it.",
             )
         if total > count:
-            note(f"{what}: {total - count:,} of {total:,} rows have no gold label ({self.no_gold}); they are left out.")
+            because = self.because or f"have no gold label ({self.no_gold})"
+            note(f"{what}: {total - count:,} of {total:,} rows {because}; they are left out.")
 
     def _check(self, example: Example, place: str) -> None:
         if self.kind == "choice" and len(example.texts) != len(self.labels):

@@ -88,55 +88,67 @@ def json_rows(path: Path, split: str) -> Iterator[Row]:
         number += 1
 
 
-def table_rows(path: Path, split: str, columns: Sequence[str] = (), needed: Sequence[str] = ()) -> Iterator[Row]:
-    """The rows of a table, by the suffix of its file.
+@dataclass(frozen=True, kw_only=True)
+class Unnamed:
+    """How to read a CSV or TSV file that does not name its columns."""
 
-    Args:
-        columns: For CSV and TSV: the names of the columns, if the file has none. A first line with all columns of
-            ``needed`` has the names itself.
-    """
+    columns: Sequence[str] = ()
+    """The names of the columns. The last ones may be missing, as labels are in a blind test split."""
+    needed: Sequence[str] = ()
+    """A first line with all of these names the columns itself."""
+    quoted: bool = False
+    """Whether cells of TSV may stand in quotes, as Python's csv module writes them."""
+
+
+def table_rows(path: Path, split: str, unnamed: Unnamed | None = None) -> Iterator[Row]:
+    """The rows of a table, by the suffix of its file."""
     if path.suffix == ".parquet":
         return parquet_rows(path, split)
     if path.suffix in (".csv", ".tsv"):
-        return csv_rows(path, split, columns, needed)
+        return csv_rows(path, split, unnamed or Unnamed())
     return json_rows(path, split)
 
 
-def csv_rows(path: Path, split: str, columns: Sequence[str] = (), needed: Sequence[str] = ()) -> Iterator[Row]:
+def csv_rows(path: Path, split: str, unnamed: Unnamed) -> Iterator[Row]:
     """The rows of a CSV or TSV file under its header; blank lines are skipped. In TSV a quote is a character as any
-    other. Arguments as for ``table_rows``.
+    other.
     """
     tabs = path.suffix == ".tsv"
+    _, first = next(_cells(path, tabs=tabs, quoted=not tabs), (0, []))
+    named = not unnamed.columns or set(unnamed.needed) <= set(first)
+    header, what = first, "the header has"
+    if not named:
+        there = unnamed.columns[: len(first)]
+        header, what = list(there if set(unnamed.needed) <= set(there) else unnamed.columns), "there should be"
+    rows = _cells(path, tabs=tabs, quoted=not tabs or (unnamed.quoted and not named))
+    for number, (line, cells) in enumerate(rows, -1 if named else 0):
+        if number < 0:
+            continue
+        if len(cells) != len(header):
+            raise DataError(
+                f"{path}:{line}: {len(cells)} columns, but {what} {len(header)}.",
+                f"Check the row's {'tabs' if tabs else 'commas'}.",
+            )
+        yield Row(values=dict(zip(header, cells, strict=True)), place=f"{path}:{line}", split=split, number=number)
+
+
+def _cells(path: Path, *, tabs: bool, quoted: bool) -> Iterator[tuple[int, list[str]]]:
+    """The first line and the cells of each row that is not blank."""
     reader = csv.reader(
         file_lines(path),
         strict=True,
         delimiter="\t" if tabs else ",",
-        quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL,
+        quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE,
     )
-    header: Sequence[str] | None = None
-    number, first_line = 0, 1  # a row may have several lines
+    line = 1  # a row may have several lines
     try:
         for cells in reader:
-            place = f"{path}:{first_line}"
-            first_line = reader.line_num + 1
-            if not cells:
-                continue
-            if header is None:
-                has_names = not columns or set(needed) <= set(cells)
-                header = cells if has_names else columns
-                if has_names:
-                    continue
-            if len(cells) != len(header):
-                raise DataError(
-                    f"{place}: {len(cells)} columns, but {'the header has' if header is not columns else 'there are'} "
-                    f"{len(header)}.",
-                    f"Check the row's {'tabs' if tabs else 'commas'}.",
-                )
-            yield Row(values=dict(zip(header, cells, strict=True)), place=place, split=split, number=number)
-            number += 1
+            if cells:
+                yield line, cells
+            line = reader.line_num + 1
     except csv.Error as error:
         raise DataError(
-            f"{path}:{first_line}: not {'TSV' if tabs else 'CSV'}: {error}.", "Check the row's quotes."
+            f"{path}:{line}: not {'TSV' if tabs else 'CSV'}: {error}.", "Check the row's quotes."
         ) from error
 
 

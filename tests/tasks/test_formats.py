@@ -60,7 +60,7 @@ def test_a_table_without_names_of_columns(tmp_path: Path, suffix: str) -> None:
     (example,) = find_task("mine", {"mine": words}).read("train", str(path))
     assert example.texts == (("a", "b"),)  # a line that has the names itself counts
     path.write_text(mark.join(["a", "b"]))
-    with pytest.raises(DataError, match=r":1: 2 columns, but there are 4"):
+    with pytest.raises(DataError, match=r":1: 2 columns, but there should be 4"):
         read(words, path)
 
 
