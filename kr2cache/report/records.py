@@ -149,6 +149,16 @@ class Configuration:
         return self.first.split
 
     @property
+    def kind(self) -> str:
+        """The kind of the task; empty if the run did not record it."""
+        return str(mapping(self.first.recorded.get("task")).get("kind", ""))
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The labels of the task; empty if it has none, or if the run did not record them."""
+        return tuple(map(str, sequence(mapping(self.first.recorded.get("task")).get("labels"))))
+
+    @property
     def metric(self) -> str:
         """The main metric: the one that config.json names, else F1, else accuracy."""
         scores = self.first.scores

@@ -12,7 +12,15 @@ from kr2cache.report.significance import LEVEL, RESAMPLES, Comparer, Comparison,
 from kr2cache.report.tables import Cell, Record, Table
 from kr2cache.system.console import count_text
 
-METRICS = {"f1": "F1", "accuracy": "accuracy"}
+METRICS = {
+    "f1": "F1",
+    "accuracy": "accuracy",
+    "macro_f1": "macro F1",
+    "micro_f1": "micro F1",
+    "matthews": "Matthews",
+    "pearson": "Pearson",
+    "spearman": "Spearman",
+}
 NOISE = "≈"
 OPEN = "?"
 P_VALUES = ("p over examples", "p over seeds", "p corrected")
@@ -255,9 +263,10 @@ def _marks_legend(
     sentences = []
     if comparisons:
         baselines = " or ".join(dict.fromkeys(one.baseline for one in comparisons.values()))
-        tagging = any(one.configuration and one.configuration.metric == "f1" for one in sweep.cells.values())
+        done = [one.configuration for one in sweep.cells.values() if one.configuration]
+        tagging = any(one.kind in ("", "tagging") and one.metric.endswith("f1") for one in done)
         sentences = [
-            f"The difference to {baselines} is tested over examples (paired permutation test, {RESAMPLES:,} sign flips"
+            f"The difference to {baselines} is tested over examples (paired permutation test, {RESAMPLES:,} swaps"
             f"{'; for tagging on word accuracy, while the table shows F1' if tagging else ''}) and over seeds (paired "
             "t-test); the larger p is corrected for the number of comparisons (Holm).",
             f"No mark: p < {LEVEL}.",

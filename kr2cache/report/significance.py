@@ -1,26 +1,26 @@
 """Is a difference between two configurations more than noise? Two paired tests must both find it.
 
-The test over examples is a sign-flip permutation test: it swaps the two models on random examples, and ignores the
-spread between seeds. The test over seeds is a paired t-test, which ignores the examples. The larger of the two p-values
-is corrected for the number of comparisons in the table by Holm's method. There is no verdict if the tests had almost no
-chance to find a difference.
+The test over examples is a permutation test: it swaps the two models on random examples, and ignores the spread
+between seeds. If the score is a mean over examples, a swap flips the sign of a difference; else (a correlation, F1 of
+labels) the score is computed again. The test over seeds is a paired t-test, which ignores the examples. The larger of
+the two p-values is corrected for the number of comparisons in the table by Holm's method. There is no verdict if the
+tests had almost no chance to find a difference.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from kr2cache.errors import CacheError
+from kr2cache.report.examples import Answers, SummedScore, read_answers, summed_score
 from kr2cache.report.records import Configuration, Run
 from kr2cache.system.console import count_text
-from kr2cache.training.runs import RunFolder
 
 Place = TypeVar("Place")
 
@@ -68,23 +68,11 @@ class Comparison:
     """Why there is no verdict."""
 
 
-@dataclass(frozen=True)
-class ExampleScores:
-    """Correct answers of one run for each example, sorted by id."""
-
-    right: FloatArray
-    """Shape ``(n,)``: correct words of a sentence, or 0 and 1 for an example with one label."""
-    answers: int
-    """Words, or examples with one label."""
-    ids_digest: str
-    gold_digest: str
-
-
 class Comparer:
     """Compares configurations. Each run is read once, and each pair is tested once."""
 
     def __init__(self) -> None:
-        self._examples: dict[Path, ExampleScores] = {}
+        self._answers: dict[Path, Answers] = {}
         self._tested: dict[tuple[tuple[tuple[str, str], ...], tuple[int, ...]], tuple[float, int]] = {}
 
     def compare(
@@ -98,8 +86,6 @@ class Comparer:
         Raises:
             CacheError: If the two cannot be compared: examples or gold labels differ, or predictions cannot be read.
         """
-        import numpy as np
-
         if not seeds:
             raise CacheError("they have no seed in common")
         for this, baseline in pairs:
@@ -115,9 +101,7 @@ class Comparer:
         )
         key = (tuple((this.folder, baseline.folder) for this, baseline in pairs), tuple(seeds))
         if key not in self._tested:
-            parts = [self._differences(*pair, seeds, share=len(pairs) > 1) for pair in pairs]
-            differences = np.concatenate(parts)
-            self._tested[key] = p_over_examples(differences), int(np.count_nonzero(differences))
+            self._tested[key] = self._test(pairs, seeds)
         p_examples, changed = self._tested[key]
         return Comparison(
             baseline=baseline_row,
@@ -128,10 +112,44 @@ class Comparer:
             changed=changed,
         )
 
-    def _differences(
-        self, this: Configuration, baseline: Configuration, seeds: Sequence[int], *, share: bool
-    ) -> FloatArray:
-        """Correct answers of ``this`` minus those of ``baseline``, summed over seeds, shape ``(n,)``.
+    def _test(self, pairs: Sequence[tuple[Configuration, Configuration]], seeds: Sequence[int]) -> tuple[float, int]:
+        """The p-value of the test over examples, and the number of examples with different scores."""
+        import numpy as np
+
+        columns = [self._column(*pair, seeds) for pair in pairs]
+        if all(column.score is None for column in columns):
+            parts = [column.differences(share=len(columns) > 1) for column in columns]
+            differences = np.concatenate(parts)
+            return p_over_examples(differences), int(np.count_nonzero(differences))
+        return p_over_swaps([column.swapped() for column in columns])
+
+    def _column(self, this: Configuration, baseline: Configuration, seeds: Sequence[int]) -> Column:
+        answers = [(self._read(this.runs[seed]), self._read(baseline.runs[seed])) for seed in seeds]
+        reference = answers[0][1]
+        for one in (one for pair in answers for one in pair):
+            if one.ids_digest != reference.ids_digest:
+                raise CacheError(f"the example ids of {this.folder} and {baseline.folder} differ")
+            if one.gold_digest != reference.gold_digest:
+                raise CacheError(f"the gold labels of {this.folder} and {baseline.folder} differ")
+        return Column(answers, summed_score(this.kind, this.metric, reference.gold, this.labels))
+
+    def _read(self, run: Run) -> Answers:
+        if run.path not in self._answers:
+            self._answers[run.path] = read_answers(run)
+        return self._answers[run.path]
+
+
+@dataclass(frozen=True)
+class Column:
+    """The answers of two configurations to the same examples."""
+
+    answers: Sequence[tuple[Answers, Answers]]
+    """Of each seed, (this, baseline)."""
+    score: SummedScore | None
+    """None if the test is over right answers."""
+
+    def differences(self, *, share: bool) -> FloatArray:
+        """Right answers of this minus those of the baseline, summed over seeds, (n,).
 
         A sum of whole numbers is exact. The test does not depend on constant factors, so the sum stands for the mean
         over seeds, and for tagging for the difference of word accuracies.
@@ -139,22 +157,88 @@ class Comparer:
         Args:
             share: Divide by the number of answers, so that all columns have the same weight in their mean.
         """
-        pairs = [(self._scores(this.runs[seed]), self._scores(baseline.runs[seed])) for seed in seeds]
-        reference = pairs[0][1]
-        for pair in pairs:
-            for scores in pair:
-                if scores.ids_digest != reference.ids_digest:
-                    raise CacheError(f"the example ids of {this.folder} and {baseline.folder} differ")
-                if scores.gold_digest != reference.gold_digest:
-                    raise CacheError(f"the gold labels of {this.folder} and {baseline.folder} differ")
-        differences: FloatArray = sum((ours.right - theirs.right for ours, theirs in pairs), start=0 * reference.right)
-        return differences / reference.answers if share else differences
+        reference = self.answers[0][1]
+        differences = sum((ours.right - theirs.right for ours, theirs in self.answers), start=0 * reference.right)
+        return differences / reference.count if share else differences
 
-    def _scores(self, run: Run) -> ExampleScores:
-        key = run.path
-        if key not in self._examples:
-            self._examples[key] = read_examples(run)
-        return self._examples[key]
+    def swapped(self) -> Swapped:
+        """What the score of each seed is computed from."""
+        import numpy as np
+
+        score, count = self.score, self.answers[0][1].count
+        if score is None:
+            return Swapped(
+                ours=np.stack([ours.right[:, None] for ours, _ in self.answers]),
+                theirs=np.stack([theirs.right[:, None] for _, theirs in self.answers]),
+                of_sums=lambda sums: sums[..., 0] / count,
+            )
+        return Swapped(
+            ours=np.stack([score.of_examples(ours.predicted) for ours, _ in self.answers]),
+            theirs=np.stack([score.of_examples(theirs.predicted) for _, theirs in self.answers]),
+            of_sums=score.of_sums,
+        )
+
+
+@dataclass(frozen=True)
+class Swapped:
+    """The sums of one column that change as examples are swapped. S seeds, n examples, k sums."""
+
+    ours: FloatArray
+    """(S, n, k)"""
+    theirs: FloatArray
+    of_sums: Callable[[FloatArray], FloatArray]
+    """(..., k) sums over examples to (...) scores."""
+
+    @cached_property
+    def moved(self) -> FloatArray:
+        """(S, m, k) what ours lose by a swap of each example that changes anything."""
+        differences = self.ours - self.theirs
+        moved: FloatArray = differences[:, (differences != 0).any(axis=(0, 2))]
+        return moved
+
+    def differences(self, swaps: FloatArray) -> FloatArray:
+        """(R,) our scores minus theirs, summed over seeds, after each row of swaps: (R, m), 1 to swap, 0 to leave."""
+        change = swaps @ self.moved  # (S, R, k)
+        ours = self.of_sums(self.ours.sum(axis=1)[:, None] - change)
+        theirs = self.of_sums(self.theirs.sum(axis=1)[:, None] + change)
+        total: FloatArray = (ours - theirs).sum(axis=0)
+        return total
+
+
+def p_over_swaps(columns: Sequence[Swapped]) -> tuple[float, int]:
+    """Two-sided p-value of the paired permutation test on the sum of all columns' differences (Noreen 1989, "Computer
+    intensive methods for testing hypotheses"), and the number of examples that a swap changes.
+
+    Exact if there are fewer patterns of swaps than ``RESAMPLES``; otherwise patterns are drawn with a fixed seed.
+    """
+    import numpy as np
+
+    sizes = [column.moved.shape[1] for column in columns]
+    changed = sum(sizes)
+    if changed < 2:
+        return 1.0, changed
+    exact = 2**changed <= RESAMPLES
+    draw = np.random.default_rng(RNG_SEED)
+    patterns = 2**changed if exact else RESAMPLES
+    at_once = max(1, _VALUES_PER_BATCH // changed)
+
+    def statistics(swaps: FloatArray) -> FloatArray:
+        parts = np.split(swaps, np.cumsum(sizes)[:-1], axis=1)
+        total: FloatArray = sum(
+            (column.differences(part) for column, part in zip(columns, parts, strict=True)), start=np.zeros(len(swaps))
+        )
+        return total
+
+    observed = abs(float(statistics(np.zeros((1, changed)))[0])) * (1 - _SAME) - _SAME
+    as_large = 0
+    for start in range(0, patterns, at_once):
+        numbers = np.arange(start, min(start + at_once, patterns))
+        if exact:
+            swaps = (numbers[:, None] >> np.arange(changed) & 1).astype(np.float64)
+        else:
+            swaps = draw.integers(0, 2, (len(numbers), changed)).astype(np.float64)
+        as_large += int((np.abs(statistics(swaps)) >= observed).sum())
+    return (as_large / patterns if exact else (as_large + 1) / (patterns + 1)), changed
 
 
 def p_over_examples(differences: FloatArray) -> float:
@@ -258,40 +342,3 @@ def _enough_seeds(level: float) -> int:
     while detectable(seeds, level) > 2:
         seeds += 1
     return seeds
-
-
-def read_examples(run: Run) -> ExampleScores:
-    """Score the predictions of a run. A word without a prediction (null) is wrong.
-
-    Raises:
-        CacheError: If the file is missing or malformed.
-    """
-    import numpy as np
-
-    folder = RunFolder(run.path)
-    shown = "/".join(folder.predictions_file(run.split).parts[-4:])
-    rows: list[tuple[str, Any, float]] = []
-    try:
-        for row in folder.read_predictions(run.split):
-            rows.append((str(row["id"]), row["gold"], _right(row["gold"], row["predicted"])))
-    except FileNotFoundError:
-        raise CacheError(f"{shown} is missing") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CacheError(f"{shown} is malformed after line {len(rows)} ({error!r})") from error
-    rows.sort(key=lambda row: row[0])
-    return ExampleScores(
-        right=np.array([right for _, _, right in rows], dtype=np.float64),
-        answers=sum(len(gold) if isinstance(gold, list) else 1 for _, gold, _ in rows),
-        ids_digest=_digest([name for name, _, _ in rows]),
-        gold_digest=_digest([gold for _, gold, _ in rows]),
-    )
-
-
-def _right(gold: Any, predicted: Any) -> float:
-    if not isinstance(gold, list):
-        return float(predicted is not None and gold == predicted)
-    return float(sum(tag is not None and word == tag for word, tag in zip(gold, predicted, strict=True)))
-
-
-def _digest(values: list[Any]) -> str:
-    return hashlib.sha256(json.dumps(values).encode()).hexdigest()

@@ -16,6 +16,7 @@ from made_runs import make_run
 
 from kr2cache.errors import CacheError
 from kr2cache.report.collect import collect
+from kr2cache.report.examples import read_answers
 from kr2cache.report.significance import (
     Comparer,
     Comparison,
@@ -23,7 +24,6 @@ from kr2cache.report.significance import (
     judge,
     p_over_examples,
     p_over_seeds,
-    read_examples,
 )
 
 
@@ -140,7 +140,7 @@ def test_right_words_are_counted_and_cut_off_words_are_wrong(tmp_path: Path) -> 
         {"id": "a", "gold": ["ADJ"], "predicted": ["NOUN"]},
     ]
     (path / "predictions-test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-    assert read_examples(collect(tmp_path).runs[0]).right.tolist() == [0.0, 2.0]
+    assert read_answers(collect(tmp_path).runs[0]).right.tolist() == [0.0, 2.0]
 
 
 def _two(tmp_path: Path, right: list[bool], other: list[bool], seeds: tuple[int, ...] = (1, 2)) -> Comparison:
