@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import re
 from dataclasses import dataclass
@@ -158,11 +159,11 @@ def try_resource(name: str, folder: Path) -> Outcome:
         config.save_pretrained(model)
         tiny.tokenizer().save_pretrained(model)
         (model / "model.safetensors").touch()
-        plan_extraction(settings(model, folder))
+        plan = plan_extraction(settings(model, folder))
         (model / "model.safetensors").unlink()
         if too_large := untiny or _save_weights(config, model):
             return Outcome(name, "untried", too_large)
-        worst = difference(extract(settings(model, folder)).cache, model)
+        worst = difference(extract(plan).cache, model)
     except UnsupportedModelError as error:
         return Outcome(name, "refused", error.message)
     except KR2CacheError as error:
@@ -207,13 +208,14 @@ def _save_weights(config: PretrainedConfig, folder: Path) -> str:
 
 def difference(cache_folder: Path, model: Path, dtype: torch.dtype = torch.float32) -> float:
     """The largest difference between the cache and transformers' own states of each text alone, relative to the largest
-    state of the layer. Each text runs in the whole model, loaded anew.
+    state of the layer. Each text runs in a copy of the whole model that has run nothing else.
     """
     cache = FeatureCache.open(cache_folder)
     tokens = cache.tokens()
+    loaded = AutoModel.from_pretrained(model, dtype=dtype).eval()
     worst = 0.0
     for number in range(len(TEXTS)):
-        whole = AutoModel.from_pretrained(model, dtype=dtype).eval()
+        whole = copy.deepcopy(loaded)
         for module in whole.modules():  # some cannot make the keys and values of so few layers
             if getattr(getattr(module, "config", None), "use_cache", False):
                 module.config.use_cache = False

@@ -9,6 +9,7 @@ import re
 import sys
 import tempfile
 import warnings
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -130,6 +131,7 @@ def try_reader(name: str, head: Head, folder: Path) -> tuple[str, bool | None]:
         return f"{FAULT}: {type(error).__name__}: {' '.join(str(error).split())[:200]}", None
 
 
+@lru_cache(maxsize=1)  # of one architecture, for all heads
 def _config(name: str) -> PretrainedConfig:
     """With weights larger than usual, so that what a model sees moves its output far beyond rounding. With weights much
     larger still, attention looks at one position alone, and MobileBERT seems blind.
