@@ -13,9 +13,10 @@ demo: $(VENV)/.installed
 test: lint
 	$(PYTEST) --dist=worksteal -m "not long"
 
-# By file: tests of one file share what takes long to make.
+# One process more than cores, because many long tests wait most of the time. The tests of a group (xdist_group) run in
+# one process, and share what takes long to make.
 test-long: $(VENV)/.installed
-	$(PYTEST) --dist=loadfile -m long
+	$(PYTEST) --numprocesses=$$(($$(getconf _NPROCESSORS_ONLN) + 1)) --dist=loadgroup -m long
 
 test-all: lint
 	$(PYTEST) --dist=worksteal

@@ -30,6 +30,11 @@ from kr2cache.system.allocator import objects_set_aside
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The walk over all architectures comes last: its short tests keep every process busy until the end."""
+    items.sort(key=lambda item: item.path.name == "test_table.py")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def set_aside() -> Iterator[ExitStack]:
     """Collecting garbage looks at new objects alone, as inside a sweep: those that torch, transformers and pytest made
