@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from transformers import AutoModel
 
 from kr2cache.cache.reader import FeatureCache
 from kr2cache.errors import DeviceMemoryError
+from kr2cache.experiment import prepare as prepare_module
 from kr2cache.experiment.pipeline import train
 from kr2cache.experiment.prepare import prepare
 from kr2cache.experiment.shared import Shared
@@ -38,7 +40,7 @@ from kr2cache.models.states import hidden_states
 from kr2cache.prediction.predict import Predictor
 from kr2cache.training.batches import SplitData
 from kr2cache.training.evaluate import example_logits
-from kr2cache.training.features import DeviceFeatures, ResourceFeatures
+from kr2cache.training.features import DeviceFeatures, ResourceFeatures, joined
 
 ROUNDING = {"float32": 2e-5, "tf32": 1e-2, "bfloat16": 5e-2, "float16": 1e-2}
 """Compute dtype to the largest allowed rounding error, relative to the largest state of the layer. On a CPU, with
@@ -233,6 +235,26 @@ def features(scene: Scene) -> Iterator[Seen]:
                 wrong += int((gathered.cpu().numpy() != here).sum()) + int((mask != same_mask).sum())
                 wrong += int((from_pinned != gathered).sum())
             yield Seen(f"{name} of {dtype}", wrong == 0, f"{wrong} values differ", "0")
+    yield _two_places(scene, cache)
+
+
+def _two_places(scene: Scene, cache: FeatureCache) -> Seen:
+    """Of two resources, the states of one are on the device, those of the other in pinned memory."""
+    one, other = (parse_fusion(name, cache.model_layers) for name in ("layer1", "fuse"))
+    mapped = [ResourceFeatures(cache, cache.ids, fusion, keep_layers=False) for fusion in (one, other)]
+    on_gpu = scene.device.type == "cuda"
+    pinned = ResourceFeatures(cache, cache.ids, other, keep_layers=False, pinned=on_gpu)
+    both = joined([DeviceFeatures(mapped[0], scene.device), pinned])
+    chosen = [np.random.default_rng(seed).permutation(len(cache.ids))[:16].tolist() for seed in range(20)]
+    moved, wrong, elsewhere = [both.batch(numbers) for numbers in chosen], 0, 0
+    for numbers, (found, mask) in zip(chosen, moved, strict=True):
+        expected = [part.batch(numbers) for part in mapped]
+        for states, (here, _) in zip(map(torch.as_tensor, found), expected, strict=True):
+            wrong += states.shape != here.shape or int((states.cpu().numpy() != here).sum())
+            elsewhere += states.device.type != scene.device.type
+        wrong += int((mask != np.concatenate([own for _, own in expected], axis=1)).sum())
+    what = "two resources, one of them in memory"
+    return Seen(what, wrong == elsewhere == 0, f"{wrong} values differ, {elsewhere} not on the device", "0")
 
 
 def training(scene: Scene) -> Iterator[Seen]:
@@ -248,22 +270,44 @@ def training(scene: Scene) -> Iterator[Seen]:
         yield Seen(f"{method} in bfloat16", error < 2e-2, f"{error:.1e} of the loss", "2e-2")
 
 
+def several(scene: Scene) -> Iterator[Seen]:
+    """Trainings with two resources reach the CPU's losses, wherever their states are."""
+    for fusion in ("softmax", "mix"):
+        settings = _two_resources(scene, fusion)
+        on_cpu = _losses(scene, "cpu", device="cpu", **settings)
+        there = _losses(scene, "there", **settings)
+        job = prepare(scene.training(device="cpu", **settings), Shared()).job
+        inputs = [split.features for split in job.splits.values()]
+        room = sum(states.parts[0].nbytes for states in inputs)  # type: ignore[union-attr]  # ResourceFeatures
+        with mock.patch.object(prepare_module, "room_on", return_value=room):
+            apart = _losses(scene, "apart", **settings)
+        for where, losses in (("on the device", there), ("one on the device, one in memory", apart)):
+            error = max(abs(one / other - 1) for one, other in zip(losses, on_cpu, strict=True))
+            yield Seen(f"{fusion}, states {where}", error < 2e-3, f"{error:.1e} of the loss", "2e-3")
+
+
+def _two_resources(scene: Scene, fusion: str) -> dict[str, Any]:
+    resources = [str(scene.second), str(scene.resource)]
+    return {"resource": resources, "fusion": fusion, "fusion_learning_rate": 1e-2}
+
+
 def prediction(scene: Scene) -> Iterator[Seen]:
     """Predictions with the resource running equal predictions from cached states."""
-    config = scene.training(run_dir=scene.folder / "predicted")
-    run = train(config).runs[0]
-    predictor = Predictor.load(run.folder, config.models, device=str(scene.device))
-    job = prepare(config, Shared()).job
-    data: SplitData = job.splits["test"]
-    cached = np.concatenate(example_logits(predictor.reader, data, job.task, job.tokenizer))
-    online = np.concatenate(predictor.logits([replace(example, label=None) for example in data.examples]))
-    error = _relative(online, cached)
-    yield Seen(f"{online.size:,} logits", error < 1e-2, f"{error:.1e}", "1e-2")
-    lines = (run.folder / "predictions-test.jsonl").read_text("utf-8").splitlines()
-    then = [label for line in lines for label in json.loads(line)["predicted"]]
-    now = [label for one in predictor(data.examples) for label in one.predicted]
-    alike = float(np.mean([one == other for one, other in zip(then, now, strict=True)]))
-    yield Seen("labels", alike > 0.999, f"{alike:.2%} alike", "99.9%")
+    for what, settings in (("one resource", {}), ("two resources", _two_resources(scene, "mix"))):
+        config = scene.training(run_dir=scene.folder / "predicted", **settings)
+        run = train(config).runs[0]
+        predictor = Predictor.load(run.folder, config.models, device=str(scene.device))
+        job = prepare(config, Shared()).job
+        data: SplitData = job.splits["test"]
+        cached = np.concatenate(example_logits(predictor.reader, data, job.task, job.tokenizer))
+        online = np.concatenate(predictor.logits([replace(example, label=None) for example in data.examples]))
+        error = _relative(online, cached)
+        yield Seen(f"{what}: {online.size:,} logits", error < 1e-2, f"{error:.1e}", "1e-2")
+        lines = (run.folder / "predictions-test.jsonl").read_text("utf-8").splitlines()
+        then = [label for line in lines for label in json.loads(line)["predicted"]]
+        now = [label for one in predictor(data.examples) for label in one.predicted]
+        alike = float(np.mean([one == other for one, other in zip(then, now, strict=True)]))
+        yield Seen(f"{what}: labels", alike > 0.999, f"{alike:.2%} alike", "99.9%")
 
 
 def given_back(scene: Scene) -> Iterator[Seen]:
@@ -279,7 +323,7 @@ def given_back(scene: Scene) -> Iterator[Seen]:
 
 
 CHECKS: tuple[Callable[[Scene], Iterator[Seen]], ...] = (
-    states, packing, backends, features, processes, training, prediction, memory, given_back,
+    states, packing, backends, features, processes, training, several, prediction, memory, given_back,
 )  # fmt: skip
 
 

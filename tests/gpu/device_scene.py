@@ -81,6 +81,13 @@ class Scene:
         return tiny.save_model(self.folder / "resource", "bert", seed=1, **settings)
 
     @functools.cached_property
+    def second(self) -> Path:
+        """Another resource, half as wide, so that its states need a projection."""
+        width, heads = self.scale.resource["width"] // 2, self.scale.resource["num_attention_heads"]
+        settings = {"layers": 2, "width": width, "num_attention_heads": heads, "initializer_range": INITIALIZER_RANGE}
+        return tiny.save_model(self.folder / "second", "roberta", seed=3, **settings)
+
+    @functools.cached_property
     def reader(self) -> Path:
         settings = {**self.scale.resource, "initializer_range": INITIALIZER_RANGE, "layers": self.scale.reader_layers}
         return tiny.save_model(self.folder / "reader", "bert", seed=2, **settings)

@@ -65,22 +65,29 @@ def _neighbours(self: Any, sequences: list[int]) -> Any:
     return BATCH(self, [sequences[1], sequences[0], *sequences[2:]])
 
 
+def _swapped(parts: list[Any]) -> Any:
+    return JOINED(parts[::-1])
+
+
 def _other_states(self: Any, examples: Any) -> Any:
     return [logits + np.float32(0.1) for logits in LOGITS(self, examples)]
 
 
 HIDDEN_STATES, COPY_OUT = checks.hidden_states, checks.Packer._copy_out
-BATCH, LOGITS = checks.DeviceFeatures.batch, Predictor.logits
+BATCH, JOINED, LOGITS = checks.DeviceFeatures.batch, checks.joined, Predictor.logits
 SABOTAGE: tuple[tuple[Callable[[Scene], Iterator[checks.Seen]], Any, str, Any], ...] = (
     (checks.states, checks, "hidden_states", _off_by_one_layer),
     (checks.backends, checks, "hidden_states", _off_by_one_layer),
     (checks.packing, checks.Packer, "_copy_out", _one_value_off),
     (checks.features, checks.DeviceFeatures, "batch", _neighbours),
+    (checks.features, checks, "joined", _swapped),
     (checks.prediction, Predictor, "logits", _other_states),
 )
 
 
-@pytest.mark.parametrize(("check", "place", "name", "wrong"), SABOTAGE, ids=[check.__name__ for check, *_ in SABOTAGE])
+@pytest.mark.parametrize(
+    ("check", "place", "name", "wrong"), SABOTAGE, ids=[f"{check.__name__}-{name}" for check, _, name, _ in SABOTAGE]
+)
 def test_a_check_fails_where_something_is_wrong(
     check: Any, place: Any, name: str, wrong: Any, scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
