@@ -70,14 +70,10 @@ class Resource:
         self.compute_dtype = config.compute_dtype
         self.pool = config.pool
         # The weights are hashed as they run, so this is settled before caches are compared.
-        self.weights_dtype = (
-            config.weights_dtype
-            or common_weights_dtype(config.cache_dir, task.name, spec.name)
-            or DEFAULT_WEIGHTS_DTYPE
-        )
+        self._note_once = shared.note_once
+        self.weights_dtype = config.weights_dtype or self._weights_dtype_of_caches()
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._model: OpenedModel | None = None
-        self._note_once = shared.note_once
         if self.on_this_machine:
             with waiting(f"Reading the weights of {spec.name}"):
                 digests = known_digests(spec, self.weights_dtype) or self._opened_model().digests
@@ -91,6 +87,13 @@ class Resource:
     def _has_source(self) -> bool:
         """Whether it is known where to get the model. It is not if only caches name it."""
         return (self.spec.path or self.spec.package or self.spec.hub_id) is not None
+
+    def _weights_dtype_of_caches(self) -> str:
+        name, task = self.spec.name, self.task.name
+        common, own = common_weights_dtype(self.config.cache_dir, task, name, self.task.corpus(self.config.data))
+        if common not in (None, DEFAULT_WEIGHTS_DTYPE) and not own:
+            self._note_once(f"{name} runs with --weights-dtype {common}, as in its caches of other data of {task}.")
+        return common or DEFAULT_WEIGHTS_DTYPE
 
     def caches(self, splits: Iterable[str]) -> dict[str, FeatureCache]:
         """For each split, the cache that fits, or a new one.

@@ -44,6 +44,7 @@ LONGEST = 512
 """Tokens of the longest canary, unless all sequences are longer."""
 ROUNDING = {**PADDING_TOLERANCE, "float32": TOLERANCE}
 """Largest difference by another order of sums, relative to the largest state, by the dtype that computes."""
+TINY = np.finfo(np.float32).tiny
 MEASURES: dict[str, Callable[[NDArray[np.float32]], NDArray[np.float32]]] = {
     "largest": lambda states: np.abs(states).max(axis=(1, 2)),
     "root mean square": lambda states: np.sqrt(np.square(states).mean(axis=(1, 2))),
@@ -247,16 +248,22 @@ def _compared(
     pool = provenance.pool_of(cache.provenance)
     pooling = None if pool == DEFAULT_POOL else pooled(plan.index, pool)
     share = max(ROUNDING[plan.config.compute_dtype], ROUNDING[plan.config.weights_dtype])
-    result = []
+    measured, by_padding = [], np.zeros(1, dtype=np.float32)
     for i, position in enumerate(positions.tolist()):
         cache.check(position)
         T = int(plan.index.n_tokens[i])
         alone = _Text(sequence=i, row=0, tokens=T, pooling=pooling)
         exact, rounded = _as_stored(cache, trial.layers_of(plan, encoder, [i], fresh=fresh), alone)
         beside = exact if together is None else _as_stored(cache, together, replace(alone, row=i))[0]
+        size = _measured(exact)
+        # The longest of them has no padding here, but had some in its batch if that had a longer sequence.
+        by_padding = np.maximum(by_padding, _measured(beside - exact) / np.maximum(size, TINY))
         moved = _measured(cache.states(position).astype(np.float32) - exact)
-        allowed = share * _measured(exact) + 2 * _measured(rounded - exact) + 2 * _measured(beside - exact)
-        shares = moved / np.maximum(allowed, np.finfo(np.float32).tiny)
+        measured.append((T, moved, size, _measured(rounded - exact)))
+    result = []
+    for i, (T, moved, size, by_dtype) in enumerate(measured):
+        allowed = share * size + 2 * by_dtype + 2 * by_padding * size
+        shares = moved / np.maximum(allowed, TINY)
         worst = np.unravel_index(np.argmax(shares), shares.shape)  # nan counts as the largest
         result.append(
             Canary(

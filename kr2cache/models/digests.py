@@ -206,7 +206,7 @@ def weights_digest(encoder: PreTrainedModel) -> str:
             values = _in_memory(encoder, name, tensor).detach().flatten()
             for start in range(0, len(values), AT_ONCE):
                 part = values[start : start + AT_ONCE]
-                small = part.dtype in (torch.bfloat16, torch.float16)
+                small = part.is_floating_point() and part.element_size() < torch.float32.itemsize
                 digest.update((part.float() if small else part).cpu().numpy().data)
     return digest.hexdigest()
 

@@ -137,13 +137,22 @@ def find_caches(cache_dir: Path, wanted: Wanted, tokenise: Tokenise | None) -> S
     return found
 
 
-def common_weights_dtype(cache_dir: Path, task: str, resource: str) -> str | None:
-    """The dtype of the weights in all caches of a task that the resource has; None if there are none or they differ."""
-    dtypes = set()
+def common_weights_dtype(cache_dir: Path, task: str, resource: str, corpus: str) -> tuple[str | None, bool]:
+    """The dtype of the weights in all caches of a task that the resource has: of this corpus, or if there are none, of
+    others.
+
+    Returns:
+        The dtype, or None if there are no caches or they differ; and whether they are of this corpus.
+    """
+    dtypes: dict[bool, set[str]] = {True: set(), False: set()}
     for folder in folders.matching(cache_dir, task=task, name=resource):
         headers = readable_headers(shard) if (shard := next(folder.glob("*.h5"), None)) is not None else []
-        dtypes |= {provenance.weights_dtype_of(one.provenance) for one in headers if "chosen" in one.provenance}
-    return dtypes.pop() if len(dtypes) == 1 else None
+        for one in headers:
+            if "chosen" in one.provenance:
+                own = one.provenance["chosen"].get("corpus") == corpus
+                dtypes[own].add(provenance.weights_dtype_of(one.provenance))
+    found = dtypes[True] or dtypes[False]
+    return next(iter(found)) if len(found) == 1 else None, bool(dtypes[True])
 
 
 def choose(fitting: list[FeatureCache], resource: str, length_option: str) -> FeatureCache:

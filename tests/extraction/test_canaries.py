@@ -14,7 +14,7 @@ import pytest
 import tiny
 import torch
 from transformers.activations import GELUActivation
-from transformers.models.bert.modeling_bert import BertEncoder
+from transformers.models.bert.modeling_bert import BertEncoder, BertModel
 from world import World, count_resource_batches, world_of_pairs
 
 from kr2cache import FeatureCache
@@ -337,6 +337,30 @@ def test_verify_reads_the_segments_of_pairs_from_the_data(tmp_path: Path, capsys
     capsys.readouterr()
     assert run([*line, "--data", str(pairs.data), "--json"]) == 1
     assert "made from data with other texts" in json.loads(capsys.readouterr().out)["caches"][0]["model"]["why"]
+
+
+def test_what_padding_moves_counts_for_the_longest_canary_too(
+    place: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Padding may move float32 states by up to a thousandth. The longest canary was padded in its batch: that had a
+    sequence that is too long to be one."""
+
+    whole, layers, padded = BertModel.forward, BertEncoder.forward, list[torch.Tensor]()
+
+    def noting(self: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, **more: Any) -> Any:
+        padded[:] = [(attention_mask == 0).any(dim=1)[:, None, None]]
+        return whole(self, input_ids, attention_mask=attention_mask, **more)
+
+    def moved(self: Any, states: torch.Tensor, *others: Any, **more: Any) -> Any:
+        return layers(self, states * (1 + 5e-4 * padded[0]), *others, **more)
+
+    monkeypatch.setattr(canaries, "LONGEST", 9)
+    monkeypatch.setattr(BertModel, "forward", noting)
+    monkeypatch.setattr(BertEncoder, "forward", moved)
+    folder = place.extract(cache_dir=tmp_path, dtype="float32").cache
+    assert FeatureCache.open(folder).batch_plan["padded"]
+    config = RerunConfig(folder=folder, resource=str(place.resource), device="cpu")
+    assert [one.agrees for one in canaries.canaries(config)] == [True] * 3
 
 
 def test_too_little_memory_for_the_comparison_is_explained(

@@ -114,6 +114,21 @@ def test_a_training_takes_the_dtype_of_the_caches_and_so_does_predict(
     assert "in bfloat16, the dtype of its weights" in " ".join(capsys.readouterr().out.split())
 
 
+def test_caches_of_other_data_decide_the_dtype_only_if_there_are_no_others(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tiny.save_corpus(tmp_path / "other", train=4, dev=2, test=2)
+    for split in ("train", "dev", "test"):
+        world.extract(split, weights_dtype="bfloat16")
+    assert world.train(epochs=1.0, data=str(other)).runs
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "res runs with --weights-dtype bfloat16, as in its caches of other data of udpos." in shown
+    for split in ("train", "dev", "test"):
+        world.extract(split, weights_dtype="float32", data=str(other))
+    assert world.train(epochs=1.0, extract=False).runs, "its own are in bfloat16"
+    assert "as in its caches of other data" not in capsys.readouterr().out
+
+
 def test_a_repair_gives_the_same_bytes(world: World) -> None:
     folder = world.extract(weights_dtype="bfloat16").cache
     (shard,) = folder.glob("*.h5")

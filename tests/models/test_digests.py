@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import tiny
-from transformers import BertConfig, PreTrainedConfig
+import torch
+from transformers import BertConfig, BertModel, PreTrainedConfig
 from world import World, count_resource_batches
 
 from kr2cache.models import digests
-from kr2cache.models.digests import config_digest
+from kr2cache.models.digests import config_digest, weights_digest
 from kr2cache.prediction.predict import Predictor
 from kr2cache.training.runs import RunFolder
 
@@ -124,3 +125,13 @@ def test_caches_and_runs_serve_with_a_later_transformers(world: World, request: 
     assert RunFolder(other.folder).read_config()["config"]["reader"]["config"] == before["reader"]["config"]
     assert Predictor.load(run.folder, device="cpu").resources
     assert world.extract("train").computed == 0, "and an extraction finds its cache"
+
+
+def test_small_floats_are_hashed_as_float32() -> None:
+    """Such weights of a quantised checkpoint stay in float8 on a GPU; NumPy does not know the type."""
+    model = BertModel(tiny.config("bert"))
+    weight = model.embeddings.word_embeddings.weight
+    weight.data = weight.data.to(torch.float8_e4m3fn)
+    small = weights_digest(model)
+    weight.data = weight.data.float()
+    assert weights_digest(model) == small
