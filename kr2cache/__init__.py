@@ -9,31 +9,25 @@ from kr2cache.version import __version__
 TYPE_CHECKING = False  # type checkers know this name; importing typing would be a third of this package's import time
 if TYPE_CHECKING:
     from kr2cache.cache.reader import FeatureCache
-    from kr2cache.config import ExtractConfig, TrainConfig
+    from kr2cache.calls import extract, train
     from kr2cache.errors import KR2CacheError
-    from kr2cache.experiment.pipeline import train
-    from kr2cache.extraction.extract import extract
     from kr2cache.prediction.predict import Predictor
 
 __all__ = [
-    "ExtractConfig",
     "FeatureCache",
     "KR2CacheError",
     "Predictor",
-    "TrainConfig",
     "__version__",
     "extract",
     "train",
 ]
 
 _MODULES = {
-    "ExtractConfig": "config",
     "FeatureCache": "cache.reader",
     "KR2CacheError": "errors",
     "Predictor": "prediction.predict",
-    "TrainConfig": "config",
-    "extract": "extraction.extract",
-    "train": "experiment.pipeline",
+    "extract": "calls",
+    "train": "calls",
 }
 
 

@@ -317,7 +317,8 @@ class Toml:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Options by their long names, with underscores for dashes."""
     models: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    tasks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    tasks: Mapping[str, Any] = field(default_factory=dict)
+    """Declarations by name; from Python also ``Task`` objects."""
     training: Mapping[str, Any] = field(default_factory=dict)
 
 

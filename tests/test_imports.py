@@ -83,7 +83,7 @@ def test_the_first_modules_import_next_to_nothing() -> None:
 
 
 def test_the_public_names_are_found_when_they_are_used() -> None:
-    wanted = {"ExtractConfig", "FeatureCache", "KR2CacheError", "Predictor", "TrainConfig", "extract", "train"}
+    wanted = {"FeatureCache", "KR2CacheError", "Predictor", "extract", "train"}
     assert set(kr2cache.__all__) == wanted | {"__version__"}
     assert set(kr2cache.__all__) <= set(dir(kr2cache))
     for name in wanted:
@@ -91,15 +91,8 @@ def test_the_public_names_are_found_when_they_are_used() -> None:
         assert importlib.util.find_spec(f"kr2cache.{name}") is None, "a module of that name would take its place"
     with pytest.raises(AttributeError, match="no attribute 'Extract'"):
         kr2cache.Extract  # noqa: B018
-    names = "ExtractConfig, FeatureCache, KR2CacheError, TrainConfig"
+    names = "FeatureCache, KR2CacheError, extract, train"
     assert not loaded_by(f"from kr2cache import {names}") & HEAVY
-
-
-def test_the_command_line_calls_the_public_functions() -> None:
-    from kr2cache.experiment import pipeline
-
-    assert kr2cache.extract is extract
-    assert kr2cache.train is pipeline.train
 
 
 def test_importing_the_package_is_quick() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 import typer
 from world import unpack_old_world
 
@@ -117,11 +118,12 @@ def test_python_in_the_readmes_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for page in PAGES:
         for block in blocks(page, "python"):
             code = RUN.sub(OLD_RUN, CACHE.sub(lambda name: OLD_DEV_CACHE if "/dev/" in name[0] else OLD_CACHE, block))
+            code = code.replace('"minilm"', '"models/res"')
             names: dict[str, Any] = {"__name__": "readme"}
             exec(compile(code, name_of(page), "exec"), names)
             ran.setdefault(name_of(page), {}).update(names)
     both_stages = ran["kr2cache/training/README.md"]
-    assert both_stages["made"].cache.is_relative_to(".kr2cache/udpos-de/train")
+    assert both_stages["made"].folder.is_relative_to(".kr2cache/udpos-de/train")
     assert len(both_stages["result"].runs) == 2
     reading = ran["kr2cache/cache/README.md"]
     layers, tokens, width = reading["states"].shape
@@ -140,6 +142,19 @@ def test_python_in_the_readmes_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         ("a", (("Good", "I like it"),), 1),
         ("dev-1", (("Bad", "I do not"),), 0),
     ]
+
+
+def test_a_probe_of_every_layer_takes_ten_lines(workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The README's, with the real model: it prints what the README shows."""
+    tiny.minilm()
+    (probe,) = [block for block in blocks(ROOT / "README.md", "python") if "LogisticRegression" in block]
+    assert sum(bool(line.strip()) for line in probe.splitlines()) <= 10
+    exec(compile(probe, "README.md", "exec"), {"__name__": "readme"})
+    line = re.compile(r"^layer (\d): (\d\.\d\d)$", re.MULTILINE)
+    found, shown = line.findall(capsys.readouterr().out), line.findall((ROOT / "README.md").read_text("utf-8"))
+    assert [layer for layer, _ in found] == [layer for layer, _ in shown] == list("0123456")
+    for (_, score), (_, said) in zip(found, shown, strict=True):  # one sentence of 32 more or less
+        assert abs(float(score) - float(said)) < 0.04
 
 
 def test_toml_in_the_readmes_is_toml() -> None:

@@ -14,7 +14,7 @@ from kr2cache.errors import ConfigError
 from kr2cache.methods import METHODS
 from kr2cache.models.registry import find_model, known_models
 from kr2cache.store.stored import find_resource, tasks_and_resources
-from kr2cache.tasks import find_task, split_name, task_names
+from kr2cache.tasks import Task, find_task, split_name, task_names
 from kr2cache.tasks.files import data_path, split_of
 
 
@@ -143,15 +143,17 @@ def choose_task(resource: str | None, cache_dir: Path, overrides: Mapping[str, M
 
 
 def data_for(task: str, given: str | None, toml: Toml) -> str | None:
-    """The data of a call; None for the task's own. ``data`` under ``[tasks.NAME]`` is nearer to the task than ``data``
-    under ``[defaults]``.
+    """The data of a call; None for the task's own. The data of a declared task is nearer to it than ``data`` under
+    ``[defaults]``.
 
     Args:
         task: Its name.
         given: The data that the call gives.
         toml: ``kr2cache.toml``.
     """
-    if given is not None or "data" in toml.tasks.get(task, {}):
+    declared = toml.tasks.get(task, {})
+    own = declared.default_data if isinstance(declared, Task) else declared.get("data")
+    if given is not None or own is not None:
         return given
     data: str | None = toml.defaults.get("data")
     return data

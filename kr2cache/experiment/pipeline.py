@@ -7,7 +7,7 @@ import gc
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ class Run:
     """The part of ``seconds`` that went into training steps."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class TrainResult:
     """The result of one call of stage two."""
 
@@ -62,12 +62,36 @@ class TrainResult:
     words_without_states: dict[str, int] = field(default_factory=dict)
     """By split, if there is a resource and the task labels words."""
 
+    @property
+    def mean(self) -> Metrics:
+        """The mean of each metric over the runs, by split."""
+        return mean_and_std([run.metrics for run in self.runs])[0]
+
+    @property
+    def std(self) -> dict[str, dict[str, float | None]]:
+        """The standard deviation of each metric over the runs, by split; None for a single run."""
+        return mean_and_std([run.metrics for run in self.runs])[1]
+
+    def __repr__(self) -> str:
+        """A few lines that say the result: a table of runs, their mean and standard deviation, and where they are."""
+        names = [(split, name) for split, metrics in self.mean.items() for name in metrics]
+        rows = [["", *(f"{split} {name}" for split, name in names)]]
+        shown: dict[str, Mapping[str, Mapping[str, float | None]]] = {
+            f"seed {run.seed}": run.metrics for run in self.runs
+        }
+        if len(self.runs) > 1:
+            shown |= {"mean": self.mean, "std": self.std}
+        for title, metrics in shown.items():
+            rows.append([title, *(_shown(metrics[split][name], name) for split, name in names)])
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+        return "\n".join([f"{_title(self.config)} on {self.task.name}", *lines, f"in {self.runs[0].folder.parent}"])
+
     def json(self) -> dict[str, Any]:
-        mean, std = mean_and_std([run.metrics for run in self.runs])
         return {
             "runs": [{"seed": run.seed, "folder": str(run.folder), "metrics": run.metrics} for run in self.runs],
-            "mean": mean,
-            "std": std,
+            "mean": self.mean,
+            "std": self.std,
             "resource_sequences": {"computed": self.computed, "read": self.read},
             "words_without_states": self.words_without_states,
         }
@@ -258,6 +282,11 @@ def describe_training(result: TrainResult) -> None:
             f"{result.read:,} times from the cache instead of computed."
         )
     console.print(f"Runs: {result.runs[0].folder.parent}", markup=False, soft_wrap=True)
+
+
+def _shown(value: float | None, name: str) -> str:
+    """A metric as text: a fraction, or a count."""
+    return "-" if value is None else f"{value:g}" if name in COUNTS else f"{value:.4f}"
 
 
 def _title(config: TrainConfig) -> str:

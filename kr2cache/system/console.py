@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
@@ -11,13 +12,23 @@ from typing import Any, Self
 
 from rich.cells import cell_len, set_cell_size
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, SpinnerColumn, TextColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+)
 from rich.progress import Task as ProgressTask
 from rich.table import Column, Table
 from rich.text import Text
 
 SHORT_NAME = 6
 """A progress line keeps at least so many characters of its name; the time left gives way first."""
+REFRESH = 4
+"""How often a progress line changes, per second."""
 PIPE_WIDTH = 120
 """Width in characters if the output is not a terminal, so that tables in a log are not cut."""
 
@@ -171,6 +182,31 @@ class WorkName(ProgressColumn):
         return Text(f"{head}…{name[len(name) - tail :]}")
 
 
+class NotebookOutput:
+    """One output of a notebook's cell that changes in place. rich itself needs ipywidgets for it, and warns without."""
+
+    def __init__(self) -> None:
+        self._handle: Any = None
+        self._shown_at = 0.0
+
+    def show(self, make: Callable[[], Table], *, at_once: bool) -> None:
+        """Show a table in place of the one before.
+
+        Args:
+            make: Makes the table.
+            at_once: Whether to show it even if the last one was shown just before.
+        """
+        if not at_once and time.monotonic() - self._shown_at < 1 / REFRESH:
+            return
+        self._shown_at = time.monotonic()
+        if self._handle is None:
+            from IPython.display import display
+
+            self._handle = display(make(), display_id=True)
+        else:
+            self._handle.update(make())
+
+
 class ProgressLine(Progress):
     """A line of progress that fits the terminal. The count is never cut; bar and note shrink or are left out."""
 
@@ -179,7 +215,25 @@ class ProgressLine(Progress):
         self._count, self._time = MofNCompleteColumn(), TimeLeft()
         self._unit = TextColumn(unit)
         self._note = TextColumn("{task.fields[note]}")
-        super().__init__(console=console, refresh_per_second=4)
+        self._notebook = NotebookOutput() if console.is_jupyter else None
+        super().__init__(console=console, refresh_per_second=REFRESH, disable=self._notebook is not None)
+
+    def start(self) -> None:
+        super().start()
+        self._show_in_notebook(at_once=True)
+
+    def stop(self) -> None:
+        super().stop()
+        self._show_in_notebook(at_once=True)
+
+    def update(self, task_id: TaskID, **changes: Any) -> None:
+        """Change a line. Arguments are those of ``Progress.update``."""
+        super().update(task_id, **changes)
+        self._show_in_notebook()
+
+    def _show_in_notebook(self, *, at_once: bool = False) -> None:
+        if self._notebook is not None:
+            self._notebook.show(lambda: self.make_tasks_table(self.tasks), at_once=at_once)
 
     def make_tasks_table(self, tasks: Iterable[ProgressTask]) -> Table:
         shown = list(tasks)

@@ -37,7 +37,7 @@ ROWS = (
 def made(folder: Path, dtype: str = "float16") -> tuple[FeatureCache, tiny_cache.Truth]:
     truth = tiny_cache.make(list(map(len, WORDS)), dtype=dtype, layers=(0, 1, 2, 4), model_layers=5, ids=NAMES)
     truth.word_index[:] = [np.array(words, dtype=np.int32) for words in WORDS]
-    return FeatureCache.open(tiny_cache.store(folder, truth, shard_bytes=150)), truth
+    return FeatureCache.open(tiny_cache.store(folder, truth, shard_bytes=600)), truth
 
 
 def mean_of(states: NDArray[np.floating], places: list[int]) -> NDArray[np.float64]:
