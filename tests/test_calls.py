@@ -26,6 +26,7 @@ from kr2cache import KR2CacheError
 from kr2cache.calls import in_python
 from kr2cache.cli import run
 from kr2cache.errors import ConfigError, DataError, UnknownNameError
+from kr2cache.store.inventory import entries
 from kr2cache.system.console import WorkProgress, console
 from kr2cache.tasks.udpos import UdPos
 
@@ -72,6 +73,7 @@ def test_the_same_texts_are_found_and_others_stand_beside(place: Path) -> None:
     assert {first.folder.parent, other.folder.parent, by_id.folder.parent} == {Path(".kr2cache/text/train")}
     assert by_id.ids == ["a", "b", "c"]
     assert np.array_equal(by_id["b"], first["train-1"])
+    assert not any(one.stale for one in entries(Path(".kr2cache"))), "they are other texts"
     assert kr2cache.extract("res", TEXTS[:3], split="validation").folder.parent == Path(".kr2cache/text/dev")
 
 
@@ -99,6 +101,22 @@ def test_words_get_the_mean_of_their_tokens(place: Path) -> None:
             states[:, [i for i, word in enumerate(numbers) if word == w]].mean(axis=1) for w in range(len(words))
         ]
         np.testing.assert_allclose(cache.words(name), np.stack(expected, axis=1), atol=1e-5)
+
+
+def test_pooled_caches_give_the_same_means(place: Path) -> None:
+    texts = [["Das", "Haus", "schön"], ["ich"]]
+    whole = kr2cache.extract("res", texts, dtype="float32")
+    words = kr2cache.extract("res", texts, dtype="float32", pool="word")
+    sequences = kr2cache.extract("res", texts, dtype="float32", pool="sequence")
+    assert [one.pool for one in (whole, words, sequences)] == ["none", "word", "sequence"]
+    for name in whole.ids:
+        assert words[name].shape[1] < whole[name].shape[1]
+        np.testing.assert_allclose(words.words(name), whole.words(name), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(sequences.mean(name), whole.mean(name), rtol=1e-5, atol=1e-6)
+    with pytest.raises(ConfigError, match="one state for each sequence"):
+        sequences.words(whole.ids[0])
+    with pytest.raises(ConfigError, match="one state for each sequence"):
+        sequences.dataset(pool="word")
 
 
 def test_a_data_set_of_datasets_gives_texts_and_ids(place: Path) -> None:

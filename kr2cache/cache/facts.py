@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from kr2cache.cache.parts import Parts
+from kr2cache.config import DEFAULT_POOL
+from kr2cache.errors import ConfigError
 from kr2cache.fusion import parse_layers
 
 Layers = str | Sequence[int] | None
@@ -78,6 +80,20 @@ class CacheFacts:
             ConfigError: If several folders were opened as one.
         """
         return self._parts.headers[self._parts.only("batch plan")].batch_plan
+
+    @property
+    def pool(self) -> str:
+        """What one state is the mean of: ``word`` or ``sequence``; ``none`` if each token has its own state."""
+        chosen = self.provenance.get("chosen")
+        return str(chosen.get("pool", DEFAULT_POOL)) if isinstance(chosen, dict) else DEFAULT_POOL
+
+    def check_has_words(self) -> None:
+        """Raise ``ConfigError`` if there is one state for each sequence."""
+        if self.pool == "sequence":
+            raise ConfigError(
+                f"{self._parts.name} holds one state for each sequence (--pool sequence), none for its words.",
+                "Extract again with --pool word or without --pool.",
+            )
 
     def layer_numbers(self, layers: Layers) -> tuple[int, ...] | None:
         """The numbers of layers that are given by name or number; None for all that are stored.

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kr2cache.cache.format import offsets
 from kr2cache.errors import DataError
 
 
@@ -56,13 +57,29 @@ def word_means(states: NDArray[np.floating], word_index: NDArray[np.int32]) -> N
     words = int(number[-1]) + 1 if len(number) else 0
     result = np.full((len(states), words, states.shape[2]), np.nan, dtype=np.float32)
     begins = np.flatnonzero(np.diff(number, prepend=-1))  # the first token of each word that has one
-    counts = np.diff(begins, append=len(number))
-    first = kept[begins]
-    sums = states[:, first].astype(np.float32)
-    for place in range(1, int(counts.max(initial=1))):  # the second token of the words that have one, and so on
-        longer = np.flatnonzero(counts > place)
-        sums[:, longer] += states[:, kept[begins[longer] + place]]
-    result[:, number[begins]] = sums / counts[:, None].astype(np.float32)
+    result[:, number[begins]] = run_means(states, kept, np.diff(begins, append=len(number)))
+    return result
+
+
+def run_means(
+    states: NDArray[np.floating], places: NDArray[np.integer], counts: NDArray[np.integer]
+) -> NDArray[np.float32]:
+    """The mean of each of some runs of tokens.
+
+    Args:
+        states: (L, T, D)
+        places: (K,) the tokens of all runs, one run after the other.
+        counts: (P,) how many tokens each run has, at least 1. Their sum is K.
+
+    Returns:
+        (L, P, D)
+    """
+    first = offsets(counts)[:-1]
+    result = states[:, places[first]].astype(np.float32)
+    for number in range(1, int(counts.max(initial=1))):  # the second token of the runs that have one, and so on
+        longer = np.flatnonzero(counts > number)
+        result[:, longer] += states[:, places[first[longer] + number]]
+    result /= counts[:, None].astype(np.float32)
     return result
 
 

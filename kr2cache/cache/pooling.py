@@ -18,7 +18,8 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from kr2cache.cache.format import SPECIAL, SequenceIndex, offsets, range_indices
+from kr2cache.cache.format import SPECIAL, SequenceIndex, range_indices
+from kr2cache.cache.means import run_means
 from kr2cache.config import Pool
 from kr2cache.errors import DataError
 
@@ -63,13 +64,7 @@ class Pooling:
             (L, positions, D)
         """
         _, places, counts = self.of(np.array([sequence]))
-        first = offsets(counts)[:-1]
-        result = states[:, places[first]].copy()
-        for number in range(1, int(counts.max())):
-            longer = counts > number
-            result[:, longer] += states[:, places[first[longer] + number]]
-        result /= counts[:, None].astype(np.float32)
-        return result
+        return run_means(states, places, counts)
 
 
 def pooled(index: SequenceIndex, pool: Pool) -> Pooling:

@@ -366,6 +366,7 @@ class FeatureCache(CacheFacts):
         Raises:
             SequenceNotFoundError, ConfigError: As for ``batch``.
         """
+        self.check_has_words()
         (position,) = self._positions([sequence_id])
         return word_means(self.states(position, self.layer_numbers(layers)), self.word_index(position))
 

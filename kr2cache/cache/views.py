@@ -45,11 +45,13 @@ class StateDataset:
 
         Raises:
             UnknownNameError: If there is no such pooling.
-            ConfigError: For a layer that is not stored.
+            ConfigError: For a layer that is not stored, or the words of a cache that has one state for each sequence.
             SequenceNotFoundError: For an id that is not in the cache, or whose sequence is not complete.
         """
         if pool is not None and pool not in POOLS:
             raise unknown_name("pooling", pool, POOLS)
+        if pool == "word":
+            cache.check_has_words()
         self.cache = cache
         self.layers = cache.layer_numbers(layers)
         self.pool = pool

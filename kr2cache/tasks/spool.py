@@ -7,6 +7,7 @@ file first. Everything after that is as for any other file, and a text of any si
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import shutil
 import sys
@@ -36,7 +37,7 @@ def standard_input(task: Task, split: str) -> Iterator[Path]:
         path = Path(folder) / f"standard-input-{split}{task.suffixes[0]}"
         with path.open("wb") as file:
             shutil.copyfileobj(sys.stdin.buffer, file)
-        yield path
+        yield _with_digest(path)
 
 
 @contextlib.contextmanager
@@ -79,7 +80,14 @@ def texts_in_memory(texts: Any, split: str, column: str | None, id_column: str |
         # Only data that can be read again has ids.
         named = enumerate(_named(texts, column, id_column))
         ids.check(lambda: ((str(name), f"texts[{number}]") for number, (name, _) in named))
-        yield task, path
+        yield task, _with_digest(path)
+
+
+def _with_digest(path: Path) -> Path:
+    """The file, named by its content. Else ``cache list`` would take other texts for a newer version."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return path.rename(path.with_stem(f"{path.stem}-{digest[:8]}"))
 
 
 def _named(texts: Any, column: str | None, id_column: str | None) -> Iterator[tuple[str | None, Any]]:
