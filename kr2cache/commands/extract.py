@@ -24,7 +24,10 @@ from kr2cache.tasks.spool import STANDARD_INPUT, standard_input
 def extract_cli(
     typed: dict[str, Any],
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only show how much disk this takes, for every dtype.")
+        bool, typer.Option("--dry-run", help="Only show how much disk and about how much time this takes.")
+    ] = False,
+    no_measure: Annotated[
+        bool, typer.Option("--no-measure", help="With --dry-run: do not load the model to measure the time.")
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -34,13 +37,13 @@ def extract_cli(
     """
     config = extract_config(read_toml(Path.cwd(), OPTIONS), **typed)
     if config.data != STANDARD_INPUT:
-        _extract(config, dry_run, as_json)
+        _extract(config, dry_run, no_measure, as_json)
         return
     with standard_input(find_task(config.task, config.tasks), config.split) as path:
-        _extract(dataclasses.replace(config, data=str(path)), dry_run, as_json)
+        _extract(dataclasses.replace(config, data=str(path)), dry_run, no_measure, as_json)
 
 
-def _extract(config: ExtractConfig, dry_run: bool, as_json: bool) -> None:
+def _extract(config: ExtractConfig, dry_run: bool, no_measure: bool, as_json: bool) -> None:
     model_folder(check_extraction(config).spec)  # a download shows its own progress
     with loading(as_json):
         from kr2cache.extraction.extract import describe_result, extract
@@ -52,7 +55,7 @@ def _extract(config: ExtractConfig, dry_run: bool, as_json: bool) -> None:
         plan = plan_extraction(config, unshared)
     describe(plan)
     if dry_run:
-        _show_dry_run(plan, as_json)
+        _show_dry_run(plan, no_measure, as_json)
         return
     result = extract(plan)
     describe_result(result)
@@ -60,12 +63,14 @@ def _extract(config: ExtractConfig, dry_run: bool, as_json: bool) -> None:
         print_json(result.json())
 
 
-def _show_dry_run(plan: Any, as_json: bool) -> None:
+def _show_dry_run(plan: Any, no_measure: bool, as_json: bool) -> None:
+    from kr2cache.extraction.estimate import describe_estimate, estimate
     from kr2cache.system.console import bytes_text, console, ranges_text
     from kr2cache.system.disk import free_bytes
     from kr2cache.system.terminal import Column, print_table
 
     choices = plan.bytes_by_choice()
+    found = None if no_measure else estimate(plan)
     if as_json:
         print_json(
             {
@@ -79,6 +84,7 @@ def _show_dry_run(plan: Any, as_json: bool) -> None:
                 "free_bytes": free_bytes(plan.config.cache_dir),
                 "bytes_by_choice": choices,
                 "bytes_by_pool": plan.bytes_by_pool(),
+                **({} if found is None else found.json()),
             }
         )
         return
@@ -88,3 +94,5 @@ def _show_dry_run(plan: Any, as_json: bool) -> None:
     print_table("On disk it would take (nothing was written)", columns, rows)
     others = [f"{bytes_text(size)} with --pool {pool}" for pool, size in plan.bytes_by_pool().items()]
     console.print(f"Layers {ranges_text(plan.layers)} as {plan.config.dtype}: {', '.join(others)}.", soft_wrap=True)
+    if found is not None:
+        describe_estimate(found)

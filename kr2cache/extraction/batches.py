@@ -91,7 +91,7 @@ class BatchRunner:
         fresh = bool(self.batch_plan.get(trial.FRESH))
         try:
             for batch in self._unfinished_batches(writer):
-                with _fitting(plan, batch, device_of(self.encoder), writer.shard.path.parent):
+                with fitting(plan, batch, device_of(self.encoder), writer.shard.path.parent):
                     for ready in self._pack(batch, trial.layers_of(plan, self.encoder, batch, fresh=fresh)):
                         writer.write(ready)
                 self.computed += len(batch)
@@ -136,7 +136,7 @@ class BatchRunner:
 
 
 @contextlib.contextmanager
-def _fitting(plan: ExtractPlan, batch: NDArray[np.intp], device: torch.device, folder: Path) -> Iterator[None]:
+def fitting(plan: ExtractPlan, batch: NDArray[np.intp], device: torch.device, folder: Path) -> Iterator[None]:
     """Turn an out-of-memory error into one that names the batch and what to do."""
     try:
         yield

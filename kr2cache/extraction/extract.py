@@ -29,7 +29,7 @@ from kr2cache.extraction.batches import BatchRunner, by_weights
 from kr2cache.extraction.planning import ExtractPlan, check_disk, plan_extraction
 from kr2cache.extraction.together import Filled, Share, fill_with_workers, interrupted
 from kr2cache.models import registry
-from kr2cache.models.digests import OpenedModel
+from kr2cache.models.digests import Digests, OpenedModel
 from kr2cache.models.stack import describe_dropped
 from kr2cache.models.states import device_of
 from kr2cache.store import folders, plans, provenance
@@ -93,11 +93,8 @@ def extract(settings: ExtractConfig | ExtractPlan, model: OpenedModel | None = N
         note(f"{plan.spec.name}: only its {model.part} is used.")
     if dropped := describe_dropped(plan.spec, model.dropped):
         note(f"{dropped}.")
-    found = provenance.found(plan.stored, model.digests.weights, model.digests.config, plan.template)
-    fingerprint = provenance.fingerprint(plan.chosen, found)
-    config = plan.config
-    folder = folders.cache_folder(config.cache_dir, config.task, config.split, plan.spec.name, fingerprint)
-    filled = Filled()
+    folder, found, fingerprint = place_of(plan, model.digests)
+    config, filled = plan.config, Filled()
     if not _is_finished(folder, fingerprint):
         check_writable(folder.parent, "--cache-dir")
         if config.engine == "local" and config.workers == 1:
@@ -119,6 +116,18 @@ def extract(settings: ExtractConfig | ExtractPlan, model: OpenedModel | None = N
     )
 
 
+def place_of(plan: ExtractPlan, digests: Digests) -> tuple[Path, provenance.Found, str]:
+    """The folder of the cache, what it is made from, and its fingerprint.
+
+    Args:
+        digests: Of the model.
+    """
+    found = provenance.found(plan.stored, digests.weights, digests.config, plan.template)
+    fingerprint, config = provenance.fingerprint(plan.chosen, found), plan.config
+    folder = folders.cache_folder(config.cache_dir, config.task, config.split, plan.spec.name, fingerprint)
+    return folder, found, fingerprint
+
+
 def _work(share: Share) -> Filled:
     """What one worker does: fill shards until none is left.
 
@@ -129,8 +138,8 @@ def _work(share: Share) -> Filled:
     if _is_finished(folder, fingerprint):  # nothing is left for a worker that started late
         return Filled()
     model = trial.open_resource(plan)
-    found = provenance.found(plan.stored, model.digests.weights, model.digests.config, plan.template)
-    if provenance.fingerprint(plan.chosen, found) != fingerprint:
+    _, found, own = place_of(plan, model.digests)
+    if own != fingerprint:
         raise CacheMismatchError(
             f"The model {plan.spec.name} of the worker on {platform.node()} differs from the one on the machine where "
             "the command was started: other weights or another configuration.",
@@ -143,33 +152,13 @@ def _work(share: Share) -> Filled:
 def _make_shards(
     plan: ExtractPlan, model: OpenedModel, folder: Path, found: provenance.Found, fingerprint: str
 ) -> tuple[SharedShards, Donors | None]:
-    """Check the model, plan the batches, find older caches to copy from, and make the shards. If another process has
-    made shards already, its batch plan is used, and only the missing shards are made.
+    """Look what there is, and make the shards that are missing.
 
     Returns:
         The shards, and the older caches (None if they were not searched for).
     """
     with claimed(folder, CACHE) as claim:
-        donors = None
-        header = existing_header(folder, fingerprint)
-        if header is not None:
-            _note_shard_size(plan.config.shard_gb, header)
-            with contextlib.suppress(DeviceMemoryError):  # the missing sequences may be shorter, and fit
-                trial.check_history(plan, model.encoder, header.batch_plan)
-            _check_begun(plan, model.encoder, folder)
-        else:
-            tried = trial.check_states(plan, model.encoder)
-            batch_plan = budget.plan_batches(
-                plan, lambda batch: trial.layers_of(plan, model.encoder, batch, fresh=tried.fresh), padded=tried.padded
-            )
-            if tried.fresh:
-                batch_plan[trial.FRESH] = True
-            header = _new_header(plan, model, found, fingerprint, batch_plan, tried.last_is_output)
-            donors = find_donors(plan.config.cache_dir, folder, header, plan.stored, _agreeing(plan, model.encoder))
-            if donors.covered.any():
-                # Record for which sequences the model runs: a continued extraction has to form the same batches.
-                computed = ranges(np.flatnonzero(~donors.covered).tolist())
-                header = replace(header, batch_plan={**batch_plan, "computed": computed})
+        header, donors = plan_shards(plan, model, folder, found, fingerprint)
         shards = SharedShards(folder, header, plan.stored)
         for unfinished in folder.glob("*.partial"):  # earlier versions of kr2cache left unfinished shards here
             unfinished.unlink()
@@ -177,6 +166,37 @@ def _make_shards(
     if plan.recorded:
         plans.forget(plan.config.cache_dir, plan.config.task, plan.config.split, plan.recorded[plans.FIELD]["key"])
     return shards, donors
+
+
+def plan_shards(
+    plan: ExtractPlan, model: OpenedModel, folder: Path, found: provenance.Found, fingerprint: str
+) -> tuple[ShardHeader, Donors | None]:
+    """Check the model, plan the batches, and find older caches to copy from. If another process has made shards
+    already, their batch plan is used. Nothing is written.
+
+    Returns:
+        The header of the cache, and the older caches (None if they were not searched for).
+    """
+    header = existing_header(folder, fingerprint)
+    if header is not None:
+        _note_shard_size(plan.config.shard_gb, header)
+        with contextlib.suppress(DeviceMemoryError):  # the missing sequences may be shorter, and fit
+            trial.check_history(plan, model.encoder, header.batch_plan)
+        _check_begun(plan, model.encoder, folder)
+        return header, None
+    tried = trial.check_states(plan, model.encoder)
+    batch_plan = budget.plan_batches(
+        plan, lambda batch: trial.layers_of(plan, model.encoder, batch, fresh=tried.fresh), padded=tried.padded
+    )
+    if tried.fresh:
+        batch_plan[trial.FRESH] = True
+    header = _new_header(plan, model, found, fingerprint, batch_plan, tried.last_is_output)
+    donors = find_donors(plan.config.cache_dir, folder, header, plan.stored, _agreeing(plan, model.encoder))
+    if donors.covered.any():
+        # Record for which sequences the model runs: a continued extraction has to form the same batches.
+        computed = ranges(np.flatnonzero(~donors.covered).tolist())
+        header = replace(header, batch_plan={**batch_plan, "computed": computed})
+    return header, donors
 
 
 def _check_begun(plan: ExtractPlan, encoder: PreTrainedModel, folder: Path) -> None:
