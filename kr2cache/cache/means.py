@@ -55,9 +55,12 @@ def word_means(states: NDArray[np.floating], word_index: NDArray[np.int32]) -> N
     kept = np.flatnonzero(word_index >= 0)
     number = _numbers(kept, word_index[kept])
     words = int(number[-1]) + 1 if len(number) else 0
-    result = np.full((len(states), words, states.shape[2]), np.nan, dtype=np.float32)
     begins = np.flatnonzero(np.diff(number, prepend=-1))  # the first token of each word that has one
-    result[:, number[begins]] = run_means(states, kept, np.diff(begins, append=len(number)))
+    means = run_means(states, kept, np.diff(begins, append=len(number)))
+    if len(begins) == words:
+        return means
+    result = np.full((len(states), words, states.shape[2]), np.nan, dtype=np.float32)
+    result[:, number[begins]] = means
     return result
 
 

@@ -5,6 +5,7 @@ Shape letters: L layers, T tokens and W words of one sequence, D width.
 
 from __future__ import annotations
 
+import hashlib
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -13,11 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kr2cache.cache.facts import Layers
+from kr2cache.cache.format import offsets
 from kr2cache.cache.means import sequence_mean, word_means
 from kr2cache.errors import unknown_name
 
 if TYPE_CHECKING:
     from kr2cache.cache.reader import FeatureCache
+
+PIECE = 2**26
+"""About so many values become one piece of an Arrow table, whose lists count with 32 bits."""
 
 POOLS: dict[str, Callable[[NDArray[np.floating], NDArray[np.int32], str], NDArray[np.floating]]] = {
     "mean": sequence_mean,
@@ -69,7 +74,7 @@ class StateDataset:
         """One sequence: shape (L, D), or (L, W, D) for ``word``, in float32; without pooling (L, T, D) as stored."""
         return self.__getitems__([range(len(self))[operator.index(number)]])[0]
 
-    def __getitems__(self, numbers: Sequence[int]) -> list[NDArray[np.floating]]:
+    def __getitems__(self, numbers: Sequence[int] | NDArray[np.int64]) -> list[NDArray[np.floating]]:
         """Several sequences, read together. ``DataLoader`` calls it with the numbers of a batch."""
         positions = self.positions[np.asarray(numbers, dtype=np.int64)]
         cache = self.cache
@@ -93,18 +98,45 @@ def as_dataset(states: StateDataset) -> Any:
         (T,): the word of each token, -1 for a special token.
     """
     import datasets
+    import pyarrow as pa
 
-    arrays = [one.astype(np.float32, copy=False) for one in states.__getitems__(range(len(states)))]
-    columns: dict[str, Any] = {"id": states.ids}
-    features: dict[str, Any] = {"id": datasets.Value("string")}
-    shape = (len(states.cache.layers if states.layers is None else states.layers), states.cache.width)
+    cache = states.cache
+    shape = (len(cache.layers if states.layers is None else states.layers), cache.width)
+    per_token = states.pool in (None, "word")
+    features = {"id": datasets.Value("string")}
     if states.pool is None:
-        columns["word_index"] = [states.cache.word_index(position) for position in states.positions.tolist()]
         features["word_index"] = datasets.List(datasets.Value("int32"))
-    if states.pool in (None, "word"):
-        columns["states"] = [one.swapaxes(0, 1) for one in arrays]
-        features["states"] = datasets.Array3D((None, *shape), "float32")
-    else:
-        columns["states"] = arrays
-        features["states"] = datasets.Array2D(shape, "float32")
-    return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+    features["states"] = (
+        datasets.Array3D((None, *shape), "float32") if per_token else datasets.Array2D(shape, "float32")
+    )
+    schema = datasets.Features(features).arrow_schema
+    parts = []
+    sizes = np.cumsum(cache.n_tokens[states.positions], dtype=np.int64) * shape[0] * shape[1]
+    for numbers in np.split(np.arange(len(states)), np.flatnonzero(np.diff(sizes // PIECE)) + 1):
+        items = states.__getitems__(numbers)
+        positions = states.positions[numbers].tolist()
+        columns: dict[str, Any] = {"id": [cache.id_at(position) for position in positions]}
+        if states.pool is None:
+            columns["word_index"] = [cache.word_index(position) for position in positions]
+        rows = [one.swapaxes(0, 1) if per_token else one[np.newaxis] for one in items]  # (T, L, D); (1, L, D)
+        flat = [np.empty(0, np.float32), *(one.reshape(-1) for one in rows)]
+        values = pa.array(np.concatenate(flat, dtype=np.float32, casting="same_kind"))
+        lengths = [len(one) for one in rows] if per_token else None
+        storage = _nested(values, shape, lengths)
+        columns["states"] = pa.ExtensionArray.from_storage(schema.field("states").type, storage)
+        parts.append(pa.table(columns, schema=schema))
+    decides = repr((cache.fingerprint, states.layers, states.pool)).encode() + states.positions.tobytes()
+    # Without a fingerprint, datasets would make one from all values, which takes longer than the rest.
+    return datasets.Dataset(pa.concat_tables(parts), fingerprint=hashlib.sha256(decides).hexdigest()[:16])
+
+
+def _nested(values: Any, shape: tuple[int, int], lengths: Sequence[int] | None) -> Any:
+    """Arrow's lists of lists: (L, D) in each row; or with ``lengths``, the number of (L, D) in each row."""
+    import pyarrow as pa
+
+    count = len(values)
+    inner = pa.ListArray.from_arrays(pa.array(np.arange(0, count + 1, shape[1], dtype=np.int32)), values)
+    middle = pa.ListArray.from_arrays(pa.array(np.arange(0, len(inner) + 1, shape[0], dtype=np.int32)), inner)
+    if lengths is None:
+        return middle
+    return pa.ListArray.from_arrays(pa.array(offsets(np.array(lengths)).astype(np.int32)), middle)

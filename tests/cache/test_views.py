@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from kr2cache import FeatureCache
+from kr2cache.cache import views
 from kr2cache.cache.means import word_means
 from kr2cache.errors import ConfigError, DataError, SequenceNotFoundError, UnknownNameError
 
@@ -156,7 +157,9 @@ def test_a_loader_of_torch_gives_batches(method: str | None, tmp_path: Path) -> 
     assert torch.cat([labels for _, labels in batches]).tolist() == [0, 1, 2, 3]
 
 
-def test_a_cache_becomes_a_data_set_of_datasets(tmp_path: Path) -> None:
+@pytest.mark.parametrize("piece", [1, 30, 2**26])
+def test_a_cache_becomes_a_data_set_of_datasets(piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(views, "PIECE", piece)
     cache, truth = made(tmp_path / "cache")
     words = cache.to_dataset(["gap", "pair"], pool="word", layers="0,4")
     assert words["id"] == ["gap", "pair"]
@@ -164,6 +167,7 @@ def test_a_cache_becomes_a_data_set_of_datasets(tmp_path: Path) -> None:
     assert words.with_format("numpy")[1]["states"].shape == (4, 2, 4)
     sequences = cache.to_dataset(["one", "cut"], pool="sequence").with_format("numpy")
     assert np.array_equal(sequences[1]["states"], cache.mean("cut"))
+    assert len(cache.to_dataset([], pool="word")) == 0
     whole = cache.to_dataset().with_format("numpy")
     assert whole.column_names == ["id", "word_index", "states"]
     for i, row in enumerate(whole):
