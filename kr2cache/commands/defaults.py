@@ -14,7 +14,7 @@ from kr2cache.errors import ConfigError
 from kr2cache.methods import METHODS
 from kr2cache.models.registry import find_model, known_models
 from kr2cache.store.stored import find_resource, tasks_and_resources
-from kr2cache.tasks import Task, find_task, split_name, task_names
+from kr2cache.tasks import Task, find_task, names_text, split_name, task_names
 from kr2cache.tasks.files import data_path, split_of
 
 
@@ -134,7 +134,7 @@ def choose_task(resource: str | None, cache_dir: Path, overrides: Mapping[str, M
     held = sorted({name for name, _ in tasks_and_resources(cache_dir)})
     if len(held) == 1:
         return held[0]
-    choices = ", ".join(held or task_names())
+    choices = ", ".join(held) or names_text(task_names())
     why = f"{resource!r} has no single language" if resource else "no resource is given"
     raise ConfigError(
         f"Which task? {why}, and {cache_dir} holds {'several' if held else 'no cache'}.",

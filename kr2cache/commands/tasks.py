@@ -14,9 +14,8 @@ from kr2cache.commands.settings import OPTIONS
 from kr2cache.config import Toml, read_toml
 from kr2cache.errors import ConfigError
 from kr2cache.system.console import console, waiting
-from kr2cache.tasks import find_task, task_names
+from kr2cache.tasks import FAMILIES, find_task, listed_name, task_names
 from kr2cache.tasks.base import HEADS, Task
-from kr2cache.tasks.ready import LANGUAGES as READY_LANGUAGES
 from kr2cache.tasks.survey import Survey, survey
 from kr2cache.tasks.udpos import LANGUAGES
 
@@ -68,14 +67,9 @@ def _all_tasks(toml: Toml, as_json: bool) -> None:
         Column("data", breaks="/", rank=2),
         Column("or --data with", rank=4),
     )
-    families: dict[str, list[str]] = {
-        "udpos": sorted(LANGUAGES),
-        **{name: [*own] for name, own in READY_LANGUAGES.items()},
-    }
     rows: dict[str, list[str]] = {}
     for one in tasks:
-        family, _, language = one.name.partition("-")
-        name = f"{family}-LANG" if language in families.get(family, ()) else one.name
+        name = listed_name(one.name)
         f1 = one.name.startswith("udpos")
         rows.setdefault(
             name,
@@ -88,7 +82,7 @@ def _all_tasks(toml: Toml, as_json: bool) -> None:
             ],
         )
     print_table("Tasks", columns, list(rows.values()))
-    for family, languages in families.items():
+    for family, languages in FAMILIES.items():
         codes = [f"{code} ({LANGUAGES[code]})" if family == "udpos" else code for code in languages]
         console.print(f"LANG of {family}: {', '.join(codes)}")
 

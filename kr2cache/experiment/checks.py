@@ -158,6 +158,7 @@ def check_training(config: TrainConfig) -> Training:
     if training.teacher is not None:
         check_obtainable(training.teacher)
     training.task.check_data("train", config.data)
+    training.task.check_has_splits(config.data)
     check_obtainable(training.reader)
     for resource in training.resources.values():
         if not has_caches(config.cache_dir, config.task, resource.name):

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from kr2cache.errors import ConfigError, unknown_name
+from kr2cache.errors import ConfigError, UnknownNameError, nearest
 from kr2cache.tasks.base import Example, Task, split_name
 from kr2cache.tasks.declared import DeclaredTask
 from kr2cache.tasks.files import SPLITS
 from kr2cache.tasks.hellaswag import HellaSwag
 from kr2cache.tasks.piqa import Piqa
 from kr2cache.tasks.plugins import plugin_names, plugin_task
+from kr2cache.tasks.ready import LANGUAGES as READY_LANGUAGES
 from kr2cache.tasks.ready import READY, ReadyTask
 from kr2cache.tasks.rows import RowTask
 from kr2cache.tasks.snli import Snli
@@ -23,6 +24,9 @@ __all__ = ["COUNTS", "SPLITS", "Example", "Task", "find_task", "split_name", "ta
 
 ROW_TASKS: tuple[type[RowTask], ...] = (Snli, Swag, Piqa, HellaSwag, Text, Words)
 """Add your own task here."""
+
+FAMILIES: Mapping[str, Sequence[str]] = {"udpos": sorted(LANGUAGES), **READY_LANGUAGES}
+"""The languages of tasks that exist in several, by the first part of their names."""
 
 COUNTS = {**UdPos.counts, **{name: title for task in ROW_TASKS for name, title in task.counts.items()}}
 """The counts of all tasks: name to the title of its column."""
@@ -49,8 +53,10 @@ def find_task(name: str, declared: Mapping[str, Any] = {}) -> Task:
         return DeclaredTask.of_table(name, given)
     if (task := plugin_task(name)) is not None:
         return task
-    raise unknown_name(
-        "task", name, [*task_names(), *declared], "A task of your own: [tasks.NAME] in kr2cache.toml declares it."
+    known = [*task_names(), *declared]
+    raise UnknownNameError(
+        f"Unknown task {name!r}.{nearest(name, known)}",
+        f"Known: {names_text(known)}. A task of your own: [tasks.NAME] in kr2cache.toml declares it.",
     )
 
 
@@ -70,3 +76,14 @@ def task_names() -> list[str]:
     own = ["udpos", *(f"udpos-{language}" for language in sorted(LANGUAGES)), *(task.name for task in ROW_TASKS)]
     own += READY
     return own + [name for name in plugin_names() if name not in own]
+
+
+def listed_name(name: str) -> str:
+    """The name under which lists have a task: ``xnli-LANG`` for all of ``xnli-ar``, ``xnli-bg``, ..."""
+    family, _, language = name.partition("-")
+    return f"{family}-LANG" if language in FAMILIES.get(family, ()) else name
+
+
+def names_text(names: Iterable[str]) -> str:
+    """Names of tasks, for errors."""
+    return ", ".join(sorted(dict.fromkeys(map(listed_name, names))))

@@ -233,6 +233,20 @@ class Task(ABC):
         else:
             self._files(path, split)
 
+    def check_has_splits(self, data: str | None) -> None:
+        """Check that the data can have several splits, as a training needs.
+
+        Raises:
+            MissingSplitError: If it is one file.
+        """
+        path = self._path(data)
+        if path is not None and path.is_file():
+            raise MissingSplitError(
+                f"{path} is one file, but a training also needs a dev or a test split with labels to score on.",
+                f"Put some of its examples into another file: train{path.suffix} and dev{path.suffix} (and "
+                f"test{path.suffix}) in one folder. Give this folder as --data.",
+            )
+
     def source_files(self, split: str, data: str | None) -> dict[str, Path] | None:
         """All files that decide the examples of a split, by their path below the folder. None if they are not known,
         as for a data set of the hub.

@@ -417,6 +417,7 @@ WRONG: dict[str, tuple[Callable[[Path], object], str, int, tuple[str, ...]]] = {
         lambda place: [(place / "corpus" / f"{name}.conllu").unlink() for name in ("dev", "test")], TRAIN, 1,
         ("neither a dev nor a test",),
     ),
+    "one file": (nothing, f"{TRAIN} --data corpus/train.conllu", 1, ("is one file", "train.conllu and dev.conllu")),
     "disk": (too_wide, EXTRACT, 1, ("free", "--layers last4", "--dtype int8")),
     "max length": (nothing, f"{EXTRACT} --max-length 9999", 1, ("9999", "--max-length 600")),
     "tiny max length": (nothing, f"{EXTRACT} --max-length 2", 1, ("--max-length 3",)),

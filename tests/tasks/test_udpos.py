@@ -435,8 +435,10 @@ def test_every_listed_task_is_found_and_knows_its_data() -> None:
 
 
 def test_an_unknown_task_gives_the_nearest() -> None:
-    with pytest.raises(UnknownNameError, match="Did you mean 'udpos-de'"):
+    with pytest.raises(UnknownNameError, match="Did you mean 'udpos-de'") as caught:
         find_task("udpos_de")
+    assert "udpos-LANG" in caught.value.remedy
+    assert "udpos-de" not in caught.value.remedy
 
 
 # Score ---------------------------------------------------------------------------------------------------------------
