@@ -347,14 +347,14 @@ def remove_cli(
     as_json: Json = False,
 ) -> None:
     """Delete caches. It shows how many bytes this frees, and asks first."""
-    from kr2cache.store.inventory import removable_bytes, remove
+    from kr2cache.store.inventory import removable, remove
 
     named = [_folder(name, cache_dir) for name in caches]
     folders = list({folder.resolve(): folder for folder in named}.values())  # two names may mean the same folder
-    sizes = {folder: removable_bytes(folder) for folder in folders}
-    for folder, size in sizes.items():
-        console.print(f"{folder}: {bytes_text(size)}", markup=False, soft_wrap=True)
-    total = sum(sizes.values())
+    seen = [removable(folder) for folder in folders]
+    for one in seen:
+        console.print(f"{one.folder}: {bytes_text(one.bytes)}", markup=False, soft_wrap=True)
+    total = sum(one.bytes for one in seen)
     if not yes:
         question = f"Remove {count_text(len(folders), 'cache')} and free {bytes_text(total)}?"
         if as_json:
@@ -368,7 +368,7 @@ def remove_cli(
         if not agreed:
             console.print("Nothing was removed.")
             raise typer.Exit(1)
-    for folder in folders:
-        done(remove(folder))
+    for one in seen:
+        done(remove(one))
     if as_json:
         print_json({"removed": [str(folder) for folder in folders], "bytes": total})

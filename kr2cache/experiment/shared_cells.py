@@ -55,6 +55,7 @@ DIED = KR2CacheError(
     "The process that trained this cell was killed, or it crashed.",
     "If memory was too small (the system then sends SIGKILL), give a smaller --batch-size or fewer --workers.",
 )
+NOT_AGAIN = "It is not tried again."
 
 Entry = dict[str, Any]
 """One cell of the manifest."""
@@ -177,9 +178,10 @@ class SharedCells:
     def _count_dead(self, cell: Cell) -> None:
         """Count as failures the processes that died in a cell, which this process holds now."""
         if dead := _dead_in(self._entries[self._unit[cell]]):
-            failed(f"{cell.name}: {DIED.message}")
             cell.fail(DIED)
             self._write_failures(cell, *dead)
+            what_next = "This process tries it again." if self._is_open(cell) else NOT_AGAIN
+            failed(f"{cell.name}: {DIED.message} {what_next}")
 
     def _begin(self, cell: Cell) -> None:
         def change(entries: dict[str, Entry]) -> None:
@@ -323,6 +325,13 @@ class DrivenCells(SharedCells):
     """
 
     role = DRIVER
+
+    def what_next(self, cell: Cell) -> str:
+        """What happens to a cell that failed, as a sentence. A worker that died is replaced."""
+        self._refresh()
+        entry = self._entries[self._unit[cell]]
+        died = entry["error"] == DIED.message and len(entry.get("failed_by", ())) < TRIES
+        return NOT_AGAIN if self.is_settled(cell) and not died else "Another worker tries it again."
 
 
 def _work(entry: Entry, key: str, *processes: str) -> Entry:

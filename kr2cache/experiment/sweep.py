@@ -24,7 +24,7 @@ from kr2cache.experiment.shared import Shared
 from kr2cache.experiment.shared_cells import MANIFESTS, HeldCell, SharedCells
 from kr2cache.experiment.teacher import teacher_config
 from kr2cache.system.allocator import objects_set_aside
-from kr2cache.system.console import console, count_text, failed, heading, note, silent
+from kr2cache.system.console import console, count_text, failed, heading, note, note_waiting, silent
 from kr2cache.system.disk import check_writable
 from kr2cache.system.interrupt import cause
 from kr2cache.tasks import find_task
@@ -191,7 +191,7 @@ class Sweep:
                 failed(f"{cell.name}: the same error as {earlier.name}")
             shared.settle(cell)
             if not shared.is_settled(cell):
-                note(f"Another process of this sweep tries {cell.name} once more.")
+                note_waiting(f"Another process of this sweep tries {cell.name} once more.")
             return
         cell.error = None  # another process may have failed before
         cell.folder = Path(os.path.relpath(cell.result.runs[0].folder.parent, self.run_dir)).as_posix()

@@ -8,7 +8,7 @@ from kr2cache.config import SweepWorkers
 from kr2cache.errors import InterruptedWorkError
 from kr2cache.experiment.cells import Cell
 from kr2cache.experiment.grid import Grid
-from kr2cache.experiment.shared_cells import DrivenCells, count_outcomes, read_manifest, unit_of, update_cell
+from kr2cache.experiment.shared_cells import DIED, DrivenCells, count_outcomes, read_manifest, unit_of, update_cell
 from kr2cache.experiment.sweep import Sweep, SweepResult, show_score
 from kr2cache.extraction.checks import check_workers
 from kr2cache.system.console import WorkProgress, count_text, failed
@@ -46,8 +46,9 @@ def sweep_with_workers(sweep: Sweep, workers: SweepWorkers, *, keep_going: bool 
     share = Share(sweep.grid, [replace(cell) for cell in sweep.cells], sweep.keep_readers)
     with WorkProgress(sweep.grid.title, "cells", len(sweep.cells)) as progress:
         progress.advance(len(result.failed), count_text(workers.workers, "worker"))
-        display = _Display(result, progress)
-        with DrivenCells(sweep.grid, sweep.cells, sweep.manifest):
+        driven = DrivenCells(sweep.grid, sweep.cells, sweep.manifest)
+        display = _Display(result, progress, driven)
+        with driven:
             try:
                 run_workers(
                     workers.engine,
@@ -73,13 +74,15 @@ def train_share(share: Share) -> None:
 
 
 class _Display:
-    """Shows each cell once when it is done, and its first failure."""
+    """Shows each cell once when it is done, its first failure, and every worker that died in it."""
 
-    def __init__(self, result: SweepResult, progress: WorkProgress) -> None:
+    def __init__(self, result: SweepResult, progress: WorkProgress, driven: DrivenCells) -> None:
         self._result = result
         self._progress = progress
+        self._driven = driven
         self._left = [cell for cell in result.cells if cell.error is None]
-        self._failed: set[Cell] = set()
+        self._failures = dict.fromkeys(result.cells, 0)
+        """How often each cell failed, as far as it was shown."""
 
     @property
     def shown_count(self) -> int:
@@ -94,9 +97,10 @@ class _Display:
         entries = read_manifest(self._result.manifest)
         for cell in list(self._left):
             entry = entries.get(unit_of(cell), {})
-            if "failed_by" in entry and cell not in self._failed:
-                self._failed.add(cell)
-                failed(f"{cell.name}: {entry['error']}")
+            failures = len(entry.get("failed_by", ()))
+            if failures > self._failures[cell] and (self._failures[cell] == 0 or entry["error"] == DIED.message):
+                failed(f"{cell.name}: {entry['error']} {self._driven.what_next(cell)}")
+            self._failures[cell] = failures
             if "done" in entry:
                 self._show(cell, entry)
         return count_outcomes(entries.values())

@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 
 from kr2cache.cache.reader import FeatureCache
 from kr2cache.config import DEFAULT_POOL, local
-from kr2cache.errors import CacheError, ConfigError
+from kr2cache.errors import BusyError, CacheError, ConfigError
 from kr2cache.store import folders, provenance
 from kr2cache.store.sharing import whole_cache
 from kr2cache.system.console import bytes_text, count_text, time_text
+from kr2cache.system.owners import reader_of
 
 _FOUND = {
     "weights": "other weights",
@@ -239,30 +240,54 @@ def _files(folder: Path) -> Iterator[Path]:
         yield from (path for path in folder.glob(pattern) if path.is_file())
 
 
-def removable_bytes(folder: Path) -> int:
-    """How many bytes on disk removing a cache frees.
+@dataclass(frozen=True)
+class Removable:
+    """A cache as it is when the user is asked whether to remove it."""
+
+    folder: Path
+    bytes: int
+    """On disk; removing it frees them."""
+    files: dict[str, tuple[int, int, int]]
+    """By name: inode, size in bytes, time of the last change in ns."""
+
+
+def removable(folder: Path) -> Removable:
+    """Look at a cache that may be removed.
 
     Raises:
         CacheError: If the folder holds no shard.
     """
-    files = list(_files(folder))
-    if not any(path.name.startswith("shard-") for path in files):
+    found = {path.name: path.stat() for path in _files(folder)}
+    if not any(name.startswith("shard-") for name in found):
         raise CacheError(f"{folder} is no cache: it holds no shard.", "kr2cache cache list shows the caches.")
-    return sum(path.stat().st_blocks * 512 for path in files)
+    return Removable(
+        folder=folder,
+        bytes=sum(stat.st_blocks * 512 for stat in found.values()),
+        files={name: (stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in found.items()},
+    )
 
 
-def remove(folder: Path) -> str:
-    """Delete the shards of a cache, and its folder if nothing else is in it; also ``folder`` if it is a link to it.
+def remove(seen: Removable) -> str:
+    """Delete the shards of a cache, and its folder if nothing else is in it; also the folder's name if it is a link.
 
     Returns:
         What was done, in words.
 
     Raises:
-        BusyError: If a process is writing the cache.
-        CacheError: If the folder holds no shard.
+        BusyError: If a process writes the cache, or one of this machine reads it, or if it changed since it was seen.
+        CacheError: If the folder holds no shard any more.
     """
-    freed = removable_bytes(folder)
+    folder = seen.folder
     with whole_cache(folder, wait=False):
+        if removable(folder).files != seen.files:
+            raise BusyError(
+                f"{folder} changed after you were asked: another process wrote to it. It was not removed.",
+                "Give the same command again if it is to be removed.",
+            )
+        if (reader := reader_of(folder)) is not None:
+            raise BusyError(
+                f"{folder} is being read by {reader}. It was not removed.", "Wait until that is done, or stop it."
+            )
         for path in list(_files(folder)):
             path.unlink()
         rest = [path.name for path in folder.iterdir()]
@@ -273,4 +298,4 @@ def remove(folder: Path) -> str:
     if not rest:
         folders.remove_empty_parents(folder)
     kept = f"; {', '.join(sorted(rest)[:3])} in it is not of the cache and was kept" if rest else ""
-    return f"Removed {folder}, {bytes_text(freed)} freed{kept}."
+    return f"Removed {folder}, {bytes_text(seen.bytes)} freed{kept}."

@@ -1,4 +1,4 @@
-"""Which process holds a claim, and whether that process has ended."""
+"""Which process holds a claim, and whether that process has ended. Which process reads files."""
 
 from __future__ import annotations
 
@@ -105,3 +105,17 @@ def _stat(pid: int) -> list[str]:
         return Path(f"/proc/{pid}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()
     except OSError:
         return []
+
+
+def reader_of(folder: Path) -> str | None:
+    """Another process of this machine that has mapped a file in a folder, as text for messages; None if there is none,
+    and for processes of other users.
+    """
+    start = f"{folder.resolve()}{os.sep}"
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        pid = int(maps.parent.name)
+        with contextlib.suppress(OSError):
+            if pid != os.getpid() and start in maps.read_text("utf-8", "replace"):
+                words = maps.with_name("cmdline").read_text("utf-8", "replace").split("\0")
+                return f"process {pid} ({shlex.join(words).strip()[:200]})"
+    return None

@@ -265,8 +265,46 @@ def test_what_is_being_written_is_not_removed(place: World, monkeypatch: pytest.
     folder = folder_of("dev")
     monkeypatch.setattr(claims, "PATIENCE_S", 0.05)
     with whole_cache(folder), pytest.raises(BusyError, match=rf"is being written by process {os.getpid()} of .* since"):
-        inventory.remove(folder)
+        inventory.remove(inventory.removable(folder))
     assert len(FeatureCache.open(folder)) == 5
+
+
+def test_what_changed_after_the_question_is_not_removed(
+    place: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = folder_of("dev")
+    shard = next(folder.glob("*.h5"))
+
+    def write_and_agree(question: str) -> bool:
+        with shard.open("r+b") as file:
+            file.seek(-1, os.SEEK_END)
+            file.write(b"x")
+        return True
+
+    monkeypatch.setattr("typer.confirm", write_and_agree)
+    assert command(f"remove {folder.name}") == 1
+    assert "changed after you were asked: another process wrote to it." in capsys.readouterr().err
+    assert shard.exists()
+
+
+READ = """
+import mmap, sys
+with open(sys.argv[1]) as file:
+    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+print("mapped", flush=True)
+input()
+"""
+
+
+def test_what_a_process_reads_is_not_removed(place: World, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = folder_of("dev")
+    reads = [sys.executable, "-c", READ, str(next(folder.glob("*.h5")))]
+    with subprocess.Popen(reads, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline()
+        assert command(f"remove --yes {folder.name}") == 1
+        assert f"is being read by process {process.pid} (" in capsys.readouterr().err
+        process.communicate(b"\n")
+    assert command(f"remove --yes {folder.name}") == 0
 
 
 def test_looking_at_caches_imports_neither_torch_nor_transformers(place: World) -> None:
@@ -350,7 +388,7 @@ def test_a_cache_on_another_disk_stays_a_cache_of_its_folder(caches: Path, capsy
     code, document, _ = answer(f"slice {NAME} --layers 1", capsys)
     assert (code, Path(document["cache"]).parent.resolve()) == (0, place.parent)
     with whole_cache(moved), pytest.raises(BusyError, match="is being written"):
-        inventory.remove(place)
+        inventory.remove(inventory.removable(place))
     code, document, _ = answer(f"slice {moved} --layers 1", capsys)
     assert (code, document["error"]["type"]) == (1, "ConfigError")
     assert "Give --cache-dir" in document["error"]["remedy"]

@@ -218,7 +218,8 @@ def test_a_process_that_is_killed_beside_another_costs_its_cell_alone(
     assert one.returncode == -signal.SIGKILL
     killed = trained(lost)[-1]
     assert sorted(trained(lost) + trained(shown)) == sorted([*CELLS, killed]), "no other cell was begun twice"
-    assert f"✗ {killed}: The process that trained this cell was killed, or it crashed." in shown
+    died = f"✗ {killed}: The process that trained this cell was killed, or it crashed."
+    assert f"{died} This process tries it again." in shown
     assert "8 of 8 cells filled." in shown
     assert scores(long) == long_scores
     assert finished and all(path.stat().st_ino == inode for path, inode in finished.items())
@@ -233,7 +234,7 @@ def test_a_worker_that_is_killed_is_replaced(long: World, long_scores: dict[str,
     shown = driver.communicate()[0]
     assert driver.returncode == 0, shown
     assert shown.count("was ended by SIGKILL; another one takes its place.") == 1
-    assert shown.count(": The process that trained this cell was killed, or it crashed.") == 1
+    assert shown.count("was killed, or it crashed. Another worker tries it again.") == 1
     assert "8 of 8 cells filled." in shown
     assert scores(long) == long_scores
     assert not list(long.folder.rglob("*.claims"))
@@ -264,6 +265,9 @@ def test_a_cell_that_kills_every_worker_is_reported_and_the_others_are_trained(
     assert len(killed) == 4, "two workers for each of two cells"
     assert "6 of 8 cells filled." in shown
     assert "X · All, Y · All: The process that trained this cell was killed, or it crashed." in shown
+    for cell in ("X · All", "Y · All"):
+        for what_next in ("Another worker tries it again.", "It is not tried again."):
+            assert f"✗ {cell}: {shared_cells.DIED.message} {what_next}" in shown
     assert scores(long) == {path: content for path, content in long_scores.items() if "-all-" not in path}
     again = start(long, "--workers", "2")
     shown = again.communicate()[0]
@@ -357,7 +361,7 @@ def test_a_cell_in_which_a_process_died_comes_last_in_the_next_sweep(
         names = fill(shared)
         manifest = shared.manifest
     assert len(names) == 8 and names[-1] == "X · KR2", "the sweeps before have ended: it is tried"
-    assert capsys.readouterr().out == "✗ X · KR2: The process that trained this cell was killed, or it crashed.\n"
+    assert capsys.readouterr().out == f"✗ X · KR2: {shared_cells.DIED.message} This process tries it again.\n"
     assert not any(key in manifest.read_text("utf-8") for key in shared_cells.WORK_KEYS)
 
 
@@ -365,12 +369,13 @@ def test_the_deaths_of_workers_count_while_their_driver_is_there(
     world: World, sharing: Callable[[], SharedCells]
 ) -> None:
     alone = sharing()
-    with DrivenCells(alone.grid, alone.cells, alone.manifest):
+    with DrivenCells(alone.grid, alone.cells, alone.manifest) as alone:
         for _ in range(2):
             die_in_a_cell(sharing, "X · KR2")
         with sharing() as last:
             names = fill(last)
             assert len(names) == 7 and "X · KR2" not in names, "two died in it"
+            assert alone.what_next(alone.cells[1]) == "It is not tried again."
             assert last.cells[1].error is not None and last.cells[1].error.remedy == shared_cells.DIED.remedy
         assert "failed_by" in alone.manifest.read_text("utf-8")
     assert not any(key in alone.manifest.read_text("utf-8") for key in shared_cells.WORK_KEYS)
