@@ -149,14 +149,16 @@ def prepare(config: TrainConfig, shared: Shared) -> Prepared:
     if (said := checkpoint.head_note) is not None:
         notes.append(said)
     resources: dict[str, Resource] = {}
-    caches: dict[str, dict[str, FeatureCache]] = {}
-    for given, spec in ready.training.resources.items():  # one after the other, so that one model is in memory
+    for given, spec in ready.training.resources.items():
         own = dataclasses.replace(config, resource=given, more_resources=())
         resources[spec.name] = Resource(own, spec, task, shared)
-        caches[spec.name] = resources[spec.name].caches(splits)
+        resources[spec.name].look(splits)
+        if len(ready.training.resources) > 1:
+            resources[spec.name].release_model()  # so that one model is in memory
     if resources:  # the caches found may hold longer texts than a new one
-        longest = sum(_positions(own["train"]) for own in caches.values())
+        longest = sum(resource.positions for resource in resources.values())
         shared.check_reader(checkpoint, None, positions=config.max_length + longest)
+    caches = {name: resource.caches(splits) for name, resource in resources.items()}
     job = _with_features(job, resources, caches)
     return Prepared(
         job=job,
@@ -165,12 +167,6 @@ def prepare(config: TrainConfig, shared: Shared) -> Prepared:
         deciding=_deciding(job, ready.corpus) | _resources_decide(job, resources, caches),
         notes=[*notes, *(text for resource in resources.values() for text in resource.notes)],
     )
-
-
-def _positions(cache: FeatureCache) -> int:
-    """The largest number of states of a sequence that a cache with the same settings may have."""
-    by_sequence = provenance.pool_of(cache.provenance) == "sequence"
-    return 1 if by_sequence else int(cache.provenance["chosen"]["max_length"])
 
 
 def _unseen_words(job: Job) -> list[str]:

@@ -31,7 +31,7 @@ from kr2cache.errors import CacheError, CacheMismatchError, ConfigError, DiskSpa
 from kr2cache.experiment.shared import Shared
 from kr2cache.extraction import canaries
 from kr2cache.extraction.extract import describe_result, extract
-from kr2cache.extraction.planning import ExtractPlan, describe, plan_extraction
+from kr2cache.extraction.planning import ExtractPlan, check_disk, describe, plan_extraction
 from kr2cache.extraction.rerun import plan_again
 from kr2cache.fusion import parse_fusion
 from kr2cache.models.digests import OpenedModel, known_digests, open_model
@@ -72,6 +72,8 @@ class Resource:
         # The weights are hashed as they run, so this is settled before caches are compared.
         self._note_once = shared.note_once
         self.weights_dtype = config.weights_dtype or self._weights_dtype_of_caches()
+        self._looked: dict[str, FeatureCache | ExtractPlan] = {}
+        """What ``look`` found, by split."""
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._model: OpenedModel | None = None
         if self.on_this_machine:
@@ -95,17 +97,39 @@ class Resource:
             self._note_once(f"{name} runs with --weights-dtype {common}, as in its caches of other data of {task}.")
         return common or DEFAULT_WEIGHTS_DTYPE
 
-    def caches(self, splits: Iterable[str]) -> dict[str, FeatureCache]:
-        """For each split, the cache that fits, or a new one.
+    def look(self, splits: Iterable[str]) -> None:
+        """Find the cache of each split, or plan its extraction: all checks, before anything is made.
 
         Raises:
             CacheMismatchError: If a cache of the same names was made from other contents.
             CacheError: If no cache fits and ``--no-extract`` was given, or several fit and differ.
+            KR2CacheError: If a split cannot be extracted, or the disk has no room for all new caches.
         """
+        for split in splits:
+            self._looked[split] = self._cache_or_plan(split)
+        check_disk(*self._plans)
+
+    def caches(self, splits: Iterable[str]) -> dict[str, FeatureCache]:
+        """For each split, the cache that fits, or a new one; errors as for ``look``."""
         try:
+            if not self._looked:
+                self.look(splits)
             return {split: self._cache(split) for split in splits}
         finally:
-            self._model = None  # a training needs the memory
+            self.release_model()
+
+    @property
+    def _plans(self) -> list[ExtractPlan]:
+        return [one for one in self._looked.values() if isinstance(one, ExtractPlan)]
+
+    @property
+    def positions(self) -> int:
+        """The largest number of states of a sequence; known once ``look`` has settled it."""
+        return 1 if self.pool == "sequence" else self.max_length or DEFAULT_MAX_LENGTH
+
+    def release_model(self) -> None:
+        """Free the memory of the model: a training needs it, or the next resource."""
+        self._model = None
 
     def _opened_model(self) -> OpenedModel:
         """The model, loaded and hashed once for the extractions of all splits."""
@@ -113,7 +137,7 @@ class Resource:
             self._model = open_model(self.spec, self.weights_dtype, self.config.device_map)
         return self._model
 
-    def _cache(self, split: str) -> FeatureCache:
+    def _cache_or_plan(self, split: str) -> FeatureCache | ExtractPlan:
         part = self.corpus.splits[split]
         wanted = Wanted(
             resource=self.spec.name,
@@ -134,22 +158,28 @@ class Resource:
             text_xxh3=part.text_xxh3,
         )
         found = self._find(wanted)
-        if found is not None:
-            self._compare_with_model(found, split)
-        cache = self._with_fusion_stored(found or self._extract(split), part.ids)
-        if self.task.words:
-            self._count_missing_words(cache, split, noted=found is None)
-        cache.check_on_read = self.config.check_states
-        chosen = cache.provenance["chosen"]
-        self.max_length, self.dtype, self.compute_dtype = (
-            chosen["max_length"],
-            chosen["dtype"],
-            chosen["compute_dtype"],
-        )
-        self.pool = pool_of(cache.provenance)
+        if found is None:
+            plan = self._plan(split)
+            self.max_length, self.dtype = plan.config.max_length, plan.config.dtype
+            self.compute_dtype, self.pool = plan.config.compute_dtype, plan.config.pool
+            return plan
+        self._compare_with_model(found, split)
+        parse_fusion(self.config.fusion, found.model_layers)
+        chosen, made_from = found.provenance["chosen"], found.provenance["found"]
+        self.max_length, self.dtype = chosen["max_length"], chosen["dtype"]
+        self.compute_dtype, self.pool = chosen["compute_dtype"], pool_of(found.provenance)
         if not self.on_this_machine:  # the caches of the other splits have to be of the same model
-            found = cache.provenance["found"]
-            self.weights, self.config_digest = found["weights"], found["config"]
+            self.weights, self.config_digest = made_from["weights"], made_from["config"]
+        return found
+
+    def _cache(self, split: str) -> FeatureCache:
+        looked = self._looked[split]
+        planned = isinstance(looked, ExtractPlan)
+        cache = self._extract(looked) if isinstance(looked, ExtractPlan) else looked
+        cache = self._with_fusion_stored(cache, self.corpus.splits[split].ids)
+        if self.task.words:
+            self._count_missing_words(cache, split, noted=planned)
+        cache.check_on_read = self.config.check_states
         return cache
 
     def _compare_with_model(self, cache: FeatureCache, split: str) -> None:
@@ -288,8 +318,7 @@ class Resource:
                 f"{found.wanted.task}/{found.wanted.split}."
             )
 
-    def _extract(self, split: str) -> FeatureCache:
-        plan = self._plan(split)
+    def _extract(self, plan: ExtractPlan) -> FeatureCache:
         describe(plan, LENGTH_OPTION)
         with waiting(f"Loading {self.spec.name}"):
             model = self._opened_model()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -196,29 +196,33 @@ def _tokenised(
     )
 
 
-def check_disk(plan: ExtractPlan) -> None:
-    """Check that the disk can hold the cache. Space that shards of this cache have reserved already counts as free.
+def check_disk(*plans: ExtractPlan) -> None:
+    """Check that the disk can hold the caches of all plans, which have one cache folder. Space that shards of these
+    caches have reserved already counts as free.
 
     Raises:
         DiskSpaceError: If it cannot. The error gives the needed and the free bytes, and settings that need fewer.
     """
-    needed = plan.state_bytes - _reserved(plan)
-    free = free_bytes(plan.config.cache_dir)
+    if not plans:
+        return
+    needed = sum(plan.state_bytes - _reserved(plan) for plan in plans)
+    cache_dir = plans[0].config.cache_dir
+    free = free_bytes(cache_dir)
     if needed > free:
         raise DiskSpaceError(
-            f"The states take {bytes_text(needed)}, but {plan.config.cache_dir} has {bytes_text(free)} free.",
-            f"Free some space, or give another --cache-dir.{_fewer_bytes(plan)}",
+            f"The states take {bytes_text(needed)}, but {cache_dir} has {bytes_text(free)} free.",
+            f"Free some space, or give another --cache-dir.{_fewer_bytes(plans)}",
         )
 
 
-def _fewer_bytes(plan: ExtractPlan) -> str:
+def _fewer_bytes(plans: Sequence[ExtractPlan]) -> str:
     """Which settings need fewer bytes, as a sentence; empty if none does."""
-    rows = plan.positions * len(plan.layers)
     options = {
-        "--layers last4": plan.bytes_by_choice()[plan.config.dtype]["last4"],
-        "--dtype int8": rows * DTYPES["int8"].row_bytes(plan.width),
+        "--layers last4": sum(plan.bytes_by_choice()[plan.config.dtype]["last4"] for plan in plans),
+        "--dtype int8": sum(plan.positions * len(plan.layers) * DTYPES["int8"].row_bytes(plan.width) for plan in plans),
     }
-    fewer = [f"{option} takes {bytes_text(size)}" for option, size in options.items() if size < plan.state_bytes]
+    total = sum(plan.state_bytes for plan in plans)
+    fewer = [f"{option} takes {bytes_text(size)}" for option, size in options.items() if size < total]
     return f" {', '.join(fewer)}." if fewer else ""
 
 

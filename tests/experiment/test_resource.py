@@ -21,11 +21,13 @@ from kr2cache import FeatureCache, cli
 from kr2cache.errors import (
     CacheError,
     CacheMismatchError,
+    DiskSpaceError,
     KR2CacheError,
 )
 from kr2cache.experiment.pipeline import describe_training
 from kr2cache.experiment.resource import Resource
 from kr2cache.experiment.shared import Shared
+from kr2cache.extraction import planning
 from kr2cache.fusion import TRAINABLE
 from kr2cache.models import digests, stack
 from kr2cache.models.digests import weights_digest
@@ -408,3 +410,29 @@ def test_a_training_loads_and_hashes_its_resource_once(world: World, monkeypatch
     assert opened.count("res") == 1, "for three extractions"
     world.train(epochs=1.0)
     assert opened.count("res") == 1, "its files did not change"
+
+
+def test_a_cache_that_does_not_fit_is_found_before_others_are_made(world: World) -> None:
+    """The train split has no cache yet, and that of dev was made from other texts."""
+    world.extract("dev")
+    change_a_weight(world.resource)
+    with pytest.raises(CacheMismatchError, match=r"on udpos/dev .* weights"):
+        world.train()
+    assert {folder.parent.name for folder in world.cache_folders()} == {"dev"}
+
+
+def test_a_second_resource_is_looked_at_before_the_first_runs(world: World) -> None:
+    other = tiny.save_model(world.folder / "models" / "other", layers=4, seed=8)
+    world.extract("test", resource=str(other))
+    change_a_weight(other)
+    with pytest.raises(CacheMismatchError, match="cache of other on udpos/test"):
+        world.train(more_resources=(str(other),))
+    assert {folder.name.partition("-")[0] for folder in world.cache_folders()} == {"other"}
+
+
+def test_the_disk_has_to_hold_the_caches_of_all_splits(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = world.extract("train", cache_dir=world.folder / "elsewhere").tokens
+    monkeypatch.setattr(planning, "free_bytes", lambda _: tokens * 5 * 16 * 2)  # room for this split alone
+    with pytest.raises(DiskSpaceError, match="The states take"):
+        world.train()
+    assert not world.caches.exists()
