@@ -49,8 +49,8 @@ fusion = "all"
 """
 CELLS = {f"{column} · {row}" for column in "XY" for row in ("KD", "KR2", "KResource", "All")}
 TOML = '[defaults]\ncache-dir = "cache"\n[models.res]\npath = "models/res"\n[models.reader]\npath = "models/reader"\n'
-LONG = GRID.replace("epochs = 1", "epochs = 25")
-"""Each cell takes seconds, so that a kill falls into it."""
+LONG = GRID.replace("epochs = 1", "epochs = 12")
+"""Each cell takes half a second and more, so that a kill falls into it."""
 
 
 def with_grid(world: World, grid: str = GRID) -> World:

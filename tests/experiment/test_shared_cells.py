@@ -53,6 +53,8 @@ from kr2cache.system.console import as_worker
 from kr2cache.training.kreader import KReader
 from kr2cache.training.runs import RunFolder
 
+pytestmark = pytest.mark.xdist_group("shared cells")
+
 
 @pytest.fixture
 def here(world: World, monkeypatch: pytest.MonkeyPatch) -> World:
@@ -200,6 +202,7 @@ def long_scores(tmp_path_factory: pytest.TempPathFactory, bert: Path, reader_mod
 
 
 @pytest.mark.long
+@pytest.mark.usefixtures("forked_programs")
 def test_a_process_that_is_killed_beside_another_costs_its_cell_alone(
     long: World, long_scores: dict[str, bytes], started: Callable[[], subprocess.Popen[str]]
 ) -> None:
@@ -227,6 +230,7 @@ def test_a_process_that_is_killed_beside_another_costs_its_cell_alone(
 
 
 @pytest.mark.long
+@pytest.mark.usefixtures("forked_programs")
 def test_a_worker_that_is_killed_is_replaced(long: World, long_scores: dict[str, bytes]) -> None:
     driver = start(long, "--workers", "2")
     wait_for(long, driver, lambda: len(training(long)) == 2)
@@ -241,6 +245,7 @@ def test_a_worker_that_is_killed_is_replaced(long: World, long_scores: dict[str,
 
 
 @pytest.mark.long
+@pytest.mark.usefixtures("forked_programs")
 def test_a_worker_that_sigterm_stops_is_no_failure(long: World, long_scores: dict[str, bytes]) -> None:
     driver = start(long, "--workers", "2")
     wait_for(long, driver, lambda: len(training(long)) == 2)
@@ -255,6 +260,7 @@ def test_a_worker_that_sigterm_stops_is_no_failure(long: World, long_scores: dic
 
 
 @pytest.mark.long
+@pytest.mark.usefixtures("forked_programs")
 def test_a_cell_that_kills_every_worker_is_reported_and_the_others_are_trained(
     long: World, long_scores: dict[str, bytes]
 ) -> None:
@@ -281,6 +287,7 @@ def no_worker_left(workers: set[int]) -> bool:
 
 
 @pytest.mark.long
+@pytest.mark.usefixtures("forked_programs")
 def test_after_ctrl_c_and_after_the_death_of_the_driver_the_next_sweep_goes_on(
     long: World, long_scores: dict[str, bytes]
 ) -> None:

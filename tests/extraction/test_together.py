@@ -31,6 +31,8 @@ from kr2cache.extraction import budget, extract, together, trial
 from kr2cache.extraction.planning import ExtractPlan, plan_extraction
 from kr2cache.models.digests import OpenedModel
 
+pytestmark = pytest.mark.xdist_group("together")
+
 SENTENCES = 1200
 SHARDS = {"shard_gb": 90_000 / 2**30, "tokens_per_batch": 64}
 """Many small batches in about fifty shards."""
@@ -92,7 +94,7 @@ def children(pid: int) -> list[int]:
 
 
 def command(config: ExtractConfig) -> list[str]:
-    shown = {**dataclasses.asdict(config), "models": None}
+    shown = {**dataclasses.asdict(config), "models": None, "tasks": None}  # these are of kr2cache.toml
     return [f"--{name.replace('_', '-')}={value}" for name, value in shown.items() if value is not None]
 
 
@@ -129,12 +131,25 @@ def cache_of(caches: Path) -> Path:
 
 
 @pytest.mark.usefixtures("programs")
-@pytest.mark.parametrize("workers", [2, pytest.param(4, marks=pytest.mark.long)])
 def test_workers_give_the_bytes_of_one_process(
-    workers: int, config: ExtractConfig, by_one: dict[str, bytes], capsys: pytest.CaptureFixture[str]
+    config: ExtractConfig, by_one: dict[str, bytes], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert_workers_give_the_bytes(by_one, config, 2, capsys)
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("forked_programs")
+def test_four_workers_give_the_bytes_of_one_process(
+    config: ExtractConfig, by_one: dict[str, bytes], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert_workers_give_the_bytes(by_one, config, 4, capsys)
+
+
+def assert_workers_give_the_bytes(
+    expected: dict[str, bytes], config: ExtractConfig, workers: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     result = extract.extract(dataclasses.replace(config, workers=workers))
-    assert tiny_cache.folder_bytes(result.cache) == by_one
+    assert tiny_cache.folder_bytes(result.cache) == expected
     assert (result.sequences, result.computed, result.taken_over) == (SENTENCES, SENTENCES, 0)
     shown = capsys.readouterr().out
     assert f"{SENTENCES}/{SENTENCES} sequences {workers} workers" in shown
