@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -123,6 +123,12 @@ def _last_layer(is_output: bool | None, last: int) -> str:
     return f"layer {last} is not the model's output: the model changes it further, usually by a final norm"
 
 
+def _part(recorded: Mapping[str, Any]) -> str:
+    """Which part of the model gave the states, such as the encoder of T5; empty if it is the whole model."""
+    part = (recorded.get("model") or {}).get("part")
+    return f"its {part}: " if part else ""
+
+
 def _dtypes(chosen: dict[str, Any]) -> str:
     """The dtypes of the forward pass and, if they were not float32, of the weights."""
     compute, weights = chosen["compute_dtype"], chosen.get("weights_dtype")
@@ -167,7 +173,7 @@ def info_cli(cache: Cache, cache_dir: CacheDir = None, as_json: Json = False) ->
     rows = {
         "cache": str(folder),
         "resource": f"{label(about.resource, recorded.get('model') or {})}  "
-        f"({opened.model_layers} layers of width {opened.width})",
+        f"({_part(recorded)}{opened.model_layers} layers of width {opened.width})",
         "data": f"{about.corpus}, {about.task}/{about.split}",
         "sequences": f"{about.complete:,} of {about.sequences:,} complete, {_positions(about, chosen['max_length'])}",
         "states": f"layers {_layers(about)} as {about.dtype}, {bytes_text(about.bytes)} on disk "

@@ -133,7 +133,8 @@ def _one_model(spec: ModelSpec, weights_dtype: str, as_json: bool) -> None:
             for role, heads in parts.items()
             if heads
         )
-        console.print(f"{where}: {why} {remedy or ''}".rstrip(), markup=False, soft_wrap=True)
+        end = "" if why.endswith((".", "!", "?")) else "."  # some reasons are another library's
+        console.print(f"{where}: {why}{end} {remedy or ''}".rstrip(), markup=False, soft_wrap=True)
 
 
 def _print_facts(found: Suitability) -> None:

@@ -52,10 +52,11 @@ def check_plain(model: PreTrainedModel, head: Head, inputs: Mapping[str, Tensor]
     except Exception as error:  # models of any architecture can raise anything
         if is_out_of_memory(error):
             raise
-        reason = error_text(error)
+        reason, remedy = error_text(error), "Choose another reader."
+        if getattr(model.config, "pad_token_id", None) is None:
+            remedy = "Give its tokenizer a padding token (pad_token in tokenizer_config.json), or choose another."
         raise UnsupportedModelError(
-            f"{who} ({model.config.model_type}) cannot be trained on this task; its first batch fails: {reason}",
-            "Choose another reader.",
+            f"{who} ({model.config.model_type}) cannot be trained on this task; its first batch fails: {reason}", remedy
         ) from error
     if tuple(logits.shape) != expected:
         raise UnsupportedModelError(

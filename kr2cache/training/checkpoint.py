@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from kr2cache.models.load import (
 )
 from kr2cache.models.registry import ModelSpec
 from kr2cache.models.stack import find_stack, load_encoder
+from kr2cache.models.tokenizers import load_tokenizer
 from kr2cache.tasks.base import Head
 from kr2cache.training.kreader import HEADS, PROBLEM_TYPES, some, task_class
 
@@ -133,7 +135,15 @@ class TaskCheckpoint:
             config.label2id = {label: number for number, label in enumerate(self.labels)}
         elif task_class(self.head, config) is HEADS["sequence"]:
             config.num_labels = 1  # the value, or one score for each choice
+        if getattr(config, "pad_token_id", 0) is None and task_class(self.head, config) is HEADS["sequence"]:
+            config.pad_token_id = self._padding  # a decoder scores the last token that is no padding
         return config
+
+    @cached_property
+    def _padding(self) -> int | None:
+        """The padding token of the tokenizer; None if it has none. Qwen3's config.json lacks it."""
+        found: int | None = load_tokenizer(self.spec, words=False).pad_token_id
+        return found
 
     def task_model(self) -> PreTrainedModel:
         """A new model with these weights. Its new head is drawn from torch's current random state.
@@ -175,7 +185,11 @@ class TaskCheckpoint:
                 "Download or copy its weights again.",
             )
         if (encoder := self._encoder(model, missing)) is not None:
+            given = encoder.config.pad_token_id
+            if self.config.pad_token_id is None:
+                encoder.config.pad_token_id = None  # the digest is of the file
             hash_encoder(self.spec, encoder, key)  # so that nobody loads the model a second time to hash it
+            encoder.config.pad_token_id = given
         earlier = head_names(model) - missing
         if earlier:
             earlier -= _weights_of_pretraining(config) - misfit

@@ -26,6 +26,7 @@ from transformers import (
     T5EncoderModel,
 )
 
+from kr2cache.cli import run
 from kr2cache.errors import UnsupportedModelError
 from kr2cache.experiment.suitability import READER, RESOURCE, suitability
 from kr2cache.extraction.extract import extract
@@ -121,7 +122,9 @@ def two_models(folder: Path) -> Any:
     return model
 
 
-def test_of_an_encoder_decoder_of_two_models_the_encoder_counts(tmp_path: Path) -> None:
+def test_of_an_encoder_decoder_of_two_models_the_encoder_counts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = two_models(tmp_path / "m")
     whole, cut = (ModelSpec(name="m", path=tmp_path / "m", layers=layers) for layers in (None, 1))
     config = load_config(cut)
@@ -134,7 +137,11 @@ def test_of_an_encoder_decoder_of_two_models_the_encoder_counts(tmp_path: Path) 
             states = opened.encoder(input_ids=ids, output_hidden_states=True).hidden_states
             assert (opened.part, len(states)) == ("encoder", layers)
             assert all(torch.equal(one, other) for one, other in zip(states, expected, strict=False))
-    assert extract(settings(tmp_path / "m", tmp_path)).computed > 0
+    made = extract(settings(tmp_path / "m", tmp_path))
+    assert made.computed > 0
+    capsys.readouterr()
+    assert run(["cache", "info", str(made.cache)]) == 0
+    assert "(its encoder: 4 layers of width 16)" in " ".join(capsys.readouterr().out.split())
 
 
 # Forms of checkpoints ------------------------------------------------------------------------------------------------

@@ -17,7 +17,11 @@ from world import World, predictions
 from kr2cache.errors import ConfigError
 from kr2cache.experiment.prepare import prepare
 from kr2cache.experiment.shared import Shared
+from kr2cache.experiment.suitability import PLAIN, suitability
+from kr2cache.models.digests import config_digest, known_digests
+from kr2cache.models.load import load_config
 from kr2cache.models.registry import find_model
+from kr2cache.models.stack import load_encoder
 from kr2cache.tasks.base import Head
 from kr2cache.tasks.udpos import UPOS, UdPos
 from kr2cache.training.checkpoint import TaskCheckpoint
@@ -192,3 +196,39 @@ def test_both_ways_in_one_process(world: World) -> None:
         drawn.append(job.new_reader().model.classifier.weight)
     assert torch.equal(drawn[0], drawn[2])
     assert not torch.equal(drawn[0], drawn[1])
+
+
+# Padding --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_decoder_without_a_padding_token_in_its_configuration_takes_that_of_its_tokenizer(tmp_path: Path) -> None:
+    """As Qwen3. It scores the last token that is no padding, so it has to know it."""
+    folder = tiny.save_model(
+        tmp_path / "m", "qwen3", num_key_value_heads=1, head_dim=8, pad_token_id=None, initializer_range=0.4
+    )
+    spec = find_model(str(folder), {})
+    assert load_config(spec).pad_token_id is None
+    model = TaskCheckpoint(spec, "sequence", ("a", "b", "c")).task_model().eval()
+    texts = ["das haus", "das haus und ich und das haus"]
+    tokens = AutoTokenizer.from_pretrained(folder)(texts, return_tensors="pt", padding=True)
+    lengths = tokens["attention_mask"].sum(dim=1).tolist()
+    with torch.inference_mode():
+        together = model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]).logits
+        for row, length in enumerate(lengths):
+            states = model.base_model(input_ids=tokens["input_ids"][row : row + 1, :length]).last_hidden_state
+            torch.testing.assert_close(together[row], model.score(states[0, -1]))
+    assert lengths[0] < lengths[1]
+    recorded = known_digests(spec)
+    assert recorded is not None
+    assert recorded.config == config_digest(load_encoder(spec).config), "of the file, however it was loaded"
+
+
+def test_a_decoder_without_any_padding_token_is_refused_with_what_to_do(world: World) -> None:
+    model = tiny.save_model(world.folder / "gpt", "gpt2", pad_token_id=None)
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps({**settings, "pad_token": None}))
+    plain = next(
+        one for one in suitability(find_model(str(model), {})).answers if (one.role, one.head) == (PLAIN, "sequence")
+    )
+    assert plain.able is False
+    assert "Give its tokenizer a padding token (pad_token in tokenizer_config.json)" in str(plain.remedy)
