@@ -41,19 +41,22 @@ def sequence_mean(states: NDArray[np.floating], word_index: NDArray[np.int32], s
     return mean
 
 
-def word_means(states: NDArray[np.floating], word_index: NDArray[np.int32]) -> NDArray[np.float32]:
+def word_means(
+    states: NDArray[np.floating], word_index: NDArray[np.int32], *, pooled: bool = False
+) -> NDArray[np.float32]:
     """The mean of the tokens of each word.
 
     Args:
         states: (L, T, D)
         word_index: (T,)
+        pooled: Whether each state is that of a whole word already.
 
     Returns:
         (L, W, D), row w for word w of the text; nan for a word that has no token while a later word has one. The words
         of the second segment of a pair follow those of the first one.
     """
     kept = np.flatnonzero(word_index >= 0)
-    number = _numbers(kept, word_index[kept])
+    number = _numbers(kept, word_index[kept], pooled)
     words = int(number[-1]) + 1 if len(number) else 0
     begins = np.flatnonzero(np.diff(number, prepend=-1))  # the first token of each word that has one
     means = run_means(states, kept, np.diff(begins, append=len(number)))
@@ -86,14 +89,15 @@ def run_means(
     return result
 
 
-def _numbers(places: NDArray[np.intp], words: NDArray[np.int32]) -> NDArray[np.int64]:
+def _numbers(places: NDArray[np.intp], words: NDArray[np.int32], pooled: bool) -> NDArray[np.int64]:
     """(K,) the numbers of words, counted on through the segments of a pair: each segment counts its words from 0.
 
     Args:
         places: (K,) of the tokens that are not special.
         words: (K,) their words.
+        pooled: Whether each is a whole word.
     """
-    step, gap = np.diff(words), np.diff(places) > 1
+    step, gap = np.diff(words), (np.diff(places) > 1) | pooled
     restarts = (step < 0) | ((step == 0) & gap & (words[1:] == 0))
     before = np.where(restarts, words[:-1].astype(np.int64) + 1, 0)
     numbers = words.astype(np.int64)

@@ -368,7 +368,8 @@ class FeatureCache(CacheFacts):
         """
         self.check_has_words()
         (position,) = self._positions([sequence_id])
-        return word_means(self.states(position, self.layer_numbers(layers)), self.word_index(position))
+        states = self.states(position, self.layer_numbers(layers))
+        return word_means(states, self.word_index(position), pooled=self.pool == "word")
 
     def dataset(
         self, ids: Iterable[str] | None = None, *, layers: Layers = None, pool: str | None = None

@@ -34,6 +34,11 @@ POOLS: dict[str, Callable[[NDArray[np.floating], NDArray[np.int32], str], NDArra
 """From states (L, T, D), the word of each token and the id to what is left of a sequence: (L, D), or (L, W, D)."""
 
 
+def _pooled_words(states: NDArray[np.floating], word_index: NDArray[np.int32], _: str) -> NDArray[np.float32]:
+    """``POOLS["word"]`` of a cache that has one state for each word."""
+    return word_means(states, word_index, pooled=True)
+
+
 class StateDataset:
     """A map-style data set for ``torch.utils.data.DataLoader``: item i is the array of sequence i.
 
@@ -81,7 +86,7 @@ class StateDataset:
         if self.pool is None:
             batch = cache.batch_at(positions.tolist(), self.layers)
             return [batch[i] for i in range(len(batch))]
-        pool = POOLS[self.pool]
+        pool = _pooled_words if self.pool == cache.pool == "word" else POOLS[self.pool]
         cache.read_ahead(positions, self.layers)
         return [
             pool(cache.states(position, self.layers), cache.word_index(position), cache.id_at(position))

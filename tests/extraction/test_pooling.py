@@ -27,7 +27,14 @@ from kr2cache.cache.format import SPECIAL, SequenceIndex
 from kr2cache.cache.pooling import pooled
 from kr2cache.cli import run
 from kr2cache.config import ExtractConfig
-from kr2cache.errors import CacheError, CacheMismatchError, DataError, InterruptedWorkError, UnsupportedModelError
+from kr2cache.errors import (
+    CacheError,
+    CacheMismatchError,
+    ConfigError,
+    DataError,
+    InterruptedWorkError,
+    UnsupportedModelError,
+)
 from kr2cache.extraction import canaries
 from kr2cache.extraction.extract import extract
 from kr2cache.extraction.planning import plan_extraction
@@ -162,6 +169,20 @@ def test_pairs_give_the_words_of_both_segments_in_order(tmp_path: Path, pool: st
     assert cache.provenance["found"]["segments"] == (types == 2)
     config = RerunConfig(folder=cache.folder, resource=str(world.resource), data=str(world.data), device="cpu")
     assert all(canary.agrees for canary in canaries.canaries(config))
+
+
+def test_words_are_read_from_pooled_pairs(lively: Path, tmp_path: Path) -> None:
+    """Both segments count their words from 0. Where the first one has one word, two positions of number 0 meet."""
+    pairs = [("das", "ein haus"), ("das haus", "ein"), ("x", "y")]
+    whole, words = (
+        plain(lively, tmp_path / pool, pairs, "snli", pool=pool, dtype="float32") for pool in ("none", "word")
+    )
+    for number, name in enumerate(words.ids):
+        np.testing.assert_array_equal(words.words(name), words[name])
+        np.testing.assert_array_equal(words.dataset(pool="word")[number], words[name])
+        np.testing.assert_allclose(whole.words(name), words[name], rtol=0, atol=1e-5)
+    with pytest.raises(ConfigError, match="one state for each sequence"):
+        plain(lively, tmp_path, pairs, "snli", pool="sequence").words("s0")
 
 
 def test_an_empty_segment_has_no_word(lively: Path, tmp_path: Path) -> None:
