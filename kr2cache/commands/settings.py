@@ -28,8 +28,8 @@ class Setting:
 
 ROW_TASK_NAMES = ", ".join(task.name for task in ROW_TASKS)
 TASK = Setting(
-    f"udpos-LANG, udpos, {ROW_TASK_NAMES}, GLUE's and more (kr2cache tasks), or a name under [tasks] in kr2cache.toml. "
-    "Default: from the resource's language."
+    f"udpos-LANG, udpos, {ROW_TASK_NAMES}, GLUE's and more (kr2cache tasks), or a name under "
+    "\\[tasks] in kr2cache.toml. Default: from the resource's language."
 )
 DATA = Setting("Folder with train, dev and test in the task's format, or a hub data set. Default: the task's own data.")
 LIMIT = Setting("Only the first N examples of each split.", default="all")

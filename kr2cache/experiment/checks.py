@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from kr2cache.config import COMPUTE_DTYPES, DEFAULT_MAX_LENGTH, POOLS, PROJECTIONS, TrainConfig
-from kr2cache.errors import ConfigError, unknown_name
+from kr2cache.errors import ConfigError, UnknownNameError, unknown_name
 from kr2cache.fusion import SOFTMAX, check_fusion_name, parse_fusion
 from kr2cache.methods import METHODS
 from kr2cache.models.files import check_obtainable, layers_in_config
@@ -111,7 +111,12 @@ def _find_resources(config: TrainConfig) -> dict[str, ModelSpec]:
     """The models whose states are appended, by the names that are given. The fusion is checked for each of them."""
     resources: dict[str, ModelSpec] = {}
     for name in config.frozen_models:
-        spec = find_resource(name, config.cache_dir, config.models)
+        try:
+            spec = find_resource(name, config.cache_dir, config.models)
+        except UnknownNameError as error:
+            if "," in name:
+                error.remedy = "Give --resource once for each model, or a list in kr2cache.toml and in grids."
+            raise
         if spec.name in {other.name for other in resources.values()}:
             raise ConfigError(
                 f"Two resources are called {spec.name!r}.",

@@ -277,8 +277,9 @@ def describe_training(result: TrainResult) -> None:
     for text in result.notes:
         note(text)
     if result.read:
+        who, whose = ("The resources", "their") if len(config.frozen_models) > 1 else ("The resource", "its")
         console.print(
-            f"The resource ran on {count_text(result.computed, 'sequence')} now; its states were read "
+            f"{who} ran on {count_text(result.computed, 'sequence')} now; {whose} states were read "
             f"{result.read:,} times from the cache instead of computed."
         )
     console.print(f"Runs: {result.runs[0].folder.parent}", markup=False, soft_wrap=True)

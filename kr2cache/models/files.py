@@ -110,6 +110,11 @@ def _obtainable(spec: ModelSpec) -> str:
             f"The folder of model {spec.name!r}, {spec.path}, holds no config.json.",
             "Give the folder that holds config.json, the weights and the tokenizer.",
         )
+    if spec.hub_id is None and spec.package is not None:
+        raise ModelUnavailableError(
+            f"Model {spec.name!r} is not on this machine: no installed package has {spec.package}/config.json.",
+            f'Install the package, or name the folder in it: package = "PACKAGE/FOLDER" under [models.{spec.name}].',
+        )
     if spec.hub_id is None:
         raise ModelUnavailableError(
             f"Model {spec.name!r} is not on this machine.",

@@ -12,6 +12,7 @@ from transformers import AutoModelForMaskedLM, AutoModelForPreTraining, Pretrain
 
 from kr2cache.errors import ConfigError, UnsupportedModelError
 from kr2cache.models.digests import hash_encoder, model_key
+from kr2cache.models.files import model_folder
 from kr2cache.models.load import (
     class_of,
     head_names,
@@ -26,7 +27,7 @@ from kr2cache.models.registry import ModelSpec
 from kr2cache.models.stack import find_stack, load_encoder
 from kr2cache.models.tokenizers import load_tokenizer
 from kr2cache.tasks.base import Head
-from kr2cache.training.kreader import HEADS, PROBLEM_TYPES, some, task_class
+from kr2cache.training.kreader import EXTRAS, HEADS, PROBLEM_TYPES, some, task_class
 
 
 class TaskCheckpoint:
@@ -98,9 +99,12 @@ class TaskCheckpoint:
         names = self._label_names()
         labels = f", labels {', '.join(names)}" if any(not name.startswith("LABEL_") for name in names) else ""
         has = f"{self.spec.name} has the head of an earlier training ({', '.join(parts)}{labels})."
-        if self.keep_head:
-            return f"{has} It is kept, as --keep-head asks."
-        return f"{has} It is not used: a new training draws a new head."
+        kept = (
+            "It is kept, as --keep-head asks." if self.keep_head else "It is not used: a new training draws a new head."
+        )
+        if (model_folder(self.spec) / EXTRAS).is_file():
+            kept += f" Its fusion and projection ({EXTRAS}) are not used."
+        return f"{has} {kept}"
 
     def _label_names(self) -> list[str]:
         """The labels of the checkpoint's own configuration, in the order of its head."""

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import pytest
 import typer
+from rich.text import Text
 
 from kr2cache.cli import run
 from kr2cache.commands.app import app
@@ -106,6 +107,15 @@ def test_no_line_of_a_help_text_ends_within_a_sentence() -> None:
         _, *paragraphs = inspect.cleandoc(command.help).split("\n\n")
         for line in "\n".join(paragraphs).splitlines():
             assert line.endswith("."), (path, line)
+
+
+def test_brackets_of_help_texts_are_shown() -> None:
+    """Rich takes [tasks] for markup, and shows nothing."""
+    for path, command in commands(typer.main.get_command(app)):
+        for text in (command.help or "", *(getattr(option, "help", None) or "" for option in command.params)):
+            shown = Text.from_markup(text).plain
+            for section in ("tasks", "models", "defaults", "training"):
+                assert (f"[{section}]" in text) == (f"[{section}]" in shown), (path, text)
 
 
 def test_help_shows_a_default_in_one_pair_of_brackets(workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:

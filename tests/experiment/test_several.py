@@ -17,7 +17,7 @@ from world import SPLITS, World, predictions
 
 from kr2cache import FeatureCache
 from kr2cache.cli import run
-from kr2cache.errors import CacheMismatchError, ConfigError
+from kr2cache.errors import CacheMismatchError, ConfigError, UnknownNameError
 from kr2cache.experiment.pipeline import TrainResult, describe_training
 from kr2cache.experiment.prepare import prepare
 from kr2cache.experiment.shared import Shared
@@ -91,6 +91,7 @@ def test_the_run_names_every_resource_and_stores_what_each_fused(
     shown = " ".join(capsys.readouterr().out.split())
     assert "learned w by layer of res, seed 1:" in shown
     assert "learned w by layer of second, seed 2:" in shown
+    assert "The resources ran on 46 sequences now; their states were read" in shown
 
 
 def by_hand(
@@ -215,6 +216,23 @@ def test_a_run_of_long_names_has_a_folder(tmp_path: Path) -> None:
         assert folder.name.startswith(f"kr2-{cut}-"), name
         assert len(folder.name.rpartition("-")[2]) == 8
         folder.mkdir(parents=True)
+
+
+def test_names_in_one_text_are_refused_with_advice(world: World) -> None:
+    with pytest.raises(UnknownNameError, match="Unknown model 'minilm,bert'") as caught:
+        world.train(resource="minilm,bert")
+    assert caught.value.remedy.startswith("Give --resource once for each model")
+
+
+def test_a_training_from_the_reader_of_a_run_says_what_is_not_used(
+    trained: tuple[World, TrainResult, dict[str, Any]],
+) -> None:
+    world, result, given = trained
+    reader = str(result.runs[0].folder / "reader")
+    settings = given | {"reader": reader, "run_dir": world.folder / "further", "seeds": (1,), "epochs": 1.0}
+    for keep_head, becomes in ((True, "It is kept, as --keep-head asks."), (False, "a new training draws a new head.")):
+        notes = prepare(world.config(**settings, keep_head=keep_head), Shared()).notes
+        assert any(f"{becomes} Its fusion and projection (kr2.safetensors) are not used." in one for one in notes)
 
 
 def test_two_resources_of_one_name_are_refused(world: World, tmp_path: Path) -> None:

@@ -650,6 +650,15 @@ def test_an_architecture_that_is_not_known_and_a_package_that_is_missing_get_the
     assert "transformers" in refused.value.remedy
 
 
+def test_a_folder_that_a_package_lacks_is_named() -> None:
+    spec = find_model("mine", {"mine": {"package": "transformers/models"}})
+    with pytest.raises(
+        ModelUnavailableError, match=r"no installed package has transformers/models/config\.json"
+    ) as caught:
+        check_obtainable(spec)
+    assert 'package = "PACKAGE/FOLDER" under [models.mine]' in caught.value.remedy
+
+
 def test_what_an_architecture_has_not_cannot_be_corrected() -> None:
     """CANINE reads characters, without a vocabulary; a BERT of 0 layers has a mistake in its file."""
     with pytest.raises(UnsupportedModelError, match=r"\(canine\) has vocab_size absent") as refused:
