@@ -67,7 +67,7 @@ def extract(
         DataError: If there is no text, or one is empty or no text, or an id occurs twice.
         KR2CacheError: One of its kinds, for everything else that is foreseen.
     """
-    with _as_library():
+    with _advice_for_python():
         if model is not None and options.setdefault("resource", model) is not model:
             raise ConfigError(f"Two models are given: {model} and resource={options['resource']}.", "Give one.")
         toml, given = _given(ExtractConfig, EXTRACT, options, "kr2cache.extract()")
@@ -79,9 +79,8 @@ def extract(
             raise ConfigError(
                 f"{' and '.join(named)} would name other data than texts.", "Give texts, or task, data and split."
             )
-        toml = dataclasses.replace(
-            toml, defaults={name: value for name, value in toml.defaults.items() if name not in (*OF_TEXTS, "split")}
-        )
+        # A limit under [defaults] is for other data: a part of the texts would come as a surprise.
+        toml = dataclasses.replace(toml, defaults={**toml.defaults, "limit": None})
         split = split_name(given["split"] or "train")
         with texts_in_memory(texts, split, column, id_column) as (task, path):
             of_texts = {"task": task.name, "data": str(path), "split": split}
@@ -106,7 +105,7 @@ def train(*, extract: bool = True, **options: Any) -> TrainResult:
     Raises:
         KR2CacheError: One of its kinds, for everything that is foreseen; before anything long runs, if possible.
     """
-    with _as_library():
+    with _advice_for_python():
         toml, given = _given(TrainConfig, TRAIN, options, "kr2cache.train()")
         config = train_config(toml, extract=extract, **given)
         from kr2cache.experiment import checks, pipeline
@@ -193,17 +192,14 @@ train.__signature__ = _signature(train, TrainConfig, TRAIN)  # type: ignore[attr
 
 
 @contextlib.contextmanager
-def _as_library() -> Iterator[None]:
-    """Inside the block, the process is left as it was, and errors name options as Python does: ``max_length``."""
-    from kr2cache.system.process import process_unchanged
-
-    with process_unchanged():
-        try:
-            yield
-        except KR2CacheError as error:
-            error.message, error.remedy = in_python(error.message), in_python(error.remedy)
-            error.args = (error.message, error.remedy)
-            raise
+def _advice_for_python() -> Iterator[None]:
+    """Inside the block, errors name options as Python does: ``max_length``."""
+    try:
+        yield
+    except KR2CacheError as error:
+        error.message, error.remedy = in_python(error.message), in_python(error.remedy)
+        error.args = (error.message, error.remedy)
+        raise
 
 
 def in_python(text: str) -> str:

@@ -69,7 +69,8 @@ def test_the_same_texts_are_found_and_others_stand_beside(place: Path) -> None:
     assert not batches
     other = kr2cache.extract("res", TEXTS[:3])
     by_id = kr2cache.extract("res", dict(zip("abc", TEXTS, strict=False)))
-    assert len({first.folder, other.folder, by_id.folder}) == 3
+    different = kr2cache.extract("res", ["das dog"])
+    assert len({first.folder, other.folder, by_id.folder, different.folder}) == 4
     assert {first.folder.parent, other.folder.parent, by_id.folder.parent} == {Path(".kr2cache/text/train")}
     assert by_id.ids == ["a", "b", "c"]
     assert np.array_equal(by_id["b"], first["train-1"])

@@ -84,7 +84,7 @@ class TrainResult:
         for title, metrics in shown.items():
             rows.append([title, *(_shown(metrics[split][name], name) for split, name in names)])
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+        lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
         return "\n".join([f"{_title(self.config)} on {self.task.name}", *lines, f"in {self.runs[0].folder.parent}"])
 
     def json(self) -> dict[str, Any]:

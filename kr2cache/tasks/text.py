@@ -68,7 +68,7 @@ class Text(RowTask):
                     f"{row.place}: there is no {column} (there are {', '.join(row.values) or 'none'}).",
                     f"The first row has its text in {column}: every row needs it.",
                 )
-            yield dataclasses.replace(row, values=values)
+            yield row if len(values) == len(row.values) else dataclasses.replace(row, values=values)
 
     def _column(self, row: Row) -> str:
         column = next((name for name in (*self.text_columns, *row.values) if name in row.values and name != ID), None)
