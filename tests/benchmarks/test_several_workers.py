@@ -12,6 +12,7 @@ from kr2cache import demo
 
 
 @pytest.mark.long
+@pytest.mark.usefixtures("forked_programs")
 def test_one_and_two_workers_are_measured(tmp_path: Path) -> None:
     arguments = ["--resource", str(tiny.minilm()), "--data", str(demo.corpus()), "--task", "udpos", "--split", "train"]
     results = measure([*arguments, "--limit", "40", "--shard-gb", "0.001"], tmp_path, [1, 2], 1, 1)

@@ -18,6 +18,7 @@ from kr2cache.prediction.predict import Predictor
 
 
 @pytest.mark.long
+@pytest.mark.usefixtures("forked_programs")
 def test_all_of_it_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run.main(["--device", "cpu", "--out", str(tmp_path / "out"), "--disk", str(tmp_path)]) == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text("utf-8"))
