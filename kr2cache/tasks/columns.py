@@ -10,7 +10,7 @@ from typing import Any
 from kr2cache.errors import DataError
 from kr2cache.system.utf8 import file_lines
 from kr2cache.tasks.tables import Row
-from kr2cache.tasks.udpos import FORM_COLUMN, read_conllu
+from kr2cache.tasks.udpos import read_conllu
 
 SUFFIXES = (".txt", ".conll", ".tsv", ".bio", ".iob", ".iob2")
 DOCUMENT = "-DOCSTART-"
@@ -99,19 +99,20 @@ def conllu_column(name: str) -> tuple[int, str] | None:
 
 
 def conllu_rows(
-    path: Path, split: str, words: str, label: str, tags: tuple[int, str], *, id_column: str, nothing: str
+    path: Path, split: str, words: str, label: str, form: int, tags: tuple[int, str], *, id_column: str, nothing: str
 ) -> Iterator[Row]:
     """A row for each sentence of a CoNLL-U file.
 
     Args:
         words: The column of the row that gets the list of forms.
         label: The one that gets the list of tags; it is missing if all tags of the sentence are ``_``.
-        tags: Column and key, from ``conllu_column``.
+        form: The column of the forms, from 0.
+        tags: Column and key of the tags, from ``conllu_column``.
         id_column: The column of the row that gets the ``sent_id``.
         nothing: The tag of a word without the key.
     """
     column, key = tags
-    for number, (line, sentence_id, forms, cells) in enumerate(read_conllu(path, FORM_COLUMN, column)):
+    for number, (line, sentence_id, forms, cells) in enumerate(read_conllu(path, form, column)):
         values: dict[str, Any] = {words: forms}
         if sentence_id is not None:
             values[id_column] = sentence_id

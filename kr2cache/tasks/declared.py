@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from kr2cache.errors import DataError
+from kr2cache.errors import ConfigError, DataError
+from kr2cache.system.console import silent
 from kr2cache.tasks import metrics
 from kr2cache.tasks.base import Example, Label, Task
 from kr2cache.tasks.columns import NOTHING, SUFFIXES, conllu_column, conllu_rows, word_rows
@@ -16,7 +17,7 @@ from kr2cache.tasks.declaration import Declaration, declared
 from kr2cache.tasks.labels import LabelNumbers, name_of, names_of, value_of
 from kr2cache.tasks.rows import RowTask
 from kr2cache.tasks.tables import Row, Unnamed, line_rows, table_rows
-from kr2cache.tasks.udpos import UdPos, is_withheld
+from kr2cache.tasks.udpos import FORM_COLUMN, UdPos, is_withheld
 
 TABLES = (".jsonl", ".parquet")
 """Suffixes of tables whose cells can be lists."""
@@ -84,8 +85,9 @@ class DeclaredTask(RowTask):
         if self.labels or self.kind in ("regression", "text"):
             return self
         seen = Seen()
-        for _ in DeclaredTask(self.name, self.words_of, seen=seen).examples("train", data):
-            pass
+        with silent():  # the reading that follows shows the same notes
+            for _ in DeclaredTask(self.name, self.words_of, seen=seen).examples("train", data):
+                pass
         labels = in_order(seen.names)
         what = f"the train split of {self.corpus(data)}"
         if not labels:
@@ -99,6 +101,12 @@ class DeclaredTask(RowTask):
             raise DataError(
                 f"{self.labelled_by} of {what} has {len(labels):,} different labels, such as {labels[0]!r}.",
                 f'Check label in [tasks.{self.name}]. For numbers write kind = "regression"; or give all labels.',
+            )
+        known = metrics.metric_names(self.kind, self.words_of.scheme, labels)
+        if self.metric not in known:
+            raise ConfigError(
+                f"[tasks.{self.name}]: metric = {self.metric!r} is not defined for the {len(labels)} labels of {what}.",
+                f"Give one of {', '.join(known)}.",
             )
         return DeclaredTask(self.name, replace(self.words_of, labels=tuple(labels)))
 
@@ -137,8 +145,9 @@ class DeclaredTask(RowTask):
         if path.suffix == ".conllu":
             tags = (int(numbers[1]), "") if numbers else conllu_column(label)
             assert tags is not None, "else the suffix is not among those of the task"
+            form = int(numbers[0]) if numbers else (conllu_column(words) or (FORM_COLUMN, ""))[0]
             nothing = metrics.OUTSIDE if self.words_of.scheme else NOTHING
-            return conllu_rows(path, split, words, label, tags, id_column=self.words_of.id, nothing=nothing)
+            return conllu_rows(path, split, words, label, form, tags, id_column=self.words_of.id, nothing=nothing)
         if numbers and path.suffix not in TABLES:
             return word_rows(path, split, (int(numbers[0]), int(numbers[1])), words, label)
         return table_rows(path, split)

@@ -198,6 +198,11 @@ def load_hub(
         reason = error_text(error)
         if reason.startswith("Unknown split"):
             raise MissingSplitError(f"{hub_id} has no {split} split: {reason}", "Check --split.") from error
+        if reason.startswith("Config name is missing"):
+            raise DataError(
+                f"The hub data set {hub_id} has several configurations: {' '.join(str(error).splitlines()[1:2])}",
+                'Choose one: configuration = "..." in [tasks.NAME] of kr2cache.toml.',
+            ) from error
         raise DataError(
             f"There is no folder {hub_id}, and the hub data set {what} cannot be loaded: {reason}",
             "Without a network: load it once on a machine with a network and copy the cache ($HF_HOME) here, or give "

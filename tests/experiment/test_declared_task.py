@@ -106,3 +106,19 @@ def test_a_grid_declares_a_task_and_its_data(tmp_path: Path) -> None:
     given = {"data": "typed"}
     config = grid.config(grid.rows[0], grid.columns[0], defaults=defaults, overrides=given, models={}, training={})
     assert config.data == "typed"
+
+
+def test_a_sweep_knows_the_labels_of_the_train_split(
+    world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(world.folder)
+    (world.folder / "kr2cache.toml").write_text(TOML)
+    save_reviews(world.folder / "reviews")
+    (world.folder / "grid.toml").write_text(
+        '[settings]\nreader = "models/reader"\ndevice = "cpu"\n[[rows]]\nname = "a"\nmethod = "kreader"\n'
+        '[[columns]]\nname = "b"\ntask = "reviews"\n'
+    )
+    made = command("sweep grid.toml --seeds 1 --epochs 1 --json", capsys)
+    (cell,) = made["cells"]
+    config = json.loads((Path("runs") / cell["folder"] / "seed-1" / "config.json").read_text("utf-8"))["config"]
+    assert config["declaration"]["labels"] == ["bad", "good", "so-so"]

@@ -322,6 +322,20 @@ def test_a_label_that_train_does_not_have(tmp_path: Path) -> None:
     assert "[tasks.mine]" in caught.value.remedy
 
 
+def test_a_metric_that_three_labels_do_not_have(tmp_path: Path) -> None:
+    rows = [GOOD | {"id": number, "stars": number} for number in range(3)]
+    with pytest.raises(ConfigError, match="'f1' is not defined for the 3 labels") as caught:
+        read(REVIEWS | {"metric": "f1"}, tmp_path, rows)
+    assert "macro_f1" in caught.value.remedy
+
+
+def test_notes_are_shown_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [GOOD, GOOD | {"id": "h", "body": "", "stars": 2}, GOOD | {"id": "i", "stars": 2}]
+    examples = read(REVIEWS | {"skip_empty": True}, tmp_path, rows)
+    assert [one.id for one in examples] == ["g", "i"]
+    assert capsys.readouterr().out.count("1 of 3 rows have an empty text") == 1
+
+
 @pytest.mark.parametrize(
     ("words", "rows", "message"),
     [

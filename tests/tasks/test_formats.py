@@ -137,6 +137,16 @@ def test_a_data_set_in_the_hubs_cache_on_this_machine(workdir: Path, monkeypatch
         task.read("test", None)
 
 
+def test_a_data_set_of_several_configurations(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*_: Any, **__: Any) -> None:
+        raise ValueError("Config name is missing.\nPlease pick one among the available configs: ['de', 'en']\nExample")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with pytest.raises(DataError, match=r"me/pairs has several configurations: .*'de', 'en'") as caught:
+        read(PAIRS | {"data": "me/pairs"}, "me/pairs")
+    assert "configuration =" in caught.value.remedy
+
+
 # A word a line -------------------------------------------------------------------------------------------------------
 
 COLUMNS = {"kind": "tagging", "columns": [0, 3], "scheme": "BIO"}
@@ -220,6 +230,7 @@ CONLLU = """# sent_id = s1
     [
         ({"label": "XPOS"}, lambda token: token["xpos"], "_"),
         ({"columns": [1, 4]}, lambda token: token["xpos"], "_"),
+        ({"label": "XPOS", "words": "FORM"}, lambda token: token["xpos"], "_"),
         ({"label": "DEPREL"}, lambda token: token["deprel"], "_"),
         ({"label": "FEATS.Case"}, lambda token: (token["feats"] or {}).get("Case"), "_"),
         ({"label": "MISC.NER"}, lambda token: (token["misc"] or {}).get("NER"), "_"),
@@ -240,6 +251,16 @@ def test_any_column_of_conllu(
     assert [one.texts for one in examples] == [(tuple(token["form"] for token in own),) for own in sentences]
     assert [[task.labels[number] for number in one.label] for one in examples] == tags  # type: ignore[union-attr]
     assert "1 of 3 rows" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [{"label": "XPOS", "words": "LEMMA"}, {"columns": [2, 4]}])
+def test_lemmas_as_words(tmp_path: Path, words: dict[str, Any]) -> None:
+    (tmp_path / "train.conllu").write_text(CONLLU, "utf-8")
+    task = find_task("mine", {"mine": {"kind": "tagging", "labels": ["A", "B"]} | words})
+    with pytest.raises(DataError, match="'APPR'"):
+        task.read("train", str(tmp_path))
+    task = find_task("mine", {"mine": {"kind": "tagging"} | words}).with_labels_of(str(tmp_path))
+    assert task.read("train", str(tmp_path))[0].texts == (("zu", "der", "Haus"),)
 
 
 def test_conllu_without_tags_has_no_labels(tmp_path: Path) -> None:
