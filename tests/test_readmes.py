@@ -132,6 +132,7 @@ def test_python_in_the_readmes_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert (reading["both"].ids[0], reading["both"].ids[-1], len(reading["pair"])) == ("train-1", "dev-2", 2)
     assert reading["batch"][0].shape == (2, tokens, width)
     assert reading["items"][0].shape == (2, width)
+    assert reading["padded_states"].shape[2:] == (layers, width)
     assert np.array(reading["table"][0]["states"]).shape[1:] == (layers, width)
     labelled = both_stages["labelled"]
     assert len(labelled[0].predicted) == len(("Das", "ist", "ein", "Haus", "."))
