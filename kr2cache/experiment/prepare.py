@@ -158,6 +158,7 @@ def prepare(config: TrainConfig, shared: Shared) -> Prepared:
     if resources:  # the caches found may hold longer texts than a new one
         longest = sum(resource.positions for resource in resources.values())
         shared.check_reader(checkpoint, None, positions=config.max_length + longest)
+    job = dataclasses.replace(job, inputs=_inputs(job, resources))
     caches = {name: resource.caches(splits) for name, resource in resources.items()}
     job = _with_features(job, resources, caches)
     return Prepared(
@@ -186,27 +187,37 @@ def _unseen_words(job: Job) -> list[str]:
     return notes
 
 
+def _inputs(job: Job, resources: Mapping[str, Resource]) -> dict[str, InputSettings]:
+    """What the reader does with the states of each resource.
+
+    Raises:
+        ConfigError: If fusion or projection do not fit a resource.
+    """
+    config = job.config
+    _, reader_width = encoder_shape(job.checkpoint.config)
+    inputs = {}
+    for name, resource in resources.items():
+        layers, width = resource.shape
+        with named_in_errors(resource.spec, several=len(resources) > 1):
+            inputs[name] = InputSettings(
+                fusion=parse_fusion(config.fusion, layers),
+                projection=projection_kind(config.projection, width, reader_width),
+                resource_width=width,
+            )
+    return inputs
+
+
 def _with_features(
     job: Job, resources: Mapping[str, Resource], caches: Mapping[str, Mapping[str, FeatureCache]]
 ) -> Job:
     """The job with the states of every resource, in every split."""
     if not resources:
         return job
-    config = job.config
-    _, reader_width = encoder_shape(job.checkpoint.config)
-    device = choose_device(config.device)
+    device = choose_device(job.config.device)
     room = room_on(device)
-    inputs: dict[str, InputSettings] = {}
     features: dict[str, list[Features]] = {split: [] for split in job.splits}
     for name, resource in resources.items():
-        width = caches[name]["train"].width
-        with named_in_errors(resource.spec, several=len(resources) > 1):
-            settings = InputSettings(
-                fusion=parse_fusion(config.fusion, caches[name]["train"].model_layers),
-                projection=projection_kind(config.projection, width, reader_width),
-                resource_width=width,
-            )
-        inputs[name] = settings
+        settings = job.inputs[name]
         for split, cache in caches[name].items():
             states = ResourceFeatures(
                 cache,
@@ -224,7 +235,7 @@ def _with_features(
             resource.notes.append(f"{of} of {split} ({size}) live on {device_name(device)}.")
             features[split].append(DeviceFeatures(states, device))
     splits = {split: dataclasses.replace(data, features=joined(features[split])) for split, data in job.splits.items()}
-    return dataclasses.replace(job, splits=splits, inputs=inputs)
+    return dataclasses.replace(job, splits=splits)
 
 
 def _deciding(job: Job, corpus: Corpus) -> dict[str, Any]:

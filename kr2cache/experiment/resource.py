@@ -123,6 +123,12 @@ class Resource:
         return [one for one in self._looked.values() if isinstance(one, ExtractPlan)]
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """(layers, width) of the model; known once ``look`` has found its caches."""
+        first = next(iter(self._looked.values()))
+        return first.model_layers, first.width
+
+    @property
     def positions(self) -> int:
         """The largest number of states of a sequence; known once ``look`` has settled it."""
         return 1 if self.pool == "sequence" else self.max_length or DEFAULT_MAX_LENGTH
@@ -164,7 +170,6 @@ class Resource:
             self.compute_dtype, self.pool = plan.config.compute_dtype, plan.config.pool
             return plan
         self._compare_with_model(found, split)
-        parse_fusion(self.config.fusion, found.model_layers)
         chosen, made_from = found.provenance["chosen"], found.provenance["found"]
         self.max_length, self.dtype = chosen["max_length"], chosen["dtype"]
         self.compute_dtype, self.pool = chosen["compute_dtype"], pool_of(found.provenance)

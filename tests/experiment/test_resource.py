@@ -21,6 +21,7 @@ from kr2cache import FeatureCache, cli
 from kr2cache.errors import (
     CacheError,
     CacheMismatchError,
+    ConfigError,
     DiskSpaceError,
     KR2CacheError,
 )
@@ -428,6 +429,17 @@ def test_a_second_resource_is_looked_at_before_the_first_runs(world: World) -> N
     with pytest.raises(CacheMismatchError, match="cache of other on udpos/test"):
         world.train(more_resources=(str(other),))
     assert {folder.name.partition("-")[0] for folder in world.cache_folders()} == {"other"}
+
+
+def test_a_projection_that_does_not_fit_a_later_resource_is_refused_before_the_first_runs(world: World) -> None:
+    """Only caches tell the width of the later one: its model is not on this machine."""
+    wide = tiny.save_model(world.folder / "models" / "wide", layers=4, width=24, seed=8)
+    for split in SPLITS:
+        world.extract(split)
+    shutil.rmtree(world.resource)
+    with pytest.raises(ConfigError, match=r"^res: .*16"):
+        world.train(resource=str(wide), more_resources=("res",), projection="none")
+    assert {folder.name.partition("-")[0] for folder in world.cache_folders()} == {"res"}
 
 
 def test_the_disk_has_to_hold_the_caches_of_all_splits(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
