@@ -23,6 +23,8 @@ from kr2cache.cli import run
 from kr2cache.config import ExtractConfig
 from kr2cache.errors import ConfigError, UnknownNameError
 from kr2cache.experiment.checks import check_names
+from kr2cache.experiment.resource import Resource
+from kr2cache.experiment.shared import Shared
 from kr2cache.extraction.checks import check_extraction
 from kr2cache.extraction.planning import plan_extraction
 from kr2cache.extraction.repair import repair
@@ -36,6 +38,7 @@ from kr2cache.models.states import device_of
 from kr2cache.prediction.predict import Predictor
 from kr2cache.prediction.texts import read_lines
 from kr2cache.store import provenance
+from kr2cache.tasks import find_task
 
 
 def in_bfloat16(model: Path) -> None:
@@ -117,16 +120,21 @@ def test_a_training_takes_the_dtype_of_the_caches_and_so_does_predict(
 def test_caches_of_other_data_decide_the_dtype_only_if_there_are_no_others(
     world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    other = tiny.save_corpus(tmp_path / "other", train=4, dev=2, test=2)
-    for split in ("train", "dev", "test"):
-        world.extract(split, weights_dtype="bfloat16")
-    assert world.train(epochs=1.0, data=str(other)).runs
+    other = str(tiny.save_corpus(tmp_path / "other", train=4, dev=2, test=2))
+    spec, task = ModelSpec(name="res", path=world.resource), find_task("udpos")
+
+    def dtype(data: str) -> str:
+        return Resource(world.config(data=data), spec, task, Shared()).weights_dtype
+
+    world.extract(weights_dtype="bfloat16")
+    capsys.readouterr()
+    assert dtype(other) == "bfloat16"
     shown = " ".join(capsys.readouterr().out.split())
     assert "res runs with --weights-dtype bfloat16, as in its caches of other data of udpos." in shown
-    for split in ("train", "dev", "test"):
-        world.extract(split, weights_dtype="float32", data=str(other))
-    assert world.train(epochs=1.0, extract=False).runs, "its own are in bfloat16"
-    assert "as in its caches of other data" not in capsys.readouterr().out
+    world.extract(data=other)
+    capsys.readouterr()
+    assert (dtype(other), dtype(str(world.data))) == ("float32", "bfloat16")
+    assert "other data" not in capsys.readouterr().out
 
 
 def test_a_repair_gives_the_same_bytes(world: World) -> None:
