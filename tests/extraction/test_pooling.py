@@ -24,7 +24,7 @@ from world import World, count_resource_batches, world_of_pairs
 
 from kr2cache import FeatureCache
 from kr2cache.cache.format import SPECIAL, SequenceIndex
-from kr2cache.cache.pooling import pooled
+from kr2cache.cache.pooling import count_positions, pooled
 from kr2cache.cli import run
 from kr2cache.config import ExtractConfig
 from kr2cache.errors import (
@@ -221,6 +221,23 @@ def test_torch_and_numpy_take_the_same_means() -> None:
             exact = exact if pool == "word" else [inside.mean(axis=1)]
             np.testing.assert_allclose(by_numpy, np.stack(exact, axis=1), rtol=0, atol=1e-4)
             at += count
+
+
+def test_sequences_without_special_tokens_stay_apart() -> None:
+    """Word 0 of a sequence follows word 0 of the one before it."""
+    index = SequenceIndex(
+        ids=np.array([b"a", b"b", b"c"]),
+        n_tokens=np.array([2, 1, 3], dtype=np.int32),
+        text_xxh3=np.zeros(3, dtype=np.uint64),
+        input_id=np.array([5, 6, 7, 8, 9, 10], dtype=np.int32),
+        word_index=np.array([0, 0, 0, 0, 1, 1], dtype=np.int32),
+    )
+    words, sequences = pooled(index, "word"), pooled(index, "sequence")
+    assert (words.stored.n_tokens.tolist(), words.stored.input_id.tolist()) == ([1, 1, 2], [5, 7, 8, 9])
+    assert words.counts.tolist() == [2, 1, 1, 2]
+    assert (sequences.stored.n_tokens.tolist(), sequences.stored.input_id.tolist()) == ([1, 1, 1], [5, 7, 8])
+    assert sequences.counts.tolist() == [2, 1, 3]
+    assert [count_positions(index, pool) for pool in ("none", "word", "sequence")] == [6, 4, 3]
 
 
 # What cannot be pooled ------------------------------------------------------------------------------------------------
