@@ -114,7 +114,8 @@ def _print_counts(found: Survey) -> None:
     from kr2cache.system.terminal import Column, print_table
 
     task = found.task
-    console.print(f"{task.name}: {task.about}. Kind {task.kind}, decided by {task.metric or '-'}.", markup=False)
+    decided = f", decided by {task.metric}" if task.metric else ""
+    console.print(f"{task.name}: {task.about}. Kind {task.kind}{decided}.", markup=False)
     several = any(own.sequences != own.examples for own in found.splits.values())
     columns = [
         Column("split"),

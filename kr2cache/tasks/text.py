@@ -6,7 +6,8 @@ by word. Both read the same files:
 - ``.txt``: one text a line. Its id is ``SPLIT-N``, N counting all lines from 0. Blank lines are left out, and counted:
   so line N + 1 of the file has the id ``SPLIT-N``.
 - JSON lines, CSV and data sets of the hub: a row has its text in the column ``text`` (``words`` or ``tokens``); if
-  there is no such column, in the first one that is not ``id``. The column ``id`` has its id; without it, ``SPLIT-N``.
+  there is no such column, in the first one that is neither ``id`` nor ``label``, and a note says which. The column
+  ``id`` has its id; without it, ``SPLIT-N``.
 """
 
 from __future__ import annotations
@@ -16,11 +17,14 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from kr2cache.errors import DataError
+from kr2cache.system.console import note
 from kr2cache.tasks.base import Example, Task
 from kr2cache.tasks.rows import RowTask
 from kr2cache.tasks.tables import Row, line_rows
 
 ID = "id"
+NO_TEXT = (ID, "label")
+"""Columns that are not taken for the text."""
 
 
 class Text(RowTask):
@@ -55,13 +59,13 @@ class Text(RowTask):
     def _examples(
         self, rows: Callable[[], Iterable[Row]], what: str, *, labels_matter: bool = True
     ) -> Iterator[Example]:
-        return super()._examples(lambda: self._texts(rows()), what, labels_matter=labels_matter)
+        return super()._examples(lambda: self._texts(rows(), what), what, labels_matter=labels_matter)
 
-    def _texts(self, rows: Iterable[Row]) -> Iterator[Row]:
+    def _texts(self, rows: Iterable[Row], what: str) -> Iterator[Row]:
         """The rows with id and text alone. The first row decides which column is the text."""
         column = None
         for row in rows:
-            column = column or self._column(row)
+            column = column or self._column(row, what)
             values = {name: value for name, value in row.values.items() if name in (ID, column)}
             if column not in values:
                 raise DataError(
@@ -70,11 +74,15 @@ class Text(RowTask):
                 )
             yield row if len(values) == len(row.values) else dataclasses.replace(row, values=values)
 
-    def _column(self, row: Row) -> str:
-        column = next((name for name in (*self.text_columns, *row.values) if name in row.values and name != ID), None)
-        if column is None:
+    def _column(self, row: Row, what: str) -> str:
+        if (named := next((name for name in self.text_columns if name in row.values), None)) is not None:
+            return named
+        others = [name for name in row.values if name not in NO_TEXT]
+        if not others:
             raise DataError(f"{row.place}: there is no text.", f"Give each row a column {self.columns[0]}.")
-        return column
+        if len(others) > 1:
+            note(f"{what} has no column {self.columns[0]}: its texts are in {others[0]}, the first one.")
+        return others[0]
 
 
 class Words(Text):

@@ -40,15 +40,17 @@ def test_each_line_is_a_text_and_blank_lines_count(tmp_path: Path, capsys: pytes
     ("rows", "expected"),
     [
         ([{"id": 7, "label": "x", "text": "a b"}, {"text": "c"}], [("7", "a b"), ("train-1", "c")]),
-        ([{"id": "q", "title": "a b", "body": "no"}], [("q", "a b")]),
+        ([{"id": "q", "label": "no", "title": "a b", "body": "no"}], [("q", "a b")]),
     ],
     ids=["the column text", "the first column"],
 )
 def test_a_table_has_its_text_in_one_column(
-    rows: list[dict[str, str]], expected: list[tuple[str, str]], tmp_path: Path
+    rows: list[dict[str, str]], expected: list[tuple[str, str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = write(tmp_path / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     assert read("text", data) == [(name, (text,)) for name, text in expected]
+    said = "has no column text: its texts are in title, the first one" in capsys.readouterr().out
+    assert said == ("title" in rows[0])
 
 
 def test_csv_and_lists_of_words(tmp_path: Path) -> None:
