@@ -6,6 +6,7 @@ from __future__ import annotations
 import csv
 import json
 import random
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -173,3 +174,45 @@ def test_a_task_is_trained_predicted_and_reported(
     (table,) = command("report", home / "runs")["tables"]
     (record,) = table["records"]
     assert {name: record[f"{name}_mean"] for name in expected} == pytest.approx(expected)
+
+
+FAULTS: dict[str, tuple[str, str, str, str, str]] = {
+    "a label that train lacks": ("reviews", "dev", "bad", "so-so", "dev.csv:3: stars is 'so-so'"),
+    "one label": ("reviews", "train", "bad", "good", "All labels of the train split of data are 'good'"),
+    "a value that is no number": ("alike", "test", "\t1", "\tone", "test.tsv:.*: value is 'one.*', not a number"),
+    "a mark that is not 0 or 1": ("moods", "train", ",0,1,", ",0,2,", "train.csv:.*: joy is '2', not 0 or 1"),
+    "a label of another scheme": (
+        "entities",
+        "train",
+        "B-PER",
+        "S-PER",
+        "'S-PER' of task entities is not of scheme BIO",
+    ),
+    "no labels": ("reviews", "toml", "classification", "text", "'reviews' is of kind text: it has no labels"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_of_data_is_found_before_anything_is_made(
+    fault: str, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task, where, old, new, message = FAULTS[fault]
+    case = CASES[task]
+    save(tmp_path / "data", case)
+    declared = f'[tasks.{task}]\n{case.declared}\ndata = "data"\n'
+    if where == "toml":
+        kept = [line for line in declared.splitlines() if not line.startswith(("label", "metric"))]
+        declared = "\n".join(kept).replace(old, new)
+    else:
+        path = tmp_path / "data" / f"{where}{case.suffix}"
+        text = path.read_text("utf-8")
+        assert old in text
+        path.write_text(text.replace(old, new), "utf-8")
+    (tmp_path / "kr2cache.toml").write_text(declared, "utf-8")
+    monkeypatch.chdir(tmp_path)
+    line = ["train", "--task", task, "--reader", models / "reader", "--resource", models / "res", "--device", "cpu"]
+    assert run([*map(str, line), "--json"]) == 1
+    error = json.loads(capsys.readouterr().out)["error"]
+    assert re.search(message, error["message"])
+    assert error["remedy"]
+    assert not (tmp_path / ".kr2cache").exists()
