@@ -20,7 +20,6 @@ from kr2cache.fusion import parse_fusion
 from kr2cache.models.files import check_complete, local_folder
 from kr2cache.models.load import encoder_shape
 from kr2cache.models.registry import ModelSpec
-from kr2cache.models.stack import resource_config
 from kr2cache.models.words import check_tells_words
 from kr2cache.store.stored import has_caches
 from kr2cache.system.console import waiting
@@ -113,7 +112,7 @@ def _check_resource(training: Training, spec: ModelSpec, reader_config: Pretrain
     config = training.config
     if local_folder(spec) is None and (has_caches(config.cache_dir, config.task, spec.name) or not config.extract):
         return
-    model_config = resource_config(spec)
+    model_config = shared.resource_config(spec)
     check_complete(spec)
     layers, width = encoder_shape(model_config)
     with named_in_errors(spec, several=len(training.resources) > 1):

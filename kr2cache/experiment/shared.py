@@ -15,7 +15,7 @@ import torch
 import xxhash
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from kr2cache.cache.format import SequenceIndex, canonical_json, text_xxh3
 from kr2cache.config import TrainConfig
@@ -23,6 +23,7 @@ from kr2cache.errors import DataError, MissingSplitError
 from kr2cache.experiment.labels import check_labels
 from kr2cache.models.encode import encode_examples
 from kr2cache.models.registry import ModelSpec
+from kr2cache.models.stack import resource_config
 from kr2cache.models.tokenizer_files import proven_files
 from kr2cache.models.tokenizers import load_tokenizer, pad_id
 from kr2cache.system.console import note
@@ -96,6 +97,7 @@ class Shared:
         self._labelled: tuple[tuple[Any, ...], Task] | None = None
         self._tokenizers: dict[tuple[str, bool], PreTrainedTokenizerBase] = {}
         self._tokenizer_files: dict[tuple[str, bool], dict[str, bytes]] = {}
+        self._resource_configs: dict[str, PretrainedConfig] = {}
         self._checkpoints: OrderedDict[tuple[Any, ...], TaskCheckpoint] = OrderedDict()
         self._earlier_heads: dict[tuple[Any, ...], tuple[str, ...]] = {}
         """``earlier_head`` of checkpoints that are no longer in memory."""
@@ -139,6 +141,13 @@ class Shared:
         if key not in self._tokenizers:
             self._tokenizers[key] = load_tokenizer(spec, words=words)
         return self._tokenizers[key]
+
+    def resource_config(self, spec: ModelSpec) -> PretrainedConfig:
+        """The configuration of a resource. To find it, ``models.stack`` builds the model without its weights."""
+        key = repr(spec)
+        if True:
+            self._resource_configs[key] = resource_config(spec)
+        return self._resource_configs[key]
 
     def tokenizer_files(self, checkpoint: TaskCheckpoint, task: Task, config: TrainConfig) -> dict[str, bytes]:
         """The files of a reader's tokenizer, by name, from ``proven_files``.

@@ -24,7 +24,7 @@ PARTS = {
     "gradient clipping": "accelerator.py:clip_grad_norm_",
     "evaluation": "evaluate.py:predict",
     "batches from the cache": "batches.py:__call__",
-    "loading the reader": "kreader.py:task_model",
+    "loading the reader": "checkpoint.py:task_model",
     "writing the run": "train.py:write_trained",
     "finding caches, reading and tokenising": "prepare.py:prepare",
     "collecting garbage": "gc.collect",

@@ -54,6 +54,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         count(holder, "encode_examples", lambda *_, **__: "tokenised")
     for loading in (load, tokenizers):
         count(loading, "model_folder", lambda *_: "looked up")
+    count(shared, "resource_config", lambda spec: f"configured {spec.name}")
     count(TaskCheckpoint, "_read", lambda one, *_: f"loaded {one.spec.name}")
     return counts
 
@@ -63,13 +64,14 @@ def test_trainings_of_a_sweep_read_tokenise_and_load_once(world: World, counted:
     world.train(epochs=1.0)  # extracts, which tokenises for itself
     counted.clear()
     train(world.config(epochs=1.0, fusion="last2"), common)
-    assert {counted[f"read {split}"] for split in SPLITS} == {counted["loaded reader"]} == {1}
+    once = {counted["loaded reader"], counted["configured res"]}
+    assert {counted[f"read {split}"] for split in SPLITS} == once == {1}
     # Three splits, by the reader and by the resource; a sample by the reader's tokenizer before and after it is saved.
     assert counted["tokenised"] == 6 + 2
     counted.clear()
     for fusion in ("fuse", "all", "layer0"):
         train(world.config(epochs=1.0, fusion=fusion, seeds=(1, 2)), common)
-    assert not [name for name in counted if name.startswith(("read", "tokenised", "loaded"))]
+    assert not [name for name in counted if name.startswith(("read", "tokenised", "loaded", "configured"))]
 
 
 def test_a_training_by_itself_loads_its_reader_once_for_all_seeds(world: World, counted: Counter[str]) -> None:
