@@ -145,7 +145,7 @@ class Shared:
     def resource_config(self, spec: ModelSpec) -> PretrainedConfig:
         """The configuration of a resource. To find it, ``models.stack`` builds the model without its weights."""
         key = repr(spec)
-        if True:
+        if key not in self._resource_configs:
             self._resource_configs[key] = resource_config(spec)
         return self._resource_configs[key]
 
