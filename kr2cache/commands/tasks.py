@@ -154,7 +154,9 @@ def _print_labels(found: Survey) -> None:
     if not splits:
         return
     names = found.task.labels
-    totals = {split: sum((own.labels or {}).values()) or 1 for split, own in splits.items()}
+    # Of words; for the other kinds, of examples, which may have several labels each.
+    by_word = found.task.kind == "tagging"
+    totals = {split: sum((own.labels or {}).values()) if by_word else own.labelled for split, own in splits.items()}
     rows = [
         [
             name,

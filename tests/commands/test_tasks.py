@@ -101,6 +101,16 @@ def test_the_values_of_a_regression(place: Path, capsys: pytest.CaptureFixture[s
     assert "mean 2.5" in capsys.readouterr().out
 
 
+def test_shares_of_several_labels_are_of_examples(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with (place / "kr2cache.toml").open("a") as file:
+        file.write('[tasks.emotions]\nkind = "multilabel"\ntext = "text"\nlabel = "own"\n')
+    save(place / "own.jsonl", [{"text": "x", "own": own} for own in (["joy", "fear"], ["joy"], [], [])])
+    assert run(shlex.split("tasks emotions --data own.jsonl")) == 0
+    shown = capsys.readouterr().out
+    assert "2 (50.0%)" in shown
+    assert "1 (25.0%)" in shown
+
+
 def test_each_choice_is_a_sequence(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"goal": "a b", "sol1": "c", "sol2": "d e", "label": 0}, {"goal": "f", "sol1": "g h i j", "sol2": "k"}]
     save(place / "goals.jsonl", [rows[0], rows[1] | {"label": 1}])
