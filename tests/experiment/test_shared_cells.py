@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import mounts
 import pytest
 from forking import in_child
 from sweeps import (
@@ -141,6 +142,35 @@ def test_workers_train_the_cells_of_one_command(here: World, alone: World, capsy
     assert manifest_of(here).read_bytes() == manifest_of(alone).read_bytes()
     assert not list((here.folder / "runs").rglob("reader"))
     assert not list(here.folder.rglob("*.claims"))
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("forked_programs")
+def test_processes_join_the_workers_of_another_sweep(here: World, alone: World) -> None:
+    first = start(here, "--workers", "2")
+    wait_for(here, first, lambda: training(here))
+    joined = [start(here, "--workers", "2"), start(here)]
+    shown = [process.communicate()[0] for process in (first, *joined)]
+    late = start(here)
+    shown.append(late.communicate()[0])
+    assert [process.returncode for process in (first, *joined, late)] == [0] * 4, shown
+    assert len({table(text) for text in shown}) == 1
+    assert scores(here) == scores(alone)
+    assert manifest_of(here).read_bytes() == manifest_of(alone).read_bytes()
+    assert not list(here.folder.rglob("*.claims"))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("engine", ["local", "ray"])
+def test_workers_read_caches_on_a_read_only_disk(here: World, alone: World, engine: str) -> None:
+    if engine == "ray":
+        pytest.importorskip("ray", reason="the extra ray is not installed")
+    shutil.copytree(alone.caches, here.caches)
+    with mounts.read_only(here.caches):
+        process = start(here, "--workers", "2", "--engine", engine)
+        shown = process.communicate()[0]
+    assert process.returncode == 0, shown
+    assert scores(here) == scores(alone)
 
 
 @pytest.mark.usefixtures("programs", "quick")

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import gc
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -240,6 +241,28 @@ def test_a_signal_leaves_no_process_and_no_claim(
     assert "Traceback" not in shown
     assert extract.extract(config).computed <= SENTENCES - done + 2 * 64
     assert tiny_cache.folder_bytes(cache) == by_one
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("forked_programs")
+def test_processes_join_the_workers_of_another_command(
+    config: ExtractConfig, by_one: dict[str, bytes], tmp_path: Path
+) -> None:
+    first = start(dataclasses.replace(config, workers=2))
+    workers = workers_of(first, tmp_path)
+    os.kill(workers[0], signal.SIGSTOP)  # so that work is left for those who come
+    others = [start(dataclasses.replace(config, workers=2)), start(config)]
+    wait_until(lambda: len(children(others[0].pid)) == 2)
+    os.kill(workers[0], signal.SIGCONT)
+    shown = [process.communicate(timeout=120)[0] for process in (first, *others)]
+    assert [process.returncode for process in (first, *others)] == [0, 0, 0], shown
+    computed = [int(match[1].replace(",", "")) for match in map(COMPUTED.search, shown) if match]
+    assert sum(computed) == SENTENCES, "no sequence was computed twice"
+    assert tiny_cache.folder_bytes(cache_of(tmp_path)) == by_one
+    assert not list(tmp_path.rglob(".*.claims"))
+
+
+COMPUTED = re.compile(r"([\d,]+) sequences? computed")
 
 
 @pytest.mark.usefixtures("programs")

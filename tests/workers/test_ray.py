@@ -199,21 +199,36 @@ def test_the_loss_of_a_node_changes_no_score(
 
 
 @pytest.mark.long
-def test_ctrl_c_leaves_no_process_and_no_claim(world: World) -> None:
+@pytest.mark.parametrize(("how", "cause"), [(signal.SIGINT, "Interrupted"), (signal.SIGTERM, "Stopped by SIGTERM")])
+def test_a_signal_leaves_no_process_and_no_claim(world: World, how: signal.Signals, cause: str) -> None:
     """On a Ray that the command starts itself."""
     save_corpus(world.data, train=SENTENCES)
     driver = start(world, "--workers=2")
     test_workers.wait_until(lambda: complete(world.caches) or driver.poll() is not None, 90)
     started = processes_of_session(driver.pid)
     assert sum("Actor" in name_of(pid) for pid in started) == 2
-    os.killpg(driver.pid, signal.SIGINT)  # as a terminal does on Ctrl-C
+    os.killpg(driver.pid, how)  # as a terminal does on Ctrl-C
     shown, _ = driver.communicate(timeout=60)
-    assert driver.returncode == 130, shown
+    assert driver.returncode == 128 + how, shown
     [cache] = world.cache_folders()
-    assert f"Interrupted. {complete(world.caches):,} of {SENTENCES:,} sequences are complete" in shown
+    assert f"{cause}. {complete(world.caches):,} of {SENTENCES:,} sequences are complete" in shown
     assert "Traceback" not in shown
     assert not list(cache.parent.glob(".*.claims"))
     test_workers.wait_until(lambda: not any(map(test_workers.is_alive, started)))
+
+
+@pytest.mark.long
+def test_an_actor_that_sigterm_stops_is_replaced(world: World) -> None:
+    save_corpus(world.data, train=SENTENCES)
+    driver = start(world, "--workers=2")
+    test_workers.wait_until(lambda: complete(world.caches) or driver.poll() is not None, 90)
+    actor = min(pid for pid in processes_of_session(driver.pid) if "Actor" in name_of(pid))
+    os.kill(actor, signal.SIGTERM)
+    shown, _ = driver.communicate(timeout=180)
+    assert driver.returncode == 0, shown
+    assert shown.count("was stopped by a signal; another one takes its place.") == 1
+    assert "Traceback" not in shown
+    assert complete(world.caches) == SENTENCES
 
 
 def name_of(pid: int) -> str:
