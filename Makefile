@@ -13,10 +13,10 @@ demo: $(VENV)/.installed
 test: lint
 	$(PYTEST) --dist=worksteal -m "not long"
 
-# One process more than cores, because many long tests wait most of the time. The tests of a group (xdist_group) run in
-# one process, and share what takes long to make.
+# One process more than cores, because many long tests wait most of the time. By file: tests of one file share what takes
+# long to make (see pytest_xdist_make_scheduler in tests/conftest.py).
 test-long: $(VENV)/.installed
-	$(PYTEST) --numprocesses=$$(($$(getconf _NPROCESSORS_ONLN) + 1)) --dist=loadgroup -m long
+	$(PYTEST) --numprocesses=$$(($$(getconf _NPROCESSORS_ONLN) + 1)) --dist=loadfile -m long
 
 test-all: lint
 	$(PYTEST) --dist=worksteal

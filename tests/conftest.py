@@ -30,9 +30,20 @@ from kr2cache.system.allocator import objects_set_aside
 torch.set_num_threads(1)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The walk over all architectures comes last: its short tests keep every process busy until the end."""
-    items.sort(key=lambda item: item.path.name == "test_table.py")
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With ``--dist=loadfile``, one process runs all tests of a file. But each test of the walk over all architectures
+    is given to any process. They come last, as files with more tests come first, and keep all busy until the end.
+    """
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class FilesAndTheWalk(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return nodeid if "test_table.py" in nodeid else str(super()._split_scope(nodeid))
+
+    return FilesAndTheWalk(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)

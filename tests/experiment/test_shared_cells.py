@@ -54,8 +54,6 @@ from kr2cache.system.console import as_worker
 from kr2cache.training.kreader import KReader
 from kr2cache.training.runs import RunFolder
 
-pytestmark = pytest.mark.xdist_group("shared cells")
-
 
 @pytest.fixture
 def here(world: World, monkeypatch: pytest.MonkeyPatch) -> World:

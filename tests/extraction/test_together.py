@@ -32,8 +32,6 @@ from kr2cache.extraction import budget, extract, together, trial
 from kr2cache.extraction.planning import ExtractPlan, plan_extraction
 from kr2cache.models.digests import OpenedModel
 
-pytestmark = pytest.mark.xdist_group("together")
-
 SENTENCES = 1200
 SHARDS = {"shard_gb": 90_000 / 2**30, "tokens_per_batch": 64}
 """Many small batches in about fifty shards."""

@@ -9,8 +9,6 @@ import damage
 import pytest
 from damage import KINDS, Examiner, Row
 
-pytestmark = pytest.mark.xdist_group("damage")
-
 
 @pytest.fixture(scope="module")
 def rows() -> dict[str, Row]:
