@@ -25,7 +25,6 @@ PIECE = 2**26
 """About so many values become one piece of an Arrow table, whose lists count with 32 bits."""
 
 POOLS: dict[str, Callable[[NDArray[np.floating], NDArray[np.int32], str], NDArray[np.floating]]] = {
-    "mean": sequence_mean,
     "sequence": sequence_mean,
     "word": lambda states, word_index, _: word_means(states, word_index),
     "first": lambda states, *_: states[:, 0].astype(np.float32),

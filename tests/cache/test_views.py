@@ -100,12 +100,11 @@ def test_layers_are_chosen_by_name_or_number(layers: Any, places: list[int], tmp
         cache.mean("one", "7")
 
 
-@pytest.mark.parametrize("pool", [None, "mean", "sequence", "word", "first", "last"])
+@pytest.mark.parametrize("pool", [None, "sequence", "word", "first", "last"])
 def test_a_data_set_has_every_sequence_in_the_wanted_order(pool: str | None, tmp_path: Path) -> None:
     cache, truth = made(tmp_path / "cache")
     expected = {
         None: lambda name: truth.states(NAMES.index(name)),
-        "mean": cache.mean,
         "sequence": cache.mean,
         "word": cache.words,
         "first": lambda name: truth.states(NAMES.index(name))[:, 0].astype(np.float32),
@@ -148,7 +147,7 @@ def test_a_loader_of_torch_gives_batches(method: str | None, tmp_path: Path) -> 
 
     cache, _ = made(tmp_path / "cache")
     names = ["gap", "one", "cut", "pair"]
-    data: Any = StackDataset(cache.dataset(names, pool="mean", layers=[0, 4]), list(range(4)))
+    data: Any = StackDataset(cache.dataset(names, pool="sequence", layers=[0, 4]), list(range(4)))
     loader = DataLoader(data, batch_size=3, num_workers=0 if method is None else 2, multiprocessing_context=method)
     batches = list(loader)
     assert [states.shape for states, _ in batches] == [(3, 2, 4), (1, 2, 4)]
