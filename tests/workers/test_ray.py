@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -39,17 +40,23 @@ def run(work: Callable[[Any], Any], argument: Any = None, count: int = 2, **opti
     return run_workers("ray", count, work, argument, **{"watch": lambda: 0, **options})
 
 
-@pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
-    """Three nodes, each with one CPU."""
+@pytest.fixture(scope="module")
+def head_node() -> Iterator[Cluster]:
+    """A cluster for all tests, because it takes seconds to start one."""
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     try:
-        for _ in range(2):
-            cluster.add_node(num_cpus=1)
-        monkeypatch.setenv("RAY_ADDRESS", cluster.address)
         yield cluster
     finally:
         cluster.shutdown()
+
+
+@pytest.fixture
+def cluster(head_node: Cluster, monkeypatch: pytest.MonkeyPatch) -> Cluster:
+    """Three nodes, each with one CPU. Those that a test before has removed are there again."""
+    while len(head_node.worker_nodes) < 2:
+        head_node.add_node(num_cpus=1)
+    monkeypatch.setenv("RAY_ADDRESS", head_node.address)
+    return head_node
 
 
 def describe(_: object) -> tuple[int, str, int, str]:
@@ -66,7 +73,7 @@ def note_and_wait(seen: Path) -> None:
 def test_a_cluster_of_three_nodes(
     cluster: Cluster, workdir: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """All checks use one cluster, because it takes seconds to start one."""
+    monkeypatch.setattr(engine, "ROOM_S", 600.0)  # no note on a busy machine
     results = run(describe, count=3)
     assert len({node for _, node, *_ in results}) == 3
     assert {tuple(rest) for *_, threads, folder in results for rest in [(threads, folder)]} == {(1, str(workdir))}
@@ -138,6 +145,19 @@ def start(world: World, *more: str) -> subprocess.Popen[str]:
     )
 
 
+@pytest.fixture
+def ended() -> Iterator[Callable[[subprocess.Popen[str]], subprocess.Popen[str]]]:
+    """A driver that is given to it has ended when the next test uses the cluster, also after a failure."""
+    with ExitStack() as running:
+
+        def watched(driver: subprocess.Popen[str]) -> subprocess.Popen[str]:
+            running.enter_context(driver)
+            running.callback(driver.kill)
+            return driver
+
+        yield watched
+
+
 def complete(caches: Path) -> int:
     """How many sequences are complete in the shards that exist."""
     count = 0
@@ -148,14 +168,14 @@ def complete(caches: Path) -> int:
 
 
 @pytest.mark.long
-def test_after_the_loss_of_a_node_the_bytes_are_the_same(cluster: Cluster, world: World) -> None:
+def test_after_the_loss_of_a_node_the_bytes_are_the_same(cluster: Cluster, world: World, ended: Any) -> None:
     save_corpus(world.data, train=SENTENCES)
     alone = folder_bytes(world.extract(cache_dir=world.folder / "alone", **SHARDS).cache)
-    driver = start(world, "--workers=3")
-    test_workers.wait_until(lambda: complete(world.caches) or driver.poll() is not None, 90)
+    driver = ended(start(world, "--workers=3"))
+    test_workers.wait_until(lambda: complete(world.caches) or driver.poll() is not None, 300)
     cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
     assert 0 < complete(world.caches) < SENTENCES
-    shown, _ = driver.communicate(timeout=180)
+    shown, _ = driver.communicate(timeout=600)
     assert driver.returncode == 0, shown
     assert shown.count("was lost; another one takes its place.") == 1
     assert "aylet" not in shown
@@ -167,7 +187,11 @@ def test_after_the_loss_of_a_node_the_bytes_are_the_same(cluster: Cluster, world
 
 @pytest.mark.long
 def test_the_loss_of_a_node_changes_no_score(
-    cluster: Cluster, world: World, make: Callable[[Path], World], monkeypatch: pytest.MonkeyPatch
+    cluster: Cluster,
+    world: World,
+    make: Callable[[Path], World],
+    monkeypatch: pytest.MonkeyPatch,
+    ended: Any,
 ) -> None:
     """Then, on the nodes that are left, a cell that kills each of its workers."""
     alone = sweeps.with_grid(make(world.folder / "alone"), sweeps.LONG)
@@ -175,7 +199,7 @@ def test_the_loss_of_a_node_changes_no_score(
         patch.chdir(alone.folder)
         assert command_line(["sweep", "grid.toml"]) == 0
     expected = sweeps.scores(alone)
-    driver = sweeps.start(sweeps.with_grid(world, sweeps.LONG), "--engine=ray", "--workers=3")
+    driver = ended(sweeps.start(sweeps.with_grid(world, sweeps.LONG), "--engine=ray", "--workers=3"))
     sweeps.wait_for(world, driver, lambda: len(sweeps.training(world)) == 3)
     cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
     shown, _ = driver.communicate(timeout=600)
@@ -188,7 +212,7 @@ def test_the_loss_of_a_node_changes_no_score(
     assert not list(world.folder.rglob("*.claims"))
 
     shutil.rmtree(world.folder / "runs")
-    driver = sweeps.start(world, "--engine=ray", "--workers=2")
+    driver = ended(sweeps.start(world, "--engine=ray", "--workers=2"))
     killed = sweeps.kill_whoever_trains(world, "*-all-*", driver)
     shown, _ = driver.communicate()
     assert driver.returncode == 1, shown
