@@ -326,6 +326,6 @@ def test_the_number_of_processes_decides_the_size_of_shards(
         monkeypatch.setenv(name, value)
     plan = plan_extraction(dataclasses.replace(config, **{"split": "dev", "shard_gb": None, **settings}))
     assert plan.token_bytes == 160
-    monkeypatch.setattr(ExtractPlan, "tokens", property(lambda self: GB))
+    monkeypatch.setattr(ExtractPlan, "positions", property(lambda self: GB))
     made = budget.plan_batches(plan, lambda batch: (), padded=True)
     assert made["shard_bytes"] == expected
