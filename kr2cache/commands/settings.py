@@ -31,7 +31,10 @@ TASK = Setting(
     f"udpos-LANG, udpos, {ROW_TASK_NAMES}, GLUE's and more (kr2cache tasks), or a name under "
     "\\[tasks] in kr2cache.toml. Default: from the resource's language."
 )
-DATA = Setting("Folder with train, dev and test in the task's format, or a hub data set. Default: the task's own data.")
+DATA = Setting(
+    "Folder with train, dev and test in the task's format, one such file, or a hub data set. Default: the task's own "
+    "data."
+)
 LIMIT = Setting("Only the first N examples of each split.", default="all")
 DEVICE = Setting("Where models run: auto, cpu, cuda, cuda:1 or mps.")
 WEIGHTS_DTYPE = Setting(
@@ -46,9 +49,9 @@ CACHE_DIR = Setting("Where caches are.", default="$KR2CACHE_DIR, else .kr2cache"
 
 EXTRACT = {
     "resource": Setting("The frozen model: a name (kr2cache models), hub id or folder."),
-    "split": Setting("train, dev or test.", default="train"),
+    "split": Setting("train, dev or test.", default="train; of one file, the split in its name"),
     "task": TASK,
-    "data": DATA,
+    "data": dataclasses.replace(DATA, help=f"{DATA.help} - is standard input."),
     "max_length": Setting("Maximum number of tokens in a sequence, special tokens included."),
     "layers": Setting("all, lastN (last4), or a list: 0,3,5. Layer 0 is the embeddings."),
     "dtype": Setting(f"Dtype on disk: {', '.join(DTYPES)}."),
