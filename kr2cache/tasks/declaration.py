@@ -40,6 +40,8 @@ class Declaration:
     """The column of the gold labels. For multilabel it may be several columns of 0 and 1."""
     labels: tuple[str, ...] = ()
     """The names of all labels. Empty for those of the train split."""
+    derived: bool = False
+    """Whether ``labels`` are those of the train split, in sorted order. A run records it; users do not write it."""
     id: str = "id"
     """The column of the ids, if the data has it."""
     unlabelled: str = ""
@@ -210,6 +212,8 @@ def declared(name: str, table: Mapping[str, Any]) -> Declaration:
             f"{where}: {name!r} cannot be the name of a task, because folders are named after tasks.",
             "Use letters, digits, hyphens, underscores and dots; a letter or digit comes first.",
         )
+    derived = table.get("derived") is True
+    table = {word: value for word, value in table.items() if word != "derived"}
     kind = table.get("kind")
     if kind is None:
         raise ConfigError(f"{where} has no kind.", f"Write kind = and one of {', '.join(KINDS)}, in quotes.")
@@ -229,7 +233,7 @@ def declared(name: str, table: Mapping[str, Any]) -> Declaration:
     for word, value in table.items():
         if not _word(kind, word).fits(value):
             raise ConfigError(f"{where}: {word} = {value!r} cannot be used.", f"Write {_word(kind, word).example}.")
-    return _declaration(where, {word: _plain(word, value) for word, value in table.items()})
+    return _declaration(where, {word: _plain(word, value) for word, value in table.items()} | {"derived": derived})
 
 
 def _word(kind: Kind, word: str) -> Word:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -9,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from kr2cache.errors import ConfigError, DataError
-from kr2cache.system.console import silent
+from kr2cache.system.console import note, silent
 from kr2cache.tasks import metrics
 from kr2cache.tasks.base import Example, Label, Task
 from kr2cache.tasks.columns import NOTHING, SUFFIXES, conllu_column, conllu_rows, word_rows
 from kr2cache.tasks.declaration import Declaration, declared
-from kr2cache.tasks.labels import LabelNumbers, name_of, names_of, value_of
+from kr2cache.tasks.labels import SHOWN, LabelNumbers, name_of, names_of, value_of
 from kr2cache.tasks.rows import RowTask
 from kr2cache.tasks.tables import Row, Unnamed, line_rows, table_rows
 from kr2cache.tasks.udpos import FORM_COLUMN, UdPos, is_withheld
@@ -66,7 +67,14 @@ class DeclaredTask(RowTask):
         self.label_column = declaration.label or "label"
         label = self.label_column
         self.labelled_by = f"the column {label if isinstance(label, str) else ', '.join(label)}"
-        self._numbers = LabelNumbers(self.labels)
+        self._ordered = bool(self.labels) and not declaration.derived
+        self._numbers = LabelNumbers(self.labels, ordered=self._ordered)
+        self._unknown: set[str] | None = None
+        """Collects labels that are unknown, where they are no error."""
+        if not self._ordered and self.kind in ("classification", "choice"):
+            self.label_it += (
+                f" If -1 means that there is none, write unlabelled = -1 in [tasks.{name}]; the row is then left out."
+            )
         self._seen = seen
         if declaration.scheme:
             self._check_scheme(self.labels)
@@ -86,9 +94,9 @@ class DeclaredTask(RowTask):
             return self
         seen = Seen()
         with silent():  # the reading that follows shows the same notes
-            for _ in DeclaredTask(self.name, self.words_of, seen=seen).examples("train", data):
+            for _ in type(self)(self.name, self.words_of, seen=seen).examples("train", data):
                 pass
-        labels = in_order(seen.names)
+        labels = in_order(seen.names - ({"-1"} if _is_no_label("-1", seen.names) else set()))
         what = f"the train split of {self.corpus(data)}"
         if not labels:
             raise DataError(
@@ -108,7 +116,7 @@ class DeclaredTask(RowTask):
                 f"[tasks.{self.name}]: metric = {self.metric!r} is not defined for the {len(labels)} labels of {what}.",
                 f"Give one of {', '.join(known)}.",
             )
-        return DeclaredTask(self.name, replace(self.words_of, labels=tuple(labels)))
+        return type(self)(self.name, replace(self.words_of, labels=tuple(labels), derived=True))
 
     def _check_scheme(self, labels: Sequence[str]) -> None:
         for label in labels:
@@ -154,8 +162,30 @@ class DeclaredTask(RowTask):
 
     def has_no_gold(self, row: Row) -> bool:
         if self.words:
-            return is_withheld(row.values.get(self.word_column) or ())
+            words = self._renamed(row).values.get(self.word_column)
+            return isinstance(words, (list, tuple)) and is_withheld(words)
         return self.words_of.skip_empty and any(self._renamed(row).values.get(one) == "" for one in self.columns)
+
+    def gold(self, row: Row) -> bool | None:
+        if self.kind not in ("classification", "regression", "choice"):
+            return None
+        column = str(self.label_column)
+        value = self._renamed(row).values.get(column)
+        name = name_of(value, f"{row.place}: {column}")
+        if name is None:
+            return None
+        # Before a training, derived labels are not known; an extraction has to read the same rows as the training.
+        foreign = name == "-1" and self.kind != "regression" and self._ordered and name not in self.labels
+        return not (foreign or name == self.words_of.unlabelled)
+
+    def read_unlabelled(self, path: Path, split: str) -> list[Example]:
+        lenient = copy.copy(self)
+        lenient._unknown = set()
+        examples = RowTask.read_unlabelled(lenient, path, split)
+        if lenient._unknown:
+            shown = ", ".join(sorted(lenient._unknown)[:SHOWN])
+            note(f"{path}: the reader does not know these labels, so there is no comparison with them: {shown}.")
+        return examples
 
     def _renamed(self, row: Row) -> Row:
         """The row under the names of columns that the declaration has."""
@@ -227,6 +257,9 @@ class DeclaredTask(RowTask):
 
     def _numbered(self, names: Sequence[str], place: str) -> list[int] | None:
         """The numbers of labels; None while the labels are not known."""
+        if self._unknown is not None and (unknown := [name for name in names if name not in self._numbers]):
+            self._unknown.update(unknown)
+            return None
         if self.labels:
             return [self._numbers.of(name, place, self.name) for name in names]
         if self._seen is not None and self.kind != "choice":
@@ -269,8 +302,18 @@ def _suffixes(words: Declaration) -> tuple[str, ...]:
 
 def in_order(names: set[str]) -> list[str]:
     """Labels in sorted order; by value if all of them are whole numbers."""
-    whole = all(re.fullmatch(r"-?[0-9]+", name) for name in names)
-    return sorted(names, key=int) if whole else sorted(names)
+    return sorted(names, key=lambda name: (int(name), name)) if _are_whole(names) else sorted(names)
+
+
+def _are_whole(names: set[str]) -> bool:
+    return all(re.fullmatch(r"-?[0-9]+", name) for name in names)
+
+
+def _is_no_label(name: str, names: set[str]) -> bool:
+    """Whether -1 among labels of the train split means that there is none, as data sets of the hub have it. It is a
+    label if all are whole numbers and another one is negative (-2, -1, 0) or none is 0 (-1 and 1)."""
+    negative = any(one.startswith("-") and one != name for one in names)
+    return not (_are_whole(names) and (negative or "0" not in names))
 
 
 def _labels(words: Declaration) -> tuple[str, ...]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import json
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,12 +17,18 @@ SHOWN = 20
 
 
 class LabelNumbers:
-    """The numbers of labels, by name. A number in the data may stand for a label, unless labels are numbers."""
+    """The numbers of labels, by name. A number in the data may stand for the place of a label, if the user gave their
+    order and no label is a number."""
 
-    def __init__(self, labels: Sequence[str]) -> None:
+    def __init__(self, labels: Sequence[str], *, ordered: bool) -> None:
+        """
+        Args:
+            ordered: Whether the user gave the labels in this order; else they are the sorted names of the data.
+        """
         self._labels = labels
         self._number = {label: number for number, label in enumerate(labels)}
-        if not any(label.lstrip("-").isdecimal() for label in labels):
+        self._words = not any(map(is_number, labels))
+        if ordered and self._words:
             self._number |= {str(number): number for number in range(len(labels))}
 
     def of(self, name: str, place: str, task: str) -> int:
@@ -32,10 +41,22 @@ class LabelNumbers:
         if number is None:
             more = len(self._labels) - SHOWN
             known = ", ".join(self._labels[:SHOWN]) + (f" and {more} more" if more > 0 else "")
+            what = " in their order: a number is then a place among them" if self._words and is_number(name) else ""
             raise DataError(
-                f"{place} is {name!r}.", f"Labels are {known}. Correct it, or give all labels in [tasks.{task}]."
+                f"{place} is {name!r}.", f"Labels are {known}. Correct it, or give all labels in [tasks.{task}]{what}."
             )
         return number
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._number
+
+
+def is_number(name: str) -> bool:
+    """Whether the name of a label is a number: ``1``, ``-1``, ``1.0``."""
+    try:
+        return math.isfinite(float(name))
+    except ValueError:
+        return False
 
 
 def name_of(value: Any, place: str) -> str | None:
@@ -62,12 +83,14 @@ def names_of(value: Any, place: str, *, split: bool) -> list[str]:
     """The names of a list of labels.
 
     Args:
-        split: Whether a text is taken as well: names with commas between them.
+        split: Whether a text is taken as well: names with commas between them, or a list as Python or JSON writes it.
 
     Raises:
         DataError: For another value, or a list with an empty label.
     """
-    if split and isinstance(value, str):
+    if split and isinstance(value, str) and value.lstrip().startswith("["):
+        value = _list_of(value.strip(), place)
+    elif split and isinstance(value, str):
         return [name for part in value.split(",") if (name := part.strip())]
     if not isinstance(value, (list, tuple)):
         raise DataError(f"{place} is {str(value)[:60]!r}, not a list of labels.", "Check the row.")
@@ -75,6 +98,28 @@ def names_of(value: Any, place: str, *, split: bool) -> list[str]:
     if None in names:
         raise DataError(f"{place}: label {names.index(None) + 1} is empty.", "Check the row.")
     return [name for name in names if name is not None]
+
+
+def _list_of(text: str, place: str) -> list[Any]:
+    """The list that a cell of CSV writes: ``["anger", "joy"]``, ``['anger', 'joy']`` or ``[27]``.
+
+    Raises:
+        DataError: If it is none, such as the text of a NumPy array, which has no commas.
+    """
+    try:
+        return list(json.loads(text))
+    except (ValueError, TypeError):
+        pass
+    try:
+        found = None if re.search(r"""['"]\s+['"]""", text) else ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        found = None
+    if not isinstance(found, list):
+        raise DataError(
+            f"{place} is {text[:60]!r}: it begins like a list, but is none.",
+            "Write the labels with commas between them (anger, joy), or as a list in JSON.",
+        )
+    return found
 
 
 def value_of(value: Any, place: str) -> float | None:

@@ -40,6 +40,8 @@ class RowTask(Task):
     """How ``has_no_gold`` recognises a row without a gold label, in words."""
     because = ""
     """Why rows are left out, if not for want of a gold label: ``have an empty text``."""
+    label_it = "Label the row, or remove it."
+    """What to do about a row without a label among rows that have one."""
 
     @abstractmethod
     def example(self, row: Row) -> Example:
@@ -48,6 +50,11 @@ class RowTask(Task):
     def has_no_gold(self, row: Row) -> bool:
         """Whether annotators found no label for this row: it is used neither in training nor in scores."""
         return False
+
+    def gold(self, row: Row) -> bool | None:
+        """Whether the row has a gold label: False if it says that it has none, and is therefore left out if other rows
+        of the split have one. None if this does not matter."""
+        return None
 
     @property
     def default_data(self) -> str | None:
@@ -70,7 +77,7 @@ class RowTask(Task):
         return table_rows(path, split)
 
     def hub_examples(self, hub_id: str, split: str) -> Iterator[Example]:
-        own = hub_id == self.hub_data  # yours may lack the configurations and splits of the official data set
+        own = self.hub_data in (None, hub_id)  # yours may lack the configurations and splits of the official data set
         table, what = load_hub(
             hub_id,
             self.hub_configuration if own else None,
@@ -118,12 +125,24 @@ class RowTask(Task):
             what: The file or data set, for notes.
             labels_matter: Whether rows without a gold label are left out.
         """
-        total = count = unlabelled = 0
+        total = count = unlabelled = marked = 0
         first_unlabelled = ""
         ids = UniqueIds()
+        others: list[bool] = []  # whether other rows have gold labels, once it is known
+
+        def is_marked(row: Row) -> bool:
+            if not labels_matter or self.gold(row) is not False:
+                return False
+            if not others:
+                others.append(any(self.gold(one) for one in rows()))
+            return others[0]
+
         for row in rows():
             total += 1
             if labels_matter and self.has_no_gold(row):
+                continue
+            if is_marked(row):
+                marked += 1
                 continue
             example = self.example(row)
             self._check(example, row.place)
@@ -135,17 +154,21 @@ class RowTask(Task):
             yield example
         ids.check(
             lambda: (
-                (self.example(row).id, row.place) for row in rows() if not (labels_matter and self.has_no_gold(row))
+                (self.example(row).id, row.place)
+                for row in rows()
+                if not (labels_matter and self.has_no_gold(row)) and not is_marked(row)
             )
         )
         if labels_matter and 0 < unlabelled < count:
             raise DataError(
                 f"{first_unlabelled}: no label, while {count - unlabelled} of {count} rows have one.",
-                "Label the row, or remove it.",
+                self.label_it,
             )
-        if total > count:
+        if marked:
+            note(f"{what}: {marked:,} of {total:,} rows have no gold label; they are left out.")
+        if total > count + marked:
             because = self.because or f"have no gold label ({self.no_gold})"
-            note(f"{what}: {total - count:,} of {total:,} rows {because}; they are left out.")
+            note(f"{what}: {total - count - marked:,} of {total:,} rows {because}; they are left out.")
 
     def _check(self, example: Example, place: str) -> None:
         if self.kind == "choice" and len(example.texts) != len(self.labels):

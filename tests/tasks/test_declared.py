@@ -65,7 +65,9 @@ def test_a_csv_of_reviews(tmp_path: Path) -> None:
     [
         (["b", "a", " b "], ("a", "b"), [1, 0, 1]),
         ([True, False, True], ("false", "true"), [1, 0, 1]),
-        ([-1, 0, 10, 9], ("-1", "0", "9", "10"), [0, 1, 3, 2]),
+        ([-1, 1, 10, 9], ("-1", "1", "9", "10"), [0, 1, 3, 2]),
+        ([-1, 0, -2], ("-2", "-1", "0"), [1, 2, 0]),
+        (["01", "1", "0"], ("0", "01", "1"), [1, 2, 0]),
         ([1.0, 2, "3"], ("1", "2", "3"), [0, 1, 2]),
         ([0.5, 1.5], ("0.5", "1.5"), [0, 1]),
     ],
@@ -105,6 +107,97 @@ def test_several_labels_of_one_example(tmp_path: Path) -> None:
     columns = ["joy", "anger", "fear"]
     assert [one.label for one in read(EMOTIONS, tmp_path, rows, label=columns)] == [(0, 2), ()]
     assert task(EMOTIONS, label=columns).labels == tuple(columns)
+
+
+@pytest.mark.parametrize(
+    ("cell", "labels"),
+    [
+        ("['anger', 'joy']", ("anger", "joy")),
+        (' ["joy", "anger"]', ("anger", "joy")),
+        ("[27, 3]", ("3", "27")),
+        ("[]", None),
+        ("['anger' 'joy']", None),
+        ("[27 3]", None),
+        ("[anger, joy]", None),
+    ],
+)
+def test_a_cell_that_looks_like_a_list_is_one(tmp_path: Path, cell: str, labels: tuple[str, ...] | None) -> None:
+    data = str(save(tmp_path, "train", [{"text": "x", "emotions": cell}, {"text": "y", "emotions": "[3]"}]))
+    if cell == "[]":
+        assert task(EMOTIONS, labels=[3, 4]).read("train", data)[0].label == ()
+    elif labels is None:
+        with pytest.raises(DataError, match=r"train.jsonl:1: emotions is .* begins like a list, but is none"):
+            task(EMOTIONS).with_labels_of(data)
+    else:
+        assert set(labels) <= set(task(EMOTIONS).with_labels_of(data).labels) <= {*labels, "3"}
+
+
+@pytest.mark.parametrize(
+    ("train", "dev"), [(["world", "sports"], 0), (["world", "sports"], "1"), (["1.0", "2.0"], 1), (["1.5", "x"], 1)]
+)
+def test_a_number_is_no_place_among_labels_without_an_order(tmp_path: Path, train: list[str], dev: Any) -> None:
+    words = {"kind": "classification", "text": "text", "label": "y"}
+    save(tmp_path, "train", [{"text": "x", "y": value} for value in train])
+    own = task(words).with_labels_of(str(save(tmp_path, "dev", [{"text": "x", "y": dev}])))
+    for one in (own, find_task("mine", {"mine": own.declaration()})):
+        with pytest.raises(DataError, match=r"dev.jsonl:1: y is '[01]'"):
+            one.read("dev", str(tmp_path))
+
+
+def test_minus_one_and_marks_are_no_gold(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = {"kind": "classification", "text": "text", "label": "y"}
+    data = str(save(tmp_path, "train", [{"text": "x", "y": value} for value in (1, -1, 0, "-", 1)]))
+    own = task(words, unlabelled=-1, labels=[0, 1, "-"])
+    assert [one.id for one in own.read("train", data)] == ["train-0", "train-2", "train-3", "train-4"]
+    assert "1 of 5 rows have no gold label; they are left out" in " ".join(capsys.readouterr().out.split())
+    own = task(words, unlabelled="-", labels=[0, 1])
+    assert [one.label for one in own.read("train", data)] == [1, 0, 1]
+    own = task(words).with_labels_of(str(save(tmp_path, "train", [{"text": "x", "y": value} for value in (1, -1, 0)])))
+    assert own.labels == ("0", "1")
+    with pytest.raises(DataError, match=r"train.jsonl:2: no label") as caught:
+        own.read("train", data)
+    assert "unlabelled = -1" in caught.value.remedy
+    for one in (task(words, unlabelled=-1), task(words, unlabelled=-1).with_labels_of(data)):
+        assert [example.id for example in one.read("train", data)] == ["train-0", "train-2"]
+    save(tmp_path, "test", [{"text": "x", "y": -1}, {"text": "y", "y": -1}])
+    assert [one.label for one in own.read("test", data)] == [None, None]
+    ratings = {"kind": "regression", "text": "text", "label": "y", "unlabelled": -1}
+    assert [one.label for one in task(ratings).read("train", data)] == [1.0, 0.0]
+
+
+def test_an_unknown_label_of_a_text_to_predict_is_no_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"text": "x", "y": "good"}, {"text": "z", "y": "odd"}]
+    own = task({"kind": "classification", "text": "text", "label": "y", "labels": ["bad", "good"]})
+    path = save(tmp_path, "new", rows) / "new.jsonl"
+    assert [one.label for one in own.read_unlabelled(path, "new")] == [1, None]
+    assert "these labels" in (said := " ".join(capsys.readouterr().out.split()))
+    assert "odd" in said
+
+
+class Shouted(DeclaredTask):
+    def from_line(self, line: str, name: str) -> Example:
+        return super().from_line(line.upper(), name)
+
+
+def test_a_subclass_keeps_its_methods(tmp_path: Path) -> None:
+    rows = [{"text": "x", "y": value} for value in (1, 2)]
+    own = Shouted.of_table("mine", {"kind": "classification", "text": "text", "label": "y"})
+    assert own.with_labels_of(str(save(tmp_path, "train", rows))).from_line("ja", "line-1").texts == (("JA",),)
+
+
+def test_the_configuration_belongs_to_the_data_set_that_data_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def load(hub_id: str, configuration: str | None, split: str, **more: Any) -> Any:
+        asked.append((hub_id, configuration, more["name"]))
+        raise DataError("none", "")
+
+    monkeypatch.setattr("kr2cache.tasks.rows.load_hub", load)
+    for data in ({}, {"data": "own/set"}, {"data": "other/set"}):
+        own = task(LINES, configuration="de", splits={"dev": "validation_matched"}, **data)
+        with pytest.raises(DataError):
+            own.read("dev", "own/set")
+    assert asked == [("own/set", "de", "validation_matched")] * 2 + [("own/set", None, None)]
 
 
 @pytest.mark.parametrize(("value", "number"), [(3, 3.0), (2.5, 2.5), ("4.75", 4.75), (None, None), ("", None)])
@@ -302,6 +395,9 @@ GOOD = {"id": "g", "title": "a", "body": "b", "stars": 1}
         (NER, {"tokens": ["a", " "], "ner_tags": ["O", "O"]}, "train.jsonl:1: text 2 in tokens is empty"),
         (NER, {"tokens": ["a", 5], "ner_tags": ["O", "O"]}, "train.jsonl:1: tokens is .* not a list of texts"),
         (NER, {"tokens": [], "ner_tags": []}, "train.jsonl:1: tokens is .* not a list of texts"),
+        (NER, {"tokens": 5, "ner_tags": []}, "train.jsonl:1: tokens is '5', not a list of texts"),
+        (NER, {"tokens": {"a": 1}, "ner_tags": []}, "train.jsonl:1: tokens is .* not a list of texts"),
+        (NER | {"rename": {"w": "tokens"}}, {"w": 5, "ner_tags": []}, "train.jsonl:1: tokens is '5', not a list"),
         (NER, {"words": ["a"]}, r"train.jsonl:1: tokens is missing \(there are words\)"),
         (NER, {"tokens": ["a", "b"], "ner_tags": ["O"]}, "train.jsonl:1: ner_tags has 1 labels for 2 words"),
         (NER, {"tokens": ["a", "b"], "ner_tags": ["O", "PER"]}, "'PER' of task mine is not of scheme BIO"),
