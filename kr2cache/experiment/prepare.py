@@ -19,6 +19,7 @@ from kr2cache.experiment.checks import named_in_errors
 from kr2cache.experiment.ready import check_ready
 from kr2cache.experiment.resource import Resource
 from kr2cache.experiment.shared import Corpus, Shared
+from kr2cache.extraction.planning import check_disk
 from kr2cache.fusion import parse_fusion
 from kr2cache.methods import METHODS
 from kr2cache.models import registry
@@ -155,6 +156,7 @@ def prepare(config: TrainConfig, shared: Shared) -> Prepared:
         resources[spec.name].look(splits)
         if len(ready.training.resources) > 1:
             resources[spec.name].release_model()  # so that one model is in memory
+    check_disk(*(plan for resource in resources.values() for plan in resource.plans))
     if resources:  # the caches found may hold longer texts than a new one
         longest = sum(resource.positions for resource in resources.values())
         shared.check_reader(checkpoint, None, positions=config.max_length + longest)

@@ -103,11 +103,11 @@ class Resource:
         Raises:
             CacheMismatchError: If a cache of the same names was made from other contents.
             CacheError: If no cache fits and ``--no-extract`` was given, or several fit and differ.
-            KR2CacheError: If a split cannot be extracted, or the disk has no room for all new caches.
+            KR2CacheError: If a split cannot be extracted, or the disk has no room for all its new caches.
         """
         for split in splits:
             self._looked[split] = self._cache_or_plan(split)
-        check_disk(*self._plans)
+        check_disk(*self.plans)
 
     def caches(self, splits: Iterable[str]) -> dict[str, FeatureCache]:
         """For each split, the cache that fits, or a new one; errors as for ``look``."""
@@ -119,7 +119,8 @@ class Resource:
             self.release_model()
 
     @property
-    def _plans(self) -> list[ExtractPlan]:
+    def plans(self) -> list[ExtractPlan]:
+        """The extractions that ``look`` planned."""
         return [one for one in self._looked.values() if isinstance(one, ExtractPlan)]
 
     @property

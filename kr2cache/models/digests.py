@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from kr2cache.config import DEFAULT_WEIGHTS_DTYPE
 from kr2cache.models.contents import weight_files
 from kr2cache.models.files import model_folder
-from kr2cache.models.load import load_config, quiet
+from kr2cache.models.load import load_config, quiet, with_all_layers
 from kr2cache.models.registry import ModelSpec
 from kr2cache.models.stack import open_encoder
 
@@ -60,12 +60,14 @@ def config_digest(config: PretrainedConfig, *, training: bool = False) -> str:
     transformers 5.23 (``config_fields.txt``), and of all other fields those that differ from their defaults. (Hashing
     only the fields in the file would not do: files of one model differ in the defaults that they spell out.)
 
+    Of a model that is cut to its first layers, lists with a value for each layer count in full, as in its file.
+
     Args:
         training: Whether dropout counts, as it does for a model that is trained.
     """
     fields = {
         name: value
-        for name, value in _lasting_fields(config).items()
+        for name, value in _lasting_fields(with_all_layers(config)).items()
         if name not in NOT_COMPUTED and (training or "drop" not in name)
     }
     text = json.dumps(fields, sort_keys=True, default=str)

@@ -136,12 +136,32 @@ PER_LAYER = re.compile(r".*layer.*|.*_types|intermediate_size|activation_sparsit
 """Fields that may have one value for each layer, such as ``layer_types``."""
 
 
+class FirstLayers(list[Any]):
+    """The first values of a list with one value for each layer. ``of_all`` are those of all layers: the digest of a
+    configuration covers them (``with_all_layers``)."""
+
+    of_all: Sequence[Any] = ()
+
+
 def _cut(config: PretrainedConfig, there: int, layers: int) -> None:
     """Leave the first ``layers`` layers of ``there``. transformers saves no configuration whose lists are longer."""
     for name, value in vars(config).items():
         if isinstance(value, list | tuple) and len(value) == there and PER_LAYER.fullmatch(name):
-            setattr(config, name, value[:layers])
+            first = FirstLayers(value[:layers])
+            first.of_all = value
+            setattr(config, name, first)
     config.num_hidden_layers = layers
+
+
+def with_all_layers(config: PretrainedConfig) -> PretrainedConfig:
+    """The configuration whose lists have their values for all layers of the checkpoint, also if only its first layers
+    are used. ``num_hidden_layers`` stays."""
+    config = copy.deepcopy(config)
+    for part in (config, *_parts(config)):
+        for name, value in vars(part).items():
+            if isinstance(value, FirstLayers):
+                setattr(part, name, value.of_all)
+    return config
 
 
 def _parts(config: PretrainedConfig) -> Iterator[PretrainedConfig]:

@@ -187,7 +187,7 @@ class Task(ABC):
             MissingSplitError: If the data has no such split. The message names the files that were looked for.
             DataError: If the split is malformed or empty.
         """
-        path = self._path(data)
+        path = self.path_of(data)
         count = 0
         for example in (
             self._path_examples(path, split) if path is not None else self.hub_examples(self._hub_id(data), split)
@@ -204,11 +204,19 @@ class Task(ABC):
 
     def corpus(self, data: str | None) -> str:
         """The name of the data: the folder's or file's own name, or the hub id."""
-        path = self._path(data)
+        path = self.path_of(data)
         return path.resolve().name if path is not None else self._hub_id(data)
 
-    def _path(self, data: str | None) -> Path | None:
-        return data_path(self.default_data if data is None else data)
+    def path_of(self, data: str | None) -> Path | None:
+        """The folder or file that ``data`` names; None for a data set of the hub. Without ``data``, only a task that
+        words declare can have a folder: other tasks' own data is on the hub, whatever the working folder holds.
+
+        Raises:
+            DataError: If it must be a folder or file, but does not exist.
+        """
+        if data is None and self.declaration() is not None:
+            data = self.default_data
+        return data_path(data)
 
     def _hub_id(self, data: str | None) -> str:
         hub_id = data or self.default_data
@@ -227,7 +235,7 @@ class Task(ABC):
             MissingSplitError: If a folder has no such split, or a file is another one.
             KR2CacheError: If ``data`` is neither a folder, nor a file of this task, nor the id of a hub data set.
         """
-        path = self._path(data)
+        path = self.path_of(data)
         if path is None:
             self._hub_id(data)
         else:
@@ -239,7 +247,7 @@ class Task(ABC):
         Raises:
             MissingSplitError: If it is one file.
         """
-        path = self._path(data)
+        path = self.path_of(data)
         if path is not None and path.is_file():
             raise MissingSplitError(
                 f"{path} is one file, but a training also needs a dev or a test split with labels to score on.",
@@ -251,7 +259,7 @@ class Task(ABC):
         """All files that decide the examples of a split, by their path below the folder. None if they are not known,
         as for a data set of the hub.
         """
-        path = self._path(data)
+        path = self.path_of(data)
         if path is None:
             return None
         folder = path if path.is_dir() else path.parent

@@ -9,7 +9,7 @@ from typing import Any
 
 from kr2cache.errors import DataError, MissingSplitError
 from kr2cache.tasks.base import Example, Task
-from kr2cache.tasks.files import SPLITS, data_path, split_of
+from kr2cache.tasks.files import SPLITS, split_of
 
 FIRST = 3
 """Examples that are shown."""
@@ -53,7 +53,7 @@ def survey(task: Task, data: str | None) -> Survey:
         DataError: If a split is malformed, or there is none.
         ConfigError: If the task has no data of its own and none is given.
     """
-    path = data_path(data if data is not None else task.default_data)
+    path = task.path_of(data)
     splits = SPLITS if path is None or path.is_dir() else (split_of(path),)
     missing: list[str] = []
     found: dict[str, SplitSurvey] = {}

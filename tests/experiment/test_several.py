@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,10 @@ from world import SPLITS, World, predictions
 
 from kr2cache import FeatureCache
 from kr2cache.cli import run
-from kr2cache.errors import CacheMismatchError, ConfigError, UnknownNameError
+from kr2cache.errors import CacheMismatchError, ConfigError, DiskSpaceError, UnknownNameError
 from kr2cache.experiment.pipeline import TrainResult, describe_training
 from kr2cache.experiment.prepare import prepare
+from kr2cache.experiment.resource import Resource
 from kr2cache.experiment.shared import Shared
 from kr2cache.prediction.predict import Predictor
 from kr2cache.report import report
@@ -92,6 +94,27 @@ def test_the_run_names_every_resource_and_stores_what_each_fused(
     assert "learned w by layer of res, seed 1:" in shown
     assert "learned w by layer of second, seed 2:" in shown
     assert "The resources ran on 46 sequences now; their states were read" in shown
+
+
+def test_a_disk_too_small_for_all_of_them_is_said_before_the_first_is_extracted(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[list[int]] = []
+    look = Resource.look
+
+    def then_shrink(self: Resource, splits: Any) -> None:
+        """The disk has room for the larger of the two, but not for both."""
+        look(self, splits)
+        looked.append([plan.state_bytes for plan in self.plans])
+        if len(looked) == 2:
+            free = max(map(sum, looked)) + 1
+            monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=free, used=0, free=free))
+
+    monkeypatch.setattr(Resource, "look", then_shrink)
+    with pytest.raises(DiskSpaceError, match=r"The states take .* free"):
+        world.train(**resources(world), fusion="all")
+    assert [len(sizes) for sizes in looked] == [3, 3]
+    assert not list(world.folder.rglob("*.h5"))
 
 
 def by_hand(

@@ -31,7 +31,7 @@ from kr2cache.errors import UnsupportedModelError
 from kr2cache.experiment.suitability import READER, RESOURCE, suitability
 from kr2cache.extraction.extract import extract
 from kr2cache.extraction.planning import plan_extraction
-from kr2cache.models.digests import model_digests
+from kr2cache.models.digests import config_digest, model_digests, open_model
 from kr2cache.models.load import load_config
 from kr2cache.models.registry import ModelSpec
 from kr2cache.models.stack import find_stack, open_encoder, resource_config
@@ -110,6 +110,21 @@ def test_the_first_layers_are_a_smaller_model_that_can_be_saved(model_type: str,
     assert len(states) == 3
     for one, other in zip(states[:2], whole.hidden_states, strict=False):  # the last has the final norm
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("model_type", ["modernbert", "qwen3"])
+def test_the_first_layers_keep_the_digest_of_lists_for_all_layers(model_type: str, tmp_path: Path) -> None:
+    """Caches from before the lists were cut are found: only ``num_hidden_layers`` decides."""
+    known = tiny.READERS.get(model_type) or SETTINGS[model_type]
+    saved(tmp_path / "m", AutoModel, tiny.config(model_type, **(known | {"num_hidden_layers": 3})))
+    cut = ModelSpec(name="m", path=tmp_path / "m", layers=2)
+    uncut = AutoConfig.from_pretrained(tmp_path / "m")
+    uncut.num_hidden_layers = 2
+    assert len(uncut.layer_types) == 3
+    opened = open_model(cut)
+    assert len(opened.encoder.config.layer_types) == 2
+    assert opened.digests.config == config_digest(uncut)
+    assert opened.digests.config_in_training == config_digest(uncut, training=True)
 
 
 def two_models(folder: Path) -> Any:

@@ -783,6 +783,18 @@ def test_the_hubs_data_sets(
     assert len(expected) == sum(label != -1 for label in numbers)
 
 
+def test_a_folder_with_the_name_of_the_hubs_data_set_changes_nothing(
+    hub_calls: dict[tuple[Any, ...], datasets.Dataset], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub_calls["stanfordnlp/snli", None, "train", None] = hub_table("snli", [1, 0])
+    (tmp_path / "stanfordnlp" / "snli").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    task = find_task("snli")
+    assert task.corpus(None) == "stanfordnlp/snli"
+    assert parts(task.read("train", None)) == expected_from_hub("snli", [1, 0], "train")
+    assert task.corpus("stanfordnlp/snli") == "snli", "a folder that is given is read"
+
+
 def test_the_hub_says_minus_one_where_annotators_did_not_agree(
     hub_calls: dict[tuple[Any, ...], datasets.Dataset], capsys: pytest.CaptureFixture[str]
 ) -> None:
