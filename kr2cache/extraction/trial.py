@@ -118,10 +118,11 @@ def first_passes(plan: ExtractPlan, encoder: PreTrainedModel, *advice: str) -> I
     Raises:
         UnsupportedModelError: If it fails.
         DeviceMemoryError: If memory is too small.
+        OSError: If a file cannot be read: it is not the model that fails.
     """
     try:
         yield
-    except KR2CacheError:
+    except (KR2CacheError, OSError):
         raise
     except Exception as error:
         if is_out_of_memory(error):

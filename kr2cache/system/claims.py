@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import json
 import os
 import re
@@ -187,16 +188,22 @@ def _try_claim(place: Path, unit: str) -> Claim | None:
         raise _with_remedy(error, place) from error
 
 
+MOST_ATTEMPTS = 100
+"""So often a folder of claims is made again that went away meanwhile. Where it always goes away, no folder can be made:
+some mounts, such as /proc, say so in this way."""
+
+
 def _make_request(request: Path, owner: Owner) -> None:
-    while True:
+    for attempt in itertools.count(1):
         # When its last claim is released, the folder is removed with it. That can happen after either step, and also
         # inside the first one: the folder is there when it is made, and gone when ``exist_ok`` looks at it.
         try:
             request.parent.mkdir(parents=True, exist_ok=True)
             request.mkdir()
             break
-        except FileNotFoundError:
-            continue
+        except FileNotFoundError as error:
+            if attempt == MOST_ATTEMPTS:  # ENOENT itself would mean that another process removed the request
+                raise PermissionError(errno.EACCES, "no folder can be made there", error.filename) from error
         except FileExistsError:
             if os.path.lexists(request.parent) and not request.parent.is_dir():
                 raise

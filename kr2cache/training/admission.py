@@ -53,7 +53,7 @@ def check_plain(model: PreTrainedModel, head: Head, inputs: Mapping[str, Tensor]
         if is_out_of_memory(error):
             raise
         reason, remedy = error_text(error), "Choose another reader."
-        if getattr(model.config, "pad_token_id", None) is None:
+        if getattr(model.config, "pad_token_id", None) is None and "pad" in reason.lower():
             remedy = "Give its tokenizer a padding token (pad_token in tokenizer_config.json), or choose another."
         raise UnsupportedModelError(
             f"{who} ({model.config.model_type}) cannot be trained on this task; its first batch fails: {reason}", remedy

@@ -185,7 +185,8 @@ class Appender(nn.Module):
         # A short batch switches BigBird from sparse to full attention for good, and sparse attention pads inside the
         # model, to whole blocks. With full attention from the start, the order of batches does not matter.
         if (set_attention := getattr(model.base_model, "set_attention_type", None)) is not None:
-            set_attention("original_full")
+            with torch.random.fork_rng(devices=[]):  # its new modules draw weights, then get the old ones
+                set_attention("original_full")
         place = place_of(model, who)
         embeddings = model.base_model.get_submodule(place.embeddings)
         self._pad = int(getattr(model.config, "pad_token_id", None) or 0)

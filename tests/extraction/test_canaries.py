@@ -379,6 +379,17 @@ def test_too_little_memory_for_the_comparison_is_explained(
     assert "tokens, does not fit into the memory of cpu together with res." in why
 
 
+def test_a_disk_that_cannot_be_read_is_no_fault_of_the_model(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = world.extract().cache
+
+    def failing(*_: Any, **__: Any) -> Any:
+        raise OSError(5, "Input/output error", str(folder))
+
+    monkeypatch.setattr(FeatureCache, "states", failing)
+    with pytest.raises(OSError, match="Input/output error"):
+        canaries.canaries(RerunConfig(folder=folder, resource=str(world.resource), device="cpu"))
+
+
 def test_verify_says_why_it_cannot_compare(world: World, capsys: pytest.CaptureFixture[str]) -> None:
     folder = world.extract().cache
     capsys.readouterr()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
 import re
 import signal
@@ -313,6 +314,21 @@ def test_a_file_in_place_of_the_folder_is_said(tmp_path: Path) -> None:
     claims.claims_folder(tmp_path / "cache").touch()
     with pytest.raises((FileExistsError, NotADirectoryError), match=r"cache\.claims"):
         try_claim(tmp_path / "cache", "unit")
+
+
+def test_a_place_where_no_folder_can_be_made_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """/proc says that a new folder is not there, however often it is made."""
+    made: list[Path] = []
+
+    def as_in_proc(self: Path, *given: Any, **named: Any) -> None:
+        made.append(self)
+        assert len(made) < 1000, "it would never end"
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(self))
+
+    monkeypatch.setattr(Path, "mkdir", as_in_proc)
+    with pytest.raises(ConfigError, match=r"cannot be written: .* is not writable") as caught:
+        try_claim(tmp_path / "place", "unit")
+    assert "give another folder" in caught.value.remedy
 
 
 def test_claims_do_not_need_file_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -474,3 +474,29 @@ def test_the_order_of_positions() -> None:
         for row, (l1, l2) in zip(order.tolist(), lengths, strict=True):
             assert row[: l1 + l2] == [*range(l1), *range(T, T + l2)]
             assert len(set(row)) == len(row)
+
+
+def test_full_attention_of_big_bird_draws_no_number_of_the_training() -> None:
+    """Its new modules are made with weights of their own, which the old ones replace."""
+    config = tiny.config("big_bird", attention_type="block_sparse")
+    model: Any = task_class("sequence", config).from_config(config)
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    appending.Appender(model.eval(), "big")
+    assert model.base_model.attention_type == "original_full"
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_padding_is_advised_only_if_it_is_missing() -> None:
+    class Broken(nn.Module):
+        config = tiny.config("gpt2", pad_token_id=None)
+
+        def forward(self, **inputs: Tensor) -> Tensor:
+            raise RuntimeError("the tables have other sizes")
+
+    inputs = {"input_ids": torch.ones(2, 3, dtype=torch.long), "attention_mask": torch.ones(2, 3, dtype=torch.long)}
+    broken: Any = Broken()
+    with pytest.raises(UnsupportedModelError, match="the tables have other sizes") as caught:
+        admission.check_plain(broken, "sequence", inputs, 2, "broken")
+    assert caught.value.remedy == "Choose another reader."
