@@ -64,7 +64,7 @@ def predict_cli(
         from kr2cache.prediction.texts import as_text, read_file, read_lines, score, typed_lines
         from kr2cache.prediction.texts import conllu as to_conllu
 
-    predictor = Predictor.load(run, toml.models, **where)
+    predictor = Predictor.load(run, toml.models, tasks=toml.tasks, **where)
     task = predictor.task
     if file is None:
         examples = read_lines(task, text or (), name="text")
@@ -79,7 +79,7 @@ def predict_cli(
         print_json({"task": task.name, "predictions": [one.json() for one in predicted], "metrics": metrics})
         return
     if conllu:
-        sys.stdout.write(to_conllu(examples, predicted))
+        sys.stdout.write(to_conllu(task, examples, predicted))
         return
     for example, one in zip(examples, predicted, strict=True):
         sys.stdout.write(as_text(task, example, one) + "\n")

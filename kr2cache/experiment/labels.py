@@ -67,6 +67,9 @@ def check_labels(task: Task, splits: Mapping[str, Sequence[Example]], *, whole: 
 def _fault(task: Task, example: Example) -> str | None:
     """Why this label does not fit the kind of the task, as the rest of a sentence."""
     label, labels = example.label, len(task.labels)
+    texts = labels if task.kind == "choice" else 1
+    if len(example.texts) != texts:
+        return f"it has {count_text(len(example.texts), 'text')}, not {texts}"
     if task.kind == "regression":
         if isinstance(label, bool) or not isinstance(label, (int, float)) or not math.isfinite(label):
             return f"its value is {label!r}, not a finite number"

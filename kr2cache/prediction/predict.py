@@ -24,7 +24,7 @@ from scipy.special import expit, softmax
 from transformers import PreTrainedTokenizerBase
 
 from kr2cache.cache.format import SequenceIndex
-from kr2cache.errors import CacheError, DataError, KR2CacheError, error_text
+from kr2cache.errors import CacheError, DataError, KR2CacheError, UnknownNameError, error_text
 from kr2cache.models.encode import MissingWords, check_token_ids, encode_examples, missing_words
 from kr2cache.models.forward import cheaper_forward
 from kr2cache.models.load import vocabulary
@@ -34,6 +34,7 @@ from kr2cache.prediction.online import OnlineFeatures, OnlineResource, load_reso
 from kr2cache.system.device import choose_device
 from kr2cache.system.process import process_unchanged
 from kr2cache.tasks import Example, Task, find_task
+from kr2cache.tasks.declared import DeclaredTask
 from kr2cache.training.admission import check_reader
 from kr2cache.training.batches import SplitData
 from kr2cache.training.evaluate import example_logits, predictions
@@ -55,6 +56,22 @@ class Predicted:
 
     def json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+
+def _task_of(config: Mapping[str, Any], tasks: Mapping[str, Any]) -> Task:
+    """The task of a run, as the run recorded it. ``tasks`` has it if it did not; errors as for ``find_task``."""
+    name, recorded = config["task"], config.get("declaration")
+    if recorded is not None:
+        given = tasks.get(name)
+        return (type(given) if isinstance(given, DeclaredTask) else DeclaredTask).of_table(name, recorded)
+    try:
+        return find_task(name, tasks)
+    except UnknownNameError as error:
+        raise UnknownNameError(
+            error.message,
+            "The run was trained on a task of another package or a Task object of Python. Install the package; or in "
+            f"Python, give the object: Predictor.load(RUN, tasks={{{name!r}: TASK}}).",
+        ) from error
 
 
 class Predictor:
@@ -106,7 +123,7 @@ class Predictor:
         """
         run = RunFolder(Path(folder).expanduser())
         config, resources = _read_run(run)
-        task = find_task(config["task"], {config["task"]: own} if (own := config.get("declaration")) else tasks)
+        task = _task_of(config, tasks)
         if not run.reader.is_dir():
             raise CacheError(
                 f"{run.path} holds no trained reader: the folder {run.reader.name}/ is missing.",

@@ -11,7 +11,10 @@ from typing import Any
 from kr2cache.errors import ConfigError, DataError
 from kr2cache.prediction.predict import Predicted
 from kr2cache.system import utf8
+from kr2cache.system.utf8 import file_lines
 from kr2cache.tasks import Example, Task
+from kr2cache.tasks.columns import DOCUMENT
+from kr2cache.tasks.files import DATA_SUFFIXES
 from kr2cache.training.evaluate import scores
 
 # Input --------------------------------------------------------------------------------------------------------
@@ -46,7 +49,8 @@ def typed_lines(raw_lines: Iterable[bytes], name: str) -> Iterator[str]:
 
 
 def read_file(task: Task, path: Path) -> list[Example]:
-    """The examples of a file: in the task's own format if the suffix matches, else one example per line.
+    """The examples of a file: in the task's own format if the suffix matches, else one example per line. The suffix of
+    another format is refused.
 
     Gold labels are kept if the file has them.
 
@@ -54,8 +58,14 @@ def read_file(task: Task, path: Path) -> list[Example]:
         DataError: If the file is missing or empty, or its content does not fit its suffix. The message names the file
             and the line.
     """
+    suffix = path.suffix.lower()
+    if suffix in DATA_SUFFIXES and suffix not in (".txt", *task.suffixes):
+        raise DataError(
+            f"{path} is no file of task {task.name}, whose files end in {', '.join(task.suffixes)}.",
+            "Write it in this format. A file with one example per line ends in .txt.",
+        )
     try:
-        if path.suffix in task.suffixes:
+        if suffix in task.suffixes and not (suffix == ".txt" and task.words and _is_sentences(path)):
             examples = task.read_unlabelled(path, path.stem)
         else:
             with path.open("rb") as file:
@@ -65,6 +75,32 @@ def read_file(task: Task, path: Path) -> list[Example]:
     if not examples:
         raise DataError(f"{path} holds no example.", "Check the file.")
     return examples
+
+
+def _is_sentences(path: Path) -> bool:
+    """Whether a text file holds a sentence a line, not a word a line with its columns.
+
+    Raises:
+        DataError: If it may be either.
+    """
+    fields: set[int] = set()
+    longest = block = blank = 0
+    tabs = True
+    for line in file_lines(path):
+        cells = line.split()
+        block = block + 1 if cells else 0
+        longest, blank = max(longest, block), blank + (not cells)
+        if cells and cells[0] != DOCUMENT and not line.startswith("#"):
+            fields.add(len(cells))
+            tabs = tabs and "\t" in line.strip("\r\n")
+    if tabs or fields == {1} or (len(fields) == 1 and blank and longest > 1):
+        return False
+    if len(fields) > 1 and (not blank or longest == 1):
+        return True
+    raise DataError(
+        f"{path} may hold a sentence a line or a word a line.",
+        "For words with columns, let its name end in .conll; for sentences, give it as standard input: --file -",
+    )
 
 
 # Output ------------------------------------------------------------------------------------------------------
@@ -115,12 +151,19 @@ def as_text(task: Task, example: Example, predicted: Predicted) -> str:
     return f"{said}  {' | '.join(map(_one_line, text))}"
 
 
-def conllu(examples: Sequence[Example], predicted: Sequence[Predicted]) -> str:
-    """A CoNLL-U file of tagged sentences: forms and UPOS. All other columns are unknown (``_``).
+def conllu(task: Task, examples: Sequence[Example], predicted: Sequence[Predicted]) -> str:
+    """A CoNLL-U file of tagged sentences: forms, and labels in the column of the task. All other columns are unknown
+    (``_``).
 
     Raises:
-        ConfigError: If the task does not tag words.
+        ConfigError: If the task does not tag words, or its labels are of no column of CoNLL-U.
     """
+    if task.kind == "tagging" and task.conllu is None:
+        raise ConfigError(
+            f"The labels of task {task.name} are of no column of CoNLL-U.",
+            'Leave out --conllu, or give --json. A declared task has such a column with label = "XPOS" or "MISC.NER".',
+        )
+    column, key = task.conllu or (0, "")
     sentences = []
     for example, prediction in zip(examples, predicted, strict=True):
         if not isinstance(prediction.predicted, list) or prediction.scores is not None:
@@ -128,7 +171,9 @@ def conllu(examples: Sequence[Example], predicted: Sequence[Predicted]) -> str:
         forms = [_one_line(word) or UNKNOWN for word in example.texts[0]]
         lines = [f"# sent_id = {_one_line(example.id)}", f"# text = {' '.join(forms)}"]
         for number, (form, tag) in enumerate(zip(forms, prediction.predicted, strict=True), 1):
-            columns = [str(number), form, UNKNOWN, UNKNOWN if tag is None else tag, *[UNKNOWN] * 6]
+            columns = [str(number), form, *[UNKNOWN] * 8]
+            if tag is not None:
+                columns[column] = f"{key}={tag}" if key and tag != UNKNOWN else tag
             lines.append("\t".join(columns))
         sentences.append("\n".join(lines) + "\n\n")
     return "".join(sentences)

@@ -43,12 +43,13 @@ def find_task(name: str, declared: Mapping[str, Any] = {}) -> Task:
         ConfigError: If it is declared in a wrong way, or under the name of a task that exists.
     """
     given = declared.get(name)
+    if (task := _built_in(name)) is not None:
+        if given is not None and type(given) is not type(task):  # a run would be predicted with the built-in task
+            what = f"The task of class {type(given).__name__}" if isinstance(given, Task) else f"[tasks.{name}]"
+            raise ConfigError(f"{what}: there is a built-in task {name}.", "Give yours another name.")
+        return given or task
     if isinstance(given, Task):
         return given
-    if (task := _built_in(name)) is not None:
-        if given is not None:
-            raise ConfigError(f"[tasks.{name}]: there is a built-in task {name}.", "Give yours another name.")
-        return task
     if given is not None:
         return DeclaredTask.of_table(name, given)
     if (task := plugin_task(name)) is not None:

@@ -89,6 +89,11 @@ class Task(ABC):
     """The parts of a file that are not examples, in words, for errors."""
 
     @property
+    def conllu(self) -> tuple[int, str] | None:
+        """The column of CoNLL-U that holds its labels, from 0, and the key in it; None if it has none."""
+        return None
+
+    @property
     def head(self) -> Head:
         """The head of its readers.
 

@@ -142,7 +142,7 @@ class DeclaredTask(RowTask):
     def file_rows(self, path: Path, split: str) -> Iterable[Row]:
         if self.kind == "tagging":
             return self._tagged_rows(path, split)
-        if path.suffix == ".txt":
+        if path.suffix.lower() == ".txt":
             return line_rows(path, split, self.words_of.text[0])
         words = self.words_of
         names = tuple(map(str, words.columns))
@@ -150,13 +150,13 @@ class DeclaredTask(RowTask):
 
     def _tagged_rows(self, path: Path, split: str) -> Iterable[Row]:
         words, label, numbers = self.word_column, str(self.label_column), self.words_of.columns
-        if path.suffix == ".conllu":
+        if path.suffix.lower() == ".conllu":
             tags = (int(numbers[1]), "") if numbers else conllu_column(label)
             assert tags is not None, "else the suffix is not among those of the task"
             form = int(numbers[0]) if numbers else (conllu_column(words) or (FORM_COLUMN, ""))[0]
             nothing = metrics.OUTSIDE if self.words_of.scheme else NOTHING
             return conllu_rows(path, split, words, label, form, tags, id_column=self.words_of.id, nothing=nothing)
-        if numbers and path.suffix not in TABLES:
+        if numbers and path.suffix.lower() not in TABLES:
             return word_rows(path, split, (int(numbers[0]), int(numbers[1])), words, label)
         return table_rows(path, split)
 
@@ -177,6 +177,10 @@ class DeclaredTask(RowTask):
         # Before a training, derived labels are not known; an extraction has to read the same rows as the training.
         foreign = name == "-1" and self.kind != "regression" and self._ordered and name not in self.labels
         return not (foreign or name == self.words_of.unlabelled)
+
+    @property
+    def conllu(self) -> tuple[int, str] | None:
+        return conllu_column(self.label_column) if self.words and isinstance(self.label_column, str) else None
 
     def read_unlabelled(self, path: Path, split: str) -> list[Example]:
         lenient = copy.copy(self)

@@ -101,6 +101,11 @@ def _named(texts: Any, column: str | None, id_column: str | None) -> Iterator[tu
     if isinstance(columns, list) and hasattr(texts, "iter"):
         yield from _of_data_set(texts, columns, column, id_column)
         return
+    if hasattr(texts, "columns") and hasattr(texts, "iloc"):
+        raise ConfigError(
+            f"texts is a table with the columns {', '.join(map(str, texts.columns))}.",
+            f"Give the column of the texts, such as df[{next(iter(texts.columns), 'text')!r}].",
+        )
     if column is not None or id_column is not None:
         raise ConfigError(
             f"column and id_column are of a datasets.Dataset, but texts is a {type(texts).__name__}.",
@@ -137,7 +142,9 @@ def _of_data_set(
 def _id(name: Any) -> str:
     if isinstance(name, bool) or not isinstance(name, str | int):
         raise DataError(f"The id {name!r} is neither text nor a whole number.", "Give each text an id of these types.")
-    return str(name)
+    if not (written := str(name).strip()):
+        raise DataError(f"The id {name!r} is empty.", "Give each text an id with at least one character.")
+    return written
 
 
 def _task_of(text: Any, place: str) -> Task:

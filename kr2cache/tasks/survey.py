@@ -94,10 +94,10 @@ def _of_split(task: Task, split: str, data: str | None) -> SplitSurvey:
         if example.label is None:
             continue
         labelled += 1
-        if isinstance(example.label, float):
-            values.append(example.label)
+        if task.kind == "regression":
+            values.append(float(example.label))  # type: ignore[arg-type]
         else:
-            counts.update([example.label] if isinstance(example.label, int) else example.label)
+            counts.update([example.label] if isinstance(example.label, int) else example.label)  # type: ignore[arg-type]
     known = bool(task.labels) and labelled > 0
     return SplitSurvey(
         examples=examples,
@@ -115,6 +115,6 @@ def _of_split(task: Task, split: str, data: str | None) -> SplitSurvey:
 def shown(task: Task, example: Example) -> Any:
     """The label of an example by name: one name, a list of names, or a value. None if it has none."""
     label = example.label
-    if label is None or isinstance(label, float):
+    if label is None or task.kind == "regression":
         return label
-    return task.labels[label] if isinstance(label, int) else [task.labels[number] for number in label]
+    return task.labels[label] if isinstance(label, int) else [task.labels[number] for number in label]  # type: ignore[union-attr]

@@ -13,6 +13,8 @@ from kr2cache.errors import DataError, error_text
 from kr2cache.system.console import count_text, note
 from kr2cache.system.utf8 import file_lines
 
+LONGEST_CELL = 2**31 - 1
+"""Characters of a cell of CSV; Python's own limit is 131,072, and a document may be longer."""
 AT_ONCE = 1_000
 """Rows of a Parquet file in memory at the same time."""
 
@@ -102,9 +104,9 @@ class Unnamed:
 
 def table_rows(path: Path, split: str, unnamed: Unnamed | None = None) -> Iterator[Row]:
     """The rows of a table, by the suffix of its file."""
-    if path.suffix == ".parquet":
+    if path.suffix.lower() == ".parquet":
         return parquet_rows(path, split)
-    if path.suffix in (".csv", ".tsv"):
+    if path.suffix.lower() in (".csv", ".tsv"):
         return csv_rows(path, split, unnamed or Unnamed())
     return json_rows(path, split)
 
@@ -113,7 +115,7 @@ def csv_rows(path: Path, split: str, unnamed: Unnamed) -> Iterator[Row]:
     """The rows of a CSV or TSV file under its header; blank lines are skipped. In TSV a quote is a character as any
     other.
     """
-    tabs = path.suffix == ".tsv"
+    tabs = path.suffix.lower() == ".tsv"
     _, first = next(_cells(path, tabs=tabs, quoted=not tabs), (0, []))
     named = not unnamed.columns or set(unnamed.needed) <= set(first)
     header, what = first, "the header has"
@@ -134,6 +136,7 @@ def csv_rows(path: Path, split: str, unnamed: Unnamed) -> Iterator[Row]:
 
 def _cells(path: Path, *, tabs: bool, quoted: bool) -> Iterator[tuple[int, list[str]]]:
     """The first line and the cells of each row that is not blank."""
+    csv.field_size_limit(LONGEST_CELL)
     reader = csv.reader(
         file_lines(path),
         strict=True,

@@ -78,6 +78,10 @@ class UdPos(Task):
     def file_examples(self, path: Path, split: str) -> Iterator[Example]:
         return self._examples(path, split, keep_withheld=False)
 
+    @property
+    def conllu(self) -> tuple[int, str] | None:
+        return UPOS_COLUMN, ""
+
     def read_unlabelled(self, path: Path, split: str) -> list[Example]:
         return list(self._examples(path, split, keep_withheld=True))
 

@@ -24,6 +24,7 @@ from kr2cache.prediction.predict import Predicted, Predictor
 from kr2cache.prediction.texts import as_text, conllu, read_file, read_lines, score
 from kr2cache.tasks.base import Example, Kind
 from kr2cache.tasks.rows import Row, RowTask
+from kr2cache.tasks.survey import survey
 
 SAVE = {"ratings": kinds.save_ratings, "moods": kinds.save_moods}
 TASKS = {"ratings": kinds.Ratings(), "moods": kinds.Moods()}
@@ -121,9 +122,9 @@ def test_predictions_as_lines_to_read() -> None:
     assert as_text(moods, text, several) == "joy 0.50, fear 0.98  das haus"
     assert as_text(moods, text, Predicted(id="a", predicted=[], scores=scores)) == "no label  das haus"
     assert several.json() == {"id": "a", "predicted": ["joy", "fear"], "scores": scores}
-    for example, one in ((text, several), (pair, Predicted(id="a", predicted=2.0, scores=None))):
+    for own, example, one in ((moods, text, several), (ratings, pair, Predicted(id="a", predicted=2.0, scores=None))):
         with pytest.raises(ConfigError, match="tagged words"):
-            conllu([example], [one])
+            conllu(own, [example], [one])
 
 
 @pytest.mark.parametrize("task", SAVE)
@@ -205,6 +206,13 @@ class States(kinds.Moods):
     kind: Kind = "text"
 
 
+class TwoTexts(kinds.Ratings):
+    name = "two-texts"
+
+    def example(self, row: Row) -> Example:
+        return Example(row.id("id"), ((row.text("one"),), (row.text("two"),)), 1.0)
+
+
 REFUSED: dict[str, tuple[type[RowTask], dict[str, Any], Any, str]] = {
     "a value that is text": (
         kinds.Ratings,
@@ -212,6 +220,7 @@ REFUSED: dict[str, tuple[type[RowTask], dict[str, Any], Any, str]] = {
         {},
         r"'train-3' of the train .* 'high', not",
     ),
+    "two texts": (TwoTexts, {}, {}, "'train-0' of the train split .* it has 2 texts, not 1"),
     "nan": (kinds.Ratings, {"dev": with_value(math.nan)}, {}, "'dev-3' of the dev split .* nan, not a finite number"),
     "inf": (
         kinds.Ratings,
@@ -285,3 +294,12 @@ def test_the_first_examples_may_all_have_one_label(world: World) -> None:
     data = kinds.save_moods(world.folder / "data")
     result = world.train(task=AllAlike(), data=str(data), method="kreader", epochs=1.0, train_limit=5)
     assert any(note.startswith("All 5 training examples have the label joy") for note in result.notes)
+
+
+def test_whole_numbers_of_a_regression_are_surveyed(tmp_path: Path) -> None:
+    data = kinds.save_ratings(tmp_path / "data")
+    for split in ("train", "dev", "test"):
+        edit(data, split, lambda number, row: {**row, "value": number % 5 + 3})
+    found = survey(kinds.Ratings(), str(data)).splits["train"]
+    assert (found.values or {})["max"] == 7
+    assert isinstance(found.first[0]["label"], int)

@@ -533,7 +533,7 @@ def test_any_script_has_a_label_a_word(world: World, line: str) -> None:
     (one,) = world.predictor()([example])
     assert isinstance(one.predicted, list)
     assert len(one.predicted) == len(line.split())
-    parsed = conllu_package.parse(conllu([example], [one]))
+    parsed = conllu_package.parse(conllu(world.task, [example], [one]))
     assert [token["form"] for token in parsed[0]] == line.split()
 
 
@@ -638,7 +638,7 @@ def test_a_blind_file_is_predicted(world: World, tmp_path: Path) -> None:
 
 
 def test_conllu_under_another_name_is_not_taken_for_text(world: World, tmp_path: Path) -> None:
-    path = tmp_path / "new.conll"
+    path = tmp_path / "new.txt"
     path.write_text("# sent_id = s\n1\tdas\t_\t_\t_\t_\t_\t_\t_\t_\n\n")
     with pytest.raises(DataError, match=r"line-2 has ten columns.*CoNLL-U") as caught:
         read_file(world.predictor().task, path)
@@ -738,7 +738,7 @@ def test_conllu_parses_to_the_predictions(world: World) -> None:
     ]
     predicted = world.predictor()(examples)
     assert None in names(predicted)[-1]
-    written = conllu(examples, predicted)
+    written = conllu(world.task, examples, predicted)
     assert written.endswith("\n\n")
     for line in written.split("\n"):
         assert not line or line.startswith("# ") or line.count("\t") == 9
@@ -759,7 +759,7 @@ def test_conllu_parses_to_the_predictions(world: World) -> None:
 
 def test_conllu_is_read_back_by_the_task(world: World, tmp_path: Path) -> None:
     predicted = world.predictor()(world.examples)
-    (tmp_path / "out.conllu").write_text(conllu(world.examples, predicted), "utf-8")
+    (tmp_path / "out.conllu").write_text(conllu(world.task, world.examples, predicted), "utf-8")
     back = read_file(world.task, tmp_path / "out.conllu")
     assert [(one.id, one.texts) for one in back] == [(one.id, one.texts) for one in world.examples]
     assert score(world.task, back, predicted) == {"accuracy": 1.0, "f1": 1.0, "cut_off_words": 0}
@@ -767,5 +767,5 @@ def test_conllu_is_read_back_by_the_task(world: World, tmp_path: Path) -> None:
 
 def test_conllu_is_for_tags(snli: World) -> None:
     with pytest.raises(ConfigError, match="CoNLL-U holds tagged words"):
-        conllu(snli.examples, snli.predictor()(snli.examples))
-    assert conllu([], []) == ""
+        conllu(snli.task, snli.examples, snli.predictor()(snli.examples))
+    assert conllu(snli.task, [], []) == ""

@@ -267,3 +267,10 @@ def test_conllu_without_tags_has_no_labels(tmp_path: Path) -> None:
     (tmp_path / "test.conllu").write_text("1\tJa\t_\t_\t_\t_\t_\t_\t_\t_\n\n")
     task = find_task("mine", {"mine": {"kind": "tagging", "label": "XPOS", "labels": ["A", "B"]}})
     assert task.read("test", str(tmp_path)) == [Example("test-0", (("Ja",),), None)]
+
+
+def test_a_document_may_be_long(tmp_path: Path) -> None:
+    text = "ja " * 60_000
+    (tmp_path / "train.csv").write_text(f"line\n{text}\n")
+    own = find_task("mine", {"mine": {"kind": "text", "text": "line"}})
+    assert [len(one.texts[0][0].split()) for one in own.read("train", str(tmp_path))] == [60_000]

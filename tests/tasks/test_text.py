@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import pandas
 import pytest
 
 from kr2cache.errors import ConfigError, DataError, MissingSplitError
-from kr2cache.tasks import Example, find_task
+from kr2cache.tasks import Example, Task, find_task
 from kr2cache.tasks.spool import standard_input, texts_in_memory
 
 
@@ -209,3 +211,24 @@ def test_a_data_set_of_datasets() -> None:
         examples_of(Dataset.from_dict({"text": ["a", "b"], "id": ["q", "q"]}), id_column="id")
     with pytest.raises(ConfigError, match=r"column and id_column are of a datasets\.Dataset"):
         examples_of(["a"], "text")
+
+
+def test_a_table_in_memory_is_not_its_names_of_columns() -> None:
+    table = pandas.DataFrame({"review": ["ein haus"], "stars": [3]})
+    with pytest.raises(ConfigError, match="a table with the columns review, stars") as caught, in_memory(table):
+        pass
+    assert "df['review']" in caught.value.remedy
+    with in_memory(table["review"]) as (task, path):
+        assert [one.texts for one in task.read("train", str(path))] == [(("ein haus",),)]
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"), [({" ": "ja"}, "The id ' ' is empty"), ({"a": "ja", " a": "nein"}, "'a'")]
+)
+def test_ids_in_memory_that_are_blank_or_differ_by_spaces(texts: dict[str, str], message: str) -> None:
+    with pytest.raises(DataError, match=message), in_memory(texts):
+        pass
+
+
+def in_memory(texts: object) -> contextlib.AbstractContextManager[tuple[Task, Path]]:
+    return texts_in_memory(texts, "train", None, None)
