@@ -13,6 +13,7 @@ from kr2cache.commands.loading import loading
 from kr2cache.commands.options import Json, print_json, takes
 from kr2cache.commands.settings import EXTRACT, OPTIONS
 from kr2cache.config import ExtractConfig, read_toml
+from kr2cache.errors import InterruptedWorkError, KR2CacheError, UnsupportedModelError
 from kr2cache.extraction.checks import check_extraction
 from kr2cache.models.files import model_folder
 from kr2cache.system.console import waiting
@@ -64,14 +65,14 @@ def _extract(config: ExtractConfig, dry_run: bool, no_measure: bool, as_json: bo
 
 
 def _show_dry_run(plan: Any, no_measure: bool, as_json: bool) -> None:
-    from kr2cache.extraction.estimate import describe_estimate, estimate
-    from kr2cache.system.console import bytes_text, console, ranges_text
+    from kr2cache.extraction.estimate import describe_estimate
+    from kr2cache.system.console import bytes_text, console, note, ranges_text
     from kr2cache.system.disk import free_bytes
     from kr2cache.system.terminal import Column, print_table
 
-    choices = plan.bytes_by_choice()
-    found = None if no_measure else estimate(plan)
+    choices, pools = plan.bytes_by_choice(), _pools(plan)
     if as_json:
+        found, why = (None, None) if no_measure else _measured(plan)
         print_json(
             {
                 "cache": None,
@@ -83,8 +84,9 @@ def _show_dry_run(plan: Any, no_measure: bool, as_json: bool) -> None:
                 "dry_run": True,
                 "free_bytes": free_bytes(plan.config.cache_dir),
                 "bytes_by_choice": choices,
-                "bytes_by_pool": plan.bytes_by_pool(),
+                "bytes_by_pool": pools,
                 **({} if found is None else found.json()),
+                **({} if why is None else {**dict.fromkeys(MEASURED), "not_measured": why}),
             }
         )
         return
@@ -92,7 +94,42 @@ def _show_dry_run(plan: Any, no_measure: bool, as_json: bool) -> None:
     columns = [Column("dtype"), *(Column("all layers" if name == "all" else name, right=True) for name in names)]
     rows = [[name, *(bytes_text(size) for size in sizes.values())] for name, sizes in choices.items()]
     print_table("On disk it would take (nothing was written)", columns, rows)
-    others = [f"{bytes_text(size)} with --pool {pool}" for pool, size in plan.bytes_by_pool().items()]
+    others = [f"{bytes_text(size)} with --pool {pool}" for pool, size in pools.items()]
     console.print(f"Layers {ranges_text(plan.layers)} as {plan.config.dtype}: {', '.join(others)}.", soft_wrap=True)
+    if no_measure:
+        return
+    found, why = _measured(plan)
     if found is not None:
         describe_estimate(found)
+    else:
+        note(f"The time was not measured: {why}")
+
+
+MEASURED = ("complete", "taken_over", "to_compute", "tokens_per_second", "estimated_seconds")
+"""The fields of ``Estimate.json``; null if nothing could be measured."""
+
+
+def _measured(plan: Any) -> tuple[Any, str | None]:
+    """The estimate, and None; or None, and why there is none."""
+    from kr2cache.extraction.estimate import estimate
+
+    try:
+        return estimate(plan), None
+    except InterruptedWorkError:
+        raise
+    except KR2CacheError as error:
+        return None, f"{error.message.rstrip('.')}. {error.remedy}".strip()
+
+
+def _pools(plan: Any) -> dict[str, int]:
+    """Bytes on disk for every pooling that the tokenizer allows."""
+    from kr2cache.models.tokenizers import load_tokenizer
+    from kr2cache.models.words import check_tells_words
+
+    pools: dict[str, int] = plan.bytes_by_pool()
+    if not find_task(plan.config.task, plan.config.tasks).words:
+        try:
+            check_tells_words(load_tokenizer(plan.spec, words=False), plan.spec.name)
+        except UnsupportedModelError:
+            del pools["word"]
+    return pools

@@ -30,7 +30,7 @@ from kr2cache.models.encode import MissingWords, check_token_ids, encode_example
 from kr2cache.models.files import check_complete, fault_of, model_folder
 from kr2cache.models.load import encoder_shape, load_config, max_positions, vocabulary
 from kr2cache.models.registry import ModelSpec, control
-from kr2cache.models.stack import Stack, find_stack, load_encoder
+from kr2cache.models.stack import WEIGHT_BYTES, Stack, check_room, find_stack, load_encoder
 from kr2cache.models.tokenizers import load_tokenizer, pad_id
 from kr2cache.system.console import bytes_text, waiting
 from kr2cache.system.device import drop_unused_memory
@@ -47,8 +47,6 @@ TASKS: dict[Head, str] = {"token": "udpos", "sequence": "snli", "choice": "swag"
 """A task of each head. Its data is not read."""
 SHORT, LONG = "A dog ran home .", "It is half past ten , and the old house by the river is still dark . " * 30
 """Two texts: a short one, and one that is longer than ``DEFAULT_MAX_LENGTH`` tokens."""
-WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-"""Bytes of one number of the weights, by their dtype in memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -298,21 +296,16 @@ class _Trials:
         """
         if self.stack is None:
             return
-        # A control is drawn in float32.
-        dtype = self.weights_dtype if role == RESOURCE and self.spec.random_seed is None else DEFAULT_WEIGHTS_DTYPE
-        needed = self.stack.numbers * WEIGHT_BYTES[dtype] * (1 if role == RESOURCE else 2)
-        if needed <= self.free:
+        if role == RESOURCE:
+            check_room(self.spec, self.stack, self.weights_dtype, self.free)
             return
-        what = f"for its weights in {dtype}"
-        if role != RESOURCE:
-            what += ", twice: a training keeps those that it starts from"
-        smaller = self.stack.numbers * WEIGHT_BYTES["bfloat16"]
-        remedy = "Ask on a machine with more memory."
-        if role == RESOURCE and dtype == DEFAULT_WEIGHTS_DTYPE and self.spec.random_seed is None:
-            remedy = f"Give --weights-dtype bfloat16 ({bytes_text(smaller)}), or ask on a machine with more memory."
-        raise DeviceMemoryError(
-            f"{self.spec.name!r} needs {bytes_text(needed)} {what}. {bytes_text(self.free)} of memory are free.", remedy
-        )
+        needed = 2 * self.stack.numbers * WEIGHT_BYTES[DEFAULT_WEIGHTS_DTYPE]
+        if needed > self.free:
+            raise DeviceMemoryError(
+                f"{self.spec.name!r} needs {bytes_text(needed)} for its weights in {DEFAULT_WEIGHTS_DTYPE}, twice: a "
+                f"training keeps those that it starts from. {bytes_text(self.free)} of memory are free.",
+                "Ask on a machine with more memory.",
+            )
 
     def _encoder_of_readers(self) -> PreTrainedModel | None:
         """The model in float32, which the readers of all heads start from; None if it cannot be loaded."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,9 +24,13 @@ from kr2cache.extraction.packing import Packer
 from kr2cache.extraction.planning import ExtractPlan
 from kr2cache.models.encode import length_sorted_batches
 from kr2cache.models.forward import cheaper_forward
+from kr2cache.models.load import load_config
+from kr2cache.models.stack import check_room, find_stack
 from kr2cache.models.states import device_of
+from kr2cache.store import folders, provenance
 from kr2cache.store.takeover import as_mask
-from kr2cache.system.console import bytes_text, console, count_text, seconds_text, waiting
+from kr2cache.system.console import bytes_text, console, count_text, note, seconds_text, waiting
+from kr2cache.system.memory import free_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -71,12 +76,19 @@ class Estimate:
 
 
 def estimate(plan: ExtractPlan) -> Estimate:
-    """Load the model, find older caches, and run three batches.
+    """Load the model, find older caches, and run three batches. Nothing is loaded if the cache is complete.
 
     Raises:
         KR2CacheError: The errors of an extraction that come before its first batch: a model that cannot serve, too
             little memory, a begun cache that does not agree with its model.
     """
+    if (complete := _complete_cache(plan)) is not None:
+        note(f"{complete} is complete. The weights of {plan.spec.name} were not read to compare them.")
+        return Estimate(
+            complete=len(plan.index), taken_over=0, computed=0, tokens=0, bytes=0, forward_seconds=0.0, seconds=0.0
+        )
+    if plan.config.device_map is None:  # else the weights may lie on GPUs
+        check_room(plan.spec, find_stack(plan.spec, load_config(plan.spec)), plan.config.weights_dtype, free_memory())
     started = time.monotonic()
     with waiting(f"Loading {plan.spec.name}"):
         model = trial.open_resource(plan)
@@ -106,6 +118,19 @@ def estimate(plan: ExtractPlan) -> Estimate:
         forward_seconds=seconds,
         seconds=prepared + seconds if batches or copied.any() else 0.0,
     )
+
+
+def _complete_cache(plan: ExtractPlan) -> Path | None:
+    """A complete cache of these settings and sequences, of a model of this name; None if there is none."""
+    config = plan.config
+    for folder in folders.matching(config.cache_dir, task=config.task, split=config.split, name=plan.spec.name):
+        with contextlib.suppress(CacheError):
+            cache = FeatureCache.open(folder)
+            made = provenance.found_of(cache.provenance, folder)
+            found = provenance.found(plan.stored, made.weights, made.config, plan.template)
+            if cache.complete.all() and cache.fingerprint == provenance.fingerprint(plan.chosen, found):
+                return folder
+    return None
 
 
 def _forward_seconds(

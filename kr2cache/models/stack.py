@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kr2cache.config import DEFAULT_WEIGHTS_DTYPE
-from kr2cache.errors import UnsupportedModelError
+from kr2cache.errors import DeviceMemoryError, UnsupportedModelError
 from kr2cache.models.files import check_files, model_folder
 from kr2cache.models.load import (
     WEIGHTS,
@@ -31,6 +31,7 @@ from kr2cache.models.load import (
     without_weights,
 )
 from kr2cache.models.registry import ModelSpec
+from kr2cache.system.console import bytes_text
 
 if TYPE_CHECKING:
     from torch import nn
@@ -51,6 +52,31 @@ class Stack(NamedTuple):
     """The class of the whole model."""
     numbers: int
     """How many numbers the weights of the stack are."""
+
+
+WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Bytes of one number of the weights, by their dtype in memory."""
+
+
+def check_room(spec: ModelSpec, stack: Stack, weights_dtype: str, free: int) -> None:
+    """Check that ``free`` bytes of memory have room for the weights of a resource, before they are read.
+
+    Raises:
+        DeviceMemoryError: If not.
+    """
+    # A control is drawn in float32.
+    dtype = weights_dtype if spec.random_seed is None else DEFAULT_WEIGHTS_DTYPE
+    needed = stack.numbers * WEIGHT_BYTES[dtype]
+    if needed <= free:
+        return
+    remedy = "Ask on a machine with more memory."
+    if dtype == DEFAULT_WEIGHTS_DTYPE and spec.random_seed is None:
+        smaller = bytes_text(stack.numbers * WEIGHT_BYTES["bfloat16"])
+        remedy = f"Give --weights-dtype bfloat16 ({smaller}), or ask on a machine with more memory."
+    raise DeviceMemoryError(
+        f"{spec.name!r} needs {bytes_text(needed)} for its weights in {dtype}. {bytes_text(free)} of memory are free.",
+        remedy,
+    )
 
 
 def find_stack(spec: ModelSpec, config: PretrainedConfig) -> Stack:

@@ -11,6 +11,7 @@ import pytest
 import tiny
 import torch
 from test_extract import interrupt_after
+from transformers import AutoTokenizer
 from transformers.models.bert.modeling_bert import BertEncoder
 from world import World, count_resource_batches
 
@@ -18,6 +19,8 @@ from kr2cache import FeatureCache
 from kr2cache.cli import run
 from kr2cache.config import ExtractConfig
 from kr2cache.errors import InterruptedWorkError
+from kr2cache.extraction import estimate as estimating
+from kr2cache.extraction import trial
 from kr2cache.extraction.estimate import MOST_REPEATS, Estimate, describe_estimate, estimate
 from kr2cache.extraction.extract import extract, place_of, plan_shards
 from kr2cache.extraction.planning import plan_extraction
@@ -143,6 +146,53 @@ def test_a_dry_run_shows_it_unless_told_not_to(
     assert sizes == []
     assert "tokens a second" not in capsys.readouterr().out
     assert files(world.folder) == before
+
+
+@pytest.mark.parametrize("fault", ["weights", "memory"])
+def test_the_sizes_are_shown_even_if_nothing_can_be_measured(
+    world: World, fault: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if fault == "weights":
+        (weights,) = world.resource.glob("*.safetensors")
+        weights.write_bytes(weights.read_bytes()[:2000])
+    else:
+        monkeypatch.setattr(estimating, "free_memory", lambda: 1000)
+        monkeypatch.setattr(trial, "open_resource", lambda plan: pytest.fail("the weights were read"))
+    words = ["extract", "--resource", str(world.resource), "--task", "udpos", "--data", str(world.data), "--dry-run"]
+    words += ["--cache-dir", str(world.caches)]
+    capsys.readouterr()
+    assert run([*words, "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["bytes"] == said["tokens"] * 5 * 16 * 2
+    assert {said[name] for name in ("complete", "taken_over", "to_compute", "estimated_seconds")} == {None}
+    assert ("memory are free" if fault == "memory" else "invalid header length. Check") in said["not_measured"]
+    assert run(words) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert shown.index("On disk it would take") < shown.index("The time was not measured: ")
+
+
+def test_for_a_complete_cache_nothing_is_loaded(
+    world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = world.extract()
+    monkeypatch.setattr(trial, "open_resource", lambda plan: pytest.fail("the weights were read"))
+    done = estimated(world)
+    assert (done.complete, done.computed, done.seconds) == (12, 0, 0.0)
+    assert f"{made.cache} is complete." in " ".join(capsys.readouterr().out.split())
+
+
+def test_only_a_pooling_that_the_tokenizer_allows_is_offered(
+    world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (world.folder / "train.txt").write_text("one two\nthree\n")
+    words = ["extract", "--resource", str(world.resource), "--task", "text", "--data", str(world.folder / "train.txt")]
+    words += ["--cache-dir", str(world.caches), "--dry-run", "--no-measure", "--json"]
+    for told in (True, False):
+        if not told:
+            monkeypatch.setattr(type(AutoTokenizer.from_pretrained(world.resource)), "is_fast", False)
+        capsys.readouterr()
+        assert run(words) == 0
+        assert ("word" in json.loads(capsys.readouterr().out)["bytes_by_pool"]) == told
 
 
 def test_it_is_said_what_is_there(capsys: pytest.CaptureFixture[str]) -> None:
