@@ -68,7 +68,7 @@ def test_a_csv_is_extracted_trained_and_predicted(
     trained = command(line, capsys)
     (folder,) = (Path(one["folder"]) for one in trained["runs"])
     config = json.loads((folder / "config.json").read_text("utf-8"))["config"]
-    assert config["declaration"] == {**WORDS, "labels": ["bad", "good", "so-so"]}
+    assert config["declaration"] == {**WORDS, "labels": ["bad", "good", "so-so"], "derived": True}
     assert config["metric"] == "macro_f1"
     rows = [json.loads(line) for line in (folder / "predictions-test.jsonl").read_text("utf-8").splitlines()]
     assert [row["gold"] for row in rows] == ["good", "bad", "so-so", "good", "bad", "so-so", "good"]
