@@ -70,20 +70,30 @@ class Resource:
         self.compute_dtype = config.compute_dtype
         self.pool = config.pool
         # The weights are hashed as they run, so this is settled before caches are compared.
-        self._note_once = shared.note_once
+        self._shared, self._note_once = shared, shared.note_once
         self.weights_dtype = config.weights_dtype or self._weights_dtype_of_caches()
         self._looked: dict[str, FeatureCache | ExtractPlan] = {}
         """What ``look`` found, by split."""
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._model: OpenedModel | None = None
         if self.on_this_machine:
-            with waiting(f"Reading the weights of {spec.name}"):
-                digests = known_digests(spec, self.weights_dtype) or self._opened_model().digests
-                self._tokenizer = shared.tokenizer(spec, words=task.words)
-            self.weights, self.config_digest = digests.weights, digests.config
+            self._know_model()
         else:
             where = "are not on this machine" if self._has_source else "are in no known folder"
             self.notes.append(f"The weights of {spec.name} {where}: its caches are used without comparing them.")
+
+    def _know_model(self) -> None:
+        """Take digests and tokenizer from the model. CacheMismatchError if a cache accepted before is of another."""
+        with waiting(f"Reading the weights of {self.spec.name}"):
+            digests = known_digests(self.spec, self.weights_dtype) or self._opened_model().digests
+            self._tokenizer = self._shared.tokenizer(self.spec, words=self.task.words)
+        before = self.weights, self.config_digest
+        self.on_this_machine, self.weights, self.config_digest = True, digests.weights, digests.config
+        if None not in before and before != (self.weights, self.config_digest):
+            raise CacheMismatchError(
+                f"{self.spec.name} was downloaded now. The model that its caches were made from is another one.",
+                "Run the same command again: it says which caches differ.",
+            )
 
     @property
     def _has_source(self) -> bool:
@@ -167,6 +177,8 @@ class Resource:
         found = self._find(wanted)
         if found is None:
             plan = self._plan(split)
+            if not self.on_this_machine:  # planning downloaded it
+                self._know_model()
             self.max_length, self.dtype = plan.config.max_length, plan.config.dtype
             self.compute_dtype, self.pool = plan.config.compute_dtype, plan.config.pool
             return plan
@@ -332,9 +344,10 @@ class Resource:
         describe_result(result)
         self.computed += result.computed
         cache = FeatureCache.open(result.cache)
-        if self.weights is not None and cache.provenance["found"]["weights"] != self.weights:
+        made = cache.provenance["found"]
+        if self.weights is not None and (made["weights"], made["config"]) != (self.weights, self.config_digest):
             raise CacheError(
-                f"{result.cache} was extracted with other weights than {self.spec.name} had before.",
+                f"{result.cache} was extracted from another model than {self.spec.name} was before.",
                 "The model changed during this command. Run the same command again.",
             )
         return cache
@@ -370,21 +383,18 @@ class Resource:
 
     def _command(self, split: str) -> str:
         words = ["kr2cache", "extract", "--resource", self.config.resource or self.spec.name, "--split", split]
-        words += ["--task", self.task.name]
-        if self.config.data is not None:
-            words += ["--data", self.config.data]
         for option, value in (
+            ("--task", self.task.name),
+            ("--data", self.config.data),
             ("--max-length", self.max_length),
             ("--dtype", self.dtype),
             ("--compute-dtype", self.compute_dtype),
             ("--weights-dtype", None if self.weights_dtype == DEFAULT_WEIGHTS_DTYPE else self.weights_dtype),
             ("--pool", None if self.pool == DEFAULT_POOL else self.pool),
             ("--device-map", self.config.device_map),
+            ("--cache-dir", None if self.config.cache_dir == default_cache_dir() else self.config.cache_dir),
+            ("--limit", self.config.limit_of(split)),
         ):
             if value is not None:
                 words += [option, str(value)]
-        if self.config.cache_dir != default_cache_dir():
-            words += ["--cache-dir", str(self.config.cache_dir)]
-        if (limit := self.config.limit_of(split)) is not None:
-            words += ["--limit", str(limit)]
         return shlex.join(words)

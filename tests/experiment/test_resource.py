@@ -25,6 +25,7 @@ from kr2cache.errors import (
     DiskSpaceError,
     KR2CacheError,
 )
+from kr2cache.experiment import resource as resource_module
 from kr2cache.experiment.pipeline import describe_training
 from kr2cache.experiment.resource import Resource
 from kr2cache.experiment.shared import Shared
@@ -317,6 +318,30 @@ def resource_of(world: World, **changes: Any) -> Resource:
     config = world.config(**changes)
     assert config.resource is not None
     return Resource(config, find_model(config.resource, config.models), find_task(config.task), Shared())
+
+
+@pytest.mark.parametrize("cached", ["dev", "train"])
+def test_a_model_that_comes_while_it_is_planned_is_compared_before_it_is_extracted(
+    world: World, cached: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a download does it: the model is not there when caches are looked for, and other weights come."""
+    models, away = {"far": {"path": str(world.resource)}}, world.folder / "away"
+    world.extract(cached, resource="far", models=models)
+    change_a_weight(world.resource)
+    world.resource.rename(away)
+    config = world.config(resource="far", models=models)
+    resource = Resource(config, find_model("far", models), find_task("udpos"), Shared())
+    plan = resource_module.plan_extraction
+
+    def download(*given: Any) -> Any:
+        if away.exists():
+            away.rename(world.resource)
+        return plan(*given)
+
+    monkeypatch.setattr(resource_module, "plan_extraction", download)
+    with pytest.raises(CacheMismatchError, match="made from"):
+        resource.look(["train", "dev"])
+    assert len(world.cache_folders()) == 1
 
 
 def said(capsys: pytest.CaptureFixture[str]) -> str:
