@@ -300,8 +300,9 @@ def test_a_cell_that_kills_every_worker_is_reported_and_the_others_are_trained(
     assert "6 of 8 cells filled." in shown
     assert "X · All, Y · All: The process that trained this cell was killed, or it crashed." in shown
     for cell in ("X · All", "Y · All"):
-        for what_next in ("Another worker tries it again.", "It is not tried again."):
-            assert f"✗ {cell}: {shared_cells.DIED.message} {what_next}" in shown
+        said = re.findall(rf"✗ {re.escape(f'{cell}: {shared_cells.DIED.message}')} (.+)", shown)
+        # If another worker takes the cell before the driver looks, the driver never sees that it failed once.
+        assert said in (["It is not tried again."], ["Another worker tries it again.", "It is not tried again."])
     assert scores(long) == {path: content for path, content in long_scores.items() if "-all-" not in path}
     again = start(long, "--workers", "2")
     shown = again.communicate()[0]
