@@ -6,7 +6,7 @@ any time. While processes work, each cell in the manifest also has
 
     done        true once the runs of the cell exist. Runs of earlier sweeps do not count: the data may have changed
     taken_by    the processes that began to train the cell
-    failed_by   the processes that tried the cell and failed, or died in it
+    failed_by   the processes that tried the cell and failed, or died in it, each with its error
     not_for     the processes that cannot train the cell, as their checks found
 
 A process died in a cell if it took the cell, left no result and does not hold the cell any more: the system killed it
@@ -186,7 +186,7 @@ class SharedCells:
     def _begin(self, cell: Cell) -> None:
         def change(entries: dict[str, Entry]) -> None:
             entry = entries.get(self._unit[cell], cell.json())
-            entries[self._unit[cell]] = entry | _work(entry, "taken_by", self._process)
+            entries[self._unit[cell]] = entry | _add(entry, "taken_by", self._process)
 
         self._change(change)
 
@@ -204,29 +204,36 @@ class SharedCells:
 
     def settle(self, cell: Cell) -> None:
         """Write the result of a cell into the manifest: the folder of its runs, or its error."""
-        if cell.error is None:
-            self._change(lambda entries: entries.update({self._unit[cell]: cell.json() | {"done": True}}))
-        else:
+        if cell.error is not None:
             self._write_failures(cell, self._process)
+            return
+
+        def change(entries: dict[str, Entry]) -> None:
+            unit = self._unit[cell]
+            entries[unit] = cell.json() | {"done": True, "failed_by": _failures(entries.get(unit, {}))}
+
+        self._change(change)
 
     def _write_failures(self, cell: Cell, *processes: str) -> None:
         def change(entries: dict[str, Entry]) -> None:
-            unit = self._unit[cell]
-            entries[unit] = cell.json() | _work(entries.get(unit, {}), "failed_by", *processes)
+            entry = entries.get(self._unit[cell], {})
+            new = cell.json()
+            failures = _failures(entry) | dict.fromkeys(processes, new["error"])
+            entries[self._unit[cell]] = new | _work(entry) | {"failed_by": failures}
 
         self._change(change)
 
     def is_settled(self, cell: Cell) -> bool:
         """Whether no process will train this cell any more, as far as this process knows from its last refresh."""
         entry = self._entries[self._unit[cell]]
-        failed_by = set(entry.get("failed_by", ()))
+        failed_by = _failures(entry).keys()
         may_try = self._present - failed_by - set(entry.get("not_for", ()))
         return "done" in entry or len(failed_by) >= TRIES or not may_try
 
     def _is_open(self, cell: Cell) -> bool:
         """Whether this process may train a cell if no other process holds it."""
         teachers = [other for other in self.cells if other.teaches(cell)]
-        failed = self._process in self._entries[self._unit[cell]].get("failed_by", ())
+        failed = self._process in _failures(self._entries[self._unit[cell]])
         return not failed and not self.is_settled(cell) and all(map(self.is_settled, teachers))
 
     def _count_tries(self, cell: Cell) -> int:
@@ -265,7 +272,7 @@ class SharedCells:
             if cell.error is None:
                 continue
             entry = entries.get(self._unit[cell], {})
-            work = _work(entry, "not_for", self._process)
+            work = _work(entry) | _add(entry, "not_for", self._process)
             entries[self._unit[cell]] = (entry if "done" in entry else cell.json()) | work
 
     def _leave(self, entries: dict[str, Entry]) -> None:
@@ -326,28 +333,39 @@ class DrivenCells(SharedCells):
 
     role = DRIVER
 
-    def what_next(self, cell: Cell) -> str:
-        """What happens to a cell that failed, as a sentence. A worker that died is replaced."""
+    def what_next(self, cell: Cell, failures: int) -> str:
+        """What happens to a cell after it failed so many times, as a sentence. A worker that died is replaced."""
         self._refresh()
         entry = self._entries[self._unit[cell]]
-        died = entry["error"] == DIED.message and len(entry.get("failed_by", ())) < TRIES
-        return NOT_AGAIN if self.is_settled(cell) and not died else "Another worker tries it again."
+        tried_again = "done" in entry or len(_failures(entry)) > failures
+        replaced = entry["error"] == DIED.message and failures < TRIES
+        return "Another worker tries it again." if tried_again or replaced or not self.is_settled(cell) else NOT_AGAIN
 
 
-def _work(entry: Entry, key: str, *processes: str) -> Entry:
-    """What ``entry`` has only while processes work, with ``processes`` added under ``key``."""
-    work = {name: entry[name] for name in WORK_KEYS if name in entry}
-    return work | {key: [*work.get(key, ()), *processes]}
+def _work(entry: Entry) -> Entry:
+    """What ``entry`` has only while processes work."""
+    return {key: entry[key] for key in WORK_KEYS if key in entry}
+
+
+def _add(entry: Entry, key: str, process: str) -> Entry:
+    """The list of processes that ``entry`` has under ``key``, with one more."""
+    return {key: [*entry.get(key, ()), process]}
+
+
+def _failures(entry: Entry) -> dict[str, str]:
+    """The errors of a cell that failed, by process, in the order in which they were found."""
+    failures: dict[str, str] = entry.get("failed_by", {})
+    return failures
 
 
 def _dead_in(entry: Entry) -> list[str]:
     """The processes that took a cell and left no result. If nobody holds the cell, they died in it."""
-    return [process for process in entry.get("taken_by", ()) if process not in entry.get("failed_by", ())]
+    return [process for process in entry.get("taken_by", ()) if process not in _failures(entry)]
 
 
 def count_outcomes(entries: Iterable[Entry]) -> int:
-    """How many cells are done, and how often processes failed at the others, also by dying in them."""
-    return sum(1 if "done" in entry else len(entry.get("failed_by", ())) for entry in entries)
+    """How many cells are done, and how often processes failed at cells, also by dying in them."""
+    return sum(("done" in entry) + len(_failures(entry)) for entry in entries)
 
 
 def read_manifest(manifest: Path) -> dict[str, Entry]:

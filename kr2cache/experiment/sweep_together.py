@@ -97,10 +97,11 @@ class _Display:
         entries = read_manifest(self._result.manifest)
         for cell in list(self._left):
             entry = entries.get(unit_of(cell), {})
-            failures = len(entry.get("failed_by", ()))
-            if failures > self._failures[cell] and (self._failures[cell] == 0 or entry["error"] == DIED.message):
-                failed(f"{cell.name}: {entry['error']} {self._driven.what_next(cell)}")
-            self._failures[cell] = failures
+            for count, error in enumerate(entry.get("failed_by", {}).values(), start=1):
+                if count > self._failures[cell]:
+                    self._failures[cell] = count
+                    if count == 1 or error == DIED.message:
+                        failed(f"{cell.name}: {error} {self._driven.what_next(cell, count)}")
             if "done" in entry:
                 self._show(cell, entry)
         return count_outcomes(entries.values())
