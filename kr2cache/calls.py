@@ -20,10 +20,11 @@ from kr2cache.cache.reader import FeatureCache
 from kr2cache.commands.defaults import extract_config, train_config
 from kr2cache.commands.hints import OPTION, OTHER_COMMAND
 from kr2cache.commands.settings import EXTRACT, OPTIONS, TRAIN, Setting, kind
-from kr2cache.config import ExtractConfig, Toml, TrainConfig, read_toml, typed
+from kr2cache.config import ExtractConfig, TrainConfig
 from kr2cache.errors import ConfigError, KR2CacheError, unknown_name
 from kr2cache.tasks import Task, split_name
 from kr2cache.tasks.spool import texts_in_memory
+from kr2cache.toml import Toml, read_toml, typed
 
 if TYPE_CHECKING:
     from kr2cache.experiment.pipeline import TrainResult

@@ -17,12 +17,13 @@ from kr2cache.commands.loading import loading
 from kr2cache.commands.options import App, CacheDir, Data, Device, DeviceMap, Json, print_json
 from kr2cache.commands.settings import OPTIONS
 from kr2cache.commands.verify import verify
-from kr2cache.config import Toml, default_cache_dir, read_toml
+from kr2cache.config import default_cache_dir
 from kr2cache.errors import CacheError, ConfigError
 from kr2cache.models.registry import label
 from kr2cache.system.console import bytes_text, console, count_text, done, note, ranges_text, seconds_text
 from kr2cache.system.device import check_device_map, check_device_name
 from kr2cache.system.utf8 import file_lines
+from kr2cache.toml import Toml, read_toml
 
 if TYPE_CHECKING:
     from kr2cache.store.inventory import Entry

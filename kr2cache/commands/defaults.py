@@ -9,13 +9,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kr2cache.config import ExtractConfig, Toml, TrainConfig, default_cache_dir, parse_seeds
+from kr2cache.config import ExtractConfig, TrainConfig, default_cache_dir, parse_seeds
 from kr2cache.errors import ConfigError
 from kr2cache.methods import METHODS
 from kr2cache.models.registry import find_model, known_models
 from kr2cache.store.stored import find_resource, tasks_and_resources
 from kr2cache.tasks import Task, find_task, names_text, split_name, task_names
 from kr2cache.tasks.files import split_of
+from kr2cache.toml import Toml
 
 
 def merge(toml: Toml, **given: Any) -> dict[str, Any]:

@@ -12,13 +12,14 @@ from kr2cache.commands.defaults import extract_config
 from kr2cache.commands.loading import loading
 from kr2cache.commands.options import Json, print_json, takes
 from kr2cache.commands.settings import EXTRACT, OPTIONS
-from kr2cache.config import ExtractConfig, read_toml
+from kr2cache.config import ExtractConfig
 from kr2cache.errors import InterruptedWorkError, KR2CacheError, UnsupportedModelError
 from kr2cache.extraction.checks import check_extraction
 from kr2cache.models.files import model_folder
 from kr2cache.system.console import waiting
 from kr2cache.tasks import find_task
 from kr2cache.tasks.spool import STANDARD_INPUT, standard_input
+from kr2cache.toml import read_toml
 
 
 @takes(ExtractConfig, EXTRACT)

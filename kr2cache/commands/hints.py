@@ -7,7 +7,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from kr2cache.commands.settings import OPTIONS, TRAIN_OPTIONS
-from kr2cache.config import TOML
+from kr2cache.toml import TOML
 
 OPTION = re.compile(r"(?<![\w-])--([a-z][a-z-]*)")
 OTHER_COMMAND = re.compile(r"(?:\bkr2cache [a-z]|\b[Ee]xtract again|\btorchrun)[^.;\n]*")

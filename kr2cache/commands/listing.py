@@ -12,7 +12,7 @@ from kr2cache.commands.defaults import merge
 from kr2cache.commands.loading import loading
 from kr2cache.commands.options import Device, Json, Limit, WeightsDtype, checked, model_names, print_json
 from kr2cache.commands.settings import OPTIONS
-from kr2cache.config import COMPUTE_DTYPES, DEFAULT_WEIGHTS_DTYPE, read_toml
+from kr2cache.config import COMPUTE_DTYPES, DEFAULT_WEIGHTS_DTYPE
 from kr2cache.errors import ConfigError, unknown_name
 from kr2cache.models.files import check_here, check_obtainable
 from kr2cache.models.registry import ModelSpec, control, find_model, known_models
@@ -20,6 +20,7 @@ from kr2cache.system.console import bytes_text, console
 from kr2cache.system.device import check_device_name
 from kr2cache.system.disk import check_writable
 from kr2cache.tasks import find_task
+from kr2cache.toml import read_toml
 
 if TYPE_CHECKING:
     from kr2cache.experiment.suitability import Suitability

@@ -30,11 +30,12 @@ from kr2cache.commands.settings import (
     default_text,
     kind,
 )
-from kr2cache.config import ExtractConfig, TrainConfig, local, read_toml
+from kr2cache.config import ExtractConfig, TrainConfig, local
 from kr2cache.errors import KR2CacheError, UsageError
 from kr2cache.models.registry import known_models
 from kr2cache.system.console import console
 from kr2cache.tasks import task_names
+from kr2cache.toml import read_toml
 
 REPEATED = ((TrainConfig, "resource"),)
 """Options that may be given more than once."""

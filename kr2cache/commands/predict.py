@@ -14,10 +14,10 @@ from kr2cache.commands.defaults import merge
 from kr2cache.commands.loading import loading
 from kr2cache.commands.options import Device, DeviceMap, Json, checked, print_json
 from kr2cache.commands.settings import OPTIONS
-from kr2cache.config import read_toml
 from kr2cache.errors import ConfigError
 from kr2cache.system.console import console, count_text, note, to_stderr
 from kr2cache.system.device import check_device_map, check_device_name
+from kr2cache.toml import read_toml
 from kr2cache.training.runs import RunFolder
 
 if TYPE_CHECKING:

@@ -12,9 +12,10 @@ from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from kr2cache.cache.dtypes import DTYPES
-from kr2cache.config import COMPUTE_DTYPES, KIND_NAMES, POOLS, ExtractConfig, TrainConfig
+from kr2cache.config import COMPUTE_DTYPES, POOLS, ExtractConfig, TrainConfig
 from kr2cache.methods import METHODS
 from kr2cache.tasks import ROW_TASKS
+from kr2cache.toml import KIND_NAMES
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,10 @@ from kr2cache.commands.defaults import merge
 from kr2cache.commands.loading import loading
 from kr2cache.commands.options import Json, checked, option, print_json, takes
 from kr2cache.commands.settings import EXTRACT, OPTIONS, SWEEP, TRAIN_OPTIONS
-from kr2cache.config import ExtractConfig, SweepWorkers, TrainConfig, read_toml
+from kr2cache.config import ExtractConfig, SweepWorkers, TrainConfig
 from kr2cache.experiment.cells import cells_of
 from kr2cache.experiment.grid import Line, read_grid
+from kr2cache.toml import read_toml
 
 
 @takes(TrainConfig, SWEEP)

@@ -11,13 +11,13 @@ import typer
 from kr2cache.commands.defaults import data_for
 from kr2cache.commands.options import Data, Json, print_json, task_completions
 from kr2cache.commands.settings import OPTIONS
-from kr2cache.config import Toml, read_toml
 from kr2cache.errors import ConfigError
 from kr2cache.system.console import console, waiting
 from kr2cache.tasks import FAMILIES, find_task, listed_name, task_names
 from kr2cache.tasks.base import HEADS, Task
 from kr2cache.tasks.survey import Survey, survey
 from kr2cache.tasks.udpos import LANGUAGES
+from kr2cache.toml import Toml, read_toml
 
 LABELS_SHOWN = 40
 """The most labels in the table of one task."""

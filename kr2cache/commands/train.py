@@ -11,11 +11,12 @@ from kr2cache.commands.defaults import train_config
 from kr2cache.commands.loading import loading
 from kr2cache.commands.options import Json, print_json, takes
 from kr2cache.commands.settings import OPTIONS, TRAIN
-from kr2cache.config import TrainConfig, read_toml
+from kr2cache.config import TrainConfig
 from kr2cache.experiment.checks import check_training
 from kr2cache.methods import METHODS, Method
 from kr2cache.models.files import model_folder
 from kr2cache.system.console import note
+from kr2cache.toml import read_toml
 
 
 @takes(TrainConfig, TRAIN)

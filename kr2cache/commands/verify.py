@@ -9,10 +9,10 @@ from typing import Any
 from kr2cache.cache.check import CacheCheck
 from kr2cache.cache.shard import readable_headers
 from kr2cache.commands.settings import OPTIONS
-from kr2cache.config import read_toml
 from kr2cache.errors import CacheError, KR2CacheError
 from kr2cache.models.registry import known_models
 from kr2cache.system.console import bytes_text, console, count_text, done, failed, note, seconds_text
+from kr2cache.toml import read_toml
 
 
 def verify(folder: Path, model: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kr2cache.config import TrainConfig, load_toml, parse_seeds, typed
+from kr2cache.config import TrainConfig, parse_seeds
 from kr2cache.errors import ConfigError, unknown_name
 from kr2cache.methods import METHODS
+from kr2cache.toml import load_toml, typed
 
 PAPERS = ("table1", "table2", "table3")
 GRID_KEYS = ("title", "paper", "baseline", "settings", "models", "tasks", "rows", "columns")

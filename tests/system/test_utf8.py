@@ -10,9 +10,10 @@ import pytest
 from world import World
 
 from kr2cache.cli import run
-from kr2cache.config import ExtractConfig, TrainConfig, read_toml
+from kr2cache.config import ExtractConfig, TrainConfig
 from kr2cache.errors import ConfigError, KR2CacheError
 from kr2cache.experiment.grid import read_grid
+from kr2cache.toml import read_toml
 
 MARK = b"\xef\xbb\xbf"
 TOML = b'[models.x]\npath = "m"\n'

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from kr2cache.config import read_toml
 from kr2cache.errors import ConfigError, DataError, KR2CacheError, UnknownNameError
 from kr2cache.tasks import Example, Task, find_task
 from kr2cache.tasks.declared import DeclaredTask
+from kr2cache.toml import read_toml
 
 REVIEWS = {"kind": "classification", "text": ["title", "body"], "label": "stars"}
 EMOTIONS = {"kind": "multilabel", "text": "text", "label": "emotions"}
