@@ -20,7 +20,7 @@ from kr2cache.bench.training import load_online, online_index, online_split
 from kr2cache.experiment.pipeline import train
 from kr2cache.experiment.prepare import prepare
 from kr2cache.experiment.shared import CorpusSplit, Shared
-from kr2cache.models.load import encoder_shape
+from kr2cache.models.configuration import encoder_shape
 from kr2cache.models.registry import find_model
 from kr2cache.models.stack import resource_config
 from kr2cache.system.allocator import objects_set_aside

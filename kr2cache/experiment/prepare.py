@@ -23,9 +23,9 @@ from kr2cache.extraction.planning import check_disk
 from kr2cache.fusion import parse_fusion
 from kr2cache.methods import METHODS
 from kr2cache.models import registry
+from kr2cache.models.configuration import encoder_shape, vocabulary
 from kr2cache.models.digests import model_digests
 from kr2cache.models.encode import check_token_ids, missing_words
-from kr2cache.models.load import encoder_shape, vocabulary
 from kr2cache.store import provenance
 from kr2cache.system.console import bytes_text, count_text, waiting
 from kr2cache.system.device import choose_device, device_name

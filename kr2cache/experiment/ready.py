@@ -17,8 +17,8 @@ from kr2cache.experiment.rehearsal import rehearse
 from kr2cache.experiment.shared import Corpus, Shared
 from kr2cache.extraction.planning import check_length
 from kr2cache.fusion import parse_fusion
+from kr2cache.models.configuration import encoder_shape
 from kr2cache.models.files import check_complete, local_folder
-from kr2cache.models.load import encoder_shape
 from kr2cache.models.registry import ModelSpec
 from kr2cache.models.words import check_tells_words
 from kr2cache.store.stored import has_caches

@@ -1,52 +1,53 @@
 """The cells of a sweep are units of work: any number of processes, on any number of machines, share them.
 
 Each process claims a cell that no other process holds, trains it, releases it, and claims the next one. The processes
-share the manifest ``RUN_DIR/sweeps/NAME.json``. It says which run belongs to which cell, and ``report`` can read it at
-any time. While processes work, each cell in the manifest also has
-
-    done        true once the runs of the cell exist. Runs of earlier sweeps do not count: the data may have changed
-    taken_by    the processes that began to train the cell
-    failed_by   the processes that tried the cell and failed, or died in it, each with its error
-    not_for     the processes that cannot train the cell, as their checks found
+share the manifest (``manifest.py``).
 
 A process died in a cell if it took the cell, left no result and does not hold the cell any more: the system killed it
 because memory was too small, or it crashed. The next process that takes the cell counts this as a failure.
 
 A cell is settled if it is done, if two processes failed, or if no process is left that may try it. The first process
-that joins starts a new manifest. The last process that leaves removes the four entries. Only a death is remembered: its
-cell comes last in the next sweep. Otherwise it could end every sweep before the other cells are trained.
+that joins starts a new manifest. The last process that leaves removes ``WORK_KEYS`` from it. Only a death is
+remembered: its cell comes last in the next sweep. Otherwise it could end every sweep before the other cells are
+trained.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from kr2cache.errors import BusyError, KR2CacheError
 from kr2cache.experiment.cells import Cell
 from kr2cache.experiment.grid import Grid
+from kr2cache.experiment.manifest import (
+    WORK_KEYS,
+    Entry,
+    dead_in,
+    failures_of,
+    grid_fields,
+    one_more,
+    read_manifest,
+    unit_of,
+    update_cell,
+    work_of,
+)
 from kr2cache.system.claims import Claim, claimed, ended_units, held_units, holder, try_claim
 from kr2cache.system.console import failed, note_waiting
 from kr2cache.system.interrupt import check_asked
 from kr2cache.training.runs import write_json
 
-MANIFESTS = "sweeps"
-"""The folder of the manifests, in the run folder."""
 MANIFEST = "manifest"
 """The unit that a process holds while it changes the manifest."""
 WORKER = "process-"
 """Each process that trains cells of the grid holds a unit whose name begins with this."""
 DRIVER = "driver-"
 """Each process that has workers for the grid holds a unit whose name begins with this."""
-WORK_KEYS = ("done", "taken_by", "failed_by", "not_for")
-"""The entries that a cell has in the manifest only while processes work."""
 TRIES = 2
 """How many processes try a cell that fails."""
 LOOK_EVERY_S = 0.5
@@ -56,9 +57,6 @@ DIED = KR2CacheError(
     "If memory was too small (the system then sends SIGKILL), give a smaller --batch-size or fewer --workers.",
 )
 NOT_AGAIN = "It is not tried again."
-
-Entry = dict[str, Any]
-"""One cell of the manifest."""
 
 
 class HeldCell:
@@ -177,7 +175,7 @@ class SharedCells:
 
     def _count_dead(self, cell: Cell) -> None:
         """Count as failures the processes that died in a cell, which this process holds now."""
-        if dead := _dead_in(self._entries[self._unit[cell]]):
+        if dead := dead_in(self._entries[self._unit[cell]]):
             cell.fail(DIED)
             self._write_failures(cell, *dead)
             what_next = "This process tries it again." if self._is_open(cell) else NOT_AGAIN
@@ -186,7 +184,7 @@ class SharedCells:
     def _begin(self, cell: Cell) -> None:
         def change(entries: dict[str, Entry]) -> None:
             entry = entries.get(self._unit[cell], cell.json())
-            entries[self._unit[cell]] = entry | _add(entry, "taken_by", self._process)
+            entries[self._unit[cell]] = entry | one_more(entry, "taken_by", self._process)
 
         self._change(change)
 
@@ -199,7 +197,7 @@ class SharedCells:
 
     def _forget_taken(self, entry: Entry) -> None:
         """This process has not died in a cell that it took and did not try to the end."""
-        if self._process in _dead_in(entry):
+        if self._process in dead_in(entry):
             entry["taken_by"].remove(self._process)
 
     def settle(self, cell: Cell) -> None:
@@ -210,7 +208,7 @@ class SharedCells:
 
         def change(entries: dict[str, Entry]) -> None:
             unit = self._unit[cell]
-            entries[unit] = cell.json() | {"done": True, "failed_by": _failures(entries.get(unit, {}))}
+            entries[unit] = cell.json() | {"done": True, "failed_by": failures_of(entries.get(unit, {}))}
 
         self._change(change)
 
@@ -218,22 +216,22 @@ class SharedCells:
         def change(entries: dict[str, Entry]) -> None:
             entry = entries.get(self._unit[cell], {})
             new = cell.json()
-            failures = _failures(entry) | dict.fromkeys(processes, new["error"])
-            entries[self._unit[cell]] = new | _work(entry) | {"failed_by": failures}
+            failures = failures_of(entry) | dict.fromkeys(processes, new["error"])
+            entries[self._unit[cell]] = new | work_of(entry) | {"failed_by": failures}
 
         self._change(change)
 
     def is_settled(self, cell: Cell) -> bool:
         """Whether no process will train this cell any more, as far as this process knows from its last refresh."""
         entry = self._entries[self._unit[cell]]
-        failed_by = _failures(entry).keys()
+        failed_by = failures_of(entry).keys()
         may_try = self._present - failed_by - set(entry.get("not_for", ()))
         return "done" in entry or len(failed_by) >= TRIES or not may_try
 
     def _is_open(self, cell: Cell) -> bool:
         """Whether this process may train a cell if no other process holds it."""
         teachers = [other for other in self.cells if other.teaches(cell)]
-        failed = self._process in _failures(self._entries[self._unit[cell]])
+        failed = self._process in failures_of(self._entries[self._unit[cell]])
         return not failed and not self.is_settled(cell) and all(map(self.is_settled, teachers))
 
     def _count_tries(self, cell: Cell) -> int:
@@ -259,7 +257,7 @@ class SharedCells:
                 # Keep the folder of an earlier sweep, so that a report shows its runs until there are new ones.
                 entry = entries.pop(unit, {})
                 cell.folder = entry.get("folder") if cell.error is None else None
-                if dead := _dead_in(entry):
+                if dead := dead_in(entry):
                     entries[unit] = cell.json() | {"taken_by": dead[:1]}  # one: it is tried at least once
         elif entries and entries.keys() != set(self._unit.values()):
             raise BusyError(
@@ -272,7 +270,7 @@ class SharedCells:
             if cell.error is None:
                 continue
             entry = entries.get(self._unit[cell], {})
-            work = _work(entry) | _add(entry, "not_for", self._process)
+            work = work_of(entry) | one_more(entry, "not_for", self._process)
             entries[self._unit[cell]] = (entry if "done" in entry else cell.json()) | work
 
     def _leave(self, entries: dict[str, Entry]) -> None:
@@ -286,7 +284,7 @@ class SharedCells:
                 claim.release()
         if not self._others():
             for entry in entries.values():
-                dead = _dead_in(entry)
+                dead = dead_in(entry)
                 for key in WORK_KEYS:
                     entry.pop(key, None)
                 if dead:
@@ -321,7 +319,7 @@ class SharedCells:
             change(entries)
             written = {unit: entries.get(unit, cell.json()) for cell, unit in self._unit.items()}
             new = claim.folder / self.manifest.name
-            write_json(new, _grid_fields(self.grid) | {"cells": list(written.values())})
+            write_json(new, grid_fields(self.grid) | {"cells": list(written.values())})
             new.replace(self.manifest)
         self._update_cells(written)
 
@@ -337,73 +335,6 @@ class DrivenCells(SharedCells):
         """What happens to a cell after it failed so many times, as a sentence. A worker that died is replaced."""
         self._refresh()
         entry = self._entries[self._unit[cell]]
-        tried_again = "done" in entry or len(_failures(entry)) > failures
+        tried_again = "done" in entry or len(failures_of(entry)) > failures
         replaced = entry["error"] == DIED.message and failures < TRIES
         return "Another worker tries it again." if tried_again or replaced or not self.is_settled(cell) else NOT_AGAIN
-
-
-def _work(entry: Entry) -> Entry:
-    """What ``entry`` has only while processes work."""
-    return {key: entry[key] for key in WORK_KEYS if key in entry}
-
-
-def _add(entry: Entry, key: str, process: str) -> Entry:
-    """The list of processes that ``entry`` has under ``key``, with one more."""
-    return {key: [*entry.get(key, ()), process]}
-
-
-def _failures(entry: Entry) -> dict[str, str]:
-    """The errors of a cell that failed, by process, in the order in which they were found."""
-    failures: dict[str, str] = entry.get("failed_by", {})
-    return failures
-
-
-def _dead_in(entry: Entry) -> list[str]:
-    """The processes that took a cell and left no result. If nobody holds the cell, they died in it."""
-    return [process for process in entry.get("taken_by", ()) if process not in _failures(entry)]
-
-
-def count_outcomes(entries: Iterable[Entry]) -> int:
-    """How many cells are done, and how often processes failed at cells, also by dying in them."""
-    return sum(("done" in entry) + len(_failures(entry)) for entry in entries)
-
-
-def read_manifest(manifest: Path) -> dict[str, Entry]:
-    """The cells of the manifest, by unit. Empty if the manifest is missing or damaged. Nothing is lost then, because
-    ``train`` finds finished runs without it.
-    """
-    try:
-        cells = json.loads(manifest.read_text("utf-8"))["cells"]
-        if not all({"folder", "error"} <= cell.keys() for cell in cells):
-            return {}
-        return {_digest(cell["row"], cell["column"], cell["settings"]): cell for cell in cells}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}
-
-
-def update_cell(cell: Cell, entry: Entry) -> None:
-    """Give a cell the folder and the error that the manifest has for it."""
-    cell.folder, error = entry["folder"], entry["error"]
-    cell.error = None if error is None else KR2CacheError(error, entry.get("remedy") or "")
-
-
-def _grid_fields(grid: Grid) -> dict[str, Any]:
-    """What the manifest holds about the grid."""
-    return {
-        "name": grid.name,
-        "title": grid.title,
-        "paper": grid.paper,
-        "baseline": grid.baseline,
-        "baselines": {row.name: row.baseline for row in grid.rows if row.baseline is not None},
-        "rows": [row.name for row in grid.rows],
-        "columns": [column.name for column in grid.columns],
-    }
-
-
-def unit_of(cell: Cell) -> str:
-    """The name of the unit of work for a cell: a digest of its place in the grid and of its settings."""
-    return _digest(cell.row.name, cell.column.name, cell.settings)
-
-
-def _digest(*text: str) -> str:
-    return hashlib.sha256(json.dumps(text).encode()).hexdigest()[:16]

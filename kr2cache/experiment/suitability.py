@@ -26,9 +26,10 @@ from kr2cache.experiment.shared import Shared
 from kr2cache.extraction import trial
 from kr2cache.extraction.batches import by_weights
 from kr2cache.extraction.planning import ExtractPlan
+from kr2cache.models.configuration import encoder_shape, max_positions, vocabulary
 from kr2cache.models.encode import MissingWords, check_token_ids, encode_examples, missing_words
 from kr2cache.models.files import check_complete, fault_of, model_folder
-from kr2cache.models.load import encoder_shape, load_config, max_positions, vocabulary
+from kr2cache.models.load import load_config
 from kr2cache.models.registry import ModelSpec, control
 from kr2cache.models.stack import WEIGHT_BYTES, Stack, check_room, find_stack, load_encoder
 from kr2cache.models.tokenizers import load_tokenizer, pad_id

@@ -18,10 +18,11 @@ from kr2cache.errors import ConfigError, InterruptedWorkError, KR2CacheError
 from kr2cache.experiment.cells import Cell, cells_text, count_cells, explained, find_faults, group_errors, refusal
 from kr2cache.experiment.checks import Training, check_names
 from kr2cache.experiment.grid import Grid
+from kr2cache.experiment.manifest import MANIFESTS
 from kr2cache.experiment.pipeline import train
 from kr2cache.experiment.ready import check_ready, labelled, open_models, read_corpus
 from kr2cache.experiment.shared import Shared
-from kr2cache.experiment.shared_cells import MANIFESTS, HeldCell, SharedCells
+from kr2cache.experiment.shared_cells import HeldCell, SharedCells
 from kr2cache.experiment.teacher import teacher_config
 from kr2cache.system.allocator import objects_set_aside
 from kr2cache.system.console import console, count_text, failed, heading, note, note_waiting, silent

@@ -8,7 +8,8 @@ from kr2cache.config import SweepWorkers
 from kr2cache.errors import InterruptedWorkError
 from kr2cache.experiment.cells import Cell
 from kr2cache.experiment.grid import Grid
-from kr2cache.experiment.shared_cells import DIED, DrivenCells, count_outcomes, read_manifest, unit_of, update_cell
+from kr2cache.experiment.manifest import count_outcomes, failures_of, read_manifest, unit_of, update_cell
+from kr2cache.experiment.shared_cells import DIED, DrivenCells
 from kr2cache.experiment.sweep import Sweep, SweepResult, show_score
 from kr2cache.extraction.checks import check_workers
 from kr2cache.system.console import WorkProgress, count_text, failed
@@ -97,7 +98,7 @@ class _Display:
         entries = read_manifest(self._result.manifest)
         for cell in list(self._left):
             entry = entries.get(unit_of(cell), {})
-            for count, error in enumerate(entry.get("failed_by", {}).values(), start=1):
+            for count, error in enumerate(failures_of(entry).values(), start=1):
                 if count > self._failures[cell]:
                     self._failures[cell] = count
                     if count == 1 or error == DIED.message:

@@ -19,8 +19,8 @@ from kr2cache.errors import ConfigError, DiskSpaceError
 from kr2cache.extraction.checks import check_extraction
 from kr2cache.fusion import parse_layers
 from kr2cache.models import tokenizers
+from kr2cache.models.configuration import encoder_shape, max_positions, vocabulary
 from kr2cache.models.encode import MissingWords, check_token_ids
-from kr2cache.models.load import encoder_shape, max_positions, vocabulary
 from kr2cache.models.registry import ModelSpec
 from kr2cache.models.stack import resource_config
 from kr2cache.models.tokenise import Tokenised, tokenise, tokenise_first

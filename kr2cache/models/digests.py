@@ -11,9 +11,10 @@ from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from kr2cache.config import DEFAULT_WEIGHTS_DTYPE
+from kr2cache.models.configuration import with_all_layers
 from kr2cache.models.contents import weight_files
 from kr2cache.models.files import model_folder
-from kr2cache.models.load import load_config, quiet, with_all_layers
+from kr2cache.models.load import load_config, quiet
 from kr2cache.models.registry import ModelSpec
 from kr2cache.models.stack import open_encoder
 

@@ -14,20 +14,22 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kr2cache.config import DEFAULT_WEIGHTS_DTYPE
 from kr2cache.errors import DeviceMemoryError, UnsupportedModelError
+from kr2cache.models.configuration import (
+    class_of,
+    encoder_shape,
+    max_positions,
+    text_config,
+    vocabulary,
+    without_padding,
+)
 from kr2cache.models.files import check_files, model_folder
 from kr2cache.models.load import (
     WEIGHTS,
     accepts,
     check_shapes,
-    class_of,
-    encoder_shape,
     explained,
     from_pretrained,
     load_config,
-    max_positions,
-    text_config,
-    vocabulary,
-    without_padding,
     without_weights,
 )
 from kr2cache.models.registry import ModelSpec

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kr2cache.errors import ModelUnavailableError
+from kr2cache.models.configuration import class_of, vocabulary
 from kr2cache.models.files import model_folder
-from kr2cache.models.load import accepts, class_of, explained, load_config, vocabulary
+from kr2cache.models.load import accepts, explained, load_config
 from kr2cache.models.registry import ModelSpec
 from kr2cache.models.words import load_for_words
 

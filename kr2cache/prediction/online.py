@@ -21,10 +21,10 @@ from kr2cache.cache.format import SequenceIndex
 from kr2cache.cache.pooling import check_words, pooled
 from kr2cache.config import DEFAULT_POOL, DEFAULT_WEIGHTS_DTYPE, Pool
 from kr2cache.errors import CacheMismatchError, ModelUnavailableError, UnknownNameError
+from kr2cache.models.configuration import encoder_shape
 from kr2cache.models.digests import config_digest, weights_digest
 from kr2cache.models.encode import encode, padding_mask
 from kr2cache.models.files import local_folder
-from kr2cache.models.load import encoder_shape
 from kr2cache.models.registry import ModelSpec, find_model
 from kr2cache.models.repeatable import as_loaded, depends_on_history
 from kr2cache.models.stack import open_encoder

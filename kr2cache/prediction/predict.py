@@ -25,9 +25,9 @@ from transformers import PreTrainedTokenizerBase
 
 from kr2cache.cache.format import SequenceIndex
 from kr2cache.errors import CacheError, DataError, KR2CacheError, UnknownNameError, error_text
+from kr2cache.models.configuration import vocabulary
 from kr2cache.models.encode import MissingWords, check_token_ids, encode_examples, missing_words
 from kr2cache.models.forward import cheaper_forward
-from kr2cache.models.load import vocabulary
 from kr2cache.models.registry import trained_spec
 from kr2cache.models.tokenizers import load_tokenizer
 from kr2cache.prediction.online import OnlineFeatures, OnlineResource, load_resource

@@ -19,8 +19,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from kr2cache.errors import UnsupportedModelError, error_text
 from kr2cache.fusion import parse_fusion
+from kr2cache.models.configuration import vocabulary
 from kr2cache.models.encode import padding_mask
-from kr2cache.models.load import head_names, vocabulary
+from kr2cache.models.load import head_names
 from kr2cache.system.device import is_out_of_memory
 from kr2cache.tasks.base import Head
 from kr2cache.training.appending import TRIAL_TOKENS, packed_order, place_of

@@ -27,7 +27,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from kr2cache.errors import UnsupportedModelError, error_text
-from kr2cache.models.load import vocabulary
+from kr2cache.models.configuration import vocabulary
 from kr2cache.system.device import is_out_of_memory
 
 TRIAL_TOKENS = 5

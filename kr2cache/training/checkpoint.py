@@ -11,18 +11,10 @@ from torch import Tensor
 from transformers import AutoModelForMaskedLM, AutoModelForPreTraining, PretrainedConfig, PreTrainedModel
 
 from kr2cache.errors import ConfigError, UnsupportedModelError
+from kr2cache.models.configuration import class_of, without_padding
 from kr2cache.models.digests import hash_encoder, model_key
 from kr2cache.models.files import model_folder
-from kr2cache.models.load import (
-    class_of,
-    head_names,
-    load_config,
-    load_pretrained,
-    not_finite,
-    quiet,
-    without_padding,
-    without_weights,
-)
+from kr2cache.models.load import head_names, load_config, load_pretrained, not_finite, quiet, without_weights
 from kr2cache.models.registry import ModelSpec
 from kr2cache.models.stack import find_stack, load_encoder
 from kr2cache.models.tokenizers import load_tokenizer

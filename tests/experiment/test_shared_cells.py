@@ -47,7 +47,8 @@ from kr2cache.errors import BusyError, ConfigError, TrainingError
 from kr2cache.experiment import pipeline, shared_cells
 from kr2cache.experiment.cells import Cell, cells_of
 from kr2cache.experiment.grid import Grid, read_grid
-from kr2cache.experiment.shared_cells import DrivenCells, SharedCells, read_manifest
+from kr2cache.experiment.manifest import WORK_KEYS, read_manifest, unit_of
+from kr2cache.experiment.shared_cells import DrivenCells, SharedCells
 from kr2cache.experiment.sweep import Sweep
 from kr2cache.system import claims
 from kr2cache.system.console import as_worker
@@ -362,7 +363,7 @@ def test_processes_that_die_in_a_cell_are_failures(
     assert codes == [-signal.SIGKILL, -signal.SIGKILL, 0], capfd.readouterr().out
     cells = json.loads((world.folder / "runs" / "sweeps" / "small.json").read_text("utf-8"))["cells"]
     assert [cell["row"] for cell in cells if cell["folder"] is None] == ["All"]
-    assert not any(key in cell for cell in cells for key in shared_cells.WORK_KEYS)
+    assert not any(key in cell for cell in cells for key in WORK_KEYS)
 
 
 def die_in_a_cell(sharing: Callable[[], SharedCells], name: str) -> None:
@@ -397,7 +398,7 @@ def test_a_cell_in_which_a_process_died_comes_last_in_the_next_sweep(
         manifest = shared.manifest
     assert len(names) == 8 and names[-1] == "X · KR2", "the sweeps before have ended: it is tried"
     assert capsys.readouterr().out == f"✗ X · KR2: {shared_cells.DIED.message} This process tries it again.\n"
-    assert not any(key in manifest.read_text("utf-8") for key in shared_cells.WORK_KEYS)
+    assert not any(key in manifest.read_text("utf-8") for key in WORK_KEYS)
 
 
 def test_the_deaths_of_workers_count_while_their_driver_is_there(
@@ -412,9 +413,9 @@ def test_the_deaths_of_workers_count_while_their_driver_is_there(
             assert len(names) == 7 and "X · KR2" not in names, "two died in it"
             assert alone.what_next(alone.cells[1], 2) == "It is not tried again."
             assert last.cells[1].error is not None and last.cells[1].error.remedy == shared_cells.DIED.remedy
-        entry = read_manifest(alone.manifest)[shared_cells.unit_of(alone.cells[1])]
+        entry = read_manifest(alone.manifest)[unit_of(alone.cells[1])]
         assert list(entry["failed_by"].values()) == [shared_cells.DIED.message] * 2
-    assert not any(key in alone.manifest.read_text("utf-8") for key in shared_cells.WORK_KEYS)
+    assert not any(key in alone.manifest.read_text("utf-8") for key in WORK_KEYS)
 
 
 def test_a_process_that_is_interrupted_did_not_die(world: World, sharing: Callable[[], SharedCells]) -> None:

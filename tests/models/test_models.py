@@ -42,19 +42,12 @@ from kr2cache.errors import (
     UnsupportedModelError,
 )
 from kr2cache.extraction.planning import plan_extraction
+from kr2cache.models.configuration import encoder_shape, max_positions, vocabulary
 from kr2cache.models.contents import fault
 from kr2cache.models.digests import model_digests, weights_digest
 from kr2cache.models.encode import pad
 from kr2cache.models.files import check_complete, check_obtainable, local_folder, model_folder
-from kr2cache.models.load import (
-    WEIGHTS,
-    encoder_shape,
-    explained,
-    load_config,
-    load_pretrained,
-    max_positions,
-    vocabulary,
-)
+from kr2cache.models.load import WEIGHTS, explained, load_config, load_pretrained
 from kr2cache.models.registry import REGISTRY, ModelSpec, find_model, known_models
 from kr2cache.models.stack import load_encoder
 from kr2cache.models.tokenizers import load_tokenizer, pad_id
