@@ -111,6 +111,21 @@ READERS: dict[str, dict[str, Any]] = {
 """Architectures that can be readers of method kr2, with settings as their real models have them, in small."""
 
 
+REFORMER: dict[str, Any] = {
+    "attn_layers": ["local", "lsh"],
+    "attention_head_size": 8,
+    "axial_pos_embds": False,
+    "feed_forward_size": 32,
+    "is_decoder": False,
+    "local_attn_chunk_length": 8,
+    "lsh_attn_chunk_length": 8,
+    "num_buckets": 4,
+    "num_hashes": 1,
+    "hash_seed": None,
+}
+"""Settings of an architecture that draws random numbers for every text, because it has no seed."""
+
+
 def reader_config(name: str, **more: Any) -> PretrainedConfig:
     """The tiny configuration of ``READERS[name]``."""
     return config(**({"model_type": name} | READERS[name] | more))

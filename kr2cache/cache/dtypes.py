@@ -5,11 +5,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from kr2cache.errors import ValueRangeError
 
 SCALE_BYTES = 4
 """Bytes of one scale, a float32."""
@@ -104,6 +107,35 @@ class ScaledInt8(StoredDtype):
     def decode(self, raw: NDArray[Any], scale: NDArray[np.float32] | None) -> NDArray[np.floating]:
         assert scale is not None, "int8 rows have scales"
         return raw.astype(np.float32) * scale[..., None]
+
+
+def not_finite(
+    name: bytes, stored: StoredDtype, layers: Sequence[int], raw: NDArray[Any], scale: NDArray[np.float32] | None
+) -> ValueRangeError:
+    """The error for a sequence with a stored value that is inf or nan.
+
+    Args:
+        name: The id of the sequence.
+        stored: The dtype.
+        layers: The stored layers, by their numbers in the model.
+        raw: Its stored values, layer by layer: (rows, D).
+        scale: (rows,) the scales, if rows have scales.
+    """
+    values = stored.decode(raw, None) if scale is None else scale[:, None]
+    row = int(np.argmin(np.isfinite(values).all(axis=1)))
+    layer = layers[row // (len(raw) // len(layers))]
+    is_nan = bool(np.isnan(values[row]).any())
+    remedy = stored.overflow_remedy
+    if is_nan or not remedy:
+        remedy = (
+            "The model computed this value, so no other --dtype helps. Choose another checkpoint. If --compute-dtype "
+            "is not float32, try float32."
+        )
+    return ValueRangeError(
+        f"A state of {name.decode('utf-8')!r} at layer {layer} is not a finite {stored.name} value"
+        f"{': it is nan' if is_nan else ''}.",
+        remedy,
+    )
 
 
 def quantise(rows: Any, xp: Any) -> tuple[Any, Any]:

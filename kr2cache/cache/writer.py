@@ -26,9 +26,10 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from kr2cache.cache.dtypes import not_finite
 from kr2cache.cache.format import states_xxh3
 from kr2cache.cache.shard import Shard, open_shard, read_intact
-from kr2cache.errors import CacheError, ValueRangeError
+from kr2cache.errors import CacheError
 from kr2cache.system.disk import disk_error, sync, write_whole
 
 SYNC_EVERY_S = 0.5
@@ -68,25 +69,6 @@ def _rewritten(shard: Shard) -> CacheError:
     return CacheError(
         f"{shard.path} was rewritten by another tool, so it cannot be completed in place.",
         "Remove its folder and run kr2cache extract again.",
-    )
-
-
-def _not_finite(shard: Shard, i: int, raw: NDArray[Any], scale: NDArray[np.float32] | None) -> ValueRangeError:
-    header = shard.header
-    values = header.stored.decode(raw, None) if scale is None else scale[:, None]
-    row = int(np.argmin(np.isfinite(values).all(axis=1)))
-    layer = header.layers[row // (len(raw) // len(header.layers))]
-    is_nan = bool(np.isnan(values[row]).any())
-    remedy = header.stored.overflow_remedy
-    if is_nan or not remedy:
-        remedy = (
-            "The model computed this value, so no other --dtype helps. Choose another checkpoint. If --compute-dtype "
-            "is not float32, try float32."
-        )
-    return ValueRangeError(
-        f"A state of {shard.ids[i].decode('utf-8')!r} at layer {layer} is not a finite {header.dtype} value"
-        f"{': it is nan' if is_nan else ''}.",
-        f"{remedy} Complete sequences are kept.",
     )
 
 
@@ -262,7 +244,9 @@ class ShardWriter:
             if shard.complete[i]:
                 continue  # the model ran it again only as part of its batch; another process may be reading it
             if not shard.header.stored.all_finite(raw, scale):
-                raise _not_finite(shard, i, raw, scale)
+                error = not_finite(shard.ids[i], shard.header.stored, shard.header.layers, raw, scale)
+                error.remedy += " Complete sequences are kept."
+                raise error
             size = self._pwrite(raw, shard.array_offset("hidden") + first * shard.header.hidden_row_bytes)
             if scale is not None:
                 size += self._pwrite(scale, shard.array_offset("hidden_scale") + first * scale.itemsize)

@@ -7,12 +7,10 @@ made from other contents, an error says what changed.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
-import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kr2cache.cache.dtypes import DTYPES
 from kr2cache.cache.format import SequenceIndex
 from kr2cache.cache.pooling import pooled
 from kr2cache.cache.reader import FeatureCache
@@ -27,23 +25,21 @@ from kr2cache.config import (
     TrainConfig,
     default_cache_dir,
 )
-from kr2cache.errors import CacheError, CacheMismatchError, ConfigError, DiskSpaceError
+from kr2cache.errors import CacheError, CacheMismatchError, ConfigError
 from kr2cache.experiment.shared import Shared
+from kr2cache.experiment.stored_fusion import with_fusion_stored
 from kr2cache.extraction import canaries
-from kr2cache.extraction.extract import describe_result, extract
+from kr2cache.extraction.extract import describe_result, extract, tried
 from kr2cache.extraction.planning import ExtractPlan, check_disk, describe, plan_extraction
 from kr2cache.extraction.rerun import plan_again
-from kr2cache.fusion import parse_fusion
 from kr2cache.models.digests import OpenedModel, known_digests, open_model
 from kr2cache.models.encode import absent_words, missing_words
 from kr2cache.models.files import local_folder
 from kr2cache.models.registry import ModelSpec
-from kr2cache.store.derive import derive, plan_fusion
 from kr2cache.store.find import StoredCaches, Tokenise, Wanted, choose, common_weights_dtype, find_caches
 from kr2cache.store.provenance import pool_of
-from kr2cache.system.console import bytes_text, count_text, note, seconds_text, waiting
+from kr2cache.system.console import count_text, note, waiting
 from kr2cache.tasks import Task
-from kr2cache.training.features import fits_in_memory
 
 LENGTH_OPTION = "--resource-max-length"
 """The option of a training for the maximal length of the resource's sequences."""
@@ -108,16 +104,22 @@ class Resource:
         return common or DEFAULT_WEIGHTS_DTYPE
 
     def look(self, splits: Iterable[str]) -> None:
-        """Find the cache of each split, or plan its extraction: all checks, before anything is made.
+        """Find the cache of each split, or plan its extraction and try the model on it: all checks, before anything is
+        made.
 
         Raises:
             CacheMismatchError: If a cache of the same names was made from other contents.
             CacheError: If no cache fits and ``--no-extract`` was given, or several fit and differ.
-            KR2CacheError: If a split cannot be extracted, or the disk has no room for all its new caches.
+            KR2CacheError: If a split cannot be extracted, the model cannot serve, or the disk has no room for all its
+                new caches.
         """
         for split in splits:
             self._looked[split] = self._cache_or_plan(split)
         check_disk(*self.plans)
+        for split, found in self._looked.items():
+            if isinstance(found, ExtractPlan):
+                with waiting(f"Trying {self.spec.name}"):
+                    self._looked[split] = tried(found, self._opened_model())
 
     def caches(self, splits: Iterable[str]) -> dict[str, FeatureCache]:
         """For each split, the cache that fits, or a new one; errors as for ``look``."""
@@ -194,7 +196,7 @@ class Resource:
         looked = self._looked[split]
         planned = isinstance(looked, ExtractPlan)
         cache = self._extract(looked) if isinstance(looked, ExtractPlan) else looked
-        cache = self._with_fusion_stored(cache, self.corpus.splits[split].ids)
+        cache = with_fusion_stored(cache, self.corpus.splits[split].ids, self.config)
         if self.task.words:
             self._count_missing_words(cache, split, noted=planned)
         cache.check_on_read = self.config.check_states
@@ -251,42 +253,6 @@ class Resource:
                 f"{self.spec.name}'s cache of {self.task.name}/{split} has no states for "
                 f"{count_text(missing.total, 'word')}: {missing.reasons(max_length, LENGTH_OPTION)}."
             )
-
-    def _with_fusion_stored(self, cache: FeatureCache, ids: Sequence[str]) -> FeatureCache:
-        """``cache``, or a cache of only its fixed fusion if that is too large for memory. Otherwise every run would
-        read all layers again to average them.
-
-        Args:
-            cache: The cache that fits.
-            ids: The sequences that the run uses.
-        """
-        fusion = parse_fusion(self.config.fusion, cache.model_layers)
-        tokens = int(cache.n_tokens[cache.positions(ids)].sum(dtype=np.int64))
-        if (
-            not self.config.extract
-            or fusion.trainable
-            or len(fusion.layers) == 1
-            or self.config.projection == "direct"
-            or cache.fusion is not None
-            or not DTYPES[cache.dtype].is_exact
-            or not cache.complete.all()
-            or 2 * len(ids) < len(cache)  # the run would not read most of what is stored
-            or fits_in_memory(tokens * cache.width * cache.states_dtype.itemsize)
-        ):
-            return cache
-        plan = plan_fusion(cache, self.config.fusion, cache_dir=self.config.cache_dir)
-        try:
-            result = derive(plan)
-        except (DiskSpaceError, ConfigError) as error:  # the disk is full, or the folder cannot be written
-            note(f"{self.config.fusion} is not stored beside its layers: {error.message}")
-            return cache
-        if result.made:
-            note(
-                f"Stored {self.config.fusion} of {cache.folder.name}, which is too large for memory: from now on runs "
-                f"read {bytes_text(result.bytes)} instead of {bytes_text(cache.stored_bytes)} (made in "
-                f"{seconds_text(result.seconds)})."
-            )
-        return FeatureCache.open(result.cache)
 
     def _find(self, wanted: Wanted) -> FeatureCache | None:
         """The cache that fits, or None if the caller may make one."""

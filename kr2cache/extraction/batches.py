@@ -12,13 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kr2cache.cache.writer import ShardWriter
-from kr2cache.errors import DeviceMemoryError, ValueRangeError
+from kr2cache.errors import DeviceMemoryError
 from kr2cache.extraction import budget, trial
 from kr2cache.extraction.packing import Packer
 from kr2cache.extraction.planning import ExtractPlan
 from kr2cache.models.encode import length_sorted_batches
 from kr2cache.models.forward import cheaper_forward
-from kr2cache.models.load import not_finite
 from kr2cache.models.states import device_of
 from kr2cache.system.allocator import return_free_memory
 from kr2cache.system.console import WorkProgress, bytes_text, count_text, note
@@ -152,16 +151,3 @@ def fitting(plan: ExtractPlan, batch: NDArray[np.intp], device: torch.device, fo
             f"{folder}.",
             f"{freeing(device)} and run the same command again{smaller}.",
         ) from None
-
-
-def by_weights(error: ValueRangeError, encoder: PreTrainedModel, name: str) -> ValueRangeError:
-    """``error``, or one that names the cause if weights of the model are not finite either."""
-    damaged = not_finite(encoder)
-    if not damaged:
-        return error
-    more = f" and {len(damaged) - 1} more" if len(damaged) > 1 else ""
-    return ValueRangeError(
-        f"{error.message} The checkpoint of {name!r} holds numbers that are not finite (nan or inf), in {damaged[0]}"
-        f"{more}.",
-        "Get an undamaged copy of its weights; no --dtype helps. Complete sequences are kept.",
-    )

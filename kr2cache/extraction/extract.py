@@ -25,7 +25,7 @@ from kr2cache.cache.reader import FeatureCache
 from kr2cache.config import ExtractConfig
 from kr2cache.errors import CacheError, CacheMismatchError, CacheVersionError, DeviceMemoryError, ValueRangeError
 from kr2cache.extraction import budget, canaries, trial
-from kr2cache.extraction.batches import BatchRunner, by_weights
+from kr2cache.extraction.batches import BatchRunner
 from kr2cache.extraction.planning import ExtractPlan, check_disk, plan_extraction
 from kr2cache.extraction.together import Filled, Share, fill_with_workers, interrupted
 from kr2cache.models import registry
@@ -180,11 +180,9 @@ def plan_shards(
     header = existing_header(folder, fingerprint)
     if header is not None:
         _note_shard_size(plan.config.shard_gb, header)
-        with contextlib.suppress(DeviceMemoryError):  # the missing sequences may be shorter, and fit
-            trial.check_history(plan, model.encoder, header.batch_plan)
-        _check_begun(plan, model.encoder, folder)
+        _check_begun(plan, model.encoder, folder, header)
         return header, None
-    tried = trial.check_states(plan, model.encoder)
+    tried = plan.trial or trial.check_states(plan, model.encoder)
     batch_plan = budget.plan_batches(
         plan, lambda batch: trial.layers_of(plan, model.encoder, batch, fresh=tried.fresh), padded=tried.padded
     )
@@ -199,12 +197,31 @@ def plan_shards(
     return header, donors
 
 
-def _check_begun(plan: ExtractPlan, encoder: PreTrainedModel, folder: Path) -> None:
-    """Compare a cache that was begun earlier with its model, if other versions of the libraries began it.
+def tried(plan: ExtractPlan, model: OpenedModel) -> ExtractPlan:
+    """The plan, after the checks of the model that come before the first batch. They can come long before ``extract``:
+    before other models and splits run.
 
     Raises:
+        KR2CacheError: As for ``extract``: a model that cannot serve, or too little memory.
+    """
+    folder, _, fingerprint = place_of(plan, model.digests)
+    header = existing_header(folder, fingerprint)
+    if header is None:
+        return replace(plan, trial=trial.check_states(plan, model.encoder))
+    _check_begun(plan, model.encoder, folder, header)
+    return plan
+
+
+def _check_begun(plan: ExtractPlan, encoder: PreTrainedModel, folder: Path, header: ShardHeader) -> None:
+    """Check that the model can continue a cache that was begun earlier. Compare the cache with the model, if other
+    versions of the libraries began it.
+
+    Raises:
+        UnsupportedModelError: If the cache may hold states that depend on what ran before.
         CacheMismatchError: If the model gives other states now.
     """
+    with contextlib.suppress(DeviceMemoryError):  # the missing sequences may be shorter, and fit
+        trial.check_history(plan, encoder, header.batch_plan)
     try:
         cache = FeatureCache.open(folder)
     except CacheError:  # a shard is missing or damaged
@@ -293,7 +310,7 @@ def fill_shards(
         except KeyboardInterrupt:
             raise interrupted(shards.folder, shards.complete_count(), len(shards.index)) from None
         except ValueRangeError as error:
-            raise by_weights(error, encoder, plan.spec.name) from None
+            raise trial.by_weights(error, encoder, plan.spec.name) from None
     FeatureCache.open(shards.folder)  # an error if another program put a file there
     return Filled(runner.computed, taken_over)
 

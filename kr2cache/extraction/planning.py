@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.text import Text
 
@@ -36,6 +36,17 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 
+class Trial(NamedTuple):
+    """What a model needs so that the states of a sequence depend on nothing else (``extraction.trial``)."""
+
+    padded: bool
+    """Whether batches may be padded: padding does not change the states."""
+    fresh: bool
+    """Whether each batch has to run in the model as it was loaded: states depend on what ran before."""
+    last_is_output: bool | None
+    """Whether the last layer is the model's output, after its final norm. None if the model has no such output."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ExtractPlan:
     """What an extraction will run and store, and how large it is."""
@@ -54,6 +65,8 @@ class ExtractPlan:
     """For a task on words: how many words get no states."""
     recorded: Mapping[str, Any] = field(default_factory=dict)
     """What the cache records about this plan (``store.plans``)."""
+    trial: Trial | None = None
+    """What the model needs; None if it was not tried yet. The extraction tries it then."""
 
     @cached_property
     def pooling(self) -> Pooling | None:

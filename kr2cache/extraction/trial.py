@@ -8,16 +8,25 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kr2cache.cache.dtypes import DTYPES, not_finite
 from kr2cache.cache.format import SequenceIndex
-from kr2cache.errors import DeviceMemoryError, KR2CacheError, UnsupportedModelError, error_text
+from kr2cache.errors import (
+    DeviceMemoryError,
+    KR2CacheError,
+    UnsupportedModelError,
+    ValueRangeError,
+    error_text,
+)
 from kr2cache.extraction import budget
-from kr2cache.extraction.planning import ExtractPlan
+from kr2cache.extraction.packing import Packer
+from kr2cache.extraction.planning import ExtractPlan, Trial
 from kr2cache.models.digests import OpenedModel, open_model
+from kr2cache.models.load import not_finite as weights_not_finite
 from kr2cache.models.repeatable import as_loaded, depends_on_history
 from kr2cache.models.states import device_of, hidden_states, model_output, padding_is_harmless
 from kr2cache.system.console import bytes_text
@@ -133,22 +142,12 @@ def first_passes(plan: ExtractPlan, encoder: PreTrainedModel, *advice: str) -> I
         ) from error
 
 
-class Trial(NamedTuple):
-    """What a model needs so that the states of a sequence depend on nothing else."""
-
-    padded: bool
-    """Whether batches may be padded: padding does not change the states."""
-    fresh: bool
-    """Whether each batch has to run in the model as it was loaded: states depend on what ran before."""
-    last_is_output: bool | None
-    """Whether the last layer is the model's output, after its final norm. None if the model has no such output."""
-
-
 def check_states(plan: ExtractPlan, encoder: PreTrainedModel) -> Trial:
-    """Check that the model gives L + 1 layers of T x D, as its configuration says.
+    """Check that the model gives L + 1 layers of T x D, as its configuration says, and that they can be stored.
 
     Raises:
         UnsupportedModelError: If layers or shapes differ from the configuration, or states are random.
+        ValueRangeError: If the stored dtype cannot hold the states of these few sequences.
         DeviceMemoryError: If the model or the longest sequence does not fit into the device's memory.
     """
     fresh = _depends_on_history(plan, encoder) is not None
@@ -171,11 +170,13 @@ def _check_shapes(plan: ExtractPlan, encoder: PreTrainedModel, *, fresh: bool) -
         )
     output = _last_is_output(plan, encoder, int(np.argmax(plan.index.n_tokens)))
     if fresh:  # what one text does to the model, it does to the texts beside it
+        _check_stored(plan, encoder, [shortest], alone)
         return Trial(padded=False, fresh=True, last_is_output=output)
     longest, beside = _beside_the_longest(plan, encoder, shortest)
-    harmless = beside[0].shape[1] >= longest and padding_is_harmless(
+    harmless = beside[0].shape[1] >= int(plan.index.n_tokens[longest]) and padding_is_harmless(
         alone, beside, plan.config.compute_dtype, plan.config.weights_dtype
     )
+    _check_stored(plan, encoder, *(([shortest, longest], beside) if harmless else ([shortest], alone)))
     return Trial(padded=harmless, fresh=False, last_is_output=output)
 
 
@@ -217,14 +218,14 @@ def _beside_the_longest(
     shorter one.
 
     Returns:
-        The length of the other sequence, and the layers of both.
+        The other sequence, and the layers of both.
     """
     order = np.argsort(plan.index.n_tokens, kind="stable")
     place = len(order) - 1
     while True:
         try:
             other = int(order[place])
-            return int(plan.index.n_tokens[other]), layers_of(plan, encoder, [sequence, other], fresh=False)
+            return other, layers_of(plan, encoder, [sequence, other], fresh=False)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -232,3 +233,36 @@ def _beside_the_longest(
                 raise
         drop_unused_memory()
         place //= 2
+
+
+def _check_stored(
+    plan: ExtractPlan, encoder: PreTrainedModel, sequences: list[int], layers_BTD: tuple[torch.Tensor, ...]
+) -> None:
+    """Check that the stored dtype can hold the states of a batch.
+
+    Raises:
+        ValueRangeError: If it cannot, or they are nan.
+    """
+    stored = DTYPES[plan.config.dtype]
+    pack = Packer(plan.index, plan.layers, plan.config.dtype, device_of(encoder), plan.pooling)
+    for packed in (*pack(np.array(sequences), layers_BTD), *pack.flush()):
+        row = 0
+        for sequence in packed.sequences:
+            rows = slice(row, row := row + len(plan.layers) * int(plan.stored.n_tokens[sequence]))
+            raw, scale = packed.raw[rows], None if packed.scale is None else packed.scale[rows]
+            if not stored.all_finite(raw, scale):
+                error = not_finite(plan.index.ids[sequence], stored, plan.layers, raw, scale)
+                raise by_weights(error, encoder, plan.spec.name)
+
+
+def by_weights(error: ValueRangeError, encoder: PreTrainedModel, name: str) -> ValueRangeError:
+    """``error``, or one that names the cause if weights of the model are not finite either."""
+    damaged = weights_not_finite(encoder)
+    if not damaged:
+        return error
+    more = f" and {len(damaged) - 1} more" if len(damaged) > 1 else ""
+    return ValueRangeError(
+        f"{error.message} The checkpoint of {name!r} holds numbers that are not finite (nan or inf), in {damaged[0]}"
+        f"{more}.",
+        "Get an undamaged copy of its weights; no --dtype helps.",
+    )

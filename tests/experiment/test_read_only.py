@@ -14,7 +14,7 @@ import sweeps
 from world import World
 
 from kr2cache import cli
-from kr2cache.experiment import resource
+from kr2cache.experiment import stored_fusion
 from kr2cache.training import features
 
 
@@ -28,7 +28,7 @@ def test_caches_on_a_read_only_disk_serve_every_reader(
         assert world.extract("test").computed == 0
         with monkeypatch.context() as scarce:  # too large for memory: it would be stored beside the layers
             scarce.setattr(features, "MEMORY_SHARE", 0)
-            scarce.setattr(resource, "fits_in_memory", lambda size: False)
+            scarce.setattr(stored_fusion, "fits_in_memory", lambda size: False)
             scores = world.train(fusion="last2", extract=extract)
         assert scores.runs[0].metrics["test"]
         for command in ("list", f"info {made.cache}", f"verify {made.cache}"):

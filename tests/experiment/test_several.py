@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,17 +15,28 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 from world import SPLITS, World, predictions
 
 from kr2cache import FeatureCache
 from kr2cache.cli import run
-from kr2cache.errors import CacheMismatchError, ConfigError, DiskSpaceError, UnknownNameError
+from kr2cache.errors import (
+    CacheMismatchError,
+    ConfigError,
+    DiskSpaceError,
+    UnknownNameError,
+    UnsupportedModelError,
+    ValueRangeError,
+)
 from kr2cache.experiment.pipeline import TrainResult, describe_training
 from kr2cache.experiment.prepare import prepare
 from kr2cache.experiment.resource import Resource
 from kr2cache.experiment.shared import Shared
+from kr2cache.extraction import trial
+from kr2cache.extraction.planning import ExtractPlan
+from kr2cache.models import digests
+from kr2cache.models.registry import ModelSpec
 from kr2cache.prediction.predict import Predictor
 from kr2cache.report import report
 from kr2cache.tasks.udpos import UPOS, UdPos
@@ -115,6 +129,78 @@ def test_a_disk_too_small_for_all_of_them_is_said_before_the_first_is_extracted(
         world.train(**resources(world), fusion="all")
     assert [len(sizes) for sizes in looked] == [3, 3]
     assert not list(world.folder.rglob("*.h5"))
+
+
+def spoil(folder: Path, name: str, change: Callable[[torch.Tensor], Any]) -> None:
+    """Change a weight of a model."""
+    weights = load_file(folder / "model.safetensors")
+    change(weights[name])
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def random_states(world: World) -> Path:
+    return tiny.save_model(world.folder / "models" / "second", "reformer", **tiny.REFORMER)
+
+
+def states_that_are_nan(world: World) -> Path:
+    spoil(folder := other(world), "encoder.layer.1.output.dense.bias", lambda weight: weight.fill_(torch.nan))
+    return folder
+
+
+def states_beyond_float16(world: World) -> Path:
+    spoil(folder := other(world), "encoder.layer.1.output.LayerNorm.weight", lambda weight: weight.fill_(1e6))
+    return folder
+
+
+def nan_in_a_long_text_of_test(world: World) -> Path:
+    """The last position of the longest text, which is one of the last split."""
+    spoil(folder := other(world), "embeddings.position_embeddings.weight", lambda weight: weight[90:].fill_(torch.nan))
+    (long,) = tiny.sentences(1, seed=3)
+    path = world.data / "test.conllu"
+    path.write_text(path.read_text("utf-8") + tiny.conllu([long * 9], prefix="long-"), "utf-8")
+    return folder
+
+
+FAULTS = {
+    random_states: (UnsupportedModelError, r"'second' \(reformer\) gives other states for the same text each time"),
+    states_that_are_nan: (ValueRangeError, "is nan. The checkpoint of 'second' holds numbers that are not finite"),
+    states_beyond_float16: (ValueRangeError, r"at layer 2 is not a finite float16 value\."),
+    nan_in_a_long_text_of_test: (ValueRangeError, "A state of 'long-1' at layer 0 .* it is nan. The checkpoint"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_model_that_cannot_serve_is_refused_before_another_is_extracted(
+    fault: Callable[[World], Path], world: World
+) -> None:
+    kind, message = FAULTS[fault]
+    with pytest.raises(kind, match=message):
+        world.train(resource=[str(world.resource), str(fault(world))], fusion="all")
+    assert not list(world.folder.rglob("*.h5"))
+
+
+def test_one_model_is_in_memory_and_each_is_tried_once(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[weakref.ref[Any]] = []
+    tried: list[str] = []
+    load, check = digests.open_encoder, trial.check_states
+
+    def count(spec: ModelSpec, *more: Any) -> Any:
+        gc.collect()
+        assert not [one for one in loaded if one() is not None], "another model is still in memory"
+        loaded.append(weakref.ref((opened := load(spec, *more)).encoder))
+        return opened
+
+    def note(plan: ExtractPlan, encoder: Any) -> Any:
+        tried.append(f"{plan.spec.name} {plan.config.split}")
+        return check(plan, encoder)
+
+    monkeypatch.setattr(digests, "open_encoder", count)
+    monkeypatch.setattr(trial, "check_states", note)
+    prepare(world.config(**resources(world), fusion="all"), Shared())
+    assert tried == [f"{name} {split}" for name in ("res", "second") for split in SPLITS]
+    # Each resource is loaded for its trial and for its extraction; the reader, to be hashed.
+    assert len(loaded) == 4, "each for its trial and for its extraction"
+    assert len(list(world.folder.rglob("*.h5"))) == 6
 
 
 def by_hand(
