@@ -26,16 +26,26 @@ def other_tables(configurations: Sequence[Configuration], outdated: Mapping[str,
 
 
 def sort(configurations: Sequence[Configuration]) -> list[Configuration]:
-    """Sort by method in the paper's order, models, fusion (layer 9 before layer 11) and folder."""
+    """Sort by method in the paper's order, models, fusion (layer 9 before layer 11), settings and folder."""
     methods = list(METHODS)
 
     def key(one: Configuration) -> tuple[Any, ...]:
         place = methods.index(one.method) if one.method in methods else len(methods)
         fusion = re.fullmatch(r"([a-z]*)(\d*)", one.fusion)
         name, digits = fusion.groups() if fusion else (one.fusion, "")
-        return place, one.method, one.reader, one.helper, name != "layer", name, int(digits or 0), one.folder
+        models = one.reader, one.helper
+        settings = [(name, *_order(value)) for name, value in sorted(one.settings.items())]
+        return place, one.method, *models, name != "layer", name, int(digits or 0), settings, one.folder
 
     return sorted(configurations, key=key)
+
+
+def _order(value: str) -> tuple[bool, float, str]:
+    """Sorts numbers by their size, before all other text."""
+    try:
+        return False, float(value), value
+    except ValueError:
+        return True, 0.0, value
 
 
 def stale(configurations: Sequence[Configuration]) -> dict[str, str]:
@@ -81,10 +91,19 @@ def differing_settings(configurations: Sequence[Configuration]) -> list[str]:
     return [name for name, different in values.items() if len(different) > 1]
 
 
-def labels(configurations: Sequence[Configuration]) -> dict[str, str]:
-    """Folder to a short, unique name: method and fusion, then other properties until no two names are equal."""
-    names = {one.folder: " ".join(filter(None, (one.method_name, one.fusion))) for one in configurations}
+def labels(configurations: Sequence[Configuration], rows: Mapping[str, str]) -> dict[str, str]:
+    """Folder to a short, unique name: its row, or method and fusion, then other properties until all names differ.
+
+    Args:
+        rows: Folder to the row of a sweep.
+    """
+    names = {
+        one.folder: rows.get(one.folder) or " ".join(filter(None, (one.method_name, one.fusion)))
+        for one in configurations
+    }
     more: list[dict[str, str]] = [
+        {one.folder: one.method_name for one in configurations},
+        {one.folder: one.fusion for one in configurations},
         {one.folder: one.reader for one in configurations},
         {one.folder: one.helper for one in configurations},
         *(

@@ -35,11 +35,22 @@ def plots(found: Collected) -> list[Plot]:
     """All plots that the runs have data for."""
     drawn = [plot for title, members in _layer_members(found) for plot in scores_by_layer(title, members)]
     tasks = sorted({one.task for one in found.configurations})
+    rows = _rows(found)
     for draws in (fusion_weights, training_curves, time_and_bytes):
         for task in tasks:
             of_task = sort([one for one in found.configurations if one.task == task])
-            drawn += draws(task, of_task, labels(of_task))
+            drawn += draws(task, of_task, labels(of_task, rows))
     return named_apart(drawn)
+
+
+def _rows(found: Collected) -> dict[str, str]:
+    """Folder to the row that a configuration fills, if the rows of all sweeps that it fills have the same name."""
+    rows: dict[str, set[str]] = {}
+    for sweep in found.sweeps:
+        for cell in sweep.cells.values():
+            if cell.configuration is not None:
+                rows.setdefault(cell.configuration.folder, set()).add(cell.row)
+    return {folder: next(iter(names)) for folder, names in rows.items() if len(names) == 1}
 
 
 def scores_by_layer(title: str, members: Members) -> list[Plot]:
@@ -163,7 +174,7 @@ def _draw_bars(title: str, shown: Sequence[Configuration], names: dict[str, str]
     sizes = {one.folder: _mean(one, lambda run: run.cache_bytes) for one in shown}
     panels = [
         (values, label, text)
-        for values, label, text in ((seconds, "time of a run", seconds_text), (sizes, "size of its caches", bytes_text))
+        for values, label, text in ((seconds, "time of a run", seconds_text), (sizes, "its caches", bytes_text))
         if any(values.values())
     ]
     with canvas(height=0.9 + 0.27 * len(shown)) as figure:

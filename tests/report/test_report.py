@@ -444,10 +444,28 @@ def test_plots_are_drawn_where_there_is_data(tmp_path: Path) -> None:
     for text in ("F1 on test (%)", "layer of the resource (0: word embeddings)", "KReader alone", ">11<"):
         assert text in layers.svg
     assert "uniform over 2 layers" in plots["Learned fusion weights: udpos-de"].svg
-    for text in ("training loss", "F1 on dev (%)", "epoch", "KR2 layer11"):
+    for text in ("training loss", "F1 on dev (%)", "epoch", ">layer 11<"):
         assert text in plots["Training curves: udpos-de"].svg
-    for text in ("time of a run (s)", "size of its caches (MB)", "2.5 MB", "1 min 40 s"):
+    for text in ("time of a run (s)", "its caches (MB)", "2.5 MB", "1 min 40 s"):
         assert text in plots["Time and disk: udpos-de"].svg
+
+
+def test_plots_name_configurations_as_the_rows_do_and_in_one_order(tmp_path: Path) -> None:
+    cells = []
+    for task, digits in (("a", "12"), ("b", "21")):
+        for pool, digit in zip(("none", "word"), digits, strict=True):
+            folder = f"{task}/kr2-x-last4-{digit * 8}"
+            settings = {"resource": {"name": "x", "pool": pool}}
+            make_run(tmp_path, folder, 1, 0.5, method="kr2", fusion="last4", settings=settings, recorded=RECORDED)
+            cells.append(cell({"none": "KR2", "word": "KR2 words"}[pool], task, folder))
+    make_sweep(tmp_path, cells)
+    made = {plot.title: plot.described for plot in report(tmp_path, None).plots}
+    for task in "ab":
+        bars = "KR2: 1 min 40 s, 2.5 MB; KR2 words: 1 min 40 s, 2.5 MB."
+        assert made[f"Time and disk: {task}"] == f"Time and disk: {task}. {bars}"
+    make_sweep(tmp_path, [cell("Pooled", "a", "a/kr2-x-last4-22222222")], name="other")
+    made = {plot.title: plot.described for plot in report(tmp_path, None).plots}
+    assert "KR2 last4: 1 min 40 s" in made["Time and disk: a"], "it has two names: neither is shown"
 
 
 def test_learned_weights_have_the_names_of_their_fusions(tmp_path: Path) -> None:
@@ -482,12 +500,12 @@ def test_a_kept_head_is_a_setting_that_older_runs_did_not_have(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("before", "now", "shown"),
     [
-        ({}, {"weights_dtype": "bfloat16"}, {"resource.weights_dtype": ["float32", "bfloat16"]}),
+        ({}, {"weights_dtype": "bfloat16"}, {"resource.weights_dtype": ["bfloat16", "float32"]}),
         ({"second": {"max_length": 64}}, {"second": {"max_length": 128}}, {"resource e5.max_length": ["64", "128"]}),
         (
             {"second": {"projection": "none"}},
             {"second": {"projection": "mlp", "weights_dtype": "bfloat16"}},
-            {"resource e5.projection": ["none", "mlp"], "resource e5.weights_dtype": ["float32", "bfloat16"]},
+            {"resource e5.projection": ["mlp", "none"], "resource e5.weights_dtype": ["bfloat16", "float32"]},
         ),
     ],
 )
@@ -566,7 +584,7 @@ def test_many_bars_are_several_plots(tmp_path: Path) -> None:
         make_run(tmp_path, f"piqa/x-{number:02}", 1, 0.5, recorded=recorded)
     first, second = report(tmp_path, None).plots
     assert (first.title, second.title) == ("Time and disk: piqa (1 of 2)", "Time and disk: piqa (2 of 2)")
-    assert "size of its caches" not in first.svg
+    assert "its caches" not in first.svg
     assert "time of a run" not in second.svg
 
 
