@@ -17,9 +17,8 @@ from kr2cache.cache.reader import FeatureCache
 from kr2cache.config import DEFAULT_POOL, DEFAULT_WEIGHTS_DTYPE, TrainConfig
 from kr2cache.experiment.checks import named_in_errors
 from kr2cache.experiment.ready import check_ready
-from kr2cache.experiment.resource import Resource
+from kr2cache.experiment.resource import Resource, look_for_resources
 from kr2cache.experiment.shared import Corpus, Shared
-from kr2cache.extraction.planning import check_disk
 from kr2cache.fusion import parse_fusion
 from kr2cache.methods import METHODS
 from kr2cache.models import registry
@@ -149,14 +148,7 @@ def prepare(config: TrainConfig, shared: Shared) -> Prepared:
     notes = ready.corpus.notes + _unseen_words(job)
     if (said := checkpoint.head_note) is not None:
         notes.append(said)
-    resources: dict[str, Resource] = {}
-    for given, spec in ready.training.resources.items():
-        own = dataclasses.replace(config, resource=given, more_resources=())
-        resources[spec.name] = Resource(own, spec, task, shared)
-        resources[spec.name].look(splits)
-        if len(ready.training.resources) > 1:
-            resources[spec.name].release_model()  # so that one model is in memory
-    check_disk(*(plan for resource in resources.values() for plan in resource.plans))
+    resources = look_for_resources(ready.training, shared)
     if resources:  # the caches found may hold longer texts than a new one
         longest = sum(resource.positions for resource in resources.values())
         shared.check_reader(checkpoint, None, positions=config.max_length + longest)

@@ -6,6 +6,7 @@ made from other contents, an error says what changed.
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 from collections.abc import Iterable
 
@@ -26,6 +27,7 @@ from kr2cache.config import (
     default_cache_dir,
 )
 from kr2cache.errors import CacheError, CacheMismatchError, ConfigError
+from kr2cache.experiment.checks import Training
 from kr2cache.experiment.shared import Shared
 from kr2cache.experiment.stored_fusion import with_fusion_stored
 from kr2cache.extraction import canaries
@@ -43,6 +45,28 @@ from kr2cache.tasks import Task
 
 LENGTH_OPTION = "--resource-max-length"
 """The option of a training for the maximal length of the resource's sequences."""
+
+
+def look_for_resources(training: Training, shared: Shared) -> dict[str, Resource]:
+    """The resources of a training by their names, in the order in which their states are appended: each has found its
+    caches or planned its extractions, and nothing is made. Of several, no model stays in memory.
+
+    Args:
+        training: With the labels of its task known.
+        shared: What the trainings share.
+
+    Raises:
+        KR2CacheError: As for ``Resource.look``.
+    """
+    resources: dict[str, Resource] = {}
+    for given, spec in training.resources.items():
+        config = dataclasses.replace(training.config, resource=given, more_resources=())
+        resources[spec.name] = resource = Resource(config, spec, training.task, shared)
+        resource.look(resource.corpus.splits)
+        if len(training.resources) > 1:
+            resource.release_model()
+    check_disk(*(plan for resource in resources.values() for plan in resource.plans))
+    return resources
 
 
 class Resource:

@@ -26,7 +26,7 @@ from kr2cache.models.registry import ModelSpec
 from kr2cache.models.stack import resource_config
 from kr2cache.models.tokenizer_files import proven_files
 from kr2cache.models.tokenizers import load_tokenizer, pad_id
-from kr2cache.system.console import note
+from kr2cache.system.console import is_silent, note
 from kr2cache.tasks import Example, Task
 from kr2cache.training import admission
 from kr2cache.training.checkpoint import TaskCheckpoint
@@ -106,7 +106,7 @@ class Shared:
 
     def note_once(self, text: str) -> None:
         """Show a note, unless it was shown before."""
-        if text not in self._noted:
+        if text not in self._noted and not is_silent():
             self._noted.add(text)
             note(text)
 

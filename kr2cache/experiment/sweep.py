@@ -21,6 +21,7 @@ from kr2cache.experiment.grid import Grid
 from kr2cache.experiment.manifest import MANIFESTS
 from kr2cache.experiment.pipeline import train
 from kr2cache.experiment.ready import check_ready, labelled, open_models, read_corpus
+from kr2cache.experiment.resource import look_for_resources
 from kr2cache.experiment.shared import Shared
 from kr2cache.experiment.shared_cells import HeldCell, SharedCells
 from kr2cache.experiment.teacher import teacher_config
@@ -76,6 +77,8 @@ class Sweep:
         self.keep_readers = keep_readers
         self.cells = cells
         self._shared = Shared()
+        self._looked: dict[tuple[object, ...], KR2CacheError | None] = {}
+        """Resources that were looked at, with their data and settings, and what is wrong."""
         self.run_dir = cells[0].config.run_dir
         self.manifest = self.run_dir / MANIFESTS / f"{grid.name}.json"
 
@@ -156,6 +159,7 @@ class Sweep:
         ]
         if training.positions is not None:
             checks.append(lambda: self._check_appends(training))
+            checks.append(lambda: self._check_resources(training))
         if cell.method.needs_teacher:
             checks.append(lambda: self._check_teacher(config))
         return checks
@@ -165,6 +169,23 @@ class Sweep:
         task = labelled(training, self._shared).task
         checkpoint = self._shared.checkpoint(training.reader, task, keep_head=training.config.keep_head)
         self._shared.check_reader(checkpoint, None, positions=training.positions)
+
+    def _check_resources(self, training: Training) -> None:
+        """Look for the caches of a cell, and try the models that have to make some. Cells of the same resources, data
+        and settings of states are checked once.
+        """
+        config = training.config
+        data = (config.task, config.data, config.limit, config.train_limit)
+        states = (config.resource_max_length, config.pool, config.dtype, config.compute_dtype, config.weights_dtype)
+        key = (*data, *training.resources, *states)
+        if key not in self._looked:
+            self._looked[key] = None
+            try:
+                look_for_resources(labelled(training, self._shared), self._shared)
+            except KR2CacheError as error:  # a new one, as for ``Cell.fail``
+                self._looked[key] = type(error)(error.message, error.remedy)
+        if (found := self._looked[key]) is not None:
+            raise found
 
     def _check_teacher(self, config: TrainConfig) -> None:
         if (teacher := teacher_config(config)) is not None:

@@ -38,10 +38,18 @@ console = Console(highlight=False, width=None if sys.stderr.isatty() and sys.std
 
 _driver: list[Callable[[str], object]] = []
 """Where the notes of a worker go; empty in other processes."""
+_silent: list[bool] = []
+
+
+def is_silent() -> bool:
+    """Whether notes are not shown."""
+    return bool(_silent)
 
 
 def note(text: str) -> None:
     """Print something to know. rich markup in it is not interpreted."""
+    if _silent:
+        return
     if _driver:
         _driver[-1](text)
     else:
@@ -114,7 +122,17 @@ def ranges_text(numbers: Sequence[int]) -> str:
 
 @contextlib.contextmanager
 def silent() -> Iterator[None]:
-    """Inside the block nothing is printed."""
+    """Inside the block nothing is printed, and a worker sends no notes to its driver."""
+    _silent.append(True)
+    try:
+        with _quiet():
+            yield
+    finally:
+        _silent.pop()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
     before, console.quiet = console.quiet, True
     try:
         yield
@@ -133,7 +151,7 @@ def as_worker(say: Callable[[str], object]) -> Iterator[None]:
 
     _driver.append(say)
     try:
-        with silent(), warnings.catch_warnings():
+        with _quiet(), warnings.catch_warnings():
             warnings.showwarning = say_warning
             yield
     finally:

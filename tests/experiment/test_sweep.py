@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from world import World
+import tiny
+from world import SPLITS, World, count_resource_batches
 
-from kr2cache import cli
+from kr2cache import FeatureCache, cli
 from kr2cache.commands.settings import TRAIN_OPTIONS
 from kr2cache.config import TrainConfig
 from kr2cache.errors import (
@@ -23,11 +24,13 @@ from kr2cache.errors import (
     ModelUnavailableError,
     TrainingError,
     UnknownNameError,
+    UnsupportedModelError,
 )
 from kr2cache.experiment import pipeline, sweep
 from kr2cache.experiment.cells import cells_of
 from kr2cache.experiment.grid import Grid, Line, read_grid
 from kr2cache.experiment.sweep import Sweep, SweepResult
+from kr2cache.extraction import trial
 from kr2cache.prediction.predict import Predictor
 from kr2cache.tasks import udpos
 from kr2cache.tasks.udpos import UPOS
@@ -267,6 +270,43 @@ def test_weights_that_are_missing_are_found_before_any_training(world: World) ->
         planned(world).run()
 
 
+def test_a_resource_that_cannot_serve_is_found_before_any_cache(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    bad = tiny.save_model(world.folder / "models" / "bad", "reformer", **tiny.REFORMER)
+    text = GRID + "".join(f'\n[[rows]]\nname = "{fusion}"\nfusion = "{fusion}"\n' for fusion in ("all", "fuse"))
+    text = text.replace('"last4"', '"last2"')
+    text += '\n[[columns]]\nname = "Y"\ntask = "udpos"\nreader = "reader"\nresource = "bad"\n'
+    text += f'[models.bad]\npath = "{bad}"\n'
+    tried, check = [], trial.check_states
+    monkeypatch.setattr(trial, "check_states", lambda plan, model: tried.append(plan.spec.name) or check(plan, model))
+    with pytest.raises(UnsupportedModelError, match=r"3 of 8 cells .* Y · KR2, Y · all, Y · fuse: 'bad' .*random"):
+        planned(world, text).run()
+    assert tried.count("res") == 3, "once on each split, for the cells of all fusions"
+    assert not list(world.folder.rglob("*.h5"))
+    assert not (world.folder / "runs").exists()
+
+
+def test_a_row_of_pooled_states(world: World) -> None:
+    """In one table with a row of all states: each has its caches, and both are found again."""
+    text = GRID.replace("seeds = [1, 2]", "seeds = [1]").replace('name = "KR2"', 'name = "KR2"\npool = "none"')
+    text += '\n[[rows]]\nname = "Words"\nfusion = "last4"\npool = "word"\n'
+    result = planned(world, text).run()
+    assert not result.failed
+    pools = {}
+    for cell in result.cells:
+        config = json.loads((result.run_dir / str(cell.folder) / "seed-1" / "config.json").read_text("utf-8"))["config"]
+        pools[cell.row.name] = config.get("resource", {}).get("pool")
+    assert pools == {"KReader": None, "KR2": None, "Words": "word"}
+    caches = [FeatureCache.open(folder) for folder in world.cache_folders()]
+    stored = sorted((cache.provenance["chosen"].get("pool", "none"), len(cache.tokens().input_id)) for cache in caches)
+    words = [sum(map(len, tiny.sentences(count, seed=seed))) for seed, count in enumerate(SPLITS.values())]
+    assert stored[3:] == sorted(("word", count) for count in words)
+    assert all(pool == "none" for pool, _ in stored[:3])
+    with count_resource_batches() as batches:
+        again = planned(world, text).run()
+    assert [cell.folder for cell in again.cells] == [cell.folder for cell in result.cells]
+    assert batches == []
+
+
 def test_a_fault_of_every_cell_is_reported_once(world: World) -> None:
     (world.data / "train.conllu").unlink()
     with pytest.raises(
@@ -347,7 +387,12 @@ def test_an_unexpected_failure_does_not_stop_the_others(world: World, monkeypatc
 def test_a_cell_that_fails_does_not_show_an_earlier_score(here: World, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["sweep", "grid.toml", "--seeds", "1"]) == 0
     edit_a_sentence(here)  # the caches are stale now, so KR2 fails
-    assert cli.run(["sweep", "grid.toml", "--seeds", "1"]) == 1
+    capsys.readouterr()
+    assert cli.run(["sweep", "grid.toml", "--seeds", "1", "--json"]) == 1
+    refused = json.loads(capsys.readouterr().out)["error"]
+    assert "1 of 2 cells cannot run; nothing was trained." in refused["message"]
+    assert "was made from something else" in refused["message"]
+    assert cli.run(["sweep", "grid.toml", "--seeds", "1", "--keep-going"]) == 1
     capsys.readouterr()
     assert cli.run(["report", "--json"]) == 0
     tables = json.loads(capsys.readouterr().out)["tables"]
