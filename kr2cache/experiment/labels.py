@@ -10,11 +10,12 @@ import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 from kr2cache.errors import ConfigError, DataError, error_text
 from kr2cache.system.console import count_text
 from kr2cache.tasks import Example, Task
-from kr2cache.tasks.base import Kind
+from kr2cache.tasks.base import Kind, Prediction
 
 BY_NAME: tuple[Kind, ...] = ("tagging", "classification", "choice")
 """Kinds whose answer is one of the labels."""
@@ -41,6 +42,11 @@ def check_labels(task: Task, splits: Mapping[str, Sequence[Example]], *, whole: 
             f"Task {task.name!r} has {count_text(len(task.labels), 'label')} ({', '.join(task.labels) or 'none'}): "
             "there is nothing to learn.",
             "A task needs two labels or more. Check the column of its labels.",
+        )
+    if task.metric in task.counts:
+        raise ConfigError(
+            f"The metric of task {task.name!r} that decides is {task.metric!r}, one of its counts.",
+            "Let a score decide that is a fraction (the attribute metric of the task).",
         )
     for split, examples in splits.items():
         for example in examples:
@@ -90,23 +96,33 @@ def _fault(task: Task, example: Example) -> str | None:
 
 
 def _check_score(task: Task, examples: Sequence[Example]) -> None:
-    """Score gold labels as if they were predictions: the score must have the metric that decides, and no others than
-    numbers.
+    """Score gold labels as if they were predictions, and the predictions of a reader that learned nothing: the score
+    must have the metric that decides, and no others than numbers.
     """
-    gold = [example.label for example in examples[:TRIED]]
-    try:
-        with warnings.catch_warnings(action="ignore"):  # a few examples may lack labels
-            found = task.score(gold, [list(one) if task.kind == "tagging" else one for one in gold])  # type: ignore[arg-type]
-        if task.metric not in found:
-            raise ValueError(f"it has no {task.metric!r}, only {', '.join(found) or 'nothing'}")
-        for name, value in found.items():
-            if not isinstance(value, (int, float)):
-                raise TypeError(f"{name} is {value!r}, not a number")
-    except Exception as error:  # a task of the user's own can raise anything
-        raise ConfigError(
-            f"The score of task {task.name!r} fails on its own gold labels: {error_text(error)}",
-            "Correct the method score of the task.",
-        ) from error
+    gold: list[Any] = [example.label for example in examples[:TRIED]]
+    right = [list(one) if task.kind == "tagging" else one for one in gold]
+    for what, predicted in (("its own gold labels", right), ("predictions that are all alike", _alike(task, gold))):
+        try:
+            with warnings.catch_warnings(action="ignore"):  # a few examples may lack labels
+                found = task.score(gold, predicted)
+            if task.metric not in found:
+                raise ValueError(f"it has no {task.metric!r}, only {', '.join(found) or 'nothing'}")
+            for name, value in found.items():
+                if not isinstance(value, (int, float)):
+                    raise TypeError(f"{name} is {value!r}, not a number")
+        except Exception as error:  # a task of the user's own can raise anything
+            raise ConfigError(
+                f"The score of task {task.name!r} fails on {what}: {error_text(error)}",
+                "Correct the method score of the task.",
+            ) from error
+
+
+def _alike(task: Task, gold: Sequence[Any]) -> list[Prediction]:
+    """What a reader that learned nothing may predict: one answer for all examples. A word may have no prediction."""
+    if task.kind == "tagging":
+        return [[None, *[0] * (len(one) - 1)] for one in gold]
+    answer: Prediction = () if task.kind == "multilabel" else 0.0 if task.kind == "regression" else 0
+    return [answer] * len(gold)
 
 
 def _only_label(task: Task, examples: Sequence[Example]) -> str | None:

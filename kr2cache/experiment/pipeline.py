@@ -27,7 +27,7 @@ from kr2cache.system.console import console, count_text, done, note, seconds_tex
 from kr2cache.system.interrupt import cause
 from kr2cache.system.process import process_unchanged
 from kr2cache.system.terminal import Column, print_table
-from kr2cache.tasks import COUNTS, Task
+from kr2cache.tasks import Task
 from kr2cache.training.kreader import KReader
 from kr2cache.training.runs import Metrics, RunFolder, mean_and_std
 from kr2cache.training.train import Job, Trained, train_seed, write_run
@@ -82,10 +82,14 @@ class TrainResult:
         if len(self.runs) > 1:
             shown |= {"mean": self.mean, "std": self.std}
         for title, metrics in shown.items():
-            rows.append([title, *(_shown(metrics[split][name], name) for split, name in names)])
+            rows.append([title, *(self._shown(metrics[split][name], name) for split, name in names)])
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
         return "\n".join([f"{_title(self.config)} on {self.task.name}", *lines, f"in {self.runs[0].folder.parent}"])
+
+    def _shown(self, value: float | None, name: str) -> str:
+        """A metric as text: a fraction, or a count."""
+        return "-" if value is None else f"{value:g}" if name in self.task.counts else f"{value:.4f}"
 
     def json(self) -> dict[str, Any]:
         return {
@@ -246,10 +250,11 @@ def describe_training(result: TrainResult) -> None:
     config = result.config
     split = "test" if "test" in result.runs[0].metrics else "dev"
     mean, std = mean_and_std([run.metrics for run in result.runs])
-    names = [name for name in mean[split] if name not in COUNTS]
-    counts = [name for name in mean[split] if name in COUNTS]
+    titles = result.task.counts
+    names = [name for name in mean[split] if name not in titles]
+    counts = [name for name in mean[split] if name in titles]
     columns = [Column("seed", right=True), *(Column(f"{name} %", right=True) for name in names)]
-    columns += [Column(COUNTS[name], right=True, rank=1) for name in counts]
+    columns += [Column(titles[name], right=True, rank=1) for name in counts]
     unread = result.words_without_states.get(split, 0)
     columns += [Column("words without states", right=True, rank=1)] if unread else []
     columns += [Column("time", right=True, breaks=" ", rank=2)]
@@ -283,11 +288,6 @@ def describe_training(result: TrainResult) -> None:
             f"{result.read:,} times from the cache instead of computed."
         )
     console.print(f"Runs: {result.runs[0].folder.parent}", markup=False, soft_wrap=True)
-
-
-def _shown(value: float | None, name: str) -> str:
-    """A metric as text: a fraction, or a count."""
-    return "-" if value is None else f"{value:g}" if name in COUNTS else f"{value:.4f}"
 
 
 def _title(config: TrainConfig) -> str:

@@ -94,7 +94,8 @@ class Prepared:
         origins = [registry.origin(resource.spec) for resource in self.resources.values()]
         origin |= dict(zip(_PLACES, _first_and_more(origins), strict=False))
         recorded = provenance.recorded(str(choose_device(job.config.device)), torch.get_num_threads(), origin)
-        recorded["task"] = {"kind": job.task.kind, "labels": list(job.task.labels)}
+        task = job.task
+        recorded["task"] = {"kind": task.kind, "labels": list(task.labels), "counts": dict(task.counts)}
         recorded["corpus"] = job.task.corpus(job.config.data)
         recorded["limit"], recorded["train_limit"] = job.config.limit, job.config.train_limit
         recorded["temporary_reader"] = job.config.temporary_readers

@@ -12,7 +12,6 @@ from kr2cache.report.records import OLDER, Configuration, mapping, mean_and_std,
 from kr2cache.report.scores import METRICS, percent
 from kr2cache.report.tables import Cell, Table
 from kr2cache.system.console import time_text
-from kr2cache.tasks import COUNTS
 
 
 def other_tables(configurations: Sequence[Configuration], outdated: Mapping[str, str]) -> list[Table]:
@@ -127,7 +126,8 @@ def _table(task: str, configurations: list[Configuration], outdated: Mapping[str
     described = _descriptions(configurations, outdated)
     names = tuple(described[0])
     metrics = list(dict.fromkeys(name for one in configurations for name in one.first.scores))
-    best = {metric: _best(configurations, metric) for metric in metrics if metric not in COUNTS}
+    counts = {name: title for one in configurations for name, title in one.counts.items()}
+    best = {metric: _best(configurations, metric) for metric in metrics if metric not in counts}
 
     def cell(one: Configuration, metric: str) -> Cell:
         text, older = _shown(one, metric), one.older(metric)
@@ -143,7 +143,7 @@ def _table(task: str, configurations: list[Configuration], outdated: Mapping[str
     return Table(
         name=f"other-runs-{task}",
         title=f"Other runs on {task}",
-        columns=(*names, *(_title(metric) for metric in metrics), "seeds"),
+        columns=(*names, *(_title(metric, counts) for metric in metrics), "seeds"),
         rows=tuple(
             (
                 *map(Cell, description.values()),
@@ -202,15 +202,15 @@ def _corpus(one: Configuration) -> str:
     return ", ".join(filter(None, parts))
 
 
-def _title(metric: str) -> str:
-    return METRICS.get(metric) or COUNTS.get(metric) or metric.replace("_", " ")
+def _title(metric: str, counts: Mapping[str, str]) -> str:
+    return METRICS.get(metric) or counts.get(metric) or metric.replace("_", " ")
 
 
 def _shown(one: Configuration, metric: str) -> str:
     values = one.values(metric)
     if not values:
         return "–"
-    if metric in COUNTS:
+    if metric in one.counts:
         return f"{mean_and_std(values)[0]:,.0f}"
     return percent(*mean_and_std([100 * value for value in values]))
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from kr2cache.methods import METHODS
 from kr2cache.models.registry import label
+from kr2cache.tasks import COUNTS
 
 WHOLE_TAGS = 3
 """The first ``procedure`` (in ``config.json``) whose F1 is that of XTREME. Before, CCONJ and SCONJ counted as one tag,
@@ -157,6 +158,12 @@ class Configuration:
     def labels(self) -> tuple[str, ...]:
         """The labels of the task; empty if it has none, or if the run did not record them."""
         return tuple(map(str, sequence(mapping(self.first.recorded.get("task")).get("labels"))))
+
+    @property
+    def counts(self) -> Mapping[str, str]:
+        """The scores that are counts: name to the title of its column. Older runs did not record them."""
+        recorded = mapping(self.first.recorded.get("task")).get("counts")
+        return COUNTS if recorded is None else {name: str(title) for name, title in mapping(recorded).items()}
 
     @property
     def metric(self) -> str:

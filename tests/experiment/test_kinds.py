@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,10 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from world import World, predictions
 
 from kr2cache.errors import ConfigError, KR2CacheError
+from kr2cache.experiment.pipeline import describe_training
 from kr2cache.prediction.predict import Predicted, Predictor
 from kr2cache.prediction.texts import as_text, conllu, read_file, read_lines, score
+from kr2cache.report import report
 from kr2cache.tasks.base import Example, Kind
 from kr2cache.tasks.rows import Row, RowTask
 from kr2cache.tasks.survey import survey
@@ -176,6 +178,32 @@ class NoScore(kinds.Ratings):
         raise ZeroDivisionError("of the user's own")
 
 
+class NoAlike(kinds.Ratings):
+    """Its score divides by what differs between predictions."""
+
+    name = "no-alike"
+
+    def score(self, gold: Any, predicted: Any) -> dict[str, float]:
+        return {"pearson": 1 / len({*predicted} - {predicted[0]})}
+
+
+class CountsSets(kinds.Moods):
+    """Its score also has a count."""
+
+    name = "counts-sets"
+    counts: Mapping[str, str] = {"exact": "sets that are right"}
+
+    def score(self, gold: Any, predicted: Any) -> dict[str, float]:
+        return super().score(gold, predicted) | {
+            "exact": float(sum(a == b for a, b in zip(gold, predicted, strict=True)))
+        }
+
+
+class CountDecides(CountsSets):
+    name = "count-decides"
+    metric = "exact"
+
+
 class Numbers(kinds.Moods):
     """Sets of label numbers, as they stand in the file."""
 
@@ -248,6 +276,13 @@ REFUSED: dict[str, tuple[type[RowTask], dict[str, Any], Any, str]] = {
     "all alike": (AllAlike, {}, {}, "All 24 training examples have the label joy"),
     "no metric": (NoMetric, {}, {}, "score of task 'no-metric' fails .* no 'spearman', only pearson"),
     "a score that fails": (NoScore, {}, {}, "score of task 'no-score' fails .*: of the user's own"),
+    "a score of other predictions": (
+        NoAlike,
+        {},
+        {},
+        "score of task 'no-alike' fails on predictions that are all alike: division by zero",
+    ),
+    "a count that decides": (CountDecides, {}, {}, "'count-decides' that decides is 'exact', one of its counts"),
     "no labels at all": (States, {}, {}, "'states' is of kind text: it has no labels"),
     "only train": (kinds.Ratings, {"dev": None, "test": None}, {}, "neither a dev nor a test split"),
     "temperature": (
@@ -280,6 +315,33 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_made(
     assert caught.value.remedy
     assert not world.caches.exists()
     assert not (world.folder / "runs").exists() or not any((world.folder / "runs").rglob("*.json"))
+
+
+def test_counts_of_a_users_task_are_shown_as_counts(
+    place: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {
+        "data": str(place.folder / "moods"),
+        "method": "kreader",
+        "epochs": 1.0,
+        "run_dir": place.folder / "counts",
+    }
+    result = place.train(task=CountsSets(), **settings)
+    rows = predictions(result.runs[0].folder, "test")
+    exact = sum(row["gold"] == row["predicted"] for row in rows)
+    assert exact > 0
+    assert result.mean["test"]["exact"] == exact
+    capsys.readouterr()
+    describe_training(result)
+    shown = capsys.readouterr().out
+    assert "sets that are right" in shown
+    assert "exact %" not in shown
+    assert f"{100 * exact}.0" not in shown
+    header, *lines = repr(result).splitlines()[1:3]
+    assert dict(zip(header.split("  ")[-3:], lines[0].split()[-3:], strict=True))["test exact"] == str(exact)
+    (table,) = report(place.folder / "counts", None).tables
+    assert table.columns[-2] == "sets that are right"
+    assert str(table.rows[0][-2].text) == str(exact)
 
 
 def test_labels_that_training_lacks_are_said(world: World) -> None:
