@@ -15,7 +15,7 @@ from kr2cache.methods import METHODS
 from kr2cache.models.registry import find_model, known_models
 from kr2cache.store.stored import find_resource, tasks_and_resources
 from kr2cache.tasks import Task, find_task, names_text, split_name, task_names
-from kr2cache.tasks.files import split_of
+from kr2cache.tasks.files import is_folder, split_of
 from kr2cache.toml import Toml
 
 
@@ -52,7 +52,7 @@ def extract_config(toml: Toml, **given: Any) -> ExtractConfig:
         settings["split"] = split_name(settings["split"])
     else:
         path = find_task(settings["task"], toml.tasks).path_of(settings.get("data"))
-        settings["split"] = "train" if path is None or path.is_dir() else split_of(path)
+        settings["split"] = "train" if path is None or is_folder(path) else split_of(path)
     return ExtractConfig(**settings, models=toml.models, tasks=toml.tasks)
 
 

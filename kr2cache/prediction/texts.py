@@ -14,7 +14,7 @@ from kr2cache.system import utf8
 from kr2cache.system.utf8 import file_lines
 from kr2cache.tasks import Example, Task
 from kr2cache.tasks.columns import DOCUMENT
-from kr2cache.tasks.files import DATA_SUFFIXES
+from kr2cache.tasks.files import DATA_SUFFIXES, suffix_of, suffixes_text
 from kr2cache.training.evaluate import scores
 
 # Input --------------------------------------------------------------------------------------------------------
@@ -58,14 +58,14 @@ def read_file(task: Task, path: Path) -> list[Example]:
         DataError: If the file is missing or empty, or its content does not fit its suffix. The message names the file
             and the line.
     """
-    suffix = path.suffix.lower()
+    suffix = suffix_of(path).lower()
     if suffix in DATA_SUFFIXES and suffix not in (".txt", *task.suffixes):
         raise DataError(
-            f"{path} is no file of task {task.name}, whose files end in {', '.join(task.suffixes)}.",
+            f"{path} is no file of task {task.name}, whose files end in {suffixes_text(task.suffixes)}.",
             "Write it in this format. A file with one example per line ends in .txt.",
         )
     try:
-        if suffix in task.suffixes and not (suffix == ".txt" and task.words and _is_sentences(path)):
+        if suffix in task.suffixes and not (suffix in ("", ".txt") and task.words and _is_sentences(path)):
             examples = task.read_unlabelled(path, path.stem)
         else:
             with path.open("rb") as file:

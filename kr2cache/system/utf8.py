@@ -27,7 +27,10 @@ def lines(raw_lines: Iterable[bytes], name: str) -> Iterator[str]:
         try:
             yield raw.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
-            raise DataError(f"{name}:{number}: not UTF-8 ({error.reason}).", "Save the text as UTF-8.") from error
+            raise DataError(
+                f"{name}:{number}: not UTF-8 ({error.reason}).",
+                "Save the text as UTF-8. If it is Latin-1: iconv -f latin1 -t utf8 OLD > NEW",
+            ) from error
 
 
 def file_lines(path: Path) -> Iterator[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +15,24 @@ from numpy.typing import NDArray
 
 from kr2cache.errors import ConfigError, DataError, MissingSplitError, unknown_name
 from kr2cache.system.console import count_text, note
-from kr2cache.tasks.files import SPLIT_FILES, SPLITS, Names, data_path, names_text, split_files, split_of, unread_files
+from kr2cache.tasks.files import (
+    SPLIT_FILES,
+    SPLITS,
+    Names,
+    contents,
+    data_path,
+    is_folder,
+    is_saved,
+    kind_text,
+    missing_split,
+    say_unread,
+    split_files,
+    split_of,
+    suffix_of,
+    suffixes_text,
+)
+from kr2cache.tasks.hub import load_saved
+from kr2cache.tasks.repeats import repeated
 
 Kind = Literal["tagging", "classification", "multilabel", "regression", "choice", "text"]
 """What the labels of a task are. ``text`` has none: its states can be extracted, and nothing can be trained."""
@@ -87,6 +104,10 @@ class Task(ABC):
     """File names of a release that divides one split into several files, as patterns."""
     left_out: str = ""
     """The parts of a file that are not examples, in words, for errors."""
+    language: str | None = None
+    """The language of the task, if its data exists in several."""
+    hub_splits: Mapping[str, str] = {}
+    """The names of the splits of its own data set on the hub, where they are not the usual ones."""
 
     @property
     def conllu(self) -> tuple[int, str] | None:
@@ -135,6 +156,17 @@ class Task(ABC):
     @abstractmethod
     def hub_examples(self, hub_id: str, split: str) -> Iterator[Example]:
         """The examples of one split of a data set on the hub (or in its cache on this machine), one after the other."""
+
+    def table_examples(self, table: Any, what: str, split: str) -> Iterator[Example]:
+        """The examples of a ``datasets.Dataset``, from the hub or from disk.
+
+        Args:
+            what: Its name, for errors.
+        """
+        raise DataError(
+            f"{what}: task {self.name!r} reads no data sets that were saved to disk.",
+            f"Give files that end in {suffixes_text(self.suffixes)}.",
+        )
 
     @property
     @abstractmethod
@@ -253,11 +285,13 @@ class Task(ABC):
             MissingSplitError: If it is one file.
         """
         path = self.path_of(data)
-        if path is not None and path.is_file():
+        if path is not None and not is_folder(path):
+            suffix = suffix_of(path)
             raise MissingSplitError(
-                f"{path} is one file, but a training also needs a dev or a test split with labels to score on.",
-                f"Put some of its examples into another file: train{path.suffix} and dev{path.suffix} (and "
-                f"test{path.suffix}) in one folder. Give this folder as --data.",
+                f"{path} is {kind_text(path)}, but a training also needs a dev or a test split with labels to score "
+                "on.",
+                f"Put some of its examples into another one: train{suffix} and dev{suffix} (and test{suffix}) in one "
+                "folder. Give this folder as --data.",
             )
 
     def source_files(self, split: str, data: str | None) -> dict[str, Path] | None:
@@ -267,8 +301,8 @@ class Task(ABC):
         path = self.path_of(data)
         if path is None:
             return None
-        folder = path if path.is_dir() else path.parent
-        files = [file for one in self._files(path, split) for file in (one, *self.beside(one))]
+        folder = path if is_folder(path) else path.parent
+        files = [file for one in self._files(path, split) for file in (*contents(one), *self.beside(one))]
         return {file.relative_to(folder).as_posix(): file for file in files}
 
     def beside(self, path: Path) -> list[Path]:
@@ -277,58 +311,52 @@ class Task(ABC):
 
     @property
     def _names(self) -> Names:
-        return Names(suffixes=self.suffixes, releases=self.releases, parts=self.parts)
+        return Names(
+            suffixes=self.suffixes,
+            releases=self.releases,
+            parts=self.parts,
+            language=self.language or "",
+            hub_splits=self.hub_splits,
+        )
 
     def _files(self, folder: Path, split: str) -> list[Path]:
         """The files of a split in a folder; or the file itself, if it is one and not a folder."""
-        if not folder.is_dir():
+        if not is_folder(folder):
             self._check_file(folder, split)
             return [folder]
         files = split_files(folder, split, self._names)
         if not files:
-            self._say_unread(folder, split, files)
-            there = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
-            raise MissingSplitError(
-                f"{folder} has no {split} split: looked for {', '.join(self._names.looked_for(split))}, and a folder "
-                f"of that name; found {there}.",
-                "Check --data and the names of its files.",
-            )
+            say_unread(folder, split, self._names, files)
+            raise missing_split(folder, split, self._names)
         return files
 
     def _check_file(self, path: Path, split: str) -> None:
         """Check that a file by itself can be this split of the task."""
-        if path.suffix not in self.suffixes:
+        if not is_saved(path) and suffix_of(path) not in self.suffixes:
             other = (
                 f" Any other file with one text a line: --data - < {path}"
                 if self.kind == "text"
                 else " For the states of plain text, without labels: --task text"
             )
             raise DataError(
-                f"{path} is no file of task {self.name!r}, whose files end in {' or '.join(self.suffixes)}.",
+                f"{path} is no file of task {self.name!r}, whose files end in {suffixes_text(self.suffixes)}.",
                 f"Give such a file, or a folder of them.{other}",
             )
         if (own := split_of(path)) != split:
             raise MissingSplitError(
-                f"{path} is one file, and is read as the {own} split, not as {split}.",
+                f"{path} is {kind_text(path)}, and is read as the {own} split, not as {split}.",
                 f"Put {split} in its name, or give a folder with {' and '.join(self._names.looked_for(split)[:1])}.",
-            )
-
-    def _say_unread(self, folder: Path, split: str, files: Sequence[Path]) -> None:
-        if unread := unread_files(folder, split, self._names):
-            note(
-                f"{folder}, {split} split: read {names_text(files, folder)}. Did not read "
-                f"{names_text(unread, folder)}. If they belong to this split, put all its files into {folder / split}/ "
-                f"itself, unpacked, with names that end in {' or '.join(self.suffixes)}."
             )
 
     def _path_examples(self, folder: Path, split: str) -> Iterator[Example]:
         files = self._files(folder, split)
-        if not folder.is_dir():
-            yield from self.file_examples(folder, split)
-            return
-        self._say_unread(folder, split, files)
-        if len(files) == 1 and files[0].parent == folder:
-            yield from self.file_examples(files[0], split)
+        if is_folder(folder):
+            say_unread(folder, split, self._names, files)
+        if len(files) == 1 and files[0].parent in (folder, folder.parent):
+            if is_saved(files[0]):
+                yield from self.table_examples(load_saved(files[0]), str(files[0]), split)
+            else:
+                yield from self.file_examples(files[0], split)
             return
         hashes = []
         for path in files:
@@ -337,63 +365,14 @@ class Task(ABC):
                 hashes[-1].append(hash((one.id, one.texts)))
                 # XTREME joins all treebanks of a language, and sent_ids repeat between treebanks.
                 yield Example(f"{path.name}/{one.id}", one.texts, one.label)
-        if (repeated := _repeated(hashes)) is not None:
-            count, first, other, number = repeated
+        if (twice := repeated(hashes)) is not None:
+            count, first, other, number = twice
             name = next(itertools.islice(self.file_examples(files[number], split), first, None)).id
             note(
                 f"{folder}, {split} split: {count_text(count, 'example')} with the same id and text in two files "
                 f"(first: {name!r} in {files[other].name} and {files[number].name}). If a file is a copy or part of "
                 "another, remove one of them."
             )
-
-
-def _repeated(hashes: Sequence[array[int]]) -> tuple[int, int, int, int] | None:
-    """How many examples occur in an earlier file too: a file may be a copy or a part of another. None if none does.
-
-    Args:
-        hashes: For each file, one hash for each example.
-
-    Returns:
-        The count; for the first of them its place in its file, the earlier file, and its file.
-    """
-    values = np.concatenate([np.frombuffer(one, dtype=np.int64) for one in hashes])
-    files = np.repeat(np.arange(len(hashes)), [len(one) for one in hashes])
-    _, first, same = np.unique(values, return_index=True, return_inverse=True)
-    earlier = files[first[same]]
-    repeated = np.flatnonzero(earlier != files)
-    if not len(repeated):
-        return None
-    place, file = int(repeated[0]), int(files[repeated[0]])
-    return len(repeated), place - sum(map(len, hashes[:file])), int(earlier[place]), file
-
-
-class UniqueIds:
-    """Finds an id that occurs twice, with 8 bytes of memory for each id."""
-
-    def __init__(self) -> None:
-        self._hashes = array("q")
-
-    def add(self, name: str) -> None:
-        self._hashes.append(hash(name))
-
-    def check(self, again: Callable[[], Iterable[tuple[str, str]]]) -> None:
-        """Raise ``DataError`` for the first id that was added twice, naming both places.
-
-        Args:
-            again: Reads all ids again, in the same order, with their places. Called only if two hashes are equal.
-        """
-        hashes = np.sort(np.frombuffer(self._hashes, dtype=np.int64))
-        suspects = set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
-        seen: dict[str, str] = {}
-        for name, place in again() if suspects else ():
-            if hash(name) not in suspects:
-                continue
-            if name in seen:
-                raise DataError(
-                    f"The id {name!r} occurs twice: {seen[name]} and {place}.",
-                    "States are found by id: make the ids unique.",
-                )
-            seen[name] = place
 
 
 def accuracy(right: NDArray[np.bool_] | int, total: int) -> float:

@@ -58,6 +58,11 @@ class Declaration:
     """Whether TSV without names of columns has quotes as CSV has them."""
     rename: Mapping[str, str] = field(default_factory=dict)
     """Other names that the data may have for columns, and the names that are used here."""
+    rename_labels: Mapping[str, str] = field(default_factory=dict)
+    """The same for labels."""
+    language: str = ""
+    """Of data in several languages, the one that is read. Rows whose column ``language`` has another one are left out.
+    Words with this prefix (``de:Haus``) lose it."""
     files: tuple[str, ...] = ()
     """Patterns of file names, with ``{split}``."""
     data: str = ""
@@ -141,6 +146,10 @@ WORDS: Mapping[str, Word] = {
     "unlabelled": Word('unlabelled = "-" (what stands in the place of a label that is not known)', _is_label),
     "skip_empty": Word("skip_empty = true", _is_switch),
     "rename": Word('rename = {"Satz" = "sentence"} (the name in the file = the name used here)', _are_names),
+    "rename_labels": Word(
+        'rename_labels = {"contradictory" = "contradiction"} (the label in the file = the label used here)', _are_names
+    ),
+    "language": Word('language = "de" (what the column language has in the rows that are read)'),
     "files": Word(
         'files = ["{split}-de.tsv"]', lambda value: _are_texts(value) and all("{split}" in one for one in value)
     ),
@@ -173,6 +182,7 @@ ANY_KIND = (
     "columns",
     "quoted",
     "rename",
+    "language",
     "files",
     "data",
     "configuration",
@@ -180,11 +190,11 @@ ANY_KIND = (
     "splits",
 )
 OF_KIND: Mapping[Kind, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "tagging": ((), ("words", "label", "labels", "scheme", "metric")),
-    "classification": (("text", "label"), ("labels", "unlabelled", "metric")),
-    "multilabel": (("text", "label"), ("labels", "metric")),
+    "tagging": ((), ("words", "label", "labels", "rename_labels", "scheme", "metric")),
+    "classification": (("text", "label"), ("labels", "rename_labels", "unlabelled", "metric")),
+    "multilabel": (("text", "label"), ("labels", "rename_labels", "metric")),
     "regression": (("text", "label"), ("unlabelled", "metric")),
-    "choice": (("choices", "label"), ("context", "labels", "unlabelled", "metric")),
+    "choice": (("choices", "label"), ("context", "labels", "rename_labels", "unlabelled", "metric")),
     "text": (("text",), ()),
 }
 """The words that a kind needs, and those that it may have."""
@@ -270,6 +280,8 @@ def _declaration(where: str, words: dict[str, Any]) -> Declaration:
             f"{where}: {len(made.label)} columns of labels, but {len(made.labels)} labels.",
             "Give a label for each column, or leave labels out: the columns' names are then the labels.",
         )
+    if made.labels and (strange := set(made.rename_labels.values()) - set(made.labels)):
+        raise unknown_name(f"label in rename_labels of {where}:", min(strange), made.labels)
     if made.choices and isinstance(made.choices, tuple) and made.labels and len(made.labels) != len(made.choices):
         raise ConfigError(
             f"{where}: {len(made.choices)} choices, but {len(made.labels)} labels.",

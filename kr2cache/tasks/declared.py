@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from kr2cache.tasks.columns import NOTHING, SUFFIXES, conllu_column, conllu_rows
 from kr2cache.tasks.declaration import Declaration, declared
 from kr2cache.tasks.labels import SHOWN, LabelNumbers, name_of, names_of, value_of
 from kr2cache.tasks.rows import RowTask
-from kr2cache.tasks.tables import Row, Unnamed, line_rows, table_rows
+from kr2cache.tasks.tables import Row, Unnamed, line_rows, of_language, table_rows
 from kr2cache.tasks.udpos import FORM_COLUMN, UdPos, is_withheld
 
 TABLES = (".jsonl", ".parquet")
@@ -61,8 +61,11 @@ class DeclaredTask(RowTask):
         self.hub_configuration = declaration.configuration or None
         self.hub_revision = declaration.revision or None
         self.hub_splits = declaration.splits
+        self.language = declaration.language or None
         self.because = "have _ in place of their words" if self.words else "have an empty text"
-        self.left_out = f"rows that {self.because}" if self.words or declaration.skip_empty else ""
+        left_out = [f"rows that {self.because}"] if self.words or declaration.skip_empty else []
+        left_out += [f"rows of other languages than {self.language}"] if self.language else []
+        self.left_out = " and ".join(left_out)
         self.word_column = declaration.words or "words"
         self.label_column = declaration.label or "label"
         label = self.label_column
@@ -146,7 +149,22 @@ class DeclaredTask(RowTask):
             return line_rows(path, split, self.words_of.text[0])
         words = self.words_of
         names = tuple(map(str, words.columns))
-        return table_rows(path, split, Unnamed(columns=names, needed=self.columns, quoted=words.quoted))
+        unnamed = Unnamed(
+            columns=names, needed=self.columns, quoted=words.quoted, rename=words.rename, short=words.skip_empty
+        )
+        return table_rows(path, split, unnamed)
+
+    def _examples(
+        self, rows: Callable[[], Iterable[Row]], what: str, *, labels_matter: bool = True
+    ) -> Iterator[Example]:
+        if (language := self.language) is None:
+            return super()._examples(rows, what, labels_matter=labels_matter)
+        other = self.words_of.rename
+
+        def own() -> Iterable[Row]:
+            return of_language(rows(), language, lambda name: other.get(name, name), self.word_column)
+
+        return super()._examples(own, what, labels_matter=labels_matter)
 
     def _tagged_rows(self, path: Path, split: str) -> Iterable[Row]:
         words, label, numbers = self.word_column, str(self.label_column), self.words_of.columns
@@ -164,7 +182,8 @@ class DeclaredTask(RowTask):
         if self.words:
             words = self._renamed(row).values.get(self.word_column)
             return isinstance(words, (list, tuple)) and is_withheld(words)
-        return self.words_of.skip_empty and any(self._renamed(row).values.get(one) == "" for one in self.columns)
+        values = self._renamed(row).values
+        return self.words_of.skip_empty and any(str(values.get(one, "-")).strip() == "" for one in self.columns)
 
     def gold(self, row: Row) -> bool | None:
         if self.kind not in ("classification", "regression", "choice"):
@@ -261,6 +280,7 @@ class DeclaredTask(RowTask):
 
     def _numbered(self, names: Sequence[str], place: str) -> list[int] | None:
         """The numbers of labels; None while the labels are not known."""
+        names = [self.words_of.rename_labels.get(name, name) for name in names]
         if self._unknown is not None and (unknown := [name for name in names if name not in self._numbers]):
             self._unknown.update(unknown)
             return None
@@ -300,7 +320,7 @@ def _suffixes(words: Declaration) -> tuple[str, ...]:
         lines = words.kind == "text" and len(words.text) == 1
         return (*((".txt",) if lines else ()), ".jsonl", ".csv", ".tsv", ".parquet")
     if words.columns:
-        return (*SUFFIXES, ".conllu", *TABLES)
+        return (*SUFFIXES, ".conllu", *TABLES, "")
     return (*((".conllu",) if conllu_column(str(words.label)) else ()), *TABLES)
 
 

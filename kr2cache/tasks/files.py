@@ -1,28 +1,43 @@
 """Find the files of a split in a data folder.
 
-Three layouts, tried in this order: one file (``dev.conllu``), a folder of files (``dev/*.conllu``), and files with
-the names of official releases (``de_gsd-ud-dev.conllu``). A release may cut a split into parts
-(``de_hdt-ud-train-a-1.conllu``); they are read if the whole (``de_hdt-ud-train.conllu``) is missing.
+Four layouts, tried in this order:
+
+- one file (``dev.conllu``), or what ``save_to_disk`` of the library ``datasets`` writes: a folder with Arrow files;
+- a folder of files (``dev/*.conllu``);
+- files with the names of official releases (``de_gsd-ud-dev.conllu``). A release may cut a split into parts
+  (``de_hdt-ud-train-a-1.conllu``); they are read if the whole (``de_hdt-ud-train.conllu``) is missing;
+- the only file whose name has the split's name in it, between other characters than letters (``xnli.dev.tsv``,
+  ``dev_2k.tsv``, ``eng.testa``).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from kr2cache.config import local
-from kr2cache.errors import DataError
+from kr2cache.errors import DataError, MissingSplitError
+from kr2cache.system.console import note
 
 SPLITS = ("train", "dev", "test")
-SPLIT_FILES = {"train": ("train",), "dev": ("dev", "valid", "validation", "val"), "test": ("test", "tests")}
-"""The names that a split's file, folder or hub split may have."""
+SPLIT_FILES = {
+    "train": ("train",),
+    "dev": ("dev", "valid", "validation", "val", "testa"),
+    "test": ("test", "tests", "testb"),
+}
+"""The names that a split's file, folder or hub split may have. CoNLL's shared tasks have testa and testb."""
+NAMES_OF_SPLITS = frozenset(f".{name}" for names in SPLIT_FILES.values() for name in names)
 COMPRESSED = (".gz", ".bz2", ".xz", ".zip", ".zst")
 DATA_SUFFIXES = (".bio", ".conll", ".conllu", ".csv", ".iob", ".iob2", ".json", ".jsonl", ".parquet", ".tsv", ".txt")
 """What ends so is a file, not the id of a data set on the hub."""
 NAMES_SHOWN = 8
 """The most file names in one message."""
+SAVED = ("state.json", "dataset_info.json")
+"""The files by which a folder is one ``datasets.Dataset`` that was saved to disk."""
+OTHER_LANGUAGE = r"(?<![a-z])(?!{language}(?![a-z]))[a-z][a-z](?![a-z])"
+"""What is the code of another language in a file's name: ``en`` in ``train-en.tsv``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,16 +45,50 @@ class Names:
     """The names of a task's files."""
 
     suffixes: tuple[str, ...]
-    """``.conllu``"""
+    """``.conllu``. An empty one stands for files without a suffix."""
     releases: tuple[str, ...] = ()
     """Files of an official release, as patterns with ``{split}``: ``*-ud-{split}.conllu``."""
     parts: tuple[str, ...] = ()
     """The same for parts of such files: ``*-ud-{split}-*.conllu``."""
+    language: str = ""
+    """The task's, if its data exists in several."""
+    hub_splits: Mapping[str, str] = field(default_factory=dict)
+    """The names of splits in the task's data set on the hub, where they are not the usual ones."""
 
     def looked_for(self, split: str) -> list[str]:
         """All file names of a split, for errors."""
         plain = [f"{name}{self.suffixes[0]}" for name in SPLIT_FILES[split]]
         return plain + [pattern.format(split=split) for pattern in self.releases + self.parts]
+
+
+def suffixes_text(suffixes: Sequence[str]) -> str:
+    """The suffixes of a task's files, for errors."""
+    return " or ".join(filter(None, suffixes))
+
+
+def suffix_of(path: Path) -> str:
+    """The suffix that tells the format of a file. Empty if there is none, and if it names a split: ``eng.train``."""
+    return "" if path.suffix in NAMES_OF_SPLITS else path.suffix
+
+
+def is_saved(path: Path) -> bool:
+    """Whether a folder is one ``datasets.Dataset`` that was saved to disk."""
+    return all((path / name).is_file() for name in SAVED)
+
+
+def is_folder(path: Path) -> bool:
+    """Whether it may hold several splits: it is neither a file nor one saved data set."""
+    return path.is_dir() and not is_saved(path)
+
+
+def kind_text(path: Path) -> str:
+    """What data is that is not a folder of splits, for errors."""
+    return "one saved data set" if path.is_dir() else "one file"
+
+
+def contents(path: Path) -> list[Path]:
+    """The file itself, or the files of a saved data set."""
+    return sorted(one for one in path.iterdir() if one.is_file()) if path.is_dir() else [path]
 
 
 def data_path(data: str | None) -> Path | None:
@@ -68,19 +117,97 @@ def split_of(path: Path) -> str:
 
 
 def split_files(folder: Path, split: str, names: Names) -> list[Path]:
-    """The files of a split, sorted; none if the folder does not have this split."""
-    for name in SPLIT_FILES[split]:
+    """The files of a split, sorted; none if the folder does not have this split.
+
+    A saved data set counts as a file.
+    """
+    for name in filter(None, (*SPLIT_FILES[split], names.hub_splits.get(split))):
         for suffix in names.suffixes:
             if (folder / f"{name}{suffix}").is_file():
                 return [folder / f"{name}{suffix}"]
         inside = folder / name
         if inside.is_dir():
-            files = sorted(path for path in inside.iterdir() if path.suffix in names.suffixes)
+            if is_saved(inside):
+                return [inside]
+            files = sorted(path for path in inside.iterdir() if path.suffix in names.suffixes and path.suffix)
             if files:
                 return files
     whole = _matching(folder, split, names.releases)
     parts = {part for part in _matching(folder, split, names.parts) if whole_of(part, whole) is None}
-    return sorted(whole | parts)
+    return sorted(whole | parts) or _only(named_files(folder, split, names), names)
+
+
+def named_files(folder: Path, split: str, names: Names) -> list[Path]:
+    """The files, and saved data sets, that have the name of this split, and of no other, in theirs.
+
+    If the task's data exists in several languages, a file with the code of another one is none of them. If some have
+    the code of the task's language, the others are none.
+    """
+    found = sorted(path for path in folder.iterdir() if _splits_of(path.name) == {split} and _is_own(path, names))
+    if not names.language:
+        return found
+    other = re.compile(OTHER_LANGUAGE.format(language=re.escape(names.language)))
+    found = [path for path in found if not other.search(_without_suffix(path))]
+    own = re.compile(rf"(?<![a-z]){re.escape(names.language)}(?![a-z])")
+    return [path for path in found if own.search(_without_suffix(path))] or found
+
+
+def _only(found: list[Path], names: Names) -> list[Path]:
+    """The only file among those that name a split. One that exists in several formats is read in the first of them."""
+    if len({_without_suffix(path) for path in found}) > 1:
+        return []
+    return sorted(found, key=lambda path: names.suffixes.index(suffix_of(path)) if path.is_file() else -1)[:1]
+
+
+def _is_own(path: Path, names: Names) -> bool:
+    return suffix_of(path) in names.suffixes if path.is_file() else is_saved(path)
+
+
+def _has_other_format(path: Path, split: str, names: Names) -> bool:
+    suffix = suffix_of(path).lower()
+    return _splits_of(path.name) == {split} and suffix not in names.suffixes and suffix not in COMPRESSED
+
+
+def _without_suffix(path: Path) -> str:
+    return path.name.removesuffix(suffix_of(path)).lower()
+
+
+def missing_split(folder: Path, split: str, names: Names) -> MissingSplitError:
+    """The error for a folder without a split. It says where the split may be."""
+    there = ", ".join(sorted(path.name for path in folder.iterdir())[:NAMES_SHOWN]) or "nothing"
+    message = (
+        f"{folder} has no {split} split: looked for {', '.join(names.looked_for(split))}, and a folder of that name; "
+        f"found {there}."
+    )
+    if several := named_files(folder, split, names):
+        return MissingSplitError(
+            f"{folder}: several files may be the {split} split: {names_text(several, folder)}.",
+            f"Keep one of them there; or put those that belong together into the folder {folder / split}.",
+        )
+    inside = sorted(path for path in folder.iterdir() if is_folder(path) and split_files(path, split, names))
+    inside = [path for path in inside if path.name == names.language] or inside
+    if inside:
+        return MissingSplitError(
+            message, f"Folders in it that have one: {names_text(inside, folder)}. Give one of them: --data {inside[0]}"
+        )
+    others = sorted(path for path in folder.iterdir() if path.is_file() and _has_other_format(path, split, names))
+    if others:
+        return MissingSplitError(
+            message,
+            f"If {names_text(others[:1], folder)} is this split, write it in a format of the task "
+            f"({suffixes_text(names.suffixes)}). If it is in such a format, change only the end of its name.",
+        )
+    return MissingSplitError(message, "Check --data and the names of its files.")
+
+
+def say_unread(folder: Path, split: str, names: Names, files: Sequence[Path]) -> None:
+    """A note about data files that no split reads, if there are some."""
+    if unread := unread_files(folder, split, names):
+        note(
+            f"{folder}, {split} split: read {names_text(files, folder)}. Did not read {names_text(unread, folder)}. If "
+            f"they belong to this split, put all its files into {folder / split}/ itself, unpacked, with names that "
+            f"end in {suffixes_text(names.suffixes)}."
+        )
 
 
 def whole_of(part: Path, whole: set[Path]) -> Path | None:
@@ -129,13 +256,21 @@ def _is_data(path: Path, suffixes: Sequence[str]) -> bool:
     if path.name.startswith("."):
         return False
     plain = path.with_suffix("") if path.suffix.lower() in COMPRESSED else path
-    return plain.suffix.lower() in suffixes and (plain == path or not plain.exists())
+    suffix = suffix_of(plain).lower()
+    return suffix in suffixes and bool(suffix or _splits_of(plain.name)) and (plain == path or not plain.exists())
 
 
 def _split_of(path: Path, folder: Path) -> str | None:
     """The split in the name of a file or its folder: ``train_full.csv`` gives ``train``."""
     for text in reversed(path.relative_to(folder).parts):
-        for split, own in SPLIT_FILES.items():
-            if re.search(rf"(?<![a-z])({'|'.join(own)})(?![a-z])", text.lower()):
-                return split
+        found = _splits_of(text)
+        if found:
+            return next(split for split in SPLIT_FILES if split in found)
     return None
+
+
+def _splits_of(text: str) -> set[str]:
+    """All splits that a name names."""
+    return {
+        split for split, own in SPLIT_FILES.items() if re.search(rf"(?<![a-z])({'|'.join(own)})(?![a-z])", text.lower())
+    }

@@ -25,6 +25,8 @@ LANGUAGES: Mapping[str, tuple[str, ...]] = {
 
 PAIR = {"kind": "classification", "text": ["sentence1", "sentence2"], "label": "label"}
 INDEX = {"index": "idx"}
+ENTAILMENT = {"sentence1": "premise", "sentence2": "hypothesis", "gold_label": "label"}
+"""The names that SNLI, MultiNLI and XNLI have in their own releases."""
 GLUE: Mapping[str, Mapping[str, Any]] = {
     "cola": {
         "about": "is a sentence acceptable English? (GLUE)",
@@ -70,8 +72,9 @@ GLUE: Mapping[str, Mapping[str, Any]] = {
         "about": "does a premise entail a hypothesis? dev and test of the train split's genres (GLUE)",
         "text": ["premise", "hypothesis"],
         "labels": ["entailment", "neutral", "contradiction"],
-        "rename": INDEX | {"sentence1": "premise", "sentence2": "hypothesis", "gold_label": "label"},
-        "files": ["{split}_matched.tsv"],
+        "rename": INDEX | ENTAILMENT,
+        "unlabelled": "-",
+        "files": ["{split}_matched.tsv", "multinli_1.0_{split}_matched.jsonl"],
         "splits": {"dev": "validation_matched", "test": "test_matched"},
     },
     "qnli": PAIR
@@ -94,11 +97,15 @@ XNLI: Mapping[str, Any] = PAIR | {
     "labels": ["entailment", "neutral", "contradiction"],
     "columns": ["premise", "hypothesis", "label"],
     "quoted": True,
+    "unlabelled": "-",
+    "rename": ENTAILMENT | {"hypo": "hypothesis"},  # hypo, contradictory: MultiNLI as XNLI's authors translated it
+    "rename_labels": {"contradictory": "contradiction"},
     "data": "facebook/xnli",
 }
 PAWS_X: Mapping[str, Any] = PAIR | {
     "about": "do two sentences mean the same? (XTREME)",
     "labels": ["0", "1"],
+    "skip_empty": True,  # a few sentences of the train split have no translation
     "columns": ["sentence1", "sentence2", "label"],
     "quoted": True,
     "data": "google-research-datasets/paws-x",
@@ -113,7 +120,7 @@ WIKIANN: Mapping[str, Any] = ENTITIES | {
 CONLL_2003: Mapping[str, Any] = ENTITIES | {
     "about": "named entities in English news",
     "labels": ["O", "B-PER", "I-PER", "B-ORG", "I-ORG", "B-LOC", "I-LOC", "B-MISC", "I-MISC"],
-    "columns": [0, 3],
+    "columns": [0, -1],  # the German files have a column more
     "data": "eriktks/conll2003",
     "revision": "refs/convert/parquet",  # the main branch holds a script
 }
@@ -132,12 +139,12 @@ def _tables() -> dict[str, Mapping[str, Any]]:
     }
     tables["mnli-mm"] = tables["mnli"] | {
         "about": "mnli, with dev and test of other genres than the train split (GLUE)",
-        "files": ["{split}_mismatched.tsv"],
+        "files": ["{split}_mismatched.tsv", "multinli_1.0_{split}_mismatched.jsonl"],
         "splits": {"dev": "validation_mismatched", "test": "test_mismatched"},
     }
     for family, words in (("xnli", XNLI), ("pawsx", PAWS_X), ("wikiann", WIKIANN)):
         for language in LANGUAGES[family]:
-            own = {"configuration": language, "files": [f"{{split}}-{language}.tsv"]}
+            own = {"configuration": language, "language": language, "files": [f"{{split}}-{language}.tsv"]}
             tables[f"{family}-{language}"] = {**words, **own}
     return tables | {"conll2003": CONLL_2003}
 

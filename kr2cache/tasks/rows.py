@@ -6,19 +6,17 @@ ids, labels and choices. Every error names the file and the line, or the data se
 
 from __future__ import annotations
 
-import contextlib
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from kr2cache.errors import DataError, MissingSplitError, error_text
-from kr2cache.system import hub
+from kr2cache.errors import DataError
 from kr2cache.system.console import note
-from kr2cache.tasks.base import Example, Task, UniqueIds, accuracy
+from kr2cache.tasks.base import Example, Task, accuracy
+from kr2cache.tasks.hub import load_hub
+from kr2cache.tasks.repeats import UniqueIds
 from kr2cache.tasks.tables import Row, by_name, label_names, table_rows
-
-HUB_SPLITS: Mapping[str, str] = {"train": "train", "dev": "validation", "test": "test"}
 
 
 class RowTask(Task):
@@ -31,8 +29,6 @@ class RowTask(Task):
     hub_configuration: str | None = None
     hub_revision: str | None = None
     """The revision of ``hub_data``, if its main branch cannot be used."""
-    hub_splits: Mapping[str, str] = {}
-    """The names of the splits of ``hub_data``, where they are not those of ``HUB_SPLITS``."""
     columns: tuple[str, ...]
     """The columns from which ``example`` reads its texts. A plain line has them in this order, split by tabs. A column
     that occurs several times here is a list."""
@@ -86,6 +82,9 @@ class RowTask(Task):
             revision=self.hub_revision if own else None,
             suffix=self.suffixes[0],
         )
+        yield from self.table_examples(table, what, split)
+
+    def table_examples(self, table: Any, what: str, split: str) -> Iterator[Example]:
         # Class labels are compared by name: data sets number the same labels differently.
         names = label_names(table.features)
 
@@ -181,53 +180,3 @@ class RowTask(Task):
             "".join(segment for text in example.texts for segment in text).encode("utf-8")
         except UnicodeEncodeError as error:  # JSON can hold half a character, such as "\\ud83d"
             raise DataError(f"{place}: a text is not Unicode ({error.reason}).", "Check the row.") from error
-
-
-def load_hub(
-    hub_id: str,
-    configuration: str | None,
-    split: str,
-    *,
-    suffix: str,
-    name: str | None = None,
-    revision: str | None = None,
-) -> tuple[Any, str]:
-    """Load a split from the hub, or from the hub's cache on this machine.
-
-    Args:
-        name: The split's name there; None for the usual one.
-        suffix: Suffix of the files that a data folder would hold, for the error.
-
-    Returns:
-        The split as a ``datasets.Dataset``, and its name for errors.
-
-    Raises:
-        MissingSplitError: If the data set has no such split.
-        DataError: If it cannot be loaded.
-    """
-    import datasets
-
-    name = name or HUB_SPLITS[split]
-    what = ", ".join([hub_id, *([f"configuration {configuration}"] if configuration else []), f"split {name}"])
-    try:
-        with contextlib.ExitStack() as inside:
-            if hub.unreachable() is not None:
-                inside.enter_context(hub.offline())
-            if not datasets.are_progress_bars_disabled():
-                datasets.disable_progress_bars()
-                inside.callback(datasets.enable_progress_bars)
-            return datasets.load_dataset(hub_id, configuration, split=name, revision=revision), what
-    except Exception as error:  # datasets and the hub's client raise many unrelated classes
-        reason = error_text(error)
-        if reason.startswith("Unknown split"):
-            raise MissingSplitError(f"{hub_id} has no {split} split: {reason}", "Check --split.") from error
-        if reason.startswith("Config name is missing"):
-            raise DataError(
-                f"The hub data set {hub_id} has several configurations: {' '.join(str(error).splitlines()[1:2])}",
-                'Choose one: configuration = "..." in [tasks.NAME] of kr2cache.toml.',
-            ) from error
-        raise DataError(
-            f"There is no folder {hub_id}, and the hub data set {what} cannot be loaded: {reason}",
-            "Without a network: load it once on a machine with a network and copy the cache ($HF_HOME) here, or give "
-            f"--data a folder with train{suffix}, dev{suffix} and test{suffix}.",
-        ) from error

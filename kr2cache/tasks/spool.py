@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from kr2cache.errors import ConfigError, DataError
-from kr2cache.tasks.base import Task, UniqueIds
+from kr2cache.tasks.base import Task
+from kr2cache.tasks.repeats import UniqueIds
 from kr2cache.tasks.text import ID, Text, Words
 
 STANDARD_INPUT = "-"

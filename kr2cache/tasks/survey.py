@@ -9,7 +9,7 @@ from typing import Any
 
 from kr2cache.errors import DataError, MissingSplitError
 from kr2cache.tasks.base import Example, Task
-from kr2cache.tasks.files import SPLITS, split_of
+from kr2cache.tasks.files import SPLITS, is_folder, split_of
 
 FIRST = 3
 """Examples that are shown."""
@@ -54,7 +54,7 @@ def survey(task: Task, data: str | None) -> Survey:
         ConfigError: If the task has no data of its own and none is given.
     """
     path = task.path_of(data)
-    splits = SPLITS if path is None or path.is_dir() else (split_of(path),)
+    splits = SPLITS if path is None or is_folder(path) else (split_of(path),)
     missing: list[str] = []
     found: dict[str, SplitSurvey] = {}
     try:

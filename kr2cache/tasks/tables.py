@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from kr2cache.system.utf8 import file_lines
 
 LONGEST_CELL = 2**31 - 1
 """Characters of a cell of CSV; Python's own limit is 131,072, and a document may be longer."""
+LANGUAGE = "language"
+"""The column that says in which language a row is."""
 AT_ONCE = 1_000
 """Rows of a Parquet file in memory at the same time."""
 
@@ -92,7 +94,7 @@ def json_rows(path: Path, split: str) -> Iterator[Row]:
 
 @dataclass(frozen=True, kw_only=True)
 class Unnamed:
-    """How to read a CSV or TSV file that does not name its columns."""
+    """How to read a CSV or TSV file whose columns, or cells, may be missing."""
 
     columns: Sequence[str] = ()
     """The names of the columns. The last ones may be missing, as labels are in a blind test split."""
@@ -100,6 +102,10 @@ class Unnamed:
     """A first line with all of these names the columns itself."""
     quoted: bool = False
     """Whether cells of TSV may stand in quotes, as Python's csv module writes them."""
+    rename: Mapping[str, str] = field(default_factory=dict)
+    """Other names that a first line may have for columns, and the names in ``needed``."""
+    short: bool = False
+    """Whether rows may have too few columns. Those that are missing are empty."""
 
 
 def table_rows(path: Path, split: str, unnamed: Unnamed | None = None) -> Iterator[Row]:
@@ -117,7 +123,7 @@ def csv_rows(path: Path, split: str, unnamed: Unnamed) -> Iterator[Row]:
     """
     tabs = path.suffix.lower() == ".tsv"
     _, first = next(_cells(path, tabs=tabs, quoted=not tabs), (0, []))
-    named = not unnamed.columns or set(unnamed.needed) <= set(first)
+    named = not unnamed.columns or set(unnamed.needed) <= {unnamed.rename.get(name, name) for name in first}
     header, what = first, "the header has"
     if not named:
         there = unnamed.columns[: len(first)]
@@ -126,12 +132,14 @@ def csv_rows(path: Path, split: str, unnamed: Unnamed) -> Iterator[Row]:
     for number, (line, cells) in enumerate(rows, -1 if named else 0):
         if number < 0:
             continue
-        if len(cells) != len(header):
+        missing = len(header) - len(cells)
+        if missing < 0 or (missing and not unnamed.short):
             raise DataError(
                 f"{path}:{line}: {len(cells)} columns, but {what} {len(header)}.",
                 f"Check the row's {'tabs' if tabs else 'commas'}.",
             )
-        yield Row(values=dict(zip(header, cells, strict=True)), place=f"{path}:{line}", split=split, number=number)
+        values = dict(zip(header, [*cells, *[""] * missing], strict=True))
+        yield Row(values=values, place=f"{path}:{line}", split=split, number=number)
 
 
 def _cells(path: Path, *, tabs: bool, quoted: bool) -> Iterator[tuple[int, list[str]]]:
@@ -192,6 +200,29 @@ def _named(value: Any, labels: Sequence[str]) -> Any:
     if isinstance(value, list):
         return [_named(one, labels) for one in value]
     return labels[value] if value is not None and 0 <= value < len(labels) else value
+
+
+def of_language(rows: Iterable[Row], language: str, column: Callable[[str], str], words: str) -> Iterator[Row]:
+    """The rows of one language, numbered without the others. Words with its prefix (``de:Haus``) lose it.
+
+    Args:
+        column: Gives the name that a column of the row has here. ``language`` has the language of the row; without such
+            a column, all rows are of this language.
+        words: The column with lists of words. The first list decides whether words have the prefix.
+    """
+    others = 0
+    prefix: str | None = None
+    for row in rows:
+        if any(column(name) == LANGUAGE and value != language for name, value in row.values.items()):
+            others += 1
+            continue
+        values = row.values
+        if isinstance(own := values.get(words), list):
+            if prefix is None:
+                prefix = f"{language}:" if all(str(word).startswith(f"{language}:") for word in own) else ""
+            if prefix:
+                values = {**values, words: [word.removeprefix(prefix) for word in own]}
+        yield replace(row, values=values, number=row.number - others)
 
 
 def line_rows(path: Path, split: str, column: str) -> Iterator[Row]:

@@ -21,8 +21,9 @@ from typing import Any
 from kr2cache.errors import DataError
 from kr2cache.system.console import note
 from kr2cache.system.utf8 import file_lines
-from kr2cache.tasks.base import Example, Task, UniqueIds, accuracy
-from kr2cache.tasks.rows import load_hub
+from kr2cache.tasks.base import Example, Task, accuracy
+from kr2cache.tasks.hub import load_hub
+from kr2cache.tasks.repeats import UniqueIds
 
 UPOS = (
     "ADJ", "ADP", "ADV", "AUX", "CCONJ", "DET", "INTJ", "NOUN", "NUM", "PART", "PRON", "PROPN", "PUNCT", "SCONJ", "SYM",
@@ -107,14 +108,17 @@ class UdPos(Task):
 
     def hub_examples(self, hub_id: str, split: str) -> Iterator[Example]:
         configuration = f"udpos.{LANGUAGES[self.language]}" if self.language else None
-        rows, what = load_hub(hub_id, configuration, split, suffix=self.suffixes[0])
-        missing = {"tokens", "pos_tags"} - set(rows.column_names)
+        table, what = load_hub(hub_id, configuration, split, suffix=self.suffixes[0])
+        yield from self.table_examples(table, what, split)
+
+    def table_examples(self, table: Any, what: str, split: str) -> Iterator[Example]:
+        missing = {"tokens", "pos_tags"} - set(table.column_names)
         if missing:
             raise DataError(f"{what} has no column {' and '.join(sorted(missing))}.", "Expected XTREME's columns.")
-        tags = rows.features["pos_tags"].feature
+        tags = table.features["pos_tags"].feature
         numbers = [_label_number(tag, f"{what}, labels") for tag in tags.names] if hasattr(tags, "names") else None
         withheld = 0
-        for number, row in enumerate(rows):
+        for number, row in enumerate(table):
             place = f"{what}, row {number}"
             marks = row["pos_tags"]
             words = tuple(str(word) for word in row["tokens"])
@@ -125,7 +129,7 @@ class UdPos(Task):
             if len(words) != len(label) or not words:
                 raise DataError(f"{place}: {len(words)} tokens, {len(label)} tags.", "Check the data set.")
             yield Example(f"{split}-{number}", (words,), label)
-        _say_withheld(withheld, len(rows), what)
+        _say_withheld(withheld, len(table), what)
 
     def from_line(self, line: str, name: str) -> Example:
         if len(columns := line.split("\t")) == 10 and columns[0].isdigit():

@@ -310,7 +310,7 @@ def test_built_in_tasks_are_not_declared() -> None:
         (
             REVIEWS | {"words": "x"},
             "a task of kind classification has no words",
-            "kind, text, label, labels, unlabelled, metric, about",
+            "kind, text, label, labels, rename_labels, unlabelled, metric, about",
         ),
         ({"kind": "classification", "text": "a"}, "has no label", 'label = "stars"'),
         ({"kind": "regression", "label": "a"}, "has no text", 'text = "review"'),

@@ -10,7 +10,7 @@ import pytest
 import tiny
 
 from kr2cache.errors import DataError
-from kr2cache.tasks import base, find_task
+from kr2cache.tasks import base, find_task, repeats
 
 
 def snli(folder: Path, names: list[str]) -> Path:
@@ -57,7 +57,8 @@ def test_an_id_that_occurs_twice_is_named_with_both_places(task: str, places: tu
 
 @pytest.mark.parametrize("task", WRITE)
 def test_equal_hashes_are_no_equal_ids(task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(base, "hash", lambda value: 7, raising=False)
+    for module in (base, repeats):
+        monkeypatch.setattr(module, "hash", lambda value: 7, raising=False)
     names = ["a", "b", "c"]
     assert [one.id for one in find_task(task).read("train", str(WRITE[task](tmp_path, names)))] == names
     with pytest.raises(DataError, match="'a' occurs twice"):
@@ -67,5 +68,5 @@ def test_equal_hashes_are_no_equal_ids(task: str, tmp_path: Path, monkeypatch: p
 def test_repeated_examples_are_counted_and_the_first_is_found() -> None:
     """(count, place in its file, earlier file, its file), as a dictionary of all examples gives them."""
     files = [[1, 2, 3], [4, 5], [6, 3, 1, 5, 7, 7]]
-    assert base._repeated([array("q", file) for file in files]) == (3, 1, 0, 2)
-    assert base._repeated([array("q", [1, 2]), array("q"), array("q", [3])]) is None
+    assert repeats.repeated([array("q", file) for file in files]) == (3, 1, 0, 2)
+    assert repeats.repeated([array("q", [1, 2]), array("q"), array("q", [3])]) is None

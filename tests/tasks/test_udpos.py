@@ -371,10 +371,11 @@ def test_data_files_that_no_split_reads_are_named_once(
 
 def test_a_missing_split_names_the_files_that_may_be_it(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(folder / "train.conllu", sentence("x"))
-    write(folder / "dev_1.conllu", sentence("y"))
-    with pytest.raises(MissingSplitError):  # a training goes on without it
-        UdPos(None).read("dev", str(folder))
-    assert "dev split: read nothing. Did not read dev_1.conllu." in capsys.readouterr().out
+    for name in ("dev_1.conllu", "dev_2.conllu"):
+        write(folder / name, sentence("y"))
+    with pytest.raises(MissingSplitError, match=r"files may be the dev split: dev_1\.conllu, dev_2\.conllu"):
+        UdPos(None).read("dev", str(folder))  # a training goes on without it
+    assert "dev split: read nothing. Did not read dev_1.conllu, dev_2.conllu." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["dev.conllu.gz", "DEV.CONLLU", "dev/DEV.CONLLU", "dev/more/dev.conllu"])
