@@ -7,7 +7,7 @@ The message says what was wrong and with which value. The remedy says what to do
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class KR2CacheError(Exception):
@@ -40,6 +40,20 @@ class DataError(KR2CacheError, ValueError):
 
 class MissingSplitError(DataError):
     """The corpus has no such split; training continues without dev or test."""
+
+
+class UnknownLabelError(DataError):
+    """A row has a label that is none of the task's; only ``predict`` can do without it."""
+
+    def __init__(self, message: str, remedy: str, *, column: str, labels: Sequence[str]) -> None:
+        """
+        Args:
+            column: The column of the label.
+            labels: All unknown labels of the row.
+        """
+        super().__init__(message, remedy)
+        self.column = column
+        self.labels = labels
 
 
 class ModelUnavailableError(KR2CacheError, FileNotFoundError):

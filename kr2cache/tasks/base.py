@@ -150,7 +150,8 @@ class Task(ABC):
         """
 
     def read_unlabelled(self, path: Path, split: str) -> list[Example]:
-        """The examples that ``predict`` labels: those of all rows, with or without a gold label."""
+        """The examples that ``predict`` labels: those of all rows, with or without a gold label. A note names labels
+        that are none of the task's; such an example counts as one without a gold label."""
         return list(self.file_examples(path, split))
 
     @abstractmethod
@@ -373,6 +374,21 @@ class Task(ABC):
                 f"(first: {name!r} in {files[other].name} and {files[number].name}). If a file is a copy or part of "
                 "another, remove one of them."
             )
+
+
+LABELS_SHOWN = 20
+"""The most labels in one message."""
+
+
+def note_unknown(what: str, labels: set[str]) -> None:
+    """A note about labels of texts to predict that are none of the task's.
+
+    Args:
+        what: The file that has them.
+    """
+    if labels:
+        shown = ", ".join(sorted(labels)[:LABELS_SHOWN])
+        note(f"{what}: the reader does not know these labels, so there is no comparison with them: {shown}.")
 
 
 def accuracy(right: NDArray[np.bool_] | int, total: int) -> float:

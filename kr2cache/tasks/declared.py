@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from kr2cache.errors import ConfigError, DataError
-from kr2cache.system.console import note, silent
+from kr2cache.system.console import silent
 from kr2cache.tasks import metrics
 from kr2cache.tasks.base import Example, Label, Task
 from kr2cache.tasks.columns import NOTHING, SUFFIXES, conllu_column, conllu_rows, word_rows
 from kr2cache.tasks.declaration import Declaration, declared
-from kr2cache.tasks.labels import SHOWN, LabelNumbers, name_of, names_of, value_of
+from kr2cache.tasks.labels import LabelNumbers, name_of, names_of, value_of
 from kr2cache.tasks.rows import RowTask
 from kr2cache.tasks.tables import Row, Unnamed, line_rows, of_language, table_rows
 from kr2cache.tasks.udpos import FORM_COLUMN, UdPos, is_withheld
@@ -72,8 +71,6 @@ class DeclaredTask(RowTask):
         self.labelled_by = f"the column {label if isinstance(label, str) else ', '.join(label)}"
         self._ordered = bool(self.labels) and not declaration.derived
         self._numbers = LabelNumbers(self.labels, ordered=self._ordered)
-        self._unknown: set[str] | None = None
-        """Collects labels that are unknown, where they are no error."""
         if not self._ordered and self.kind in ("classification", "choice"):
             self.label_it += (
                 f" If -1 means that there is none, write unlabelled = -1 in [tasks.{name}]; the row is then left out."
@@ -201,15 +198,6 @@ class DeclaredTask(RowTask):
     def conllu(self) -> tuple[int, str] | None:
         return conllu_column(self.label_column) if self.words and isinstance(self.label_column, str) else None
 
-    def read_unlabelled(self, path: Path, split: str) -> list[Example]:
-        lenient = copy.copy(self)
-        lenient._unknown = set()
-        examples = RowTask.read_unlabelled(lenient, path, split)
-        if lenient._unknown:
-            shown = ", ".join(sorted(lenient._unknown)[:SHOWN])
-            note(f"{path}: the reader does not know these labels, so there is no comparison with them: {shown}.")
-        return examples
-
     def _renamed(self, row: Row) -> Row:
         """The row under the names of columns that the declaration has."""
         if not (other := self.words_of.rename):
@@ -281,11 +269,9 @@ class DeclaredTask(RowTask):
     def _numbered(self, names: Sequence[str], place: str) -> list[int] | None:
         """The numbers of labels; None while the labels are not known."""
         names = [self.words_of.rename_labels.get(name, name) for name in names]
-        if self._unknown is not None and (unknown := [name for name in names if name not in self._numbers]):
-            self._unknown.update(unknown)
-            return None
         if self.labels:
-            return [self._numbers.of(name, place, self.name) for name in names]
+            declared_in = "" if self.declaration() is None else f"[tasks.{self.name}]"
+            return self._numbers.of(names, place, str(self.label_column), declared_in)
         if self._seen is not None and self.kind != "choice":
             self._seen.names.update(names)
         return None

@@ -9,11 +9,9 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from kr2cache.errors import DataError
+from kr2cache.errors import DataError, UnknownLabelError
+from kr2cache.tasks.base import LABELS_SHOWN
 from kr2cache.tasks.declaration import label_name
-
-SHOWN = 20
-"""The most labels in one message."""
 
 
 class LabelNumbers:
@@ -31,24 +29,30 @@ class LabelNumbers:
         if ordered and self._words:
             self._number |= {str(number): number for number in range(len(labels))}
 
-    def of(self, name: str, place: str, task: str) -> int:
-        """The number of a label.
+    def of(self, names: Sequence[str], place: str, column: str, declared_in: str) -> list[int]:
+        """The numbers of the labels of one row.
+
+        Args:
+            place: Row and column, for errors.
+            declared_in: Where the user can give other labels; empty if nowhere.
 
         Raises:
-            DataError: For a name that is no label.
+            UnknownLabelError: For a name that is no label.
         """
-        number = self._number.get(name)
-        if number is None:
-            more = len(self._labels) - SHOWN
-            known = ", ".join(self._labels[:SHOWN]) + (f" and {more} more" if more > 0 else "")
-            what = " in their order: a number is then a place among them" if self._words and is_number(name) else ""
-            raise DataError(
-                f"{place} is {name!r}.", f"Labels are {known}. Correct it, or give all labels in [tasks.{task}]{what}."
+        unknown = [name for name in names if name not in self._number]
+        if unknown:
+            more = len(self._labels) - LABELS_SHOWN
+            known = ", ".join(self._labels[:LABELS_SHOWN]) + (f" and {more} more" if more > 0 else "")
+            ordered = self._words and is_number(unknown[0])
+            what = " in their order: a number is then a place among them" if ordered else ""
+            other = f", or give all labels in {declared_in}{what}" if declared_in else ""
+            raise UnknownLabelError(
+                f"{place} is {unknown[0]!r}.",
+                f"Labels are {known}. Correct it{other}.",
+                column=column,
+                labels=unknown,
             )
-        return number
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._number
+        return [self._number[name] for name in names]
 
 
 def is_number(name: str) -> bool:

@@ -7,11 +7,14 @@ import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
-from kr2cache.errors import DataError
+from kr2cache.errors import DataError, UnknownLabelError
 from kr2cache.system.utf8 import file_lines
 from kr2cache.tasks.base import Example
 from kr2cache.tasks.rows import RowTask
 from kr2cache.tasks.tables import Row, json_rows
+
+LABEL_PLACE = "place of the label"
+"""The column for where the label of a row stands, for errors."""
 
 
 class Piqa(RowTask):
@@ -50,11 +53,13 @@ class Piqa(RowTask):
                     f"{labels} has {len(given)} labels, {path} has {count} rows: row {number} is in one of them only.",
                     "Line N of the one file must belong to line N of the other.",
                 )
-            if label not in ("", "-1", *self.labels):
-                raise DataError(f"{labels}:{number}: the label is {label!r}.", "0 is sol1, 1 is sol2.")
-            yield dataclasses.replace(row, values={**row.values, "label": label})
+            yield dataclasses.replace(row, values={**row.values, "label": label, LABEL_PLACE: f"{labels}:{number}"})
 
     def example(self, row: Row) -> Example:
         goal = row.text("goal")
+        label, place = row.values.get("label"), row.values.get(LABEL_PLACE)
+        if place is not None and label not in (None, "", "-1", *self.labels):
+            what = f"{place}: the label is {label!r}."
+            raise UnknownLabelError(what, "0 is sol1, 1 is sol2.", column="label", labels=(str(label),))
         texts = tuple((goal, row.text(name)) for name in ("sol1", "sol2"))
         return Example(row.id("id"), texts, row.label("label", self.labels))

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from kr2cache.errors import DataError
+from kr2cache.errors import DataError, UnknownLabelError
 from kr2cache.system.console import note
-from kr2cache.tasks.base import Example, Task, accuracy
+from kr2cache.tasks.base import Example, Task, accuracy, note_unknown
 from kr2cache.tasks.hub import load_hub
 from kr2cache.tasks.repeats import UniqueIds
 from kr2cache.tasks.tables import Row, by_name, label_names, table_rows
@@ -122,8 +123,10 @@ class RowTask(Task):
             rows: Gives the rows from the first on. They are read again only to name the places of an id that occurs
                 twice.
             what: The file or data set, for notes.
-            labels_matter: Whether rows without a gold label are left out.
+            labels_matter: Whether rows without a gold label are left out, and unknown labels are an error. Otherwise a
+                note names the unknown labels.
         """
+        unknown: set[str] = set()
         total = count = unlabelled = marked = 0
         first_unlabelled = ""
         ids = UniqueIds()
@@ -143,7 +146,7 @@ class RowTask(Task):
             if is_marked(row):
                 marked += 1
                 continue
-            example = self.example(row)
+            example = self.example(row) if labels_matter else self._without_unknown(row, unknown)
             self._check(example, row.place)
             ids.add(example.id)
             count += 1
@@ -153,11 +156,12 @@ class RowTask(Task):
             yield example
         ids.check(
             lambda: (
-                (self.example(row).id, row.place)
+                (self._without_unknown(row, unknown).id, row.place)
                 for row in rows()
                 if not (labels_matter and self.has_no_gold(row)) and not is_marked(row)
             )
         )
+        note_unknown(what, unknown)
         if labels_matter and 0 < unlabelled < count:
             raise DataError(
                 f"{first_unlabelled}: no label, while {count - unlabelled} of {count} rows have one.",
@@ -168,6 +172,14 @@ class RowTask(Task):
         if total > count + marked:
             because = self.because or f"have no gold label ({self.no_gold})"
             note(f"{what}: {total - count - marked:,} of {total:,} rows {because}; they are left out.")
+
+    def _without_unknown(self, row: Row, unknown: set[str]) -> Example:
+        """The row's example; without its label if that is unknown, which is added to ``unknown``."""
+        try:
+            return self.example(row)
+        except UnknownLabelError as error:
+            unknown.update(error.labels)
+            return self.example(replace(row, values={**row.values, error.column: None}))
 
     def _check(self, example: Example, place: str) -> None:
         if self.kind == "choice" and len(example.texts) != len(self.labels):

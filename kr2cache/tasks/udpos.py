@@ -18,10 +18,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kr2cache.errors import DataError
+from kr2cache.errors import DataError, UnknownLabelError
 from kr2cache.system.console import note
 from kr2cache.system.utf8 import file_lines
-from kr2cache.tasks.base import Example, Task, accuracy
+from kr2cache.tasks.base import Example, Task, accuracy, note_unknown
 from kr2cache.tasks.hub import load_hub
 from kr2cache.tasks.repeats import UniqueIds
 
@@ -77,34 +77,43 @@ class UdPos(Task):
         return "google/xtreme" if self.language else None
 
     def file_examples(self, path: Path, split: str) -> Iterator[Example]:
-        return self._examples(path, split, keep_withheld=False)
+        return self._examples(path, split, to_predict=False)
 
     @property
     def conllu(self) -> tuple[int, str] | None:
         return UPOS_COLUMN, ""
 
     def read_unlabelled(self, path: Path, split: str) -> list[Example]:
-        return list(self._examples(path, split, keep_withheld=True))
+        return list(self._examples(path, split, to_predict=True))
 
-    def _examples(self, path: Path, split: str, *, keep_withheld: bool) -> Iterator[Example]:
+    def _examples(self, path: Path, split: str, *, to_predict: bool) -> Iterator[Example]:
         ids = UniqueIds()
+        unknown: set[str] = set()
         total = withheld = 0
         for line, sentence_id, forms, tags in read_conllu(path):
             name = sentence_id or f"{split}-{total}"
             total += 1
-            if not keep_withheld and is_withheld(forms):
+            if not to_predict and is_withheld(forms):
                 withheld += 1
                 continue
             ids.add(name)
-            yield Example(name, (tuple(forms),), _labels(tags, path, line))
+            try:
+                label = _labels(tags, path, line)
+            except UnknownLabelError as error:
+                if not to_predict:
+                    raise
+                unknown.update(error.labels)
+                label = None
+            yield Example(name, (tuple(forms),), label)
         ids.check(
             lambda: (
                 (sentence_id or f"{split}-{number}", f"{path}:{line}")
                 for number, (line, sentence_id, forms, _) in enumerate(read_conllu(path))
-                if keep_withheld or not is_withheld(forms)
+                if to_predict or not is_withheld(forms)
             )
         )
         _say_withheld(withheld, total, str(path))
+        note_unknown(str(path), unknown)
 
     def hub_examples(self, hub_id: str, split: str) -> Iterator[Example]:
         configuration = f"udpos.{LANGUAGES[self.language]}" if self.language else None
@@ -285,5 +294,6 @@ def _label_number(tag: str, place: str) -> int:
     return number
 
 
-def _unknown_tag(tag: str, place: str) -> DataError:
-    return DataError(f"{place}: unknown tag {tag!r}.", f"The UPOS tags are {' '.join(UPOS)}.")
+def _unknown_tag(tag: str, place: str) -> UnknownLabelError:
+    remedy = f"The UPOS tags are {' '.join(UPOS)}."
+    return UnknownLabelError(f"{place}: unknown tag {tag!r}.", remedy, column="UPOS", labels=(tag,))

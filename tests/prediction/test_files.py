@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ def task(words: dict[str, Any], **more: Any) -> Task:
 @pytest.mark.parametrize("name", ["new.json", "new.conll", "NEW.TSV2.Json", "new.conllu"])
 def test_the_suffix_of_another_format_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("[\n]\n")
-    with pytest.raises(DataError, match=r"no file of task mine, whose files end in \.jsonl, \.csv"):
+    with pytest.raises(DataError, match=r"no file of task mine, whose files end in \.jsonl or \.csv"):
         read_file(task(REVIEWS), tmp_path / name)
 
 
@@ -88,3 +89,37 @@ def test_a_run_is_predicted_with_the_task_that_it_recorded() -> None:
     with pytest.raises(UnknownNameError, match="jokes") as caught:
         _task_of({"task": "jokes"}, {})
     assert "Predictor.load" in caught.value.remedy
+
+
+CONLLU = "1\tHaus\t_\tNAME\t_\t_\t_\t_\t_\t_\n"
+ENDINGS = {"activity_label": "x", "ctx_a": "a", "ctx_b": "", "ctx": "a", "endings": ["a", "b", "c", "d"], "ind": 1}
+OF_UNKNOWN_LABELS: dict[str, tuple[str, str]] = {
+    "snli": ("new.jsonl", json.dumps({"gold_label": "NAME", "sentence1": "a", "sentence2": "b"})),
+    "swag": ("new.csv", "sent1,sent2,ending0,ending1,ending2,ending3,label\na,b,c,d,e,f,NAME"),
+    "hellaswag": ("new.jsonl", json.dumps(ENDINGS | {"label": "NAME"})),
+    "piqa": ("new.jsonl", json.dumps({"goal": "a", "sol1": "b", "sol2": "c"})),
+    "udpos-de": ("new.conllu", CONLLU),
+    "conll2003": ("eng.new.conll", "Haus NN I-NP NAME"),
+    "xnli-de": ("new.tsv", "language\tgold_label\tsentence1\tsentence2\nde\tNAME\ta\tb"),
+    "rte": ("new.tsv", "index\tsentence1\tsentence2\tlabel\n4\ta\tb\tNAME"),
+}
+
+
+@pytest.mark.parametrize("name", OF_UNKNOWN_LABELS)
+def test_labels_that_a_built_in_task_does_not_know_are_named(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As for a declared task: the labels of a file to predict are only compared. In training they are an error."""
+    file, text = OF_UNKNOWN_LABELS[name]
+    (tmp_path / file).write_text(f"{text}\n")
+    (tmp_path / "new-labels.lst").write_text("NAME\n")
+    own = find_task(name)
+    (example,) = read_file(own, tmp_path / file)
+    assert example.label is None
+    assert example.texts
+    assert "does not know these labels, so there is no comparison with them: NAME." in " ".join(
+        capsys.readouterr().out.split()
+    )
+    with pytest.raises(DataError, match="NAME") as caught:
+        list(own.file_examples(tmp_path / file, "train"))
+    assert "[tasks." not in caught.value.remedy, "nobody can declare it"
