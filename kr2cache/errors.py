@@ -7,7 +7,7 @@ The message says what was wrong and with which value. The remedy says what to do
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 
 class KR2CacheError(Exception):
@@ -37,23 +37,20 @@ class ConfigError(KR2CacheError, ValueError):
 class DataError(KR2CacheError, ValueError):
     """A corpus that is missing or malformed; the message names file and line."""
 
+    unknown_labels: tuple[str, ...] = ()
+    """Labels of a row that are none of the task's, if that is what is wrong: ``predict`` can do without them."""
+    label_column: str = ""
+    """The column that holds them."""
+
+    @classmethod
+    def unknown_label(cls, message: str, remedy: str, *, column: str, labels: Iterable[str]) -> DataError:
+        error = cls(message, remedy)
+        error.label_column, error.unknown_labels = column, tuple(labels)
+        return error
+
 
 class MissingSplitError(DataError):
     """The corpus has no such split; training continues without dev or test."""
-
-
-class UnknownLabelError(DataError):
-    """A row has a label that is none of the task's; only ``predict`` can do without it."""
-
-    def __init__(self, message: str, remedy: str, *, column: str, labels: Sequence[str]) -> None:
-        """
-        Args:
-            column: The column of the label.
-            labels: All unknown labels of the row.
-        """
-        super().__init__(message, remedy)
-        self.column = column
-        self.labels = labels
 
 
 class ModelUnavailableError(KR2CacheError, FileNotFoundError):

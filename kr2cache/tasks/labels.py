@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from kr2cache.errors import DataError, UnknownLabelError
+from kr2cache.errors import DataError
 from kr2cache.tasks.base import LABELS_SHOWN
 from kr2cache.tasks.declaration import label_name
 
@@ -37,7 +37,7 @@ class LabelNumbers:
             declared_in: Where the user can give other labels; empty if nowhere.
 
         Raises:
-            UnknownLabelError: For a name that is no label.
+            DataError: For a name that is no label.
         """
         unknown = [name for name in names if name not in self._number]
         if unknown:
@@ -46,7 +46,7 @@ class LabelNumbers:
             ordered = self._words and is_number(unknown[0])
             what = " in their order: a number is then a place among them" if ordered else ""
             other = f", or give all labels in {declared_in}{what}" if declared_in else ""
-            raise UnknownLabelError(
+            raise DataError.unknown_label(
                 f"{place} is {unknown[0]!r}.",
                 f"Labels are {known}. Correct it{other}.",
                 column=column,

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
-from kr2cache.errors import DataError, UnknownLabelError
+from kr2cache.errors import DataError
 from kr2cache.system.utf8 import file_lines
 from kr2cache.tasks.base import Example
 from kr2cache.tasks.rows import RowTask
@@ -60,6 +60,6 @@ class Piqa(RowTask):
         label, place = row.values.get("label"), row.values.get(LABEL_PLACE)
         if place is not None and label not in (None, "", "-1", *self.labels):
             what = f"{place}: the label is {label!r}."
-            raise UnknownLabelError(what, "0 is sol1, 1 is sol2.", column="label", labels=(str(label),))
+            raise DataError.unknown_label(what, "0 is sol1, 1 is sol2.", column="label", labels=(str(label),))
         texts = tuple((goal, row.text(name)) for name in ("sol1", "sol2"))
         return Example(row.id("id"), texts, row.label("label", self.labels))

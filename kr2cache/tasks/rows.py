@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from kr2cache.errors import DataError, UnknownLabelError
+from kr2cache.errors import DataError
 from kr2cache.system.console import note
 from kr2cache.tasks.base import Example, Task, accuracy, note_unknown
 from kr2cache.tasks.hub import load_hub
@@ -177,9 +177,11 @@ class RowTask(Task):
         """The row's example; without its label if that is unknown, which is added to ``unknown``."""
         try:
             return self.example(row)
-        except UnknownLabelError as error:
-            unknown.update(error.labels)
-            return self.example(replace(row, values={**row.values, error.column: None}))
+        except DataError as error:
+            if not error.unknown_labels:
+                raise
+            unknown.update(error.unknown_labels)
+            return self.example(replace(row, values={**row.values, error.label_column: None}))
 
     def _check(self, example: Example, place: str) -> None:
         if self.kind == "choice" and len(example.texts) != len(self.labels):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from kr2cache.errors import DataError, UnknownLabelError, error_text
+from kr2cache.errors import DataError, error_text
 from kr2cache.system.console import count_text, note
 from kr2cache.system.utf8 import file_lines
 
@@ -61,7 +61,7 @@ class Row:
         """The label's number, from a number or a name; None if the row has no gold label (empty, or -1).
 
         Raises:
-            UnknownLabelError: For anything else.
+            DataError: For anything else.
         """
         value = self.get(column).strip()
         if value in ("", "-1"):
@@ -70,7 +70,7 @@ class Row:
             return labels.index(value)
         if value.isascii() and value.isdigit() and int(value) < len(labels):
             return int(value)
-        raise UnknownLabelError(
+        raise DataError.unknown_label(
             f"{self.place}: {column} is {value!r}.",
             f"Labels are {', '.join(labels)} (0 to {len(labels) - 1}).",
             column=column,

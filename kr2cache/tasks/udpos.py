@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kr2cache.errors import DataError, UnknownLabelError
+from kr2cache.errors import DataError
 from kr2cache.system.console import note
 from kr2cache.system.utf8 import file_lines
 from kr2cache.tasks.base import Example, Task, accuracy, note_unknown
@@ -99,10 +99,10 @@ class UdPos(Task):
             ids.add(name)
             try:
                 label = _labels(tags, path, line)
-            except UnknownLabelError as error:
+            except DataError as error:
                 if not to_predict:
                     raise
-                unknown.update(error.labels)
+                unknown.update(error.unknown_labels)
                 label = None
             yield Example(name, (tuple(forms),), label)
         ids.check(
@@ -294,6 +294,6 @@ def _label_number(tag: str, place: str) -> int:
     return number
 
 
-def _unknown_tag(tag: str, place: str) -> UnknownLabelError:
+def _unknown_tag(tag: str, place: str) -> DataError:
     remedy = f"The UPOS tags are {' '.join(UPOS)}."
-    return UnknownLabelError(f"{place}: unknown tag {tag!r}.", remedy, column="UPOS", labels=(tag,))
+    return DataError.unknown_label(f"{place}: unknown tag {tag!r}.", remedy, column="UPOS", labels=(tag,))
