@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
 import math
 import re
@@ -12,6 +13,11 @@ from typing import Any
 from kr2cache.errors import DataError
 from kr2cache.tasks.base import LABELS_SHOWN
 from kr2cache.tasks.declaration import label_name
+
+BRACKETS = {"(": ")", "{": "}"}
+"""What tuples and sets stand in."""
+EMPTY_SET = "set()"
+"""How Python writes a set without labels."""
 
 
 class LabelNumbers:
@@ -87,15 +93,17 @@ def names_of(value: Any, place: str, *, split: bool) -> list[str]:
     """The names of a list of labels.
 
     Args:
-        split: Whether a text is taken as well: names with commas between them, or a list as Python or JSON writes it.
+        split: Whether a text is taken as well: names with commas between them, or a list, tuple or set as
+            Python or JSON writes it.
 
     Raises:
         DataError: For another value, or a list with an empty label.
     """
-    if split and isinstance(value, str) and value.lstrip().startswith("["):
-        value = _list_of(value.strip(), place)
-    elif split and isinstance(value, str):
-        return [name for part in value.split(",") if (name := part.strip())]
+    if split and isinstance(value, str):
+        text = value.strip()
+        if text != EMPTY_SET and not _is_list(text):
+            return [name for part in text.split(",") if (name := part.strip())]
+        value = [] if text == EMPTY_SET else _list_of(text, place)
     if not isinstance(value, (list, tuple)):
         raise DataError(f"{place} is {str(value)[:60]!r}, not a list of labels.", "Check the row.")
     names = [name_of(one, place) for one in value]
@@ -104,26 +112,44 @@ def names_of(value: Any, place: str, *, split: bool) -> list[str]:
     return [name for name in names if name is not None]
 
 
+def _is_list(text: str) -> bool:
+    """Whether a cell writes several labels in brackets, as lists, tuples and sets are written: ``('anger', 'joy')``.
+    ``(other)`` and ``(mild) anger, joy`` are labels without a list."""
+    if text.startswith("["):
+        return True
+    close = BRACKETS.get(text[:1])
+    if close is None or not text.endswith(close):
+        return False
+    whole = text.find(close) == len(text) - 1  # not ``(other), (odd)``
+    return (whole and (close == "}" or "," in text)) or _parsed(text) is not None
+
+
+def _parsed(text: str) -> Any:
+    """What a cell writes as JSON, else as Python; None for a single value, and if it is neither."""
+    for parse in (json.loads, ast.literal_eval):
+        # Python takes two texts side by side for one: ['anger' 'joy']
+        if parse is ast.literal_eval and re.search(r"""['"]\s+['"]""", text):
+            continue
+        with contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            found = parse(text)
+            return found if isinstance(found, list | tuple | set | dict) else None
+    return None
+
+
 def _list_of(text: str, place: str) -> list[Any]:
-    """The list that a cell of CSV writes: ``["anger", "joy"]``, ``['anger', 'joy']`` or ``[27]``.
+    """The list that a cell of CSV writes: ``["anger", "joy"]``, ``['anger', 'joy']``, ``{'anger'}`` or ``(27, 3)``.
 
     Raises:
-        DataError: If it is none, such as the text of a NumPy array, which has no commas.
+        DataError: If it is none, such as the text of a NumPy array, which has no commas; ``{anger,joy}`` of a database;
+            or a dictionary.
     """
-    try:
-        return list(json.loads(text))
-    except (ValueError, TypeError):
-        pass
-    try:
-        found = None if re.search(r"""['"]\s+['"]""", text) else ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        found = None
-    if not isinstance(found, list):
+    found = _parsed(text)
+    if not isinstance(found, list | tuple | set):
         raise DataError(
             f"{place} is {text[:60]!r}: it begins like a list, but is none.",
             "Write the labels with commas between them (anger, joy), or as a list in JSON.",
         )
-    return found
+    return sorted(found, key=str) if isinstance(found, set) else list(found)
 
 
 def value_of(value: Any, place: str) -> float | None:

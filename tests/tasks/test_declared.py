@@ -115,21 +115,38 @@ def test_several_labels_of_one_example(tmp_path: Path) -> None:
         ("['anger', 'joy']", ("anger", "joy")),
         (' ["joy", "anger"]', ("anger", "joy")),
         ("[27, 3]", ("3", "27")),
-        ("[]", None),
         ("['anger' 'joy']", None),
         ("[27 3]", None),
         ("[anger, joy]", None),
+        ("('anger', 'joy')", ("anger", "joy")),
+        ("('anger (mild)', 'joy')", ("anger (mild)", "joy")),
+        ("('anger',)", ("anger",)),
+        ("(27, 3)", ("27", "3")),
+        ("{'joy', 'anger'}", ("anger", "joy")),
+        ("(anger, joy)", None),
+        ("{anger,joy}", None),
+        ("{anger}", None),
+        ('{"anger": 1, "joy": 0}', None),
+        ("{'anger' 'joy'}", None),
+        ("(other)", ("(other)",)),
+        ("(other), (odd)", ("(other)", "(odd)")),
+        ("(mild) anger, joy", ("(mild) anger", "joy")),
+        ("joy (mild), anger", ("joy (mild)", "anger")),
     ],
 )
 def test_a_cell_that_looks_like_a_list_is_one(tmp_path: Path, cell: str, labels: tuple[str, ...] | None) -> None:
     data = str(save(tmp_path, "train", [{"text": "x", "emotions": cell}, {"text": "y", "emotions": "[3]"}]))
-    if cell == "[]":
-        assert task(EMOTIONS, labels=[3, 4]).read("train", data)[0].label == ()
-    elif labels is None:
+    if labels is None:
         with pytest.raises(DataError, match=r"train.jsonl:1: emotions is .* begins like a list, but is none"):
             task(EMOTIONS).with_labels_of(data)
     else:
         assert set(labels) <= set(task(EMOTIONS).with_labels_of(data).labels) <= {*labels, "3"}
+
+
+@pytest.mark.parametrize("cell", ["[]", "()", "set()", " ", ""])
+def test_a_cell_without_labels(tmp_path: Path, cell: str) -> None:
+    data = str(save(tmp_path, "train", [{"text": "x", "emotions": cell}, {"text": "y", "emotions": "[3]"}]))
+    assert [one.label for one in task(EMOTIONS, labels=[3, 4]).read("train", data)] == [(), (0,)]
 
 
 @pytest.mark.parametrize(
