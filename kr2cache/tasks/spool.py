@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from kr2cache.errors import ConfigError, DataError
+from kr2cache.errors import ConfigError, DataError, KR2CacheError
 from kr2cache.tasks.base import Task
 from kr2cache.tasks.repeats import UniqueIds
 from kr2cache.tasks.text import ID, Text, Words
@@ -33,12 +33,26 @@ def standard_input(task: Task, split: str) -> Iterator[Path]:
     Args:
         task: Its suffix says what standard input is: for ``text``, one text a line.
         split: The split that it is.
+
+    Raises:
+        DataError: If it is empty. Errors of the block that name the file name standard input instead.
     """
     with tempfile.TemporaryDirectory(prefix="kr2cache-") as folder:
         path = Path(folder) / f"standard-input-{split}{task.suffixes[0]}"
         with path.open("wb") as file:
             shutil.copyfileobj(sys.stdin.buffer, file)
-        yield _with_digest(path)
+        with path.open("rb") as file:
+            if not any(line.strip() for line in file):
+                raise DataError(
+                    "Standard input is empty.", "Check the command before the |, or give a file: --data FILE."
+                )
+        path = _with_digest(path)
+        try:
+            yield path
+        except KR2CacheError as error:
+            for name in (str(path), path.name):
+                error.message = error.message.replace(name, "standard input")
+            raise
 
 
 @contextlib.contextmanager

@@ -142,6 +142,25 @@ def test_standard_input_is_read_like_a_file(monkeypatch: pytest.MonkeyPatch) -> 
     assert not path.parent.exists()
 
 
+@pytest.mark.parametrize("given", [b"", b"\n \n"])
+def test_empty_standard_input_is_called_by_its_name(given: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(given)))
+    empty = pytest.raises(
+        DataError, match=r"^Standard input is empty\.\nCheck the command before the \|, or give a file"
+    )
+    with empty, standard_input(find_task("text"), "dev"):
+        pytest.fail("there is nothing to read")
+
+
+def test_a_fault_of_standard_input_is_told_by_its_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b"a b\n\xff\n")))
+    with (
+        pytest.raises(DataError, match=r"^standard input:2: not UTF-8"),
+        standard_input(find_task("text"), "dev") as path,
+    ):
+        read("text", str(path), "dev")
+
+
 def examples_of(texts: object, column: str | None = None, id_column: str | None = None) -> tuple[str, list[Example]]:
     with texts_in_memory(texts, "train", column, id_column) as (task, path):
         return task.name, list(task.examples("train", str(path)))
