@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from inspect import Parameter
@@ -21,7 +22,7 @@ from kr2cache.commands.defaults import extract_config, train_config
 from kr2cache.commands.hints import OPTION, OTHER_COMMAND
 from kr2cache.commands.settings import EXTRACT, OPTIONS, TRAIN, Setting, kind
 from kr2cache.config import ExtractConfig, TrainConfig
-from kr2cache.errors import ConfigError, KR2CacheError, unknown_name
+from kr2cache.errors import ConfigError, InterruptedWorkError, KR2CacheError, unknown_name
 from kr2cache.tasks import Task, split_name
 from kr2cache.tasks.spool import texts_in_memory
 from kr2cache.toml import Toml, read_toml, typed
@@ -67,6 +68,7 @@ def extract(
     Raises:
         DataError: If there is no text, or one is empty or no text, or an id occurs twice.
         KR2CacheError: One of its kinds, for everything else that is foreseen.
+        KeyboardInterrupt: On Ctrl-C. The message says what is kept; the same call goes on from there.
     """
     with _advice_for_python():
         if model is not None and options.setdefault("resource", model) is not model:
@@ -88,7 +90,7 @@ def extract(
             return _extracted(extract_config(toml, **(given | of_texts)))
 
 
-def train(*, extract: bool = True, **options: Any) -> TrainResult:
+def train(*, extract: bool = True, training: Mapping[str, Any] | None = None, **options: Any) -> TrainResult:
     """Train readers on cached states, one run for each seed. Missing caches are made first; a finished run is not
     trained again.
 
@@ -97,6 +99,8 @@ def train(*, extract: bool = True, **options: Any) -> TrainResult:
 
     Args:
         extract: Whether missing caches are made.
+        training: Arguments of ``transformers.TrainingArguments``, such as ``{"bf16": True, "warmup_steps": 100}``. They
+            are added to those under ``[training]`` in ``kr2cache.toml``, and replace them.
         options: The options of ``kr2cache train`` by their long names. ``resource`` may be a list of several, ``task``
             a ``Task``.
 
@@ -105,9 +109,11 @@ def train(*, extract: bool = True, **options: Any) -> TrainResult:
 
     Raises:
         KR2CacheError: One of its kinds, for everything that is foreseen; before anything long runs, if possible.
+        KeyboardInterrupt: On Ctrl-C. The message says what is kept; the same call goes on from there.
     """
     with _advice_for_python():
         toml, given = _given(TrainConfig, TRAIN, options, "kr2cache.train()")
+        toml = dataclasses.replace(toml, training={**toml.training, **_training(training or {})})
         config = train_config(toml, extract=extract, **given)
         from kr2cache.experiment import checks, pipeline
         from kr2cache.models.files import model_folder
@@ -162,6 +168,26 @@ def _given(
     return toml, given
 
 
+def _training(given: Any) -> dict[str, Any]:
+    """The arguments of ``training`` with Python's numbers. A run records them, so they must be what JSON can hold.
+
+    Raises:
+        ConfigError: If they are not.
+    """
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"training is {given!r}, not a dictionary.", 'Give one: training={"bf16": True}')
+    values = {name: _plain(value, object) for name, value in given.items()}
+    for name, value in values.items():
+        try:
+            json.dumps({name: value}, allow_nan=False)
+        except (TypeError, ValueError):
+            raise ConfigError(
+                f"training has {name!r} = {value!r}, which cannot be written into a run.",
+                "Give text, numbers, True, False, None, or lists and dictionaries of these.",
+            ) from None
+    return values
+
+
 def _plain(value: Any, as_type: type) -> Any:
     """``value`` as ``kr2cache.toml`` could have it: lists for other sequences, text for paths, Python's numbers."""
     if as_type is str and isinstance(value, Path):
@@ -194,9 +220,13 @@ train.__signature__ = _signature(train, TrainConfig, TRAIN)  # type: ignore[attr
 
 @contextlib.contextmanager
 def _advice_for_python() -> Iterator[None]:
-    """Inside the block, errors name options as Python does: ``max_length``."""
+    """Inside the block, errors name options as Python does: ``max_length``. Ctrl-C raises KeyboardInterrupt, which
+    ``except Exception`` in a loop over models does not catch.
+    """
     try:
         yield
+    except InterruptedWorkError as error:
+        raise KeyboardInterrupt(in_python(str(error)).replace("\n", " ")) from None
     except KR2CacheError as error:
         error.message, error.remedy = in_python(error.message), in_python(error.remedy)
         error.args = (error.message, error.remedy)
@@ -205,6 +235,8 @@ def _advice_for_python() -> Iterator[None]:
 
 def in_python(text: str) -> str:
     """Advice with options as arguments: ``--max-length 512`` becomes ``max_length 512``. Commands stay as they are."""
+    text = text.replace("under [training] in kr2cache.toml", "in training")
+    text = text.replace("[training] in kr2cache.toml", "training").replace("Run the same command", "Make the same call")
     parts, at = [], 0
     for command in OTHER_COMMAND.finditer(text):
         parts += [_arguments(text[at : command.start()]), command[0]]

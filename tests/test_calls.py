@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import random
 import sys
@@ -26,6 +27,8 @@ from kr2cache import KR2CacheError
 from kr2cache.calls import in_python
 from kr2cache.cli import run
 from kr2cache.errors import ConfigError, DataError, UnknownNameError
+from kr2cache.experiment import pipeline
+from kr2cache.extraction import trial
 from kr2cache.store.inventory import entries
 from kr2cache.system.console import WorkProgress, console
 from kr2cache.tasks.udpos import UdPos
@@ -220,6 +223,35 @@ def test_a_call_leaves_the_process_as_it_was(place: Path, monkeypatch: pytest.Mo
     assert state() == before
 
 
+def test_ctrl_c_is_what_python_programs_expect(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``except Exception`` in a loop over models must not go on with the next one."""
+    monkeypatch.chdir(world.folder)
+    ran: list[Any] = []
+    layers = trial.layers_of
+
+    def interrupted(plan: Any, encoder: Any, batch: Any, **more: Any) -> Any:
+        if list(world.caches.rglob("*.h5")):
+            ran.append(batch)
+        if len(ran) == 3:
+            raise KeyboardInterrupt
+        return layers(plan, encoder, batch, **more)
+
+    texts = [" ".join(tiny.WORDS[:count]) for count in range(1, 7)]
+    call: dict[str, Any] = {"tokens_per_batch": 1, "cache_dir": world.caches}
+    with monkeypatch.context() as patch:
+        patch.setattr(trial, "layers_of", interrupted)
+        with pytest.raises(KeyboardInterrupt, match=r"2 of 6 sequences are complete, kept in .* same call again"):
+            kr2cache.extract("models/res", texts, **call)
+    assert kr2cache.extract("models/res", texts, **call).complete.all()
+
+    def stop(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "train_seed", stop)
+    with pytest.raises(KeyboardInterrupt, match=r"Interrupted in seed 1\. Caches and 0 finished runs"):
+        kr2cache.train(reader="models/reader", task="udpos", data="corpus", method="kreader", seeds=[1])
+
+
 def test_a_call_works_in_a_thread(place: Path) -> None:
     made: list[Any] = []
     thread = threading.Thread(target=lambda: made.append(kr2cache.extract("res", TEXTS)))
@@ -277,6 +309,43 @@ def test_train_takes_options_by_name(world: World, monkeypatch: pytest.MonkeyPat
     assert "std" not in repr(again)
     with pytest.raises(KR2CacheError, match=r"and extract=False was given"):
         kr2cache.train(**(options | {"fusion": "last3", "limit": 3, "cache_dir": "none"}), extract=False)
+
+
+def test_training_arguments_are_added_to_those_of_the_toml_file(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(world.folder)
+    toml = '[training]\nlr_scheduler_type = "linear"\nweight_decay = 0.25\n'
+    (world.folder / "kr2cache.toml").write_text(toml, "utf-8")
+    options: dict[str, Any] = {
+        "reader": "models/reader",
+        "task": "udpos",
+        "data": "corpus",
+        "method": "kreader",
+        "epochs": 2,
+        "seeds": [1],
+        "learning_rate": 1e-3,
+    }
+    given = {"lr_scheduler_type": "constant", "max_grad_norm": np.float64(0.5), "logging_steps": np.int64(2)}
+    rates = []
+    for training in (None, given):
+        (run_of,) = kr2cache.train(**options, training=training).runs
+        decided = json.loads((run_of.folder / "config.json").read_text("utf-8"))["config"]["training"]
+        expected = {"lr_scheduler_type": "linear", "weight_decay": 0.25} | (training or {})
+        assert decided == {name: value for name, value in expected.items() if name != "logging_steps"}
+        history = json.loads((run_of.folder / "history.json").read_text("utf-8"))["epochs"]
+        rates.append([one["learning_rate"] for one in history if "learning_rate" in one])
+    assert rates[0][-1] == 5e-4, "linear: half of it in the second of two steps"
+    assert set(rates[1]) == {1e-3}
+    faults: list[tuple[Any, str]] = [
+        (["bf16"], r"training is \['bf16'\], not a dictionary"),
+        ({"optim": object()}, "training has 'optim' = <object .*, which cannot be written into a run"),
+        ({"weight_decay": np.nan}, "which cannot be written into a run"),
+        ({"seed": 3}, r"^training sets seed, which has an option of its own\.\nUse seeds instead"),
+        ({"warmup": 3}, "Unknown argument in training: 'warmup'"),
+        ({"optim": "adamw_9bit"}, "^training has settings that do not work. optim = 'adamw_9bit'"),
+    ]
+    for wrong, message in faults:
+        with pytest.raises(KR2CacheError, match=message):
+            kr2cache.train(**options, training=wrong)
 
 
 def test_nothing_is_trained_on_plain_text(place: Path) -> None:
