@@ -14,7 +14,7 @@ from kr2cache.system import utf8
 from kr2cache.system.utf8 import file_lines
 from kr2cache.tasks import Example, Task
 from kr2cache.tasks.columns import DOCUMENT
-from kr2cache.tasks.files import DATA_SUFFIXES, suffix_of, suffixes_text
+from kr2cache.tasks.files import DATA_SUFFIXES, is_saved, suffix_of, suffixes_text
 from kr2cache.training.evaluate import scores
 
 # Input --------------------------------------------------------------------------------------------------------
@@ -50,7 +50,7 @@ def typed_lines(raw_lines: Iterable[bytes], name: str) -> Iterator[str]:
 
 def read_file(task: Task, path: Path) -> list[Example]:
     """The examples of a file: in the task's own format if the suffix matches, else one example per line. The suffix of
-    another format is refused.
+    another format is refused. The folder of a ``datasets.Dataset`` that was saved to disk is read as well.
 
     Gold labels are kept if the file has them.
 
@@ -65,7 +65,9 @@ def read_file(task: Task, path: Path) -> list[Example]:
             "Write it in this format. A file with one example per line ends in .txt.",
         )
     try:
-        if suffix in task.suffixes and not (suffix in ("", ".txt") and task.words and _is_sentences(path)):
+        if is_saved(path) or (
+            suffix in task.suffixes and not (suffix in ("", ".txt") and task.words and _is_sentences(path))
+        ):
             examples = task.read_unlabelled(path, path.stem)
         else:
             with path.open("rb") as file:

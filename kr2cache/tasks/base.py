@@ -341,7 +341,9 @@ class Task(ABC):
             )
             raise DataError(
                 f"{path} is no file of task {self.name!r}, whose files end in {suffixes_text(self.suffixes)}.",
-                f"Give such a file, or a folder of them.{other}",
+                f"Give the folder of the saved data set: {path.parent}"
+                if is_saved(path.parent)
+                else f"Give such a file, or a folder of them.{other}",
             )
         if (own := split_of(path)) != split:
             raise MissingSplitError(

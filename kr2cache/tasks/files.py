@@ -30,7 +30,20 @@ SPLIT_FILES = {
 """The names that a split's file, folder or hub split may have. CoNLL's shared tasks have testa and testb."""
 NAMES_OF_SPLITS = frozenset(f".{name}" for names in SPLIT_FILES.values() for name in names)
 COMPRESSED = (".gz", ".bz2", ".xz", ".zip", ".zst")
-DATA_SUFFIXES = (".bio", ".conll", ".conllu", ".csv", ".iob", ".iob2", ".json", ".jsonl", ".parquet", ".tsv", ".txt")
+DATA_SUFFIXES = (
+    ".arrow",
+    ".bio",
+    ".conll",
+    ".conllu",
+    ".csv",
+    ".iob",
+    ".iob2",
+    ".json",
+    ".jsonl",
+    ".parquet",
+    ".tsv",
+    ".txt",
+)
 """What ends so is a file, not the id of a data set on the hub."""
 NAMES_SHOWN = 8
 """The most file names in one message."""

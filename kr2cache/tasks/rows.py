@@ -15,9 +15,10 @@ from typing import Any
 from kr2cache.errors import DataError
 from kr2cache.system.console import note
 from kr2cache.tasks.base import Example, Task, accuracy, note_unknown
-from kr2cache.tasks.hub import load_hub
+from kr2cache.tasks.files import is_saved
+from kr2cache.tasks.hub import load_hub, load_saved
 from kr2cache.tasks.repeats import UniqueIds
-from kr2cache.tasks.tables import Row, by_name, label_names, table_rows
+from kr2cache.tasks.tables import Row, data_set_rows, table_rows
 
 
 class RowTask(Task):
@@ -61,7 +62,10 @@ class RowTask(Task):
         return self._examples(lambda: self.file_rows(path, split), str(path))
 
     def read_unlabelled(self, path: Path, split: str) -> list[Example]:
-        return list(self._examples(lambda: self.file_rows(path, split), str(path), labels_matter=False))
+        def rows() -> Iterable[Row]:
+            return data_set_rows(load_saved(path), str(path), split) if is_saved(path) else self.file_rows(path, split)
+
+        return list(self._examples(rows, str(path), labels_matter=False))
 
     def source_files(self, split: str, data: str | None) -> dict[str, Path] | None:
         own = type(self)
@@ -86,14 +90,7 @@ class RowTask(Task):
         yield from self.table_examples(table, what, split)
 
     def table_examples(self, table: Any, what: str, split: str) -> Iterator[Example]:
-        # Class labels are compared by name: data sets number the same labels differently.
-        names = label_names(table.features)
-
-        def rows() -> Iterator[Row]:
-            for number, values in enumerate(table):
-                yield Row(values=by_name(values, names), place=f"{what}, row {number}", split=split, number=number)
-
-        yield from self._examples(rows, what)
+        yield from self._examples(lambda: data_set_rows(table, what, split), what)
 
     def from_line(self, line: str, name: str) -> Example:
         fields = line.rstrip("\r\n").split("\t")

@@ -184,6 +184,18 @@ def parquet_rows(path: Path, split: str) -> Iterator[Row]:
         raise DataError(f"{path} is not Parquet: {error_text(error)}", "Check the file.") from error
 
 
+def data_set_rows(table: Any, what: str, split: str) -> Iterator[Row]:
+    """The rows of a ``datasets.Dataset``. Class labels become their names: data sets number the same labels
+    differently.
+
+    Args:
+        what: Its name, for errors.
+    """
+    names = label_names(table.features)
+    for number, values in enumerate(table):
+        yield Row(values=by_name(values, names), place=f"{what}, row {number}", split=split, number=number)
+
+
 def label_names(features: Mapping[str, Any]) -> dict[str, Sequence[str]]:
     """The names of the labels in each column of class labels, or of lists of them.
 

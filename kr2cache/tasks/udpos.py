@@ -22,7 +22,8 @@ from kr2cache.errors import DataError
 from kr2cache.system.console import note
 from kr2cache.system.utf8 import file_lines
 from kr2cache.tasks.base import Example, Task, accuracy, note_unknown
-from kr2cache.tasks.hub import load_hub
+from kr2cache.tasks.files import is_saved
+from kr2cache.tasks.hub import load_hub, load_saved
 from kr2cache.tasks.repeats import UniqueIds
 
 UPOS = (
@@ -84,6 +85,8 @@ class UdPos(Task):
         return UPOS_COLUMN, ""
 
     def read_unlabelled(self, path: Path, split: str) -> list[Example]:
+        if is_saved(path):
+            return list(self.table_examples(load_saved(path), str(path), split))
         return list(self._examples(path, split, to_predict=True))
 
     def _examples(self, path: Path, split: str, *, to_predict: bool) -> Iterator[Example]:

@@ -342,11 +342,20 @@ def test_one_saved_data_set_is_as_one_file(tmp_path: Path) -> None:
     assert shown(task, task.read("train", str(tmp_path / "reviews"))) == [
         ("a", ("good",), "5"), ("b", ("bad",), "1"), ("c", ("so",), "3"),
     ]  # fmt: skip
+    other = table.map(lambda row: row | {"stars": 7 if row["stars"] == 3 else row["stars"]})
+    other.save_to_disk(tmp_path / "new")
+    assert [row[2] for row in shown(task, read_file(task, tmp_path / "new"))] == ["5", "1", None]
     with pytest.raises(MissingSplitError, match="is one saved data set, and is read as the train split, not as dev"):
         task.read("dev", str(tmp_path / "reviews"))
     with pytest.raises(MissingSplitError, match="one saved data set, but a training also needs a dev or a test"):
         task.check_has_splits(str(tmp_path / "reviews"))
-    (next((tmp_path / "reviews").glob("*.arrow"))).write_bytes(b"no")
+    file = next((tmp_path / "reviews").glob("*.arrow"))
+    with pytest.raises(DataError) as caught:
+        task.read("train", str(file))
+    assert caught.value.remedy == f"Give the folder of the saved data set: {tmp_path / 'reviews'}"
+    with pytest.raises(DataError, match="no file of task reviews"):
+        read_file(task, file)
+    file.write_bytes(b"no")
     with pytest.raises(DataError, match="cannot be loaded"):
         task.read("train", str(tmp_path / "reviews"))
 
@@ -362,5 +371,6 @@ def test_saved_words_with_tags(tmp_path: Path) -> None:
     rows = {"tokens": [["Ada", "rief"]], "pos_tags": [[1, 0]], "ner_tags": [[1, 0]]}
     data = saved(tmp_path / "words", datasets.Dataset.from_dict(rows, features=features), "train")
     assert found("udpos-de", "train", data) == [("train-0", ("Ada", "rief"), ["NOUN", "X"])]
+    assert [one.texts[0] for one in read_file(find_task("udpos-de"), data / "train")] == [("Ada", "rief")]
     assert found("wikiann-de", "train", data) == [("train-0", ("Ada", "rief"), ["B-PER", "O"])]
     assert [row[:2] for row in found("words", "train", data)] == [("train-0", ("Ada", "rief"))]
