@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,7 @@ from world import World, count_resource_batches, world_of_pairs
 from kr2cache import FeatureCache
 from kr2cache.cache.format import SPECIAL, SequenceIndex
 from kr2cache.cache.pooling import count_positions, pooled
+from kr2cache.cache.writer import PackedStates, ShardWriter
 from kr2cache.cli import run
 from kr2cache.config import ExtractConfig
 from kr2cache.errors import (
@@ -380,6 +384,41 @@ def test_float32_states_of_tokens_are_pooled_without_the_model(world: World, poo
     for position in range(12):
         for one, other in zip(cache.stored(position), direct.stored(position), strict=True):
             np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("pool", POOLS)
+@pytest.mark.parametrize("before", ["copied", "computed"])
+def test_a_kill_while_missing_states_are_added_changes_no_byte(world: World, pool: str, before: str) -> None:
+    """An older cache of tokens has 7 of 12 sequences; the model runs for the others. The process is killed after some
+    are copied, or after some are computed.
+    """
+    world.extract(dtype="float32", limit=7)
+    shutil.copytree(world.caches, world.folder / "undisturbed")
+    more = {"pool": pool, "dtype": "float32", "tokens_per_batch": 48, "shard_gb": 2e-6}
+    once = world.extract(cache_dir=world.folder / "undisturbed", **more)
+    assert (once.computed, once.taken_over) == (5, 7)
+    if (child := os.fork()) == 0:
+        written = 0
+        original = ShardWriter.write
+
+        def killed(writer: ShardWriter, states: PackedStates) -> None:
+            nonlocal written
+            original(writer, states)
+            written += len(states.sequences)
+            if written >= (3 if before == "copied" else 8):
+                time.sleep(0.05)  # for the writing thread
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        ShardWriter.write = killed  # type: ignore[method-assign]
+        world.extract(**more)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    (folder,) = [path for path in world.cache_folders() if path.name == once.cache.name]
+    assert len(list(folder.glob("*.h5"))) == len(list(once.cache.glob("*.h5"))) > 1
+    again = world.extract(**more)
+    assert again.cache == folder
+    assert 0 < again.computed + again.taken_over < 12, "what it wrote is kept"
+    assert tiny_cache.folder_bytes(folder) == tiny_cache.folder_bytes(once.cache)
 
 
 def test_other_states_of_tokens_are_not_pooled(world: World) -> None:
