@@ -14,7 +14,7 @@ from kr2cache.system import utf8
 from kr2cache.system.utf8 import file_lines
 from kr2cache.tasks import Example, Task
 from kr2cache.tasks.columns import DOCUMENT
-from kr2cache.tasks.files import DATA_SUFFIXES, is_saved, suffix_of, suffixes_text
+from kr2cache.tasks.files import DATA_SUFFIXES, is_saved, names_split, suffix_of, suffixes_text
 from kr2cache.training.evaluate import scores
 
 # Input --------------------------------------------------------------------------------------------------------
@@ -65,9 +65,7 @@ def read_file(task: Task, path: Path) -> list[Example]:
             "Write it in this format. A file with one example per line ends in .txt.",
         )
     try:
-        if is_saved(path) or (
-            suffix in task.suffixes and not (suffix in ("", ".txt") and task.words and _is_sentences(path))
-        ):
+        if is_saved(path) or (suffix in task.suffixes and not _is_plain(path, suffix, task)):
             examples = task.read_unlabelled(path, path.stem)
         else:
             with path.open("rb") as file:
@@ -77,6 +75,14 @@ def read_file(task: Task, path: Path) -> list[Example]:
     if not examples:
         raise DataError(f"{path} holds no example.", "Check the file.")
     return examples
+
+
+def _is_plain(path: Path, suffix: str, task: Task) -> bool:
+    """Whether a file that may be of the task's format has one example per line. Without a suffix, a split's name says
+    that it is no such file: ``eng.testb``."""
+    if suffix == "" and not names_split(path):
+        return True
+    return suffix in ("", ".txt") and task.words and _is_sentences(path)
 
 
 def _is_sentences(path: Path) -> bool:

@@ -172,6 +172,11 @@ def _only(found: list[Path], names: Names) -> list[Path]:
     return sorted(found, key=lambda path: names.suffixes.index(suffix_of(path)) if path.is_file() else -1)[:1]
 
 
+def names_split(path: Path) -> bool:
+    """Whether a split is in the file's own name."""
+    return bool(_splits_of(path.name))
+
+
 def _is_own(path: Path, names: Names) -> bool:
     return suffix_of(path) in names.suffixes if path.is_file() else is_saved(path)
 
@@ -215,7 +220,11 @@ def missing_split(folder: Path, split: str, names: Names) -> MissingSplitError:
 
 def say_unread(folder: Path, split: str, names: Names, files: Sequence[Path]) -> None:
     """A note about data files that no split reads, if there are some."""
-    if unread := unread_files(folder, split, names):
+    unread = unread_files(folder, split, names)
+    read = {path.with_name(_without_suffix(path)) for path in files}
+    if same := [path for path in unread if path.with_name(_without_suffix(path)) in read]:
+        note(f"{folder}, {split} split: read {names_text(files, folder)}, not {names_text(same, folder)} of that name.")
+    if unread := [path for path in unread if path not in same]:
         note(
             f"{folder}, {split} split: read {names_text(files, folder)}. Did not read {names_text(unread, folder)}. If "
             f"they belong to this split, put all its files into {folder / split}/ itself, unpacked, with names that "
@@ -270,7 +279,7 @@ def _is_data(path: Path, suffixes: Sequence[str]) -> bool:
         return False
     plain = path.with_suffix("") if path.suffix.lower() in COMPRESSED else path
     suffix = suffix_of(plain).lower()
-    return suffix in suffixes and bool(suffix or _splits_of(plain.name)) and (plain == path or not plain.exists())
+    return suffix in suffixes and (suffix != "" or names_split(plain)) and (plain == path or not plain.exists())
 
 
 def _split_of(path: Path, folder: Path) -> str | None:

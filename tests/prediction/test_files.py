@@ -123,3 +123,12 @@ def test_labels_that_a_built_in_task_does_not_know_are_named(
     with pytest.raises(DataError, match="NAME") as caught:
         list(own.file_examples(tmp_path / file, "train"))
     assert "[tasks." not in caught.value.remedy, "nobody can declare it"
+
+
+def test_a_file_without_a_suffix_is_lines_unless_it_names_a_split(tmp_path: Path) -> None:
+    for name in ("sentences", "eng.testb"):
+        (tmp_path / name).write_text("Haus O\nHund O\n\nKöln B-X\n")
+    assert [one.texts[0] for one in read_file(task(NER), tmp_path / "sentences")] == [
+        ("Haus", "O"), ("Hund", "O"), ("Köln", "B-X"),
+    ]  # fmt: skip
+    assert [one.texts[0] for one in read_file(task(NER), tmp_path / "eng.testb")] == [("Haus", "Hund"), ("Köln",)]

@@ -69,10 +69,15 @@ def xnli(folder: Path, split: str, *, tsv: bool = True, jsonl: bool = True) -> N
 
 
 @pytest.mark.parametrize("kinds", [{}, {"tsv": False}, {"jsonl": False}], ids=["both", "jsonl", "tsv"])
-def test_xnli_has_all_languages_in_one_file(tmp_path: Path, kinds: dict[str, bool]) -> None:
+def test_xnli_has_all_languages_in_one_file(
+    tmp_path: Path, kinds: dict[str, bool], capsys: pytest.CaptureFixture[str]
+) -> None:
     """Ids count the rows of the language, so they are those of XTREME's files and of the hub."""
     xnli(tmp_path, "dev", **kinds)
     assert found("xnli-de", "dev", tmp_path) == GERMAN
+    said = "" if kinds else "dev split: read xnli.dev.tsv, not xnli.dev.jsonl of that name."
+    assert said in (out := " ".join(capsys.readouterr().out.split()))
+    assert bool(said) == bool(out)
     assert [row[0] for row in found("xnli-ar", "dev", tmp_path)] == ["dev-0", "dev-1"]
     with pytest.raises(DataError, match="holds no example") as caught:
         found("xnli-sw", "dev", tmp_path)
