@@ -344,6 +344,12 @@ def test_built_in_tasks_are_not_declared() -> None:
         (REVIEWS | {"rename": {"a": 3}}, "cannot be used", "name in the file"),
         (REVIEWS | {"splits": {"valid": "x"}}, "cannot be used", "validation_matched"),
         (REVIEWS | {"files": ["train.tsv"]}, "cannot be used", "{split}"),
+        (REVIEWS | {"language": 3}, "language = 3 cannot be used", "column language"),
+        (
+            REVIEWS | {"labels": ["bad", "good"], "rename_labels": {"5": "goood"}},
+            r"Unknown label in rename_labels of \[tasks.mine\]: 'goood'",
+            "good",
+        ),
         ({"kind": "tagging", "label": "XPOSS"}, "has no words", "columns = "),
         ({"kind": "tagging", "words": "w"}, "has no label", "CoNLL-U"),
         ({"kind": "tagging", "columns": [0, 0]}, "cannot be used", "from 0"),
