@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from kr2cache.errors import ConfigError, DataError, MissingSplitError, unknown_name
 from kr2cache.system.console import count_text, note
 from kr2cache.tasks.files import (
+    NAMES_SHOWN,
     SPLIT_FILES,
     SPLITS,
     Names,
@@ -235,9 +236,10 @@ class Task(ABC):
                 yield example
         if not count:
             only = f", or hold only {self.left_out}" if self.left_out else ""
+            read = "" if path is None else f" ({', '.join(one.name for one in self._files(path, split)[:NAMES_SHOWN])})"
             raise DataError(
                 f"The {split} split of {self.corpus(data)} holds no example.",
-                f"Check its files: they are empty{only}.",
+                f"Check its files{read}: they are empty{only}.",
             )
 
     def corpus(self, data: str | None) -> str:

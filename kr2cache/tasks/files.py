@@ -205,8 +205,10 @@ def missing_split(folder: Path, split: str, names: Names) -> MissingSplitError:
     inside = sorted(path for path in folder.iterdir() if is_folder(path) and split_files(path, split, names))
     inside = [path for path in inside if path.name == names.language] or inside
     if inside:
+        other = ", for example" if len(inside) > 1 else ""
         return MissingSplitError(
-            message, f"Folders in it that have one: {names_text(inside, folder)}. Give one of them: --data {inside[0]}"
+            message,
+            f"Folders in it that have one: {names_text(inside, folder)}. Give the right one: --data {inside[0]}{other}",
         )
     others = sorted(path for path in folder.iterdir() if path.is_file() and _has_other_format(path, split, names))
     if others:

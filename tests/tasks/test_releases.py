@@ -81,6 +81,8 @@ def test_xnli_has_all_languages_in_one_file(
     assert [row[0] for row in found("xnli-ar", "dev", tmp_path)] == ["dev-0", "dev-1"]
     with pytest.raises(DataError, match="holds no example") as caught:
         found("xnli-sw", "dev", tmp_path)
+    name = "xnli.dev.jsonl" if kinds == {"tsv": False} else "xnli.dev.tsv"
+    assert caught.value.remedy.startswith(f"Check its files ({name}): they are empty, or hold only ")
     assert "rows of other languages than sw" in caught.value.remedy
     with pytest.raises(MissingSplitError):
         found("xnli-de", "test", tmp_path)
@@ -212,10 +214,12 @@ def test_paws_x_as_it_is_unpacked(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "1 of 3 rows have an empty text" in capsys.readouterr().out, "some have no translation"
     with pytest.raises(MissingSplitError) as caught:
         found("pawsx-de", "dev", folder.parent)
-    assert caught.value.remedy == f"Folders in it that have one: de. Give one of them: --data {folder}"
+    assert caught.value.remedy == f"Folders in it that have one: de. Give the right one: --data {folder}"
     with pytest.raises(MissingSplitError) as caught:
         found("mrpc", "dev", folder.parent)
-    assert caught.value.remedy.startswith("Folders in it that have one: de, fr. ")
+    assert (
+        caught.value.remedy == f"Folders in it that have one: de, fr. Give the right one: --data {folder}, for example"
+    )
 
 
 def test_rows_of_qqp_that_a_line_end_cuts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
