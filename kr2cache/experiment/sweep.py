@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kr2cache.config import TrainConfig
 from kr2cache.errors import ConfigError, InterruptedWorkError, KR2CacheError
 from kr2cache.experiment.cells import Cell, cells_text, count_cells, explained, find_faults, group_errors, refusal
 from kr2cache.experiment.checks import Training, check_names
@@ -24,7 +23,7 @@ from kr2cache.experiment.ready import check_ready, labelled, open_models, read_c
 from kr2cache.experiment.resource import look_for_resources
 from kr2cache.experiment.shared import Shared
 from kr2cache.experiment.shared_cells import HeldCell, SharedCells
-from kr2cache.experiment.teacher import teacher_config
+from kr2cache.experiment.teacher import check_run, teacher_config
 from kr2cache.system.allocator import objects_set_aside
 from kr2cache.system.console import console, count_text, failed, heading, note, note_waiting, silent
 from kr2cache.system.disk import check_writable
@@ -161,7 +160,7 @@ class Sweep:
             checks.append(lambda: self._check_appends(training))
             checks.append(lambda: self._check_resources(training))
         if cell.method.needs_teacher:
-            checks.append(lambda: self._check_teacher(config))
+            checks.append(lambda: self._check_teacher(training))
         return checks
 
     def _check_appends(self, training: Training) -> None:
@@ -187,9 +186,11 @@ class Sweep:
         if (found := self._looked[key]) is not None:
             raise found
 
-    def _check_teacher(self, config: TrainConfig) -> None:
-        if (teacher := teacher_config(config)) is not None:
+    def _check_teacher(self, training: Training) -> None:
+        if (teacher := teacher_config(training.config)) is not None:
             check_ready(teacher, self._shared)
+        else:
+            check_run(labelled(training, self._shared).task, training.config, self._shared)
 
     def _train(self, held: HeldCell, shared: SharedCells) -> None:
         cell = held.cell

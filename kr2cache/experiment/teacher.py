@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 
 from kr2cache.cache.format import canonical_json
 from kr2cache.config import TrainConfig
-from kr2cache.errors import CacheError, ConfigError
+from kr2cache.errors import CacheError, ConfigError, KR2CacheError
 from kr2cache.experiment.prepare import Prepared, prepare
 from kr2cache.experiment.shared import Shared
 from kr2cache.methods import PLAIN_METHODS
@@ -27,6 +28,8 @@ from kr2cache.models.tokenizers import load_tokenizer
 from kr2cache.store.folders import cache_folder
 from kr2cache.system.console import count_text, note
 from kr2cache.system.device import choose_device
+from kr2cache.tasks import Task
+from kr2cache.training.admission import load_reader
 from kr2cache.training.batches import SplitData
 from kr2cache.training.distill import TeacherLogits
 from kr2cache.training.evaluate import example_logits
@@ -92,6 +95,75 @@ def teacher_config(config: TrainConfig) -> TrainConfig | None:
     return dataclasses.replace(config, **changes, seeds=(SEED,), keep_head=False)
 
 
+def check_run(task: Task, config: TrainConfig, shared: Shared) -> None:
+    """Check a teacher that is the folder of a run: its logits are stored, or its reader can give them.
+
+    Args:
+        task: Of the student.
+        config: Of the student.
+
+    Raises:
+        CacheError: If there is neither, or the reader is damaged.
+        ConfigError: If the run is of another task, or no plain model.
+    """
+    run = _run_of(config)
+    decides = _decides(run, task)
+    name = str(decides["reader"]["name"])
+    _, path = _logits_of(name, decides, task, config, shared)
+    if not path.is_file():
+        if not run.reader.is_dir():
+            raise _no_reader(run)
+        spec = trained_spec(name, run.reader, config.models)
+        load_reader(run.reader, task, trust_remote_code=spec.trust_remote_code)
+
+
+def _run_of(config: TrainConfig) -> RunFolder:
+    return RunFolder(Path(config.teacher or "").expanduser())
+
+
+def _decides(run: RunFolder, task: Task) -> dict[str, Any]:
+    """What decided the scores of this run.
+
+    Raises:
+        ConfigError: If it cannot be the teacher of a student of ``task``.
+    """
+    decides: dict[str, Any] = run.read_config()["config"]
+    if decides["task"] != task.name:
+        raise ConfigError(
+            f"The teacher in {run.path} was trained on {decides['task']}, the student learns {task.name}.",
+            "Give a teacher of the same task.",
+        )
+    if decides["method"] not in PLAIN_METHODS:
+        raise ConfigError(
+            f"The teacher in {run.path} is a run of method {decides['method']}; a teacher is a plain model.",
+            f"Give a run of method {' or '.join(PLAIN_METHODS)}.",
+        )
+    return decides
+
+
+def _logits_of(
+    name: str, decides: Mapping[str, Any], task: Task, config: TrainConfig, shared: Shared
+) -> tuple[str, Path]:
+    """The fingerprint of a teacher's logits for the training split, and their file.
+
+    Args:
+        name: Of the teacher.
+        decides: What decided the scores of its run.
+    """
+    examples = shared.corpus(task, config).splits["train"].digest
+    text = canonical_json({"teacher": {**decides, "method": "plain"}, "examples": examples})
+    fingerprint = hashlib.sha256(text.encode()).hexdigest()
+    folder = cache_folder(config.cache_dir, task.name, "train", f"teacher-{name}", fingerprint)
+    return fingerprint, folder / "logits.npz"
+
+
+def _no_reader(run: RunFolder) -> CacheError:
+    return CacheError(
+        f"{run.path} holds no trained reader. {run.why_no_reader()}",
+        f"Remove {run.path} and train it again, or give the teacher by its model.",
+    )
+
+
 class Teacher:
     """Finds the logits, the trained reader and the runs of a teacher, if they exist."""
 
@@ -107,9 +179,9 @@ class Teacher:
         self.prepared: Prepared | None = None
         """The training that makes the teacher; None if the teacher is given as the folder of a run."""
         if own is None:
-            run = RunFolder(Path(config.teacher or "").expanduser())
+            run = _run_of(config)
             self.runs = [run]
-            decides = self._of_run(run)
+            decides = _decides(run, student.job.task)
             self.name = str(decides["reader"]["name"])
         else:
             self.prepared = prepare(own, shared)
@@ -118,27 +190,7 @@ class Teacher:
             # The same training under the name of the other plain method serves as well.
             folders = (self.prepared.folder, self.prepared.folder_of("kreader"))
             self.runs = [RunFolder.of_seed(folder, SEED) for folder in folders]
-        train = shared.corpus(student.job.task, config).splits["train"]
-        text = canonical_json({"teacher": {**decides, "method": "plain"}, "examples": train.digest})
-        self.fingerprint = hashlib.sha256(text.encode()).hexdigest()
-        place = cache_folder(config.cache_dir, student.job.task.name, "train", f"teacher-{self.name}", self.fingerprint)
-        self.path = place / "logits.npz"
-
-    def _of_run(self, run: RunFolder) -> dict[str, Any]:
-        """What decided the scores of this run."""
-        decides: dict[str, Any] = run.read_config()["config"]
-        if decides["task"] != self.student.job.task.name:
-            raise ConfigError(
-                f"The teacher in {run.path} was trained on {decides['task']}, the student learns "
-                f"{self.student.job.task.name}.",
-                "Give a teacher of the same task.",
-            )
-        if decides["method"] not in PLAIN_METHODS:
-            raise ConfigError(
-                f"The teacher in {run.path} is a run of method {decides['method']}; a teacher is a plain model.",
-                f"Give a run of method {' or '.join(PLAIN_METHODS)}.",
-            )
-        return decides
+        self.fingerprint, self.path = _logits_of(self.name, decides, student.job.task, config, shared)
 
     def kept(self) -> Lesson | None:
         """The stored logits of an earlier call, if there are any."""
@@ -155,18 +207,15 @@ class Teacher:
         """
         for run in filter(lambda run: run.reader.is_dir(), self.runs):
             try:
-                reader = KReader.load(run.reader, trust_remote_code=self._spec(run).trust_remote_code)
-            except Exception:
+                trusted = self._spec(run).trust_remote_code
+                reader = load_reader(run.reader, self.student.job.task, trust_remote_code=trusted)
+            except KR2CacheError:
                 if run.reader.is_dir():
                     raise
                 continue  # another sweep has dropped it meanwhile
-            reader.check_task(self.student.job.task, run.reader)
             return self.from_trained(reader)
         if self.prepared is None:
-            raise CacheError(
-                f"{self.runs[0].path} holds no trained reader. {self.runs[0].why_no_reader()}",
-                f"Remove {self.runs[0].path} and train it again, or give the teacher by its model.",
-            )
+            raise _no_reader(self.runs[0])
         return None
 
     def from_trained(self, reader: KReader) -> Lesson:

@@ -24,7 +24,7 @@ from scipy.special import expit, softmax
 from transformers import PreTrainedTokenizerBase
 
 from kr2cache.cache.format import SequenceIndex
-from kr2cache.errors import CacheError, DataError, KR2CacheError, UnknownNameError, error_text
+from kr2cache.errors import CacheError, DataError, UnknownNameError
 from kr2cache.models.configuration import vocabulary
 from kr2cache.models.encode import MissingWords, check_token_ids, encode_examples, missing_words
 from kr2cache.models.forward import cheaper_forward
@@ -35,7 +35,7 @@ from kr2cache.system.device import choose_device
 from kr2cache.system.process import process_unchanged
 from kr2cache.tasks import Example, Task, find_task
 from kr2cache.tasks.declared import DeclaredTask
-from kr2cache.training.admission import check_reader
+from kr2cache.training.admission import load_reader
 from kr2cache.training.batches import SplitData
 from kr2cache.training.evaluate import example_logits, predictions
 from kr2cache.training.features import joined
@@ -133,7 +133,7 @@ class Predictor:
         name = str(config["reader"]["name"])
         spec = trained_spec(name, run.reader, models)
         tokenizer = load_tokenizer(spec, words=task.words)
-        reader = _load_reader(run.reader, task, trust_remote_code=spec.trust_remote_code)
+        reader = load_reader(run.reader, task, trust_remote_code=spec.trust_remote_code)
         if len(reader.resources) != len(resources):
             counts = f"{len(reader.resources)} and {len(resources)}"
             raise CacheError(
@@ -243,23 +243,6 @@ def _read_run(run: RunFolder) -> tuple[dict[str, Any], list[tuple[dict[str, Any]
     recorded = content["recorded"].get("model") or {}
     origins = [recorded.get("resource") or {}, *(recorded.get("more_resources") or ())]
     return config, list(zip(resources, [*origins, *({} for _ in resources)], strict=False))
-
-
-def _load_reader(folder: Path, task: Task, *, trust_remote_code: bool) -> KReader:
-    try:
-        reader = KReader.load(folder, trust_remote_code=trust_remote_code)
-    except KR2CacheError:
-        raise
-    except Exception as error:  # a damaged file makes transformers, safetensors and torch raise almost anything
-        reason = error_text(error)
-        raise CacheError(
-            f"The reader in {folder} cannot be loaded: {reason}",
-            f"It is incomplete or damaged. Remove {folder.parent} and train it again.",
-        ) from error
-    reader.check_task(task, folder)
-    if reader.resources:
-        check_reader(reader, f"The reader in {folder}")  # another transformers may have trained it
-    return reader
 
 
 def _check_shape(task: Task, example: Example) -> None:

@@ -11,18 +11,20 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from kr2cache.errors import UnsupportedModelError, error_text
+from kr2cache.errors import CacheError, KR2CacheError, UnsupportedModelError, error_text
 from kr2cache.fusion import parse_fusion
 from kr2cache.models.configuration import vocabulary
 from kr2cache.models.encode import padding_mask
 from kr2cache.models.load import head_names
 from kr2cache.system.device import is_out_of_memory
+from kr2cache.tasks import Task
 from kr2cache.tasks.base import Head
 from kr2cache.training.appending import TRIAL_TOKENS, packed_order, place_of
 from kr2cache.training.kreader import KReader
@@ -363,3 +365,30 @@ CHECKS: tuple[Callable[[_Trial], str | None], ...] = (
 """Each returns what is wrong, or None."""
 COMPARING = CHECKS[2:]
 """These compare logits within rounding."""
+
+
+def load_reader(folder: Path, task: Task, *, trust_remote_code: bool) -> KReader:
+    """The trained reader of a run, after all checks.
+
+    Args:
+        folder: ``reader/`` of the run.
+        task: The task that it was trained on.
+
+    Raises:
+        CacheError: If it is incomplete or damaged, or does not give the labels of the task in their order.
+        UnsupportedModelError: If it has resources and fails a check of admission.
+    """
+    try:
+        reader = KReader.load(folder, trust_remote_code=trust_remote_code)
+    except KR2CacheError:
+        raise
+    except Exception as error:  # a damaged file makes transformers, safetensors and torch raise almost anything
+        reason = error_text(error)
+        raise CacheError(
+            f"The reader in {folder} cannot be loaded: {reason}",
+            f"It is incomplete or damaged. Remove {folder.parent} and train it again.",
+        ) from error
+    reader.check_task(task, folder)
+    if reader.resources:
+        check_reader(reader, f"The reader in {folder}")  # another transformers may have trained it
+    return reader

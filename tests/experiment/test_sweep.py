@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -501,6 +502,35 @@ def test_a_distillation_learns_from_the_tables_own_rows(world: World) -> None:
     assert len(list(world.caches.rglob("logits.npz"))) == 1
     assert readers(world) == []
     assert [cell["teacher"] for cell in manifest(result)["cells"]] == [None, "res", None]
+
+
+TEACHERS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no reader": (
+        lambda run: shutil.rmtree(run / "reader"),
+        r"holds no trained reader\. It was removed",
+    ),
+    "a damaged reader": (
+        lambda run: (run / "reader" / "model.safetensors").write_bytes(b"damaged"),
+        r"The reader in \S+ cannot be loaded: .*\n.* train it again",
+    ),
+    "another task": (
+        lambda run: (run / "config.json").write_text((run / "config.json").read_text().replace('"udpos"', '"snli"')),
+        "was trained on snli, the student learns udpos",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", TEACHERS)
+def test_a_run_that_cannot_teach_is_found_before_any_training(
+    fault: str, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = world.train(method="kreader", epochs=1.0).runs[0].folder.rename(world.folder / "teacher")
+    text = GRID.replace('fusion = "last4"', f'method = "kd"\nteacher = "{run}"').replace("[1, 2]", "[1]")
+    change, message = TEACHERS[fault]
+    change(run)
+    monkeypatch.setattr(sweep, "train", lambda *_: pytest.fail("trained"))
+    with pytest.raises(KR2CacheError, match=rf"(?s)1 of 2 cells cannot run.*X · KR2: .*{message}"):
+        planned(world, text).run()
 
 
 def test_both_directions_of_a_pair(world: World) -> None:
