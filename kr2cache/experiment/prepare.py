@@ -19,6 +19,7 @@ from kr2cache.experiment.checks import named_in_errors
 from kr2cache.experiment.ready import check_ready
 from kr2cache.experiment.resource import Resource, look_for_resources
 from kr2cache.experiment.shared import Corpus, Shared
+from kr2cache.extraction.planning import new_bytes
 from kr2cache.fusion import parse_fusion
 from kr2cache.methods import METHODS
 from kr2cache.models import registry
@@ -28,6 +29,7 @@ from kr2cache.models.encode import check_token_ids, missing_words
 from kr2cache.store import provenance
 from kr2cache.system.console import bytes_text, count_text, waiting
 from kr2cache.system.device import choose_device, device_name
+from kr2cache.system.disk import check_room, on_one_disk
 from kr2cache.training.arguments import deciding_training
 from kr2cache.training.batches import Batcher, SplitData
 from kr2cache.training.features import DeviceFeatures, Features, ResourceFeatures, joined, room_on
@@ -154,6 +156,7 @@ def prepare(config: TrainConfig, shared: Shared) -> Prepared:
         longest = sum(resource.positions for resource in resources.values())
         shared.check_reader(checkpoint, None, positions=config.max_length + longest)
     job = dataclasses.replace(job, inputs=_inputs(job, resources))
+    _check_room(job, resources)
     caches = {name: resource.caches(splits) for name, resource in resources.items()}
     job = _with_features(job, resources, caches)
     return Prepared(
@@ -200,6 +203,22 @@ def _inputs(job: Job, resources: Mapping[str, Resource]) -> dict[str, InputSetti
                 resource_width=width,
             )
     return inputs
+
+
+def _check_room(job: Job, resources: Mapping[str, Resource]) -> None:
+    """If caches are to be made, check that the disk has room for a trained reader too.
+
+    Raises:
+        DiskSpaceError: If it has not.
+    """
+    plans = [plan for resource in resources.values() for plan in resource.plans]
+    run_dir, cache_dir = job.config.run_dir, job.config.cache_dir
+    if not plans or not job.config.keep_readers:
+        return
+    what, needed = "The trained reader", job.checkpoint.nbytes
+    if on_one_disk(run_dir, cache_dir):
+        what, needed = f"{what}, with the new caches in {cache_dir},", needed + new_bytes(plans)
+    check_room(run_dir, needed, what, "Make room, or give another --run-dir.")
 
 
 def _with_features(

@@ -218,7 +218,7 @@ def check_disk(*plans: ExtractPlan) -> None:
     """
     if not plans:
         return
-    needed = sum(plan.state_bytes - _reserved(plan) for plan in plans)
+    needed = new_bytes(plans)
     cache_dir = plans[0].config.cache_dir
     free = free_bytes(cache_dir)
     if needed > free:
@@ -226,6 +226,11 @@ def check_disk(*plans: ExtractPlan) -> None:
             f"The states take {bytes_text(needed)}, but {cache_dir} has {bytes_text(free)} free.",
             f"Free some space, or give another --cache-dir.{_fewer_bytes(plans)}",
         )
+
+
+def new_bytes(plans: Iterable[ExtractPlan]) -> int:
+    """Bytes that the caches of all plans need beside the space that their shards have reserved already."""
+    return sum(plan.state_bytes - _reserved(plan) for plan in plans)
 
 
 def _fewer_bytes(plans: Sequence[ExtractPlan]) -> str:

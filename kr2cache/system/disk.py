@@ -13,19 +13,27 @@ from typing import BinaryIO
 from kr2cache.errors import ConfigError, DiskSpaceError
 
 
-def free_bytes(path: Path) -> int:
-    """Free bytes on the disk where ``path`` (a file or a folder) is or will be."""
+def _there(path: Path) -> Path:
+    """The path, or the nearest folder above it that exists."""
     path = path.absolute()
     while not path.exists():
         path = path.parent
-    return shutil.disk_usage(path).free
+    return path
+
+
+def free_bytes(path: Path) -> int:
+    """Free bytes on the disk where ``path`` (a file or a folder) is or will be."""
+    return shutil.disk_usage(_there(path)).free
+
+
+def on_one_disk(one: Path, other: Path) -> bool:
+    """Whether both paths are or will be on the same disk."""
+    return _there(one).stat().st_dev == _there(other).stat().st_dev
 
 
 def check_writable(folder: Path, option: str) -> None:
     """Raise ``ConfigError`` if ``folder`` cannot be made or written to. Leaves no file behind."""
-    there = folder.absolute()
-    while not there.exists():
-        there = there.parent
+    there = _there(folder)
     if not there.is_dir():
         raise ConfigError(f"{option} {folder}: {there} is a file.", "Give a folder.")
     try:  # permissions are not enough: root has them in /proc too

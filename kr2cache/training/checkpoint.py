@@ -74,6 +74,11 @@ class TaskCheckpoint:
         return 1 if self._is_regression else len(self.labels)
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of the weights that a new reader takes over."""
+        return sum(tensor.nbytes for tensor in self._weights()[1].values())
+
+    @property
     def _is_regression(self) -> bool:
         return self.problem_type == PROBLEM_TYPES["regression"]
 
@@ -150,12 +155,15 @@ class TaskCheckpoint:
             UnsupportedModelError: If the checkpoint has weights that are not finite, or whose shapes do not fit its
                 configuration.
         """
+        architecture, weights = self._weights()
+        copies = {name: tensor.clone() for name, tensor in weights.items()}
+        return load_pretrained(self.spec, architecture, self.task_config(), copies)[0]
+
+    def _weights(self) -> tuple[type[PreTrainedModel], dict[str, Tensor]]:
         if self._loaded is None:
             with torch.random.fork_rng(devices=[]):
                 self._loaded = self._read()
-        architecture, weights = self._loaded
-        copies = {name: tensor.clone() for name, tensor in weights.items()}
-        return load_pretrained(self.spec, architecture, self.task_config(), copies)[0]
+        return self._loaded
 
     def _read(self) -> tuple[type[PreTrainedModel], dict[str, Tensor]]:
         config, key = self.task_config(), model_key(self.spec)

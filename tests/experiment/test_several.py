@@ -131,6 +131,19 @@ def test_a_disk_too_small_for_all_of_them_is_said_before_the_first_is_extracted(
     assert not list(world.folder.rglob("*.h5"))
 
 
+def test_a_disk_too_small_for_the_reader_is_said_before_anything_is_extracted(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = load_file(world.folder / "models" / "reader" / "model.safetensors")
+    free = sum(tensor.nbytes for tensor in weights.values()) + 30_000  # the states alone take 65,000 bytes, and fit
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=free, used=0, free=free))
+    with pytest.raises(DiskSpaceError, match=rf"The trained reader, with the new caches .* {free:,} are") as refused:
+        world.train()
+    assert "--run-dir" in refused.value.remedy
+    assert not list(world.folder.rglob("*.h5"))
+    assert prepare(world.config(keep_readers=False), Shared()).caches
+
+
 def spoil(folder: Path, name: str, change: Callable[[torch.Tensor], Any]) -> None:
     """Change a weight of a model."""
     weights = load_file(folder / "model.safetensors")
