@@ -26,7 +26,7 @@ from kr2cache.tasks.files import (
     is_saved,
     kind_text,
     missing_split,
-    say_unread,
+    say_unusual,
     split_files,
     split_of,
     suffix_of,
@@ -329,7 +329,7 @@ class Task(ABC):
             return [folder]
         files = split_files(folder, split, self._names)
         if not files:
-            say_unread(folder, split, self._names, files)
+            say_unusual(folder, split, self._names, files)
             raise missing_split(folder, split, self._names)
         return files
 
@@ -356,7 +356,7 @@ class Task(ABC):
     def _path_examples(self, folder: Path, split: str) -> Iterator[Example]:
         files = self._files(folder, split)
         if is_folder(folder):
-            say_unread(folder, split, self._names, files)
+            say_unusual(folder, split, self._names, files)
         if len(files) == 1 and files[0].parent in (folder, folder.parent):
             if is_saved(files[0]):
                 yield from self.table_examples(load_saved(files[0]), str(files[0]), split)

@@ -220,8 +220,13 @@ def missing_split(folder: Path, split: str, names: Names) -> MissingSplitError:
     return MissingSplitError(message, "Check --data and the names of its files.")
 
 
-def say_unread(folder: Path, split: str, names: Names, files: Sequence[Path]) -> None:
-    """A note about data files that no split reads, if there are some."""
+def say_unusual(folder: Path, split: str, names: Names, files: Sequence[Path]) -> None:
+    """Notes about files whose name is not one that is looked for, and about data files that no split reads."""
+    usual = (*SPLIT_FILES[split], names.hub_splits.get(split))
+    released = _matching(folder, split, (*names.releases, *names.parts))
+    for path in files:
+        if path.parent == folder and path not in released and path.name.removesuffix(suffix_of(path)) not in usual:
+            note(f"{folder}, {split} split: read {path.name}, because its name says so.")
     unread = unread_files(folder, split, names)
     read = {path.with_name(_without_suffix(path)) for path in files}
     if same := [path for path in unread if path.with_name(_without_suffix(path)) in read]:

@@ -75,13 +75,13 @@ def test_xnli_has_all_languages_in_one_file(
     """Ids count the rows of the language, so they are those of XTREME's files and of the hub."""
     xnli(tmp_path, "dev", **kinds)
     assert found("xnli-de", "dev", tmp_path) == GERMAN
-    said = "" if kinds else "dev split: read xnli.dev.tsv, not xnli.dev.jsonl of that name."
-    assert said in (out := " ".join(capsys.readouterr().out.split()))
-    assert bool(said) == bool(out)
+    name = "xnli.dev.jsonl" if kinds == {"tsv": False} else "xnli.dev.tsv"
+    out = " ".join(capsys.readouterr().out.split())
+    assert f"dev split: read {name}, because its name says so." in out
+    assert ("dev split: read xnli.dev.tsv, not xnli.dev.jsonl of that name." in out) == (not kinds)
     assert [row[0] for row in found("xnli-ar", "dev", tmp_path)] == ["dev-0", "dev-1"]
     with pytest.raises(DataError, match="holds no example") as caught:
         found("xnli-sw", "dev", tmp_path)
-    name = "xnli.dev.jsonl" if kinds == {"tsv": False} else "xnli.dev.tsv"
     assert caught.value.remedy.startswith(f"Check its files ({name}): they are empty, or hold only ")
     assert "rows of other languages than sw" in caught.value.remedy
     with pytest.raises(MissingSplitError):
