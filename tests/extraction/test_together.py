@@ -117,11 +117,23 @@ def complete(caches: Path) -> int:
     return count
 
 
-def workers_of(driver: subprocess.Popen[str], caches: Path) -> list[int]:
-    """The process numbers of the workers, once they have begun to write."""
-    wait_until(lambda: complete(caches) or driver.poll() is not None)
-    assert driver.poll() is None
-    return children(driver.pid)
+def workers_midway(driver: subprocess.Popen[str], caches: Path) -> list[int]:
+    """The process numbers of the workers. They are stopped (SIGSTOP) when some sequences are complete, and not all."""
+    wait_until(lambda: len(children(driver.pid)) == 2 or driver.poll() is not None)
+    workers = children(driver.pid)
+    for _ in range(2000):
+        send(workers, signal.SIGSTOP)
+        if done := complete(caches):
+            assert done < SENTENCES
+            return workers
+        send(workers, signal.SIGCONT)
+        time.sleep(0.03)
+    raise AssertionError("the workers write nothing")
+
+
+def send(processes: list[int], what: signal.Signals) -> None:
+    for process in processes:
+        os.kill(process, what)
 
 
 def cache_of(caches: Path) -> Path:
@@ -205,7 +217,9 @@ def test_a_worker_that_is_killed_is_replaced_and_nothing_is_lost(
     config: ExtractConfig, by_one: dict[str, bytes], tmp_path: Path
 ) -> None:
     driver = start(dataclasses.replace(config, workers=2))
-    os.kill(workers_of(driver, tmp_path)[0], signal.SIGKILL)
+    workers = workers_midway(driver, tmp_path)
+    os.kill(workers[0], signal.SIGKILL)
+    os.kill(workers[1], signal.SIGCONT)
     shown, _ = driver.communicate(timeout=120)
     assert driver.returncode == 0, shown
     assert shown.count("was ended by SIGKILL; another one takes its place.") == 1
@@ -218,16 +232,12 @@ def test_a_signal_leaves_no_process_and_no_claim(
     config: ExtractConfig, by_one: dict[str, bytes], tmp_path: Path, how: signal.Signals, cause: str
 ) -> None:
     driver = start(dataclasses.replace(config, workers=2))
-    workers = workers_of(driver, tmp_path)
-    assert len(workers) == 2
-    for worker in workers:  # until it has its signal, on a busy machine too
-        os.kill(worker, signal.SIGSTOP)
+    workers = workers_midway(driver, tmp_path)
     os.killpg(driver.pid, how)  # as a terminal does on Ctrl-C
     assert driver.stdout is not None
     said = "".join(iter_until(driver.stdout, "! Stopping: each worker"))
     time.sleep(0.2)
-    for worker in workers:
-        os.kill(worker, signal.SIGCONT)
+    send(workers, signal.SIGCONT)
     shown = said + driver.communicate(timeout=60)[0]
     assert driver.returncode == 128 + how
     assert not any(map(stat, workers))
@@ -247,11 +257,10 @@ def test_processes_join_the_workers_of_another_command(
     config: ExtractConfig, by_one: dict[str, bytes], tmp_path: Path
 ) -> None:
     first = start(dataclasses.replace(config, workers=2))
-    workers = workers_of(first, tmp_path)
-    os.kill(workers[0], signal.SIGSTOP)  # so that work is left for those who come
+    workers = workers_midway(first, tmp_path)
     others = [start(dataclasses.replace(config, workers=2)), start(config)]
     wait_until(lambda: len(children(others[0].pid)) == 2)
-    os.kill(workers[0], signal.SIGCONT)
+    send(workers, signal.SIGCONT)
     shown = [process.communicate(timeout=120)[0] for process in (first, *others)]
     assert [process.returncode for process in (first, *others)] == [0, 0, 0], shown
     computed = [int(match[1].replace(",", "")) for match in map(COMPUTED.search, shown) if match]

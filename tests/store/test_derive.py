@@ -19,7 +19,7 @@ from world import World, count_resource_batches, predictions, read_only
 from kr2cache import FeatureCache
 from kr2cache.cache.check import check_cache
 from kr2cache.errors import CacheError, ConfigError, DiskSpaceError, UnknownNameError
-from kr2cache.experiment import resource
+from kr2cache.experiment import stored_fusion
 from kr2cache.extraction.extract import ExtractResult
 from kr2cache.store import derive, provenance
 from kr2cache.training import features
@@ -277,7 +277,7 @@ def test_without_room_for_it_the_layers_are_read(
     def full(plan: Any) -> Any:
         raise DiskSpaceError("The disk is full.", "Make room.")
 
-    monkeypatch.setattr(resource, "derive", full)
+    monkeypatch.setattr(stored_fusion, "derive", full)
     assert world.train(run_dir=world.folder / "second").runs
     assert "last4 is not stored beside its layers: The disk is full." in capsys.readouterr().out
 
