@@ -46,6 +46,24 @@ def listen() -> None:
     if not _listening:
         _listening.append(True)
         os.register_at_fork(after_in_child=_end_on_sigterm)
+        sys.unraisablehook = _raised_again(sys.unraisablehook)
+
+
+def _raised_again(before: Callable[[sys.UnraisableHookArgs], object]) -> Callable[[sys.UnraisableHookArgs], object]:
+    """Python drops an exception that is raised in a destructor, and prints it. If it is KeyboardInterrupt, its signal
+    comes again a moment later, when the destructor is done.
+    """
+
+    def hook(dropped: sys.UnraisableHookArgs) -> None:
+        if not (_received and issubclass(dropped.exc_type, KeyboardInterrupt)):
+            before(dropped)
+            return
+        again = threading.Timer(0.01, os.kill, (os.getpid(), _received[-1]))
+        again.daemon = True
+        with contextlib.suppress(RuntimeError):  # the interpreter ends: it starts no thread any more
+            again.start()
+
+    return hook
 
 
 def _end_on_sigterm() -> None:

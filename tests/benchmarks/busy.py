@@ -89,7 +89,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"{'number of busy programs':24}", *(f"{spinners:>8}" for spinners in conditions))
     for name in chosen.settings:
         medians = (statistics.median(seconds[name, spinners]) for spinners in conditions)
-        print(f"{name:24}", *(f"{median:6.1f} s" for median in medians))
+        print(f"{name:24}", *(f"{median:6.3g} s" for median in medians))
 
 
 if __name__ == "__main__":

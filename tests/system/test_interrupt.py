@@ -189,6 +189,36 @@ def test_names_paths_and_options_are_checked_before_torch_is_imported(workdir: P
     assert len(re.findall(r"^\w+Error: ", done.stderr, flags=re.MULTILINE)) == len(WRONG)
 
 
+IN_A_DESTRUCTOR = """
+import os, signal, sys, time
+from kr2cache.system import interrupt
+class Gone:
+    def __del__(self):
+        os.kill(os.getpid(), int(sys.argv[1]))
+        for _ in range(1000):
+            pass
+class Broken:
+    def __del__(self):
+        raise ValueError("its own")
+interrupt.listen()
+Broken()
+try:
+    Gone()
+    time.sleep(60)
+except KeyboardInterrupt:
+    print(interrupt.exit_code())
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_in_a_destructor_is_not_lost(number: signal.Signals, code: int) -> None:
+    program = [sys.executable, "-c", IN_A_DESTRUCTOR, str(int(number))]
+    done = subprocess.run(program, capture_output=True, text=True, check=True, timeout=50)
+    assert done.stdout == f"{code}\n"
+    assert "ValueError: its own" in done.stderr
+    assert "KeyboardInterrupt" not in done.stderr
+
+
 def test_an_error_that_was_foreseen_is_not_taken_for_ctrl_c(
     workdir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
