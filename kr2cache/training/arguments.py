@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 
 from kr2cache.config import TrainConfig
 from kr2cache.errors import ConfigError, error_text, unknown_name
+from kr2cache.system import hub
 from kr2cache.system.device import choose_device
 
 IN_THIS_PROCESS = {
@@ -49,13 +50,18 @@ def training_arguments(
 
     Raises:
         UnknownNameError: For a name that TrainingArguments does not have.
-        ConfigError: For a value it refuses, or several GPUs in one process.
+        ConfigError: For a value it refuses, a hub that cannot be reached, or several GPUs in one process.
     """
     known = {entry.name for entry in dataclasses.fields(TrainingArguments)}
     for name in config.training:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=6, cutoff=0.4) or sorted(known)[:6]
             raise unknown_name("argument under [training] in kr2cache.toml:", name, near, "(of many)")
+    if config.training.get("push_to_hub") and (reason := hub.unreachable()) is not None:
+        raise ConfigError(
+            f"push_to_hub under [training] in kr2cache.toml needs the hub, which cannot be reached: {reason}",
+            "Leave it out, and upload the trained reader later.",
+        )
     device = choose_device(config.device)
     # With auto, each process of torchrun has already chosen its own GPU.
     if config.device != "auto" and device.type == "cuda" and device.index not in (None, 0):

@@ -11,6 +11,7 @@ from world import World
 
 from kr2cache.errors import ConfigError
 from kr2cache.experiment.rehearsal import rehearse
+from kr2cache.system import hub
 from kr2cache.training.kreader import KReader
 from kr2cache.training.trainer import ReaderTrainer
 
@@ -95,7 +96,14 @@ def test_neftune_puts_noise_on_the_readers_embeddings(world: World, monkeypatch:
     assert all(0 < float(noise) <= 5 / (2 * 24) ** 0.5 for noise in seen)
 
 
+def test_a_hub_that_cannot_be_reached_is_found_before_anything_is_made(world: World) -> None:
+    with pytest.raises(ConfigError, match=r"push_to_hub .* cannot be reached: HF_HUB_OFFLINE is set\."):
+        world.train(training={"push_to_hub": True})
+    assert not list(world.folder.rglob("*.h5"))
+
+
 def test_a_setting_that_is_not_rehearsed_is_explained_too(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "unreachable", lambda: None)
     with pytest.raises(ConfigError, match=r"before the end of its first step.*offline") as caught:
         world.train(method="kreader", training={"push_to_hub": True})
     assert "(push_to_hub)" in caught.value.remedy
