@@ -77,7 +77,8 @@ class Sweep:
         self.cells = cells
         self._shared = Shared()
         self._looked: dict[tuple[object, ...], KR2CacheError | None] = {}
-        """Resources that were looked at, with their data and settings, and what is wrong."""
+        """Resources that were looked at, with their data and settings: what is wrong. The fusion counts among the
+        settings only if something is wrong: a cache may hold the layers of another one."""
         self.run_dir = cells[0].config.run_dir
         self.manifest = self.run_dir / MANIFESTS / f"{grid.name}.json"
 
@@ -177,13 +178,14 @@ class Sweep:
         data = (config.task, config.data, config.limit, config.train_limit)
         states = (config.resource_max_length, config.pool, config.dtype, config.compute_dtype, config.weights_dtype)
         key = (*data, *training.resources, *states)
-        if key not in self._looked:
-            self._looked[key] = None
+        own = (*key, config.fusion, config.projection)
+        if key not in self._looked and own not in self._looked:
             try:
                 look_for_resources(labelled(training, self._shared), self._shared)
+                self._looked[key] = None
             except KR2CacheError as error:  # a new one, as for ``Cell.fail``
-                self._looked[key] = type(error)(error.message, error.remedy)
-        if (found := self._looked[key]) is not None:
+                self._looked[own] = type(error)(error.message, error.remedy)
+        if (found := self._looked.get(own)) is not None:
             raise found
 
     def _check_teacher(self, training: Training) -> None:

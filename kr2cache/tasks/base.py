@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from kr2cache.errors import ConfigError, DataError, MissingSplitError, unknown_name
 from kr2cache.system.console import count_text, note
 from kr2cache.tasks.files import (
+    NAMES_OF_SPLITS,
     NAMES_SHOWN,
     SPLIT_FILES,
     SPLITS,
@@ -319,7 +320,7 @@ class Task(ABC):
             releases=self.releases,
             parts=self.parts,
             language=self.language or "",
-            hub_splits=self.hub_splits,
+            hub_splits={name: own for name, own in self.hub_splits.items() if own not in NAMES_OF_SPLITS},
         )
 
     def _files(self, folder: Path, split: str) -> list[Path]:

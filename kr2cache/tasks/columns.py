@@ -45,15 +45,17 @@ def word_rows(path: Path, split: str, columns: tuple[int, int], words: str, labe
     """
     number = 0
     sentence: _Sentence | None = None
+    width = _width(path) if columns[1] == -1 else 0
     for line_number, line in enumerate(_with_an_end(path), 1):
-        cells = line.rstrip("\r\n").split("\t") if "\t" in line else line.split()
+        cells = _cells(line)
         if not any(cell.strip() for cell in cells):
             if sentence is not None:
                 yield _row(path, split, sentence, number, words, label)
                 number, sentence = number + 1, None
             continue
         word, tag = (_cell(cells, column) for column in columns)
-        if cells[0] == DOCUMENT or (line.startswith("#") and tag is None):
+        is_short = tag is None or len(cells) < width
+        if cells[0] == DOCUMENT or (line.startswith("#") and is_short):
             continue
         if word is None:
             raise DataError(
@@ -63,6 +65,16 @@ def word_rows(path: Path, split: str, columns: tuple[int, int], words: str, labe
         sentence = sentence or _Sentence(line_number)
         sentence.words.append(word)
         sentence.tags.append(tag)
+
+
+def _cells(line: str) -> list[str]:
+    return line.rstrip("\r\n").split("\t") if "\t" in line else line.split()
+
+
+def _width(path: Path) -> int:
+    """How many columns the first line of a word has that cannot be a comment; 0 if there is none."""
+    lines = (_cells(line) for line in file_lines(path) if line.strip() and not line.startswith(("#", DOCUMENT)))
+    return len(next(lines, []))
 
 
 def _with_an_end(path: Path) -> Iterator[str]:

@@ -180,7 +180,8 @@ class DeclaredTask(RowTask):
             words = self._renamed(row).values.get(self.word_column)
             return isinstance(words, (list, tuple)) and is_withheld(words)
         values = self._renamed(row).values
-        return self.words_of.skip_empty and any(str(values.get(one, "-")).strip() == "" for one in self.columns)
+        empty = any(str(values.get(one, "-")).strip() == "" for one in self.columns)
+        return self.words_of.skip_empty and (row.is_cut or empty)
 
     def gold(self, row: Row) -> bool | None:
         if self.kind not in ("classification", "regression", "choice"):
@@ -199,10 +200,15 @@ class DeclaredTask(RowTask):
         return conllu_column(self.label_column) if self.words and isinstance(self.label_column, str) else None
 
     def _renamed(self, row: Row) -> Row:
-        """The row under the names of columns that the declaration has."""
+        """The row under the names of columns that the declaration has. A column that has its name already keeps it."""
         if not (other := self.words_of.rename):
             return row
-        return replace(row, values={other.get(column, column): value for column, value in row.values.items()})
+
+        def own(column: str) -> str:
+            name = other.get(column, column)
+            return column if name in row.values else name
+
+        return replace(row, values={own(column): value for column, value in row.values.items()})
 
     def example(self, row: Row) -> Example:
         row = self._renamed(row)

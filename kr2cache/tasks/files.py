@@ -7,7 +7,8 @@ Four layouts, tried in this order:
 - files with the names of official releases (``de_gsd-ud-dev.conllu``). A release may cut a split into parts
   (``de_hdt-ud-train-a-1.conllu``); they are read if the whole (``de_hdt-ud-train.conllu``) is missing;
 - the only file whose name has the split's name in it, between other characters than letters (``xnli.dev.tsv``,
-  ``dev_2k.tsv``, ``eng.testa``).
+  ``dev_2k.tsv``, ``eng.testa``), if the train split has none of the first three: beside ``train.csv``,
+  ``test_predictions.csv`` is no split.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ SPLIT_FILES = {
     "test": ("test", "tests", "testb"),
 }
 """The names that a split's file, folder or hub split may have. CoNLL's shared tasks have testa and testb."""
-NAMES_OF_SPLITS = frozenset(f".{name}" for names in SPLIT_FILES.values() for name in names)
+NAMES_OF_SPLITS = frozenset(name for names in SPLIT_FILES.values() for name in names)
 COMPRESSED = (".gz", ".bz2", ".xz", ".zip", ".zst")
 DATA_SUFFIXES = (
     ".arrow",
@@ -66,7 +67,8 @@ class Names:
     language: str = ""
     """The task's, if its data exists in several."""
     hub_splits: Mapping[str, str] = field(default_factory=dict)
-    """The names of splits in the task's data set on the hub, where they are not the usual ones."""
+    """The names of splits in the task's data set on the hub, where they are not the usual ones of any split: a task may
+    take the hub's validation split as its test split, and in a folder this name is that of dev."""
 
     def looked_for(self, split: str) -> list[str]:
         """All file names of a split, for errors."""
@@ -81,7 +83,7 @@ def suffixes_text(suffixes: Sequence[str]) -> str:
 
 def suffix_of(path: Path) -> str:
     """The suffix that tells the format of a file. Empty if there is none, and if it names a split: ``eng.train``."""
-    return "" if path.suffix in NAMES_OF_SPLITS else path.suffix
+    return "" if path.suffix.removeprefix(".") in NAMES_OF_SPLITS else path.suffix
 
 
 def is_saved(path: Path) -> bool:
@@ -134,6 +136,13 @@ def split_files(folder: Path, split: str, names: Names) -> list[Path]:
 
     A saved data set counts as a file.
     """
+    files = _usual_files(folder, split, names)
+    if not files and not _usual_files(folder, "train", names):
+        files = _only(named_files(folder, split, names), names)
+    return files
+
+
+def _usual_files(folder: Path, split: str, names: Names) -> list[Path]:
     for name in filter(None, (*SPLIT_FILES[split], names.hub_splits.get(split))):
         for suffix in names.suffixes:
             if (folder / f"{name}{suffix}").is_file():
@@ -147,7 +156,10 @@ def split_files(folder: Path, split: str, names: Names) -> list[Path]:
                 return files
     whole = _matching(folder, split, names.releases)
     parts = {part for part in _matching(folder, split, names.parts) if whole_of(part, whole) is None}
-    return sorted(whole | parts) or _only(named_files(folder, split, names), names)
+    found = sorted(whole | parts)
+    # A split that two releases have in two formats is read once, in the first format.
+    first = next((suffix for suffix in names.suffixes if any(suffix_of(path) == suffix for path in found)), None)
+    return [path for path in found if suffix_of(path) == first]
 
 
 def named_files(folder: Path, split: str, names: Names) -> list[Path]:
@@ -197,12 +209,17 @@ def missing_split(folder: Path, split: str, names: Names) -> MissingSplitError:
         f"{folder} has no {split} split: looked for {', '.join(names.looked_for(split))}, and a folder of that name; "
         f"found {there}."
     )
-    if several := named_files(folder, split, names):
+    several = named_files(folder, split, names)
+    if len(several) == 1:
+        return MissingSplitError(
+            message, f"If {several[0].name} is this split, call it {split}{suffix_of(several[0])}."
+        )
+    if several:
         return MissingSplitError(
             f"{folder}: several files may be the {split} split: {names_text(several, folder)}.",
             f"Keep one of them there; or put those that belong together into the folder {folder / split}.",
         )
-    inside = sorted(path for path in folder.iterdir() if is_folder(path) and split_files(path, split, names))
+    inside = sorted(path for path in folder.iterdir() if _has_split(path, split, names))
     inside = [path for path in inside if path.name == names.language] or inside
     if inside:
         other = ", for example" if len(inside) > 1 else ""
@@ -218,6 +235,13 @@ def missing_split(folder: Path, split: str, names: Names) -> MissingSplitError:
             f"({suffixes_text(names.suffixes)}). If it is in such a format, change only the end of its name.",
         )
     return MissingSplitError(message, "Check --data and the names of its files.")
+
+
+def _has_split(folder: Path, split: str, names: Names) -> bool:
+    try:
+        return is_folder(folder) and bool(split_files(folder, split, names))
+    except OSError:  # it cannot be read
+        return False
 
 
 def say_unusual(folder: Path, split: str, names: Names, files: Sequence[Path]) -> None:

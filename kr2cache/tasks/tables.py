@@ -31,6 +31,8 @@ class Row:
     split: str
     number: int
     """The number of the row in its split, from 0."""
+    is_cut: bool = False
+    """Whether it has fewer columns than the table."""
 
     def get(self, column: str) -> str:
         """The text in ``column``; empty if there is none."""
@@ -142,7 +144,7 @@ def csv_rows(path: Path, split: str, unnamed: Unnamed) -> Iterator[Row]:
                 f"Check the row's {'tabs' if tabs else 'commas'}.",
             )
         values = dict(zip(header, [*cells, *[""] * missing], strict=True))
-        yield Row(values=values, place=f"{path}:{line}", split=split, number=number)
+        yield Row(values=values, place=f"{path}:{line}", split=split, number=number, is_cut=missing > 0)
 
 
 def _cells(path: Path, *, tabs: bool, quoted: bool) -> Iterator[tuple[int, list[str]]]:

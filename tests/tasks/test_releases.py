@@ -230,6 +230,9 @@ def test_rows_of_qqp_that_a_line_end_cuts(tmp_path: Path, capsys: pytest.Capture
         ("9", ("c", "d"), "duplicate"),
     ]
     assert "2 of 4 rows" in capsys.readouterr().out
+    write(tmp_path / "train.tsv", header, "1|1|2|a|b|0", "7|13|14|Who?|Was he re", "al?|0", "9|3|4|c|d|1")
+    assert [one[0] for one in found("qqp", "train", tmp_path)] == ["1", "9"], "cut in the second text"
+    assert "2 of 4 rows" in capsys.readouterr().out
     write(tmp_path / "train.tsv", header, "1|1|2|a|b|0", "9|3|4|c|d|1|more")
     with pytest.raises(DataError, match=r"train\.tsv:3: 7 columns, but the header has 6"):
         found("qqp", "train", tmp_path)
@@ -287,6 +290,64 @@ def test_a_plain_name_comes_first_and_several_others_are_refused(
     with pytest.raises(MissingSplitError, match=r"files may be the dev split: dev_a\.csv, dev_b\.csv") as caught:
         find_task("reviews", REVIEWS).read("dev", str(tmp_path))
     assert str(tmp_path / "dev") in caught.value.remedy
+
+
+def test_files_beside_usual_names_are_no_splits(tmp_path: Path) -> None:
+    for name in ("train", "dev", "test_predictions"):
+        write(tmp_path / f"{name}.csv", "review,stars", f"{name},1", "x,2")
+    with pytest.raises(MissingSplitError) as caught:
+        find_task("reviews", REVIEWS).read("test", str(tmp_path))
+    assert caught.value.remedy == "If test_predictions.csv is this split, call it test.csv."
+
+
+def test_a_hub_split_of_another_name_is_not_a_file_of_this_name(tmp_path: Path) -> None:
+    for name in ("train", "validation"):
+        write(tmp_path / f"{name}.csv", "review,stars", f"{name},1", "x,2")
+    words = {"reviews": {**REVIEWS["reviews"], "splits": {"test": "validation"}}}
+    assert found("reviews", "dev", tmp_path, words)[0][1] == ("validation",)
+    with pytest.raises(MissingSplitError):
+        found("reviews", "test", tmp_path, words)
+
+
+def test_one_split_in_two_releases_is_read_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path / "dev_matched.tsv", "index|sentence1|sentence2|gold_label", "7|a|b|neutral")
+    row = {"sentence1": "c", "sentence2": "d", "gold_label": "neutral", "pairID": "7c"}
+    write(tmp_path / "multinli_1.0_dev_matched.jsonl", json.dumps(row))
+    assert found("mnli", "dev", tmp_path) == [("7", ("a", "b"), "neutral")]
+    assert "Did not read multinli_1.0_dev_matched.jsonl" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_folder_that_cannot_be_read_does_not_hide_the_missing_split(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "train.csv", "review,stars", "a,1", "x,2")
+    (tmp_path / "lost+found").mkdir()
+    listed = Path.iterdir
+
+    def refused(path: Path) -> Any:
+        if path.name == "lost+found":
+            raise PermissionError(13, "Permission denied")
+        return listed(path)
+
+    monkeypatch.setattr(Path, "iterdir", refused)
+    with pytest.raises(MissingSplitError, match="has no test split"):
+        find_task("reviews", REVIEWS).read("test", str(tmp_path))
+
+
+def test_a_column_with_the_name_used_here_comes_before_a_renamed_one(tmp_path: Path) -> None:
+    german = {"premise": "Hallo Welt", "hypothesis": "Guten Tag", "label": "neutral"}
+    english = {"sentence1": "Hello world", "sentence2": "Good day", "gold_label": "contradiction"}
+    for number, row in enumerate(({**german, **english}, {**english, **german})):
+        write(tmp_path / str(number) / "train.jsonl", json.dumps(row))
+        expected = [("train-0", ("Hallo Welt", "Guten Tag"), "neutral")]
+        assert found("xnli-de", "train", tmp_path / str(number)) == expected
+
+
+def test_comments_of_three_cells_are_no_words(tmp_path: Path) -> None:
+    words = ("EU NNP B-NP B-ORG", "rejects VBZ B-VP O", "# SYM B-NP O")
+    write(tmp_path / "train.txt", "# id 3", *words, "", "# id 4", "London NNP B-NP B-LOC", "")
+    expected = [("train-0", ("EU", "rejects", "#"), ["B-ORG", "O", "O"]), ("train-1", ("London",), ["B-LOC"])]
+    assert found("conll2003", "train", tmp_path) == expected
 
 
 # Rows of one language, and labels with other names, in a task of one's own -------------------------------------------
