@@ -13,7 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kr2cache.errors import ConfigError, InterruptedWorkError, KR2CacheError
+from kr2cache.errors import (
+    ConfigError,
+    InterruptedWorkError,
+    KR2CacheError,
+    UnsupportedModelError,
+    ValueRangeError,
+)
 from kr2cache.experiment.cells import Cell, cells_text, count_cells, explained, find_faults, group_errors, refusal
 from kr2cache.experiment.checks import Training, check_names
 from kr2cache.experiment.grid import Grid
@@ -77,8 +83,8 @@ class Sweep:
         self.cells = cells
         self._shared = Shared()
         self._looked: dict[tuple[object, ...], KR2CacheError | None] = {}
-        """Resources that were looked at, with their data and settings: what is wrong. The fusion counts among the
-        settings only if something is wrong: a cache may hold the layers of another one."""
+        """Resources that were looked at, with their data and settings: what is wrong, if anything is. The fusion counts
+        among the settings only if no cache fits: there may be one for another fusion."""
         self.run_dir = cells[0].config.run_dir
         self.manifest = self.run_dir / MANIFESTS / f"{grid.name}.json"
 
@@ -184,8 +190,9 @@ class Sweep:
                 look_for_resources(labelled(training, self._shared), self._shared)
                 self._looked[key] = None
             except KR2CacheError as error:  # a new one, as for ``Cell.fail``
-                self._looked[own] = type(error)(error.message, error.remedy)
-        if (found := self._looked.get(own)) is not None:
+                cannot_serve = isinstance(error, UnsupportedModelError | ValueRangeError)
+                self._looked[key if cannot_serve else own] = type(error)(error.message, error.remedy)
+        if (found := self._looked.get(key) or self._looked.get(own)) is not None:
             raise found
 
     def _check_teacher(self, training: Training) -> None:

@@ -29,7 +29,10 @@ from kr2cache.errors import (
 )
 from kr2cache.experiment import pipeline, sweep
 from kr2cache.experiment.cells import cells_of
+from kr2cache.experiment.checks import Training
 from kr2cache.experiment.grid import Grid, Line, read_grid
+from kr2cache.experiment.resource import Resource
+from kr2cache.experiment.shared import Shared
 from kr2cache.experiment.sweep import Sweep, SweepResult
 from kr2cache.extraction import trial
 from kr2cache.prediction.predict import Predictor
@@ -284,6 +287,22 @@ def test_a_resource_that_cannot_serve_is_found_before_any_cache(world: World, mo
     assert tried.count("res") == 3, "once on each split, for the cells of all fusions"
     assert not list(world.folder.rglob("*.h5"))
     assert not (world.folder / "runs").exists()
+
+
+def test_a_cache_that_fits_one_fusion_serves_its_cell(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if the cell of another fusion was checked first, and no cache fits it."""
+    look = sweep.look_for_resources
+
+    def looked(training: Training, shared: Shared) -> dict[str, Resource]:
+        if training.config.fusion == "layer2":
+            raise CacheError("No cache of layer 2 fits.", "Extract it.")
+        return look(training, shared)
+
+    monkeypatch.setattr(sweep, "look_for_resources", looked)
+    text = GRID.replace('"last4"', '"layer2"') + '\n[[rows]]\nname = "layer 1"\nfusion = "layer1"\n'
+    result = planned(world, text, seeds=(1,)).run(keep_going=True)
+    assert [cell.name for cell in result.failed] == ["X · KR2"]
+    assert result.mean(result.cells[2]) is not None
 
 
 def test_a_row_of_pooled_states(world: World) -> None:
