@@ -41,6 +41,7 @@ _askers: list[Callable[[], bool]] = []
 def listen() -> None:
     """From now on, Ctrl-C and SIGTERM raise KeyboardInterrupt, and are remembered."""
     _blocks.clear()  # a forked process may have those of its parent
+    _received.clear()
     for number in SIGNALS:
         signal.signal(number, _on_signal)
     if not _listening:
@@ -203,8 +204,11 @@ def interrupt_between_batches() -> Iterator[Callable[[], None]]:
     does the end of the block.
 
     At any other place, the exception could be raised inside a library. If the library ignores it, the work continues;
-    if the library holds a lock, the command hangs. The same signal again raises the exception at once.
+    if the library holds a lock, the command hangs. The same signal again raises the exception at once. If a library
+    ignored one that was raised before the block, the block does not begin.
     """
+    if _received:  # even copyreg of Python has an ``except:``, and loading a model uses it
+        raise KeyboardInterrupt
     with _remembered(again=True) as block:
 
         def check() -> None:

@@ -219,6 +219,31 @@ def test_a_signal_in_a_destructor_is_not_lost(number: signal.Signals, code: int)
     assert "KeyboardInterrupt" not in done.stderr
 
 
+IGNORED_BY_A_LIBRARY = """
+import os, signal, sys
+from kr2cache.system import interrupt
+def ignoring():
+    try:
+        os.kill(os.getpid(), int(sys.argv[1]))
+    except:
+        pass
+interrupt.listen()
+ignoring()
+try:
+    with interrupt.interrupt_between_batches():
+        print("a batch")
+except KeyboardInterrupt:
+    print(interrupt.exit_code())
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_that_a_library_ignored_is_not_lost(number: signal.Signals, code: int) -> None:
+    program = [sys.executable, "-c", IGNORED_BY_A_LIBRARY, str(int(number))]
+    done = subprocess.run(program, capture_output=True, text=True, check=True, timeout=50)
+    assert (done.stdout, done.stderr) == (f"{code}\n", "")
+
+
 def test_an_error_that_was_foreseen_is_not_taken_for_ctrl_c(
     workdir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
